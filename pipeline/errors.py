@@ -1,0 +1,102 @@
+"""Every error this project raises on purpose.
+
+    LeanortError                     exit 3   a stage could not do its work
+    ├── UserError                    exit 2   what was given is wrong; the message says what to do
+    │   ├── ConfigError                       recipe or option: unknown key, value out of range
+    │   ├── ModelError                        unknown model, wrong input shape, not a module
+    │   ├── WeightsError                      unreadable, unsafe or mismatched checkpoint, NaN
+    │   ├── DataError                         empty, single-class, NaN, labels out of range
+    │   └── VersionError                      no such model or version in the artifacts folder
+    ├── CaptureError                 exit 3   torch.export cannot capture the model
+    ├── RefusedError                 exit 3   channels cannot be removed without changing the output
+    ├── MaskError                    exit 3   a weight that should be zero is not
+    ├── TrainingError                exit 3   loss became NaN or infinite
+    ├── StoreError                   exit 3   disk full, folder read-only, hash mismatch, lock held
+    ├── GateFailed                   exit 1   a validation limit was not met
+    └── Inconclusive                 exit 4   the measurement could not decide
+
+A message is one line that says what was wrong; `hint` is one line that says what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LeanortError(Exception):
+    """Base of all deliberate errors: a one-line message, a one-line hint, and the process exit code."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class UserError(LeanortError):
+    """What the user gave is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A recipe or an option is wrong."""
+
+
+class ModelError(UserError):
+    """The model cannot be found, built or fed."""
+
+
+class WeightsError(UserError):
+    """A checkpoint is unreadable, unsafe, or does not fit the model."""
+
+
+class DataError(UserError):
+    """A data set is empty, malformed, or does not fit the model."""
+
+
+class VersionError(UserError):
+    """No such model or version in the artifacts folder."""
+
+
+class CaptureError(LeanortError):
+    """`torch.export` cannot capture the model; the message carries the reason and the line."""
+
+
+class RefusedError(LeanortError):
+    """Removing channels would change the output; nothing was removed."""
+
+
+class MaskError(LeanortError):
+    """A weight under a mask is not zero."""
+
+
+class TrainingError(LeanortError):
+    """Training cannot go on: the loss became NaN or infinite."""
+
+
+class StoreError(LeanortError):
+    """The artifacts folder cannot be read or written as asked."""
+
+
+class GateFailed(LeanortError):
+    """At least one required validation limit was not met."""
+
+    exit_code = 1
+
+
+class Inconclusive(LeanortError):
+    """The measurement could not decide within its budget."""
+
+    exit_code = 4
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence naming the known words closest to `word`, or "" when none is close."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(near)}?" if near else ""
