@@ -1,0 +1,252 @@
+"""What each stage hands to the next: one type per stage, each with exactly one producer, so the types are the wires.
+
+An artifact is a folder of files plus `artifact.json`, the typed figures below. A stage writes it once; afterwards it is
+only read. Accuracies are shares in 0..1, latencies milliseconds, sizes bytes, MACs multiply-accumulates per sample.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from pipeline import masks, weights
+from validators import Verdict
+
+FIGURES = "artifact.json"
+
+
+class Artifact(BaseModel):
+    """Base: the folder that holds the files, and typed figures about them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path = Field(exclude=True)
+
+    def save(self) -> Self:
+        """Write the figures beside the files."""
+        (self.folder / FIGURES).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        return self
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read the figures that `save` wrote into `folder`."""
+        figures: dict[str, Any] = json.loads((folder / FIGURES).read_text(encoding="utf-8"))
+        return cls.model_validate({**figures, "folder": folder})
+
+    def scalars(self) -> dict[str, int | float | str | bool]:
+        """The scalar figures, for the manifest and for tables."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if isinstance(v, int | float | str | bool)}
+
+
+class Weighted(Artifact):
+    """An artifact with one set of eager weights, named as in the model's own state dict."""
+
+    WEIGHTS: ClassVar[str] = "weights.safetensors"
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict, name -> tensor."""
+        return weights.read(self.folder / self.WEIGHTS)
+
+
+class Baseline(Weighted):
+    """The dense model, kept for ever: pruning is a one-way street."""
+
+    trained_here: bool
+    weights_origin: str
+    accuracy: float
+    calibration_accuracy: float
+    params: int
+    macs: int
+    onnx_bytes: int
+    latency_ms: float
+    threads: int
+    isa: str
+    training_seconds: float
+
+    @property
+    def onnx(self) -> Path:
+        """The dense model as exported, before any onnxruntime optimisation."""
+        return self.folder / "dense.onnx"
+
+
+class LayerSparsity(BaseModel):
+    """One parameter: how many of its weights are zero, and how many of its output channels are wholly zero."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parameter: str
+    shape: tuple[int, ...]
+    weights: int
+    zeros: int
+    channels: int
+    channels_cut: int
+
+    @property
+    def ratio(self) -> float:
+        """Share of zero weights."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+class WidthChange(BaseModel):
+    """One channel cluster: how many of its groups there were and how many stay."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cluster: str
+    kind: str
+    before: int
+    after: int
+    unit: int
+
+
+class Pruned(Weighted):
+    """Masks, and the original weights under them (never lost before fold)."""
+
+    MASKS: ClassVar[str] = "masks.safetensors"
+
+    method: Literal["structured", "unstructured", "2:4", "none"]
+    sparsity: float
+    zeros: int
+    params: int
+    expected_params: int
+    expected_macs: int
+    macs: int
+    groups_cut: int
+    groups: int
+    accuracy_after: float
+    layers: tuple[LayerSparsity, ...]
+    widths: tuple[WidthChange, ...]
+
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name -> bool tensor of its shape, True = kept."""
+        return masks.load(self.folder / self.MASKS)
+
+
+class Finetuned(Weighted):
+    """The weights after recovery, still the originals under the masks."""
+
+    epochs: int
+    best_epoch: int
+    accuracy: float
+    calibration_accuracy: float
+    training_seconds: float
+
+
+class Folded(Weighted):
+    """Masks turned into weights: plain parameters, zeros written out."""
+
+    sparsity: float
+    zeros: int
+    params: int
+    accuracy: float
+    max_abs_diff_to_masked: float
+    denormals_flushed: int
+
+
+class Shrunk(Artifact):
+    """The physically smaller program, proven equal to the folded model."""
+
+    removed: bool
+    statement: str
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    max_abs_diff: float
+    max_abs_diff_float64: float
+    output_scale: float
+    tolerance: float
+    widths: tuple[WidthChange, ...]
+    kept_back: tuple[str, ...]
+
+    def program(self) -> ExportedProgram:
+        """The shrunk program, batch-dynamic."""
+        return torch.export.load(self.folder / "shrunk.pt2")
+
+
+class Exported(Artifact):
+    """The shrunk model as ONNX."""
+
+    opset: int
+    onnx_bytes: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    external_data: bool
+    nodes: int
+
+    @property
+    def onnx(self) -> Path:
+        """The file; external data, if any, lies beside it."""
+        return self.folder / "model.onnx"
+
+
+class OptimizedFile(BaseModel):
+    """One onnxruntime-optimised file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    level: Literal["basic", "extended", "all"]
+    portable: bool
+    isa: str
+    onnx_bytes: int
+    operators_before: dict[str, int]
+    operators_after: dict[str, int]
+
+
+class Optimized(Artifact):
+    """The offline-optimised candidates, and which of them ships."""
+
+    onnxruntime: str
+    ships: str
+    candidates: tuple[OptimizedFile, ...]
+
+    @property
+    def onnx(self) -> Path:
+        """The file that ships."""
+        return self.folder / self.ships
+
+
+class Hop(BaseModel):
+    """Parity of two neighbours in the chain."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reference: str
+    candidate: str
+    passed: bool
+    max_abs: float
+    mean_abs: float
+    max_rel: float
+    mean_rel: float
+    top1_agreement: float | None
+    worst_feed: str
+    feeds: int
+
+
+class Validated(Artifact):
+    """The verdict on the shipped file, with every figure that it rests on."""
+
+    verdict: Verdict
+    hops: tuple[Hop, ...]
+    dense_accuracy: float
+    accuracy: float
+    accuracy_drop_points: float
+    dense_latency_ms: float
+    latency_ms: float
+    latency_p95_ms: float
+    latency_p99_ms: float
+    latency_ratio: float
+    latency_ratio_low: float
+    latency_ratio_high: float
+    threads: int
+    dense_bytes: int
+    bytes: int
+    dense_load_ms: float
+    load_ms: float

@@ -1,0 +1,227 @@
+"""Versions on disk: built under a temporary name, sealed complete, read-only ever after; `current` moves atomically.
+
+    artifacts/resnet50/
+      .lock                 held while a version is being built
+      .partial/             the version being built; a killed run leaves it, the next one goes on from it
+      v0001/ v0002/ ...     complete versions
+      current -> v0002      the newest version whose gate has passed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import filelock
+
+from pipeline.errors import StoreError, VersionError, nearest
+
+PARTIAL = ".partial"
+CURRENT = "current"
+_VERSION = re.compile(r"v\d{4,}")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Every regular file below `folder`, relative POSIX name -> path, sorted.
+
+    Raises StoreError on a symbolic link: a version holds plain files only, so that nothing can point outside it.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise StoreError(f"{path} is a link; a version holds plain files only.", "Delete it, then run again.")
+        if path.is_file():
+            found[path.relative_to(folder).as_posix()] = path
+    return found
+
+
+def versions(folder: Path) -> list[Path]:
+    """The complete versions of one model, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if _VERSION.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+    return sorted(found, key=lambda p: int(p.name[1:]))
+
+
+def models(artifacts: Path) -> list[Path]:
+    """The model folders below `artifacts`, by name."""
+    if not artifacts.is_dir():
+        return []
+    return sorted(p for p in artifacts.iterdir() if p.is_dir() and (versions(p) or (p / PARTIAL).is_dir()))
+
+
+def resolve(artifacts: Path, name: str) -> Path:
+    """The folder of `MODEL`, `MODEL/current` or `MODEL/vNNNN`; a bare model means its newest version.
+
+    Raises VersionError when there is none, naming the near ones.
+    """
+    model, _, wanted = name.strip("/").partition("/")
+    folder = artifacts / model
+    known = versions(folder) if model not in ("", ".", "..") else []
+    if not known:
+        names = [p.name for p in models(artifacts)]
+        hint = nearest(model, names) or (f"There are: {', '.join(names)}." if names else "Run `leanort deploy` first.")
+        raise VersionError(f"There is no version of {model!r} in {artifacts}.", hint)
+    if not wanted:
+        return known[-1]
+    if wanted == CURRENT:
+        target = current(folder)
+        if target is None:
+            raise VersionError(f"No version of {model!r} has passed its gate yet.", "See `leanort list`.")
+        return target
+    for version in known:
+        if version.name == wanted:
+            return version
+    raise VersionError(f"{model!r} has no version {wanted!r}.", f"There are: {', '.join(v.name for v in known)}.")
+
+
+def current(folder: Path) -> Path | None:
+    """The version that `current` points to, or None."""
+    link = folder / CURRENT
+    if not link.is_symlink():
+        return None
+    target = link.readlink().name
+    return next((v for v in versions(folder) if v.name == target), None)
+
+
+def point_current(folder: Path, version: Path) -> None:
+    """Move `current` to `version` in one atomic step: a reader sees the old or the new one, never neither."""
+    spare = folder / f".{CURRENT}.{os.getpid()}"
+    spare.unlink(missing_ok=True)
+    spare.symlink_to(version.name, target_is_directory=True)
+    spare.replace(folder / CURRENT)
+    _sync(folder)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the model's lock: one run builds at a time; `waiting` is called once if another run holds it.
+
+    The operating system frees the lock of a killed run. Raises StoreError when the folder cannot be written.
+    """
+    created = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        _remove_empty(created)
+        raise _disk_error(error, folder) from None
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        waiting()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+        if not any(p.name != ".lock" for p in folder.iterdir()):
+            (folder / ".lock").unlink(missing_ok=True)
+            _remove_empty(created)
+
+
+def open_partial(folder: Path) -> Path:
+    """The folder of the version being built; what a killed run left in it stays."""
+    partial = folder / PARTIAL
+    partial.mkdir(exist_ok=True)
+    return partial
+
+
+def link(source: Path, target: Path) -> None:
+    """Make the file `target` the same bytes as `source`: a hard link, or a copy where the file system has none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, target)
+
+
+def seal(folder: Path, partial: Path) -> Path:
+    """Turn a finished partial into the next version: files on disk, renamed in one step, then read-only."""
+    known = versions(folder)
+    final = folder / f"v{int(known[-1].name[1:]) + 1 if known else 1:04d}"
+    for path in files_in(partial).values():
+        _sync(path)
+        path.chmod(0o444)
+    for directory in [p for p in partial.rglob("*") if p.is_dir()]:
+        _sync(directory)
+        directory.chmod(0o555)
+    partial.rename(final)
+    final.chmod(0o555)
+    _sync(folder)
+    return final
+
+
+def remove(folder: Path) -> None:
+    """Delete a tree, read-only or not."""
+    if not folder.exists():
+        return
+    for directory in [folder, *(p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink())]:
+        directory.chmod(directory.stat().st_mode | stat.S_IRWXU)
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk makes libraries raise into one clear StoreError.
+
+    Writers in other languages report a full disk as their own exception, so the free space itself is asked.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise _disk_error(error, folder) from None
+    except Exception as error:
+        if "No space left on device" in str(error) or shutil.disk_usage(folder).free < 1 << 16:
+            raise _disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), folder) from None
+        raise
+
+
+_DISK = {
+    errno.ENOSPC: ("is full", "Free some space or choose another folder with --out, then run the same command again."),
+    errno.EDQUOT: ("is over its quota", "Free some space or choose another folder with --out."),
+    errno.EROFS: ("is read-only", "Choose a folder that can be written with --out."),
+    errno.EACCES: ("may not be written by this user", "Choose a folder that can be written with --out."),
+    errno.EPERM: ("may not be written by this user", "Choose a folder that can be written with --out."),
+    errno.ENOTDIR: ("is not a folder", "Choose another folder with --out."),
+    errno.EEXIST: ("is not a folder", "Choose another folder with --out."),
+}
+
+
+def _disk_error(error: OSError, folder: Path) -> StoreError:
+    what, hint = _DISK.get(error.errno or 0, (f"cannot be written: {error.strerror}", "Choose another one with --out."))
+    return StoreError(f"The artifacts folder {folder} {what}.", hint)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:  # innermost first
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
