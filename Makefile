@@ -21,5 +21,29 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
 	@touch $@
 
+# ---- the product -------------------------------------------------------------------------------------------------
+DEPLOY := $(BIN)/leanort deploy $(MODEL) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(DATA),--data $(DATA)) \
+	$(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(RATIO),--ratio $(RATIO)) $(ARGS)
+
+deploy: $(STAMP) ## MODEL=resnet50 [DATA= WEIGHTS= RATIO= RECIPE= ARGS=]: the whole chain, into artifacts/
+	$(DEPLOY)
+
+plan: $(STAMP) ## MODEL=resnet50 [...]: what deploy would do, and which channels can go
+	$(subst leanort deploy,leanort plan,$(DEPLOY))
+
+# ---- the project -------------------------------------------------------------------------------------------------
+test: $(STAMP) ## all tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(STAMP) ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## let ruff write the format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 clean: ## remove caches (never artifacts/)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
