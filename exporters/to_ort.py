@@ -1,0 +1,122 @@
+"""The graph optimisations of onnxruntime, done once and kept in a file.
+
+"basic" leaves standard ONNX; "extended" adds fused operators that any onnxruntime runs on any CPU; "all" adds the
+blocked memory layout of this host's CPU, so the file is fast, or runs at all, only where it was made.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+import onnx
+import onnxruntime as ort
+from pydantic import BaseModel, ConfigDict
+
+from exporters import host
+from exporters.atomic import staged
+from exporters.errors import ExportError, first_line
+from exporters.summary import OnnxSummary, describe, domains, read_graph
+
+Level = Literal["basic", "extended", "all"]
+
+LEVELS: dict[Level, ort.GraphOptimizationLevel] = {
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+
+class OptimizedFile(BaseModel):
+    """An optimised model: where it lies, what was done to it by what, and where it may run.
+
+    `portable` is False for a file that is fast, or runs at all, only on CPUs with the vector extension `isa`.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    level: Level
+    portable: bool
+    isa: str
+    onnxruntime: str
+    operators_before: dict[str, int]
+    operators_after: dict[str, int]
+    summary: OnnxSummary
+    seconds: float
+
+
+def optimize(src: Path, dst: Path, *, level: Level, threads: int) -> OptimizedFile:
+    """Write the ONNX model `src` to `dst` as onnxruntime optimises it for the CPU, whole or not at all.
+
+    The source's metadata is kept, and `onnxruntime.version`, `onnxruntime.level` and, when not portable,
+    `onnxruntime.isa` are added. External weights stay external, in `<dst>.data`. The written file is loaded once to see
+    that it can be.
+
+    Raises ExportError when `src` is no ONNX model or onnxruntime cannot load or write it.
+    """
+    start = time.perf_counter()
+    src, dst = Path(src), Path(dst)
+    before = describe(src)
+    portable = level != "all"
+    tags = {"onnxruntime.version": ort.__version__, "onnxruntime.level": level}
+    if not portable:
+        tags["onnxruntime.isa"] = host.isa()
+    with staged(dst) as folder:
+        part = folder / dst.name
+        options = session_options(threads)
+        options.graph_optimization_level = LEVELS[level]
+        options.optimized_model_filepath = str(part)
+        if before.external_files:
+            options.add_session_config_entry(
+                "session.optimized_model_external_initializers_file_name", f"{dst.name}.data"
+            )
+        load(src, options)
+        _tag(part, {**before.metadata, **tags})
+        load(part, session_options(threads))
+    if not before.external_files:
+        (dst.parent / f"{dst.name}.data").unlink(missing_ok=True)
+    after = describe(dst)
+    return OptimizedFile(
+        path=dst,
+        level=level,
+        portable=portable,
+        isa=host.isa(),
+        onnxruntime=ort.__version__,
+        operators_before=before.operators,
+        operators_after=after.operators,
+        summary=after,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """Options for a quiet session with `threads` threads inside an operator and one operator at a time."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only; they arrive as exceptions too
+    return options
+
+
+def load(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A CPU session of the model at `path`. Raises ExportError with onnxruntime's reason when it cannot load it."""
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exception classes share no base of their own
+        raise ExportError(
+            f"onnxruntime {ort.__version__} cannot load {path.name}: {first_line(error)}",
+            "Export with a lower opset, or install a newer onnxruntime.",
+        ) from error
+
+
+def _tag(path: Path, metadata: dict[str, str]) -> None:
+    """Set the file's metadata, and drop the operator domains that onnxruntime declares without using them."""
+    model = read_graph(path)
+    used = domains(model) | {""}
+    kept = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    onnx.helper.set_model_props(model, metadata)
+    path.write_bytes(model.SerializeToString(deterministic=True))
