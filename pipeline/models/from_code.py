@@ -1,0 +1,116 @@
+"""Models from the user's own code: `path/to/file.py:callable`, `package.module:callable`, or objects given directly."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from pipeline.errors import ModelError, UserError, nearest
+from pipeline.models.source import Origin, Size, accepted, file_hash, image_input, source_text
+
+
+def origin_of_object(model: nn.Module, input_size: Size | None) -> Origin:
+    """Describe a module given as an object; later changes to it are not seen."""
+    kept = copy.deepcopy(model)
+    return Origin(lambda: copy.deepcopy(kept), image_input(input_size), type(model).__qualname__, weigh_values=True)
+
+
+def origin_of_callable(
+    call: Callable[..., nn.Module], spec: str, num_classes: int | None, input_size: Size | None, identity: str = ""
+) -> Origin:
+    """Describe what `call` returns; it is given `num_classes` and `input_size` if it takes arguments of these names."""
+    arguments = accepted(call, num_classes=num_classes, input_size=input_size)
+
+    def make() -> nn.Module:
+        with user_code(spec, ModelError):
+            return call(**arguments)
+
+    return Origin(make, image_input(input_size), identity or source_text(call), weigh_values=True)
+
+
+def origin_of_spec(spec: str, num_classes: int | None, input_size: Size | None) -> Origin:
+    """Describe the model behind `file.py:callable` or `package.module:callable`."""
+    call, identity = load_callable(spec, ModelError)
+    return origin_of_callable(call, spec, num_classes, input_size, identity)
+
+
+def load_callable(spec: str, error: type[UserError]) -> tuple[Callable[..., Any], str]:
+    """Import the callable that `file.py:callable` or `package.module:callable` names, with a hash of its file.
+
+    Raises `error` if the file, the module or the name is missing, or if importing it fails.
+    """
+    place, _, name = spec.rpartition(":")
+    module = _module_from_file(place, spec, error) if place.endswith(".py") else _module(place, spec, error)
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        offered = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise error(
+            f"{place} has no callable named {name!r}.",
+            nearest(name, offered) or f"It offers: {', '.join(offered[:10]) or 'none'}.",
+        )
+    file = inspect.getsourcefile(found) if inspect.isclass(found) or inspect.isfunction(found) else None
+    return found, file_hash(Path(file or place)) if Path(file or place).is_file() else spec
+
+
+def _module_from_file(place: str, spec: str, error: type[UserError]) -> ModuleType:
+    path = Path(place).expanduser().resolve()
+    if not path.is_file():
+        raise error(f"{place}: no such file.", "Give the path of a Python file, then a colon and the callable.")
+    # One name per path: reading the file again, after an edit, replaces the earlier module.
+    name = f"leanort_user_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    loader = importlib.util.spec_from_file_location(name, path)
+    if loader is None or loader.loader is None:
+        raise error(f"{place} cannot be imported.", "Give the path of a Python file.")
+    module = importlib.util.module_from_spec(loader)
+    sys.modules[name] = module  # dataclasses and typing look their own module up
+    sys.path.insert(0, str(path.parent))  # as `python file.py` does, so that it can import its neighbours
+    try:
+        with user_code(spec, error):
+            loader.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _module(place: str, spec: str, error: type[UserError]) -> ModuleType:
+    try:
+        with user_code(spec, error):
+            return importlib.import_module(place)
+    except error as failure:
+        if isinstance(failure.__cause__, ModuleNotFoundError):
+            hint = "Is it installed in this environment? A file is given as path/to/file.py:callable."
+            raise error(f"There is no Python module named {failure.__cause__.name!r}.", hint) from failure.__cause__
+        raise
+
+
+@contextmanager
+def user_code(spec: str, error: type[UserError]) -> Iterator[None]:
+    """Turn an exception in the user's code into one line with its place; the traceback stays as the cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as failure:
+        last = traceback.extract_tb(failure.__traceback__)[-1]
+        place = f"{Path(last.filename).name}, line {last.lineno}"
+        reason = (str(failure).splitlines() or [""])[0]
+        raise error(
+            f"{spec} failed: {type(failure).__name__}: {reason} ({place})", "Correct the code there."
+        ) from failure
