@@ -1,0 +1,386 @@
+"""What a version says to people and to CI: report.html, report.md, junit.xml and verdict.json.
+
+The HTML page is one file that needs no network and no script; its plots are inline SVG whose geometry is made here and
+drawn in templates/. Figures are rounded here and nowhere else, so that the page and the Markdown show the same ones.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pipeline.artifacts import Artifact, Baseline, Optimized, Pruned, Shrunk, Validated, WidthChange
+from pipeline.manifest import Manifest
+
+HTML, MARKDOWN, JUNIT, VERDICT = "report.html", "report.md", "junit.xml", "verdict.json"
+HISTORY = "history.csv"
+
+_SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
+_MINUS = "\N{MINUS SIGN}"
+_KINDS = {
+    "channel": "Channels",
+    "neuron": "Feed-forward neurons",
+    "head": "Attention heads",
+    "head_position": "Positions inside attention heads",
+    "residual": "Residual streams",
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One layer: two lengths as shares (0..1) of the chart's full scale, and what they stand for in words."""
+
+    name: str
+    before: float
+    after: float
+    figures: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One bar per layer, in the order of the model."""
+
+    title: str
+    top: str
+    bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity over the epochs; points are (x, y) in percent of the plot, y downwards as in SVG."""
+
+    title: str
+    points: tuple[tuple[float, float], ...]
+    y_labels: tuple[str, str, str]
+    x_labels: tuple[str, str]
+    last: str
+
+
+def write(folder: Path, manifest: Manifest, artifacts: Sequence[Artifact]) -> None:
+    """Write report.html, report.md, junit.xml and verdict.json into `folder`.
+
+    `artifacts` holds one artifact of every stage; a fine-tuning history is read from its own folder where there is one.
+    """
+    context = _context(manifest, artifacts)
+    texts = {
+        HTML: _page().get_template("report.html.j2").render(context),
+        MARKDOWN: markdown_summary(manifest, artifacts),
+        JUNIT: _junit(manifest, context["validated"]),
+        VERDICT: _verdict(manifest, context["validated"]),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def markdown_summary(manifest: Manifest, artifacts: Sequence[Artifact]) -> str:
+    """The report in a few lines of GitHub Markdown, to paste into a pull request."""
+    return _markdown().get_template("report.md.j2").render(_context(manifest, artifacts))
+
+
+def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any]:
+    """Everything that the templates show: each artifact under its type's name in lower case, and what is made of it."""
+    named: dict[str, Any] = {type(artifact).__name__.lower(): artifact for artifact in artifacts}
+    shrunk, optimized, finetuned = named["shrunk"], named["optimized"], named["finetuned"]
+    shipped = next(file for file in optimized.candidates if file.file == optimized.ships)
+    return named | {
+        "manifest": manifest,
+        "summary": _summary(named["baseline"], shrunk, named["validated"]),
+        "shipped": shipped,
+        "shipped_sha256": _shipped_sha256(manifest, optimized),
+        "widths": _widths(shrunk.widths),
+        "sparsity": _sparsity(named["pruned"]),
+        "operators": _operators(shipped.operators_before, shipped.operators_after),
+        "curves": _curves(finetuned.folder / HISTORY),
+        "seconds": sum(record.seconds for record in manifest.stages if record.stage not in manifest.reused),
+    }
+
+
+# --- Words ------------------------------------------------------------------------------------------------------------
+
+
+def _summary(dense: Baseline, shrunk: Shrunk, checked: Validated) -> str:
+    """The outcome in one sentence; a difference in speed is claimed only where the interval excludes 1."""
+    if checked.latency_ratio_high < 1:
+        speed = f"{significant(1 / checked.latency_ratio, 2)}× as fast as the dense model"
+    elif checked.latency_ratio_low > 1:
+        speed = f"slower than the dense model ({ratio(checked.latency_ratio)} of its latency)"
+    else:
+        speed = "no measurable difference in speed from the dense model"
+    words = [speed, f"{ratio(checked.bytes, checked.dense_bytes)} of its file size"]
+    if shrunk.params_after != dense.params:
+        words.append(f"{ratio(shrunk.params_after, dense.params)} of its parameters")
+    words.append(f"{points(-checked.accuracy_drop_points)} of accuracy")
+    return f"{words[0][0].upper()}{', '.join(words)[1:]}."
+
+
+def _shipped_sha256(manifest: Manifest, optimized: Optimized) -> str:
+    """Digest of the file that ships; "" where the manifest does not list it."""
+    files = (record.files.get(optimized.ships) for record in manifest.stages if record.stage.endswith("optimize"))
+    return next((file.sha256 for file in files if file is not None), "")
+
+
+def _operators(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[tuple[str, int, int], ...]:
+    """(operator, nodes before, nodes after), the most frequent first."""
+    names = sorted({*before, *after}, key=lambda name: (-before.get(name, 0), -after.get(name, 0), name))
+    return tuple((name, before.get(name, 0), after.get(name, 0)) for name in names)
+
+
+# --- Plots ------------------------------------------------------------------------------------------------------------
+
+
+def _widths(changes: Iterable[WidthChange]) -> tuple[Bars, ...]:
+    """One chart per kind of group, since heads and channels share no scale."""
+    kinds: dict[str, list[WidthChange]] = {}
+    for change in changes:
+        kinds.setdefault(change.kind, []).append(change)
+    charts = []
+    for kind, members in kinds.items():
+        top = max(1, *(member.before for member in members))
+        bars = tuple(
+            Bar(
+                name=member.cluster,
+                before=member.before / top,
+                after=member.after / top,
+                figures=f"{grouped(member.before)} → {grouped(member.after)}",
+                note=f"{percent(member.after / member.before)} stay" if member.before else "",
+            )
+            for member in members
+        )
+        charts.append(Bars(_KINDS.get(kind, kind), grouped(top), bars))
+    return tuple(charts)
+
+
+def _sparsity(pruned: Pruned) -> Bars:
+    """Share of zero weights per parameter, in the order of the model."""
+    bars = tuple(
+        Bar(
+            name=layer.parameter,
+            before=1.0,
+            after=layer.ratio,
+            figures=percent(layer.ratio),
+            note=f"{grouped(layer.zeros)} of {grouped(layer.weights)} weights, "
+            f"{grouped(layer.channels_cut)} of {grouped(layer.channels)} channels",
+        )
+        for layer in pruned.layers
+        if layer.weights
+    )
+    return Bars("Sparsity per parameter", percent(1.0), bars)
+
+
+def _curves(history: Path) -> tuple[Curve, ...]:
+    """A curve for every loss and accuracy column of the fine-tuning history that has at least two points."""
+    if not history.is_file():
+        return ()
+    with history.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in (rows[0] if rows else {}) if name and ("loss" in name or "accuracy" in name)]
+    drawn = (_curve(name, [(_number(row.get("epoch")), _number(row.get(name))) for row in rows]) for name in names)
+    return tuple(curve for curve in drawn if curve is not None)
+
+
+def _curve(name: str, measured: Iterable[tuple[float, float]]) -> Curve | None:
+    """None where there are fewer than two finite points: one point is no curve."""
+    known = sorted((x, y) for x, y in measured if math.isfinite(x) and math.isfinite(y))
+    if len({x for x, _ in known}) < 2:
+        return None
+    first, last = known[0][0], known[-1][0]
+    low, high = _axis(min(y for _, y in known), max(y for _, y in known))
+    show: Callable[[float], str] = percent if "accuracy" in name else significant
+    return Curve(
+        title=name.replace("_", " ").capitalize(),
+        points=tuple(
+            (round(100 * (x - first) / (last - first), 2), round(100 * (high - y) / (high - low), 2)) for x, y in known
+        ),
+        y_labels=(show(high), show((low + high) / 2), show(low)),
+        x_labels=(f"epoch {first:g}", f"epoch {last:g}"),
+        last=show(known[-1][1]),
+    )
+
+
+def _axis(low: float, high: float) -> tuple[float, float]:
+    """`low` and `high` rounded outwards to the leading digit of their distance; never the same number."""
+    span = high - low or abs(high) or 1.0
+    step = 10.0 ** math.floor(math.log10(span))
+    bottom, top = math.floor(low / step) * step, math.ceil(high / step) * step
+    return (bottom, top) if top > bottom else (bottom - step, top + step)
+
+
+def _number(text: str | None) -> float:
+    """The number in a cell; NaN where the cell is empty or holds something else."""
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """`value` with `digits` significant digits, never in exponent form between 0.001 and a million."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else f"{_MINUS if value < 0 else ''}∞"
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}".replace("-", _MINUS, 1) if value < 0 else f"{value:.{digits - 1}e}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{decimals}f}".replace(",", _SPACE).replace("-", _MINUS)
+
+
+def percent(share: float | None) -> str:
+    """A share in 0..1 as percent; what is not quite nothing or everything never reads as 0.0 % or 100.0 %."""
+    if share is None:
+        return "–"
+    if not math.isfinite(share):
+        return significant(share)
+    if 0 < share < 0.0005:
+        return f"< 0.1{_SPACE}%"
+    if 0.9995 <= share < 1:
+        return f"> 99.9{_SPACE}%"
+    return f"{100 * share:.1f}{_SPACE}%".replace("-", _MINUS)
+
+
+def points(change: float) -> str:
+    """A signed change of a percentage, in points."""
+    if not math.isfinite(change):
+        return significant(change)
+    sign = "±" if abs(change) < 0.05 else "+" if change > 0 else _MINUS
+    return f"{sign}{abs(change):.1f}{_SPACE}points"
+
+
+def milliseconds(value: float) -> str:
+    """A latency in milliseconds."""
+    return f"{significant(value)}{_SPACE}ms"
+
+
+def size(count: int) -> str:
+    """A file size; 1 MB is a million bytes."""
+    return _scaled(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "B")
+
+
+def amount(count: int) -> str:
+    """A number of parameters or MACs, with the SI prefix as its unit."""
+    return _scaled(count, (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)), "").strip()
+
+
+def _scaled(count: int, units: Sequence[tuple[str, float]], smallest: str) -> str:
+    # 999 950 is 1.00 M, not 1 000 k: the unit is chosen after rounding.
+    rounded = float(f"{count:.2e}")
+    for unit, factor in units:
+        if rounded >= factor:
+            return f"{significant(count / factor)}{_SPACE}{unit}"
+    return f"{count}{_SPACE}{smallest}"
+
+
+def grouped(count: int) -> str:
+    """An exact count with its thousands apart."""
+    return f"{count:,}".replace(",", _SPACE)
+
+
+def ratio(part: float, whole: float = 1.0) -> str:
+    """Three digits of `part` over `whole`; "–" where there is no whole."""
+    return significant(part / whole) if whole else "–"
+
+
+def error(value: float) -> str:
+    """A numerical difference, in exponent form."""
+    return f"{value:.1e}" if math.isfinite(value) and value else significant(value)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as a person would say it."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}{_SPACE}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}{_SPACE}s"
+    if whole < 3600:
+        return f"{whole // 60}{_SPACE}min {whole % 60}{_SPACE}s"
+    return f"{whole // 3600}{_SPACE}h {whole % 3600 // 60}{_SPACE}min"
+
+
+_FILTERS: Mapping[str, Callable[..., str]] = {
+    made.__name__: made
+    for made in (significant, percent, points, milliseconds, size, amount, grouped, ratio, error, duration)
+}
+
+
+# --- Templates --------------------------------------------------------------------------------------------------------
+
+
+def _page() -> Environment:
+    return _environment(autoescape=True)
+
+
+def _markdown() -> Environment:
+    # Autoescape would write HTML entities; whatever a template inserts is escaped for Markdown instead.
+    return _environment(autoescape=False, finalize=_escape_markdown)
+
+
+def _environment(**options: Any) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("pipeline"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options
+    )
+    environment.filters.update(_FILTERS)
+    return environment
+
+
+def _escape_markdown(value: object) -> str:
+    """Text that GitHub shows as it is: no markup, no HTML, no table borders, nobody notified."""
+    text = re.sub(r"\s*\n\s*", " ", str(value))
+    text = re.sub(r"([\\`*\[\]<>|~&])|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+    return text.replace("@", "&#64;")
+
+
+# --- For machines -----------------------------------------------------------------------------------------------------
+
+
+def _verdict(manifest: Manifest, checked: Validated) -> str:
+    """The verdict as JSON; a figure that is not finite becomes null, which every parser can read."""
+    verdict = json.loads(checked.model_dump_json(include={"verdict"}))["verdict"]
+    return json.dumps({"model": manifest.model, "version": manifest.version, **verdict}, indent=2) + "\n"
+
+
+def _junit(manifest: Manifest, checked: Validated) -> str:
+    """JUnit XML: one test case per check.
+
+    An unmet limit is a failure and an undecided one an error; an unmet warning passes, its reason in the output, so
+    that CI is red exactly where the verdict is not a pass.
+    """
+    suite = ElementTree.Element("testsuite", name=f"leanort {manifest.model} {manifest.version}")
+    counts = {"tests": 0, "failures": 0, "errors": 0}
+    for check in checked.verdict.checks:
+        case = ElementTree.SubElement(suite, "testcase", classname=f"leanort.{manifest.model}", name=check.name)
+        counts["tests"] += 1
+        if check.status == "pass":
+            continue
+        if check.level == "warn":
+            tag = "system-out"
+        else:
+            tag = "failure" if check.status == "fail" else "error"
+            counts[f"{tag}s"] += 1
+        ElementTree.SubElement(case, tag, {} if tag == "system-out" else {"message": check.reason}).text = check.reason
+    suite.attrib |= {name: str(count) for name, count in counts.items()}
+    suite.set("timestamp", manifest.created.isoformat(timespec="seconds"))
+    for element in suite.iter():
+        element.attrib.update({name: _xml_text(value) for name, value in element.attrib.items()})
+        element.text = _xml_text(element.text) if element.text else None
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _xml_text(text: str) -> str:
+    """`text` without the characters that XML 1.0 cannot hold at all (section 2.2), such as NUL."""
+    return re.sub(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]", "\N{REPLACEMENT CHARACTER}", text)
