@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from validators import AccuracyReport, ValidationError, compare_accuracy, evaluate
+
+
+def onehot_runner(function_runner, wrong=(), name="model"):
+    """Predicts the class that the input's first feature holds, except class 0 for the sample numbers in `wrong`."""
+
+    def infer(x):
+        logits = np.zeros((len(x), 4), np.float32)
+        logits[np.arange(len(x)), x[:, 0].astype(int)] = 1
+        for row, sample in enumerate(x[:, 1].astype(int)):
+            if sample in wrong:
+                logits[row] = [9, 0, 0, 0]
+        return logits
+
+    return function_runner(infer, name)
+
+
+@pytest.fixture
+def samples():
+    """12 samples of classes 1, 2, 3 in turn, in batches of 5."""
+    y = np.arange(12) % 3 + 1
+    x = np.stack([y, np.arange(12), np.zeros(12)], 1).astype(np.float32)
+    return [(x[i : i + 5], y[i : i + 5]) for i in range(0, 12, 5)]
+
+
+def test_accuracy_is_counted_per_class_over_uneven_batches(function_runner, samples):
+    report = evaluate(onehot_runner(function_runner, wrong=(0, 3, 11)), samples)
+    assert (report.samples, report.top1) == (12, 0.75)
+    assert {c: (n.samples, n.correct) for c, n in report.per_class.items()} == {1: (4, 2), 2: (4, 4), 3: (4, 3)}
+    assert report.predictions[:4] == (0, 2, 3, 0)
+    assert AccuracyReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_nan_logits_are_never_right(function_runner):
+    x = np.zeros((2, 3), np.float32)
+    report = evaluate(function_runner(lambda x: np.full((len(x), 2), np.nan, np.float32)), [(x, np.array([0, 0]))])
+    assert (report.top1, report.predictions) == (0.0, (-1, -1))
+
+
+def test_what_cannot_be_evaluated_is_refused(function_runner, samples):
+    runner = onehot_runner(function_runner)
+    x, y = samples[0]
+    with pytest.raises(ValidationError, match="no samples"):
+        evaluate(runner, [])
+    with pytest.raises(ValidationError, match="Labels 1 to 9, but the model has 4 classes"):
+        evaluate(runner, [(x, np.where(y == 3, 9, y))])
+    with pytest.raises(ValidationError, match="do not fit labels"):
+        evaluate(runner, [(x, y[:-1])])
+    with pytest.raises(ValidationError, match="has no output logits"):
+        evaluate(runner, samples, output="logits")
+
+
+def test_a_drop_counts_lost_minus_gained_and_names_the_flipped_samples(function_runner, samples):
+    dense = evaluate(onehot_runner(function_runner, wrong=(0,)), samples)
+    shipped = evaluate(onehot_runner(function_runner, wrong=(4, 7, 8)), samples)
+    result = compare_accuracy(dense, shipped, seed=0)
+    assert (result.lost, result.gained) == (3, 1)
+    assert result.drop.value == pytest.approx(100 * 2 / 12)
+    assert [flip.sample for flip in result.flipped] == [0, 4, 7, 8]
+    assert (result.flipped[1].label, result.flipped[1].dense, result.flipped[1].shipped) == (2, 2, 0)
+    assert result.p_value == pytest.approx(stats.binomtest(3, 4).pvalue)
+    assert result.drop.low < result.drop.value < result.drop.high
+
+
+def test_the_interval_is_that_of_a_bootstrap_over_samples():
+    n, lost, gained = 400, 30, 10
+    labels = (1,) * n
+    base = {"runner": "r", "samples": n, "top1": 0.0, "per_class": {}, "labels": labels}
+    dense = AccuracyReport(**base, predictions=(1,) * lost + (0,) * gained + (1,) * (n - lost - gained))
+    shipped = AccuracyReport(**base, predictions=(0,) * lost + (1,) * gained + (1,) * (n - lost - gained))
+    drop = compare_accuracy(dense, shipped, seed=0).drop
+    difference = np.array([1] * lost + [-1] * gained + [0] * (n - lost - gained))
+    wanted = stats.bootstrap((difference,), np.mean, method="percentile", n_resamples=9999, rng=0)
+    low, high = wanted.confidence_interval
+    assert drop.low == pytest.approx(100 * low, abs=0.3)
+    assert drop.high == pytest.approx(100 * high, abs=0.3)
+
+
+def test_equal_models_have_no_drop(function_runner, samples):
+    report = evaluate(onehot_runner(function_runner), samples)
+    result = compare_accuracy(report, report, seed=0)
+    assert (result.drop.value, result.drop.low, result.drop.high, result.p_value) == (0, 0, 0, 1)
+
+
+def test_different_samples_are_not_compared(function_runner, samples):
+    runner = onehot_runner(function_runner)
+    with pytest.raises(ValidationError, match="different samples"):
+        compare_accuracy(evaluate(runner, samples), evaluate(runner, samples[::-1]), seed=0)

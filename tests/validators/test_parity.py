@@ -1,0 +1,183 @@
+import numpy as np
+import pytest
+import torch
+
+from validators import (
+    Feed,
+    OrtRunner,
+    ParityReport,
+    TorchRunner,
+    ValidationError,
+    compare,
+    compare_arrays,
+    compare_chain,
+    edge_feeds,
+    random_feeds,
+)
+
+F32 = np.float32
+
+
+@pytest.fixture
+def feeds():
+    return [Feed(f"feed {n}", {"input": np.full((n, 3), n, F32)}) for n in (1, 2)]
+
+
+def arrays(reference, candidate, atol=1e-5, rtol=0.0):
+    return compare_arrays(np.asarray(reference), np.asarray(candidate), atol=atol, rtol=rtol)
+
+
+def test_onnxruntime_agrees_with_torch(linear_onnx, linear_torch):
+    reference = TorchRunner(linear_torch, example=(torch.zeros(1, 3),), threads=1)
+    candidate = OrtRunner(linear_onnx(), threads=1)
+    inputs = candidate.inputs
+    report = compare(reference, candidate, random_feeds(inputs, seed=0) + edge_feeds(inputs, seed=0), atol=1e-6, rtol=0)
+    assert report.passed, report.reasons
+    assert len(report.outputs) == 9
+    assert report.top1 == 1
+    assert report.max_scaled < 1e-6
+    assert ParityReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_one_wrong_weight_is_found_and_the_worst_feed_named(linear_onnx, weight):
+    wrong = weight.copy()
+    wrong[1, 2] += 0.01
+    good, bad = OrtRunner(linear_onnx(), threads=1), OrtRunner(linear_onnx("bad.onnx", wrong), threads=1)
+    x = np.zeros((2, 3), F32)
+    feeds = [Feed("blind", {"input": x}), Feed("small", {"input": x + 0.01}), Feed("large", {"input": x + 5})]
+    report = compare(good, bad, feeds, atol=1e-5, rtol=0)
+    assert not report.passed
+    assert report.worst.feed == "large"
+    assert report.worst.max_abs == pytest.approx(0.05, rel=1e-4)
+    assert [entry.passed for entry in report.outputs] == [True, False, False]
+    assert "large: output: 2 of 8 elements differ" in report.reasons[-1]
+
+
+@pytest.mark.parametrize(("error", "passed"), [(0.9e-5, True), (1.1e-5, False)])
+def test_below_one_atol_is_absolute(error, passed):
+    assert arrays([0.25, 0.5], [0.25 + error, 0.5]).passed is passed
+
+
+@pytest.mark.parametrize(("error", "passed"), [(0.9e-3, True), (1.1e-3, False)])
+def test_above_one_atol_grows_with_the_largest_element(error, passed):
+    result = arrays([0.0, -100.0], [error, -100.0])
+    assert result.passed is passed
+    assert result.tolerance == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(("error", "passed"), [(0.9, True), (1.1, False)])
+def test_rtol_adds_a_share_of_each_element(error, passed):
+    assert arrays([1.0, 100.0], [1.0, 100.0 + error], atol=0.0, rtol=0.01).passed is passed
+    assert not arrays([1.0, 100.0], [1.0 + error, 100.0], atol=0.0, rtol=0.01).passed
+
+
+def test_figures_are_what_they_say():
+    result = arrays(F32([[1.0, 2.0], [4.0, 0.0]]), F32([[1.5, 2.0], [3.0, 0.0]]), atol=1.0)
+    assert (result.max_abs, result.mean_abs) == (1.0, 0.375)
+    assert result.max_rel == 0.5
+    assert result.mean_rel == pytest.approx((0.5 + 0 + 0.25) / 3)
+    assert result.scale == 4.0
+    assert result.top1 == 1.0
+    a, b = np.array([1, 2, 4, 0]), np.array([1.5, 2, 3, 0])
+    assert result.cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_top1_counts_the_rows_that_agree():
+    reference = F32([[1, 0], [1, 0], [0, 1], [0, 1]])
+    assert arrays(reference, reference[[0, 2, 2, 3]], atol=2.0).top1 == 0.75
+    assert arrays(reference.reshape(2, 2, 2), reference.reshape(2, 2, 2)).top1 is None
+
+
+def test_ulps_count_the_numbers_in_between_across_zero_too():
+    one = F32(1)
+    tiny = np.nextafter(F32(0), one)
+    result = arrays(
+        F32([1, 1, -1, -tiny]), F32([np.nextafter(one, F32(2)), 1, np.nextafter(-one, F32(0)), tiny]), atol=1.0
+    )
+    assert (result.ulp_p50, result.ulp_max) == (1, 2)
+    assert arrays(F32([0.0]), F32([-0.0])).ulp_max == 0
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate", "reason"),
+    [
+        (F32([1, 2]), F32([[1, 2]]), "shape"),
+        (F32([1, 2]), np.array([1.0, 2.0]), "type float64 instead of float32"),
+        (F32([1, 2]), F32([1, np.nan]), "1 NaN in the candidate"),
+        (F32([1, np.nan]), F32([1, np.nan]), "1 NaN in the reference"),
+        (F32([1, 2]), F32([1, np.inf]), "infinity"),
+        (F32([1, np.inf]), F32([1, -np.inf]), "infinity"),
+        (F32([1, np.inf]), F32([1, 2]), "infinity"),
+        (F32([np.inf]), F32([np.inf]), "no finite element"),
+        (F32([]), F32([]), "empty"),
+        (np.array([1, 2]), np.array([1, 3]), "1 of 2 elements differ"),
+        (np.array([True]), np.array([False]), "1 of 1 elements differ"),
+    ],
+)
+def test_these_fail_whatever_the_tolerance(reference, candidate, reason):
+    result = arrays(reference, candidate, atol=1e9, rtol=1e9)
+    assert not result.passed
+    assert reason in result.reason
+
+
+def test_the_same_infinity_in_both_is_equal():
+    assert arrays(F32([1, -np.inf]), F32([1, -np.inf])).passed
+
+
+def test_nothing_compared_is_a_failure(function_runner):
+    report = compare(function_runner(np.copy), function_runner(np.copy), [], atol=1, rtol=0)
+    assert (report.passed, report.reasons, report.max_abs) == (False, ("nothing was compared",), None)
+    nothing = function_runner(lambda x: {})
+    assert not compare(nothing, nothing, [Feed("f", {"input": np.ones((1, 3), F32)})], atol=1, rtol=0).passed
+
+
+def test_an_output_below_the_tolerance_in_every_feed_is_not_compared(function_runner, feeds):
+    whisper, silence = function_runner(lambda x: x * F32(1e-9)), function_runner(lambda x: x * F32(0))
+    report = compare(whisper, silence, feeds, atol=1e-5, rtol=0)
+    assert not report.passed
+    assert "tells nothing" in report.reasons[0]
+    # Agreement relative to the output's own scale does tell something, and so does one feed with a louder output.
+    assert compare(whisper, whisper, feeds, atol=1e-5, rtol=0).passed
+    louder = [*feeds, Feed("loud", {"input": np.full((1, 3), 1e9, F32)})]
+    assert not compare(whisper, silence, louder, atol=1e-5, rtol=0).passed
+
+
+def test_other_outputs_are_a_failure(function_runner, feeds):
+    a, b = function_runner(np.copy, outputs=("a",)), function_runner(np.copy, outputs=("b",))
+    report = compare(a, b, feeds, atol=1, rtol=0)
+    assert not report.passed
+    assert report.reasons[0] == "feed 1: outputs b instead of a"
+
+
+def test_a_model_that_raises_is_a_failure_of_that_feed(function_runner, feeds):
+    def only_batch_1(x):
+        if len(x) > 1:
+            raise ValueError("batch must be 1")
+        return x
+
+    report = compare(function_runner(np.copy), function_runner(only_batch_1, "narrow"), feeds, atol=1, rtol=0)
+    assert report.reasons == ("feed 2: narrow fails: batch must be 1",)
+
+
+def test_a_chain_names_the_hop_that_broke_and_runs_each_model_once_per_feed(function_runner, feeds):
+    runners = [
+        function_runner(np.copy, "folded"),
+        function_runner(np.copy, "shrunk"),
+        function_runner(lambda x: x + F32(0.1), "exported"),
+        function_runner(lambda x: x + F32(0.1), "optimised"),
+    ]
+    report = compare_chain(runners, feeds, atol=1e-3, rtol=0)
+    assert not report.passed
+    assert report.broken == "shrunk -> exported"
+    assert [hop.passed for hop in report.hops] == [True, False, True]
+    assert [runner.calls for runner in runners] == [2, 2, 2, 2]
+    assert compare_chain(runners[:2], feeds, atol=1e-3, rtol=0).broken is None
+
+
+def test_tolerances_and_models_are_checked(function_runner, feeds):
+    runner = function_runner(np.copy)
+    for atol, rtol in ((-1, 0), (np.nan, 0), (np.inf, 0), (0, -1)):
+        with pytest.raises(ValidationError, match="Tolerances"):
+            compare(runner, runner, feeds, atol=atol, rtol=rtol)
+    with pytest.raises(ValidationError, match="two models"):
+        compare_chain([runner], feeds, atol=1, rtol=0)

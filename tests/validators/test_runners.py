@@ -1,0 +1,97 @@
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from validators import OrtRunner, TorchRunner, ValidationError
+
+
+def test_both_runners_give_named_outputs(linear_onnx, linear_torch, weight):
+    x = np.ones((2, 3), np.float32)
+    for runner in (
+        OrtRunner(linear_onnx(), threads=1),
+        OrtRunner(linear_onnx(), threads=2, optimize=False),
+        TorchRunner(linear_torch, example=(torch.zeros(1, 3),), threads=1),
+    ):
+        outputs = runner.infer({"input": x})
+        assert list(outputs) == ["output"]
+        np.testing.assert_allclose(outputs["output"], x @ weight, rtol=1e-6)
+
+
+def test_onnx_inputs_are_described_with_their_dynamic_dimensions_and_numpy_types(tmp_path):
+    model = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]>
+        g (int64[batch, length] ids, float16[batch, 2] x, bool[1] mask, double[?] free) => (int64[batch, length] y)
+        { y = Identity (ids) }"""
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    specs = OrtRunner(tmp_path / "m.onnx", threads=1).inputs
+    assert [(spec.name, spec.shape, spec.dtype) for spec in specs] == [
+        ("ids", ("batch", "length"), "int64"),
+        ("x", ("batch", 2), "float16"),
+        ("mask", (1,), "bool"),
+        ("free", ("dim_0",), "float64"),
+    ]
+
+
+def test_an_exported_program_runs_at_batch_1_although_its_example_had_2(linear_torch, weight):
+    example = (torch.zeros(2, 3),)
+    program = torch.export.export(linear_torch, example, dynamic_shapes=({0: torch.export.Dim("n")},))
+    runner = TorchRunner(program, example=example, threads=1)
+    assert runner.inputs[0].shape == ("batch", 3)
+    assert runner.inputs[0].dtype == "float32"
+    for batch in (1, 3, 8):
+        assert runner.infer({"input": np.ones((batch, 3), np.float32)})["output"].shape == (batch, 4)
+
+
+def test_nested_outputs_are_flattened_and_counted():
+    class Nested(nn.Module):
+        def forward(self, x):
+            return {"a": x, "b": (x + 1, [x + 2])}
+
+    x = np.zeros((1, 3), np.float32)
+    example = (torch.zeros(1, 3),)
+    runner = TorchRunner(Nested().eval(), example=example, threads=1, output_names=("p", "q", "r"))
+    assert [float(value.max()) for value in runner.infer({"input": x}).values()] == [0, 1, 2]
+    with pytest.raises(ValidationError, match="has 3 outputs"):
+        TorchRunner(Nested().eval(), example=example, threads=1).infer({"input": x})
+
+
+def test_the_process_keeps_its_own_number_of_threads():
+    seen = []
+
+    class Look(nn.Module):
+        def forward(self, x):
+            seen.append(torch.get_num_threads())
+            return x
+
+    runner = TorchRunner(Look().eval(), example=(torch.zeros(1, 3),), threads=2)
+    runner.infer({"input": np.zeros((1, 3), np.float32)})
+    assert seen == [2]
+    assert torch.get_num_threads() == 1
+    assert runner.threads == 2
+
+
+def test_a_read_only_array_is_fed_without_a_warning(linear_torch, recwarn):
+    x = np.zeros((1, 3), np.float32)
+    x.setflags(write=False)
+    TorchRunner(linear_torch, example=(torch.zeros(1, 3),), threads=1).infer({"input": x})
+    assert not recwarn.list
+
+
+def test_what_does_not_fit_is_one_line(linear_onnx, linear_torch, tmp_path, capfd):
+    runners = OrtRunner(linear_onnx(), threads=1), TorchRunner(linear_torch, example=(torch.zeros(1, 3),), threads=1)
+    for runner in runners:
+        with pytest.raises(ValidationError, match="takes input; the feed holds x"):
+            runner.infer({"x": np.zeros((1, 3), np.float32)})
+        with pytest.raises(ValidationError, match="cannot run") as caught:
+            runner.infer({"input": np.zeros((1, 5), np.float32)})
+        assert "\n" not in str(caught.value)
+    (tmp_path / "bad.onnx").write_bytes(b"not a model")
+    with pytest.raises(ValidationError, match=r"cannot load .*bad\.onnx"):
+        OrtRunner(tmp_path / "bad.onnx", threads=1)
+    with pytest.raises(ValidationError, match="training mode"):
+        TorchRunner(linear_torch.train(), example=(torch.zeros(1, 3),), threads=1)
+    with pytest.raises(ValidationError, match="2 example tensors for 1 input names"):
+        TorchRunner(linear_torch.eval(), example=(torch.zeros(1), torch.zeros(1)), threads=1)

@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+
+from validators import Feed, StructureReport, ValidationError, measure
+
+FEED = Feed("f", {"input": np.zeros((1, 3), np.float32)})
+
+
+def test_costs_are_measured_and_external_weights_counted(linear_onnx):
+    inside = measure(linear_onnx("in.onnx"), FEED, threads=1, loads=2)
+    outside = measure(linear_onnx("out.onnx", external=True), FEED, threads=1, loads=1)
+    assert inside.bytes == inside.path.stat().st_size
+    assert outside.bytes == outside.path.stat().st_size + 3 * 4 * 4
+    assert inside.load_ms > 0
+    assert inside.cold_load_ms > 0
+    assert inside.cold_first_ms > 0
+    assert StructureReport.model_validate_json(inside.model_dump_json()) == inside
+
+
+def test_memory_is_that_of_a_fresh_process_and_grows_with_the_model(linear_onnx, monkeypatch):
+    ballast = np.ones(600 * 2**20, np.uint8)  # this process's own size must not show in the child's
+    large = np.ones((3, 8 * 2**20), np.float32)  # 96 MiB of weights
+    report = measure(linear_onnx("large.onnx", large), FEED, threads=1, loads=1)
+    assert report.idle_rss < ballast.size
+    assert report.peak_rss - report.idle_rss > large.nbytes
+
+
+def test_a_model_that_cannot_run_is_one_line(linear_onnx):
+    with pytest.raises(ValidationError, match="cannot run in a fresh process") as caught:
+        measure(linear_onnx(), Feed("f", {"input": np.zeros((1, 5), np.float32)}), threads=1, loads=1)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValidationError, match="cannot load"):
+        measure(linear_onnx().parent / "missing.onnx", FEED, threads=1)

@@ -1,0 +1,105 @@
+"""Limits on what was measured, and the verdict.
+
+A metric that is missing, or not a finite number, fails. One that comes with an interval passes when the whole interval
+is within the limit, fails when all of it is outside, and is inconclusive when the limit lies inside it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Outcome = Literal["pass", "fail", "inconclusive"]
+Operator = Literal["<=", "<", ">=", ">", "=="]
+
+_OPERATORS: dict[Operator, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    "<": operator.lt,
+    ">=": operator.ge,
+    ">": operator.gt,
+    "==": operator.eq,
+}
+
+
+class Measured(BaseModel):
+    """A value with the interval that it lies in."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float
+    low: float
+    high: float
+
+
+class Limit(BaseModel):
+    """A bound on one metric. A "warn" limit is judged and shown, but does not decide the verdict."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: str
+    operator: Operator
+    value: float
+    level: Literal["required", "warn"] = "required"
+
+
+class Check(BaseModel):
+    """One limit judged; `measured` is None when the metric was missing or not finite."""
+
+    model_config = ConfigDict(frozen=True)
+
+    limit: Limit
+    measured: Measured | None
+    outcome: Outcome
+    reason: str
+
+
+class Verdict(BaseModel):
+    """ "fail" when a required limit failed or there was none; else "inconclusive" when one was; else "pass"."""
+
+    model_config = ConfigDict(frozen=True)
+
+    outcome: Outcome
+    checks: tuple[Check, ...]
+    reasons: tuple[str, ...]
+
+
+def judge(metrics: Mapping[str, float | Measured | None], limits: Sequence[Limit]) -> Verdict:
+    """Judge `metrics` by `limits`. `reasons` holds one line for each required limit that did not pass."""
+    checks = tuple(_check(metrics.get(limit.metric), limit) for limit in limits)
+    required = [check for check in checks if check.limit.level == "required"]
+    if not required:
+        return Verdict(outcome="fail", checks=checks, reasons=("there is no required limit, so nothing was judged",))
+    outcomes = {check.outcome for check in required}
+    return Verdict(
+        outcome="fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass",
+        checks=checks,
+        reasons=tuple(check.reason for check in required if check.outcome != "pass"),
+    )
+
+
+def _check(metric: float | Measured | None, limit: Limit) -> Check:
+    bound = f"{limit.operator} {limit.value:g}"
+    if metric is None:
+        return Check(limit=limit, measured=None, outcome="fail", reason=f"{limit.metric} was not measured ({bound})")
+    if not isinstance(metric, Measured):
+        metric = Measured(value=metric, low=metric, high=metric)
+    if not all(math.isfinite(number) for number in (metric.low, metric.value, metric.high)):
+        return Check(
+            limit=limit, measured=None, outcome="fail", reason=f"{limit.metric} is not a finite number ({bound})"
+        )
+    holds = _OPERATORS[limit.operator]
+    ends = {holds(number, limit.value) for number in (metric.low, metric.value, metric.high)}
+    outcome: Outcome = "inconclusive" if len(ends) == 2 else "pass" if ends == {True} else "fail"
+    shown = f"{limit.metric} = {metric.value:.4g}"
+    if metric.low != metric.high:
+        shown += f" [{metric.low:.4g}, {metric.high:.4g}]"
+    words: dict[Outcome, str] = {
+        "pass": f"{shown} is {bound}",
+        "fail": f"{shown} is not {bound}",
+        "inconclusive": f"{shown} may or may not be {bound}",
+    }
+    return Check(limit=limit, measured=metric, outcome=outcome, reason=words[outcome])

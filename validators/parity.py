@@ -1,0 +1,267 @@
+"""Do two models compute the same?
+
+The rule, for every output tensor of every feed, element by element:
+
+    |candidate − reference| ≤ atol · max(1, max|reference|) + rtol · |reference|
+
+where max|reference| runs over the whole tensor: float32 rounding grows with the size of what is summed, not with the
+size of the one number that comes out. With rtol = 0 the first term is the whole rule. There are no default tolerances.
+
+These fail whatever the tolerance: another shape, type or set of outputs; a NaN anywhere; an infinity that is not in
+both at the same place; integers or booleans that differ; a model that raises; and a comparison that could not have
+failed, since there were no feeds, or since an output stayed below the tolerance in every feed (where all zeros would
+have passed) without agreeing to `atol` of its own scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from validators.errors import ValidationError
+from validators.feeds import Feed
+from validators.runners import Array, Runner
+
+
+class OutputParity(BaseModel):
+    """One output of one feed compared.
+
+    Errors are |candidate − reference|; relative ones are divided by |reference|, leaving out elements so small that
+    rounding at the tensor's scale alone exceeds them. `scale` is max|reference|, `tolerance` is atol · max(1, scale),
+    `telling` whether all zeros would have failed, or agreement is within atol · scale. `ulp_*` count the representable
+    numbers between the two values (median, 99th percentile, largest). `cosine` is over the flattened tensors. `top1` is
+    the share of rows with the same largest element, for 2-D outputs. What cannot be computed is None.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    feed: str
+    output: str
+    passed: bool
+    reason: str
+    shape: tuple[int, ...] | None = None
+    elements: int = 0
+    scale: float | None = None
+    tolerance: float | None = None
+    telling: bool = False
+    max_abs: float | None = None
+    mean_abs: float | None = None
+    max_rel: float | None = None
+    mean_rel: float | None = None
+    ulp_p50: float | None = None
+    ulp_p99: float | None = None
+    ulp_max: float | None = None
+    cosine: float | None = None
+    top1: float | None = None
+
+
+class ParityReport(BaseModel):
+    """Two models compared on several feeds. `reasons` is empty when it passed; `worst` is the largest error's entry.
+
+    `max_abs` and `max_scaled` (max_abs / max(1, scale), what `atol` bounds when rtol is 0) are the largest over all
+    outputs and feeds, `top1` is the smallest; None when nothing was compared.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    reference: str
+    candidate: str
+    atol: float
+    rtol: float
+    passed: bool
+    reasons: tuple[str, ...]
+    feeds: tuple[str, ...]
+    outputs: tuple[OutputParity, ...]
+    worst: OutputParity | None
+    max_abs: float | None
+    max_scaled: float | None
+    top1: float | None
+
+
+class ChainReport(BaseModel):
+    """A chain of models, each compared with the one before. `broken` names the first hop that failed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    passed: bool
+    broken: str | None
+    hops: tuple[ParityReport, ...]
+
+
+# What one model gave for one feed: its outputs, or why there are none.
+_Answer = dict[str, Array] | str
+
+
+def compare(reference: Runner, candidate: Runner, feeds: Sequence[Feed], *, atol: float, rtol: float) -> ParityReport:
+    """Compare two models on `feeds` by the rule at the top of this module."""
+    return compare_chain([reference, candidate], feeds, atol=atol, rtol=rtol).hops[0]
+
+
+def compare_chain(runners: Sequence[Runner], feeds: Sequence[Feed], *, atol: float, rtol: float) -> ChainReport:
+    """Compare each model with the next, so that a failure names the hop; every model runs every feed once.
+
+    Raises ValidationError for fewer than two models, or a tolerance that is negative or not finite.
+    """
+    if len(runners) < 2:
+        raise ValidationError("A comparison needs two models.")
+    if not all(math.isfinite(tolerance) and tolerance >= 0 for tolerance in (atol, rtol)):
+        raise ValidationError(f"Tolerances must be finite and not negative (atol={atol}, rtol={rtol}).")
+    hops = []
+    before = [_answer(runners[0], feed) for feed in feeds]
+    for left, right in pairwise(runners):
+        after = [_answer(right, feed) for feed in feeds]
+        hops.append(_report(left.name, right.name, feeds, before, after, atol, rtol))
+        before = after
+    broken = next((hop for hop in hops if not hop.passed), None)
+    return ChainReport(
+        passed=broken is None,
+        broken=f"{broken.reference} -> {broken.candidate}" if broken else None,
+        hops=tuple(hops),
+    )
+
+
+def compare_arrays(
+    reference: Array, candidate: Array, *, atol: float, rtol: float, feed: str = "", output: str = ""
+) -> OutputParity:
+    """Compare two tensors by the rule at the top of this module."""
+
+    def failed(reason: str) -> OutputParity:
+        return OutputParity(feed=feed, output=output, passed=False, reason=reason, shape=reference.shape)
+
+    if reference.shape != candidate.shape:
+        return failed(f"shape {candidate.shape} instead of {reference.shape}")
+    if reference.dtype != candidate.dtype:
+        return failed(f"type {candidate.dtype} instead of {reference.dtype}")
+    if reference.size == 0:
+        return failed("the output is empty")
+    for owner, array in (("the reference", reference), ("the candidate", candidate)):
+        if count := int(np.isnan(array).sum()):
+            return failed(f"{count} NaN in {owner}")
+    finite = np.isfinite(reference)
+    if not np.array_equal(reference[~finite], candidate[~finite]) or not np.isfinite(candidate[finite]).all():
+        return failed("an infinity in one is not in the other")
+    if not finite.any():
+        return failed("no finite element to compare")
+    return _measured(reference, candidate, finite, atol, rtol, feed, output)
+
+
+def _measured(
+    reference: Array, candidate: Array, finite: Array, atol: float, rtol: float, feed: str, output: str
+) -> OutputParity:
+    exact = not np.issubdtype(reference.dtype, np.floating)
+    wanted = reference[finite].astype(np.float64)
+    found = candidate[finite].astype(np.float64)
+    size = np.abs(wanted)
+    error = np.abs(found - wanted)
+    scale = float(size.max())
+    tolerance = 0.0 if exact else atol * max(1.0, scale)
+    excess = error - tolerance - (0.0 if exact else rtol * size)
+    bad = int((excess > 0).sum())
+    rounding = 0.0 if exact else float(np.finfo(reference.dtype).eps) * scale
+    counted = size > rounding
+    relative = error[counted] / size[counted]
+    ulps = None if exact else _ulp_distance(reference[finite], candidate[finite])
+    norms = float(np.linalg.norm(wanted) * np.linalg.norm(found))
+    return OutputParity(
+        feed=feed,
+        output=output,
+        passed=bad == 0,
+        reason=f"{bad} of {error.size} elements differ by up to {error.max():.3g}, allowed {tolerance:.3g}"
+        if bad
+        else "",
+        shape=reference.shape,
+        elements=int(error.size),
+        scale=scale,
+        tolerance=tolerance,
+        telling=tolerance + rtol * scale < scale or float(error.max()) <= atol * scale,
+        max_abs=float(error.max()),
+        mean_abs=float(error.mean()),
+        max_rel=float(relative.max()) if relative.size else None,
+        mean_rel=float(relative.mean()) if relative.size else None,
+        ulp_p50=None if ulps is None else float(np.quantile(ulps, 0.5)),
+        ulp_p99=None if ulps is None else float(np.quantile(ulps, 0.99)),
+        ulp_max=None if ulps is None else float(ulps.max()),
+        cosine=min(1.0, float(wanted @ found) / norms) if norms else None,
+        top1=float((reference.argmax(1) == candidate.argmax(1)).mean()) if reference.ndim == 2 else None,
+    )
+
+
+_ORDERED = {2: np.int16, 4: np.int32, 8: np.int64}
+
+
+def _ulp_distance(reference: Array, candidate: Array) -> Array:
+    """How many representable numbers lie between two arrays of one floating type, as float64.
+
+    The bits of an IEEE float, read as a sign-magnitude integer, are in the order of the numbers.
+    """
+
+    def ordered(array: Array) -> Array:
+        bits = np.ascontiguousarray(array).view(_ORDERED[array.dtype.itemsize])
+        magnitude = (bits & np.iinfo(bits.dtype).max).astype(np.float64)
+        return np.where(bits < 0, -magnitude, magnitude)
+
+    distance: Array = np.abs(ordered(reference) - ordered(candidate))
+    return distance
+
+
+def _answer(runner: Runner, feed: Feed) -> _Answer:
+    try:
+        return runner.infer(feed.arrays)
+    except Exception as error:  # whatever a model raises is a result of the comparison
+        return f"{runner.name} fails: {error}"
+
+
+def _report(
+    reference: str,
+    candidate: str,
+    feeds: Sequence[Feed],
+    wanted: Sequence[_Answer],
+    found: Sequence[_Answer],
+    atol: float,
+    rtol: float,
+) -> ParityReport:
+    outputs: list[OutputParity] = []
+    reasons: list[str] = []
+    for feed, left, right in zip(feeds, wanted, found, strict=True):
+        if isinstance(left, str) or isinstance(right, str):
+            reasons += [f"{feed.label}: {answer}" for answer in (left, right) if isinstance(answer, str)]
+        elif left.keys() != right.keys() or not left:
+            reasons.append(f"{feed.label}: outputs {', '.join(right) or 'none'} instead of {', '.join(left) or 'none'}")
+        else:
+            outputs += [
+                compare_arrays(left[name], right[name], atol=atol, rtol=rtol, feed=feed.label, output=name)
+                for name in left
+            ]
+    reasons += [f"{entry.feed}: {entry.output}: {entry.reason}" for entry in outputs if not entry.passed]
+    if not outputs and not reasons:
+        reasons.append("nothing was compared")
+    for name in dict.fromkeys(entry.output for entry in outputs):
+        mine = [entry for entry in outputs if entry.output == name and entry.passed]
+        if mine and not any(entry.telling for entry in mine):
+            largest = max(entry.scale or 0.0 for entry in mine)
+            reasons.append(f"{name}: never above {largest:.3g}, so a tolerance of {atol:.3g} tells nothing")
+    measured = [entry for entry in outputs if entry.max_abs is not None]
+    agreement = [entry.top1 for entry in measured if entry.top1 is not None]
+    worst = max(measured, key=_scaled, default=None)
+    return ParityReport(
+        reference=reference,
+        candidate=candidate,
+        atol=atol,
+        rtol=rtol,
+        passed=not reasons,
+        reasons=tuple(reasons),
+        feeds=tuple(feed.label for feed in feeds),
+        outputs=tuple(outputs),
+        worst=next((entry for entry in outputs if entry.max_abs is None), worst),
+        max_abs=max((entry.max_abs or 0.0 for entry in measured), default=None),
+        max_scaled=_scaled(worst) if worst else None,
+        top1=min(agreement, default=None),
+    )
+
+
+def _scaled(entry: OutputParity) -> float:
+    return (entry.max_abs or 0.0) / max(1.0, entry.scale or 0.0)

@@ -1,0 +1,160 @@
+"""Whatever can be run: names, shapes and types of its inputs, and one method that infers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from validators.errors import ValidationError, first_line
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# onnxruntime writes element types as in "tensor(float)"; those that numpy calls otherwise.
+_NUMPY_NAMES = {"float": "float32", "double": "float64"}
+
+
+class InputSpec(BaseModel):
+    """An input: its name, its shape (a dynamic dimension is a name, such as "batch"), and its numpy type name."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+class Runner(Protocol):
+    """A model that can be run: `OrtRunner`, `TorchRunner`, or anything of the same form."""
+
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """What it takes."""
+
+    @property
+    def threads(self) -> int:
+        """How many threads one inference uses."""
+
+    def infer(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once: input name -> array in, output name -> array out."""
+
+
+class OrtRunner:
+    """An ONNX file on onnxruntime's CPU provider.
+
+    `threads` run inside an operator, one operator at a time. With more than one, the threads spin while a run lasts, as
+    onnxruntime does by default, and stop when it ends (`session.force_spinning_stop`), so that one session's idle
+    threads do not burn the cores that another one is being timed on. `optimize=False` runs the graph as it is in the
+    file. Raises ValidationError when onnxruntime cannot load the file.
+    """
+
+    def __init__(self, path: Path, *, threads: int, optimize: bool = True, name: str | None = None) -> None:
+        self.path = Path(path)
+        self.name = name or self.path.name
+        self.threads = threads
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.log_severity_level = 3  # errors only; they arrive as exceptions too
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            self._session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exception classes share no base of their own
+            raise ValidationError(
+                f"onnxruntime {ort.__version__} cannot load {self.path}: {first_line(error)}",
+                "Give an .onnx file that this version supports.",
+            ) from error
+        self.inputs = tuple(_ort_spec(value) for value in self._session.get_inputs())
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def infer(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once. Raises ValidationError when the feed does not fit or onnxruntime fails."""
+        _check_names(self, feed)
+        try:
+            return dict(zip(self._outputs, self._session.run(self._outputs, dict(feed)), strict=True))
+        except Exception as error:  # see __init__
+            raise ValidationError(f"{self.name} cannot run: {first_line(error)}") from error
+
+
+class TorchRunner:
+    """A PyTorch module in eval mode, or an exported program, on the CPU.
+
+    The inputs' shapes and types are those of `example` (one tensor per input), with the first dimension free. Outputs
+    are flattened in PyTorch's order and named `output_names`. While it runs, PyTorch uses `threads` threads inside an
+    operator; the process's setting is restored afterwards.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | ExportedProgram,
+        *,
+        example: tuple[Tensor, ...],
+        threads: int,
+        input_names: Sequence[str] = ("input",),
+        output_names: Sequence[str] = ("output",),
+        name: str = "torch",
+    ) -> None:
+        if isinstance(model, nn.Module) and model.training:
+            raise ValidationError("The model is in training mode.", "Call model.eval() first.")
+        if len(example) != len(input_names):
+            raise ValidationError(f"{len(example)} example tensors for {len(input_names)} input names.")
+        self.name = name
+        self.threads = threads
+        self.inputs = tuple(
+            InputSpec(name=key, shape=("batch", *tensor.shape[1:]) if tensor.dim() else (), dtype=str(tensor.dtype)[6:])
+            for key, tensor in zip(input_names, example, strict=True)
+        )
+        self._outputs = tuple(output_names)
+        # The guards repeat the shapes of the example's capture; the graph itself runs wherever the shapes fit.
+        self._call = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
+
+    def infer(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once. Raises ValidationError when the feed or the number of outputs does not fit, or PyTorch fails."""
+        _check_names(self, feed)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.inference_mode():
+                leaves = pytree.tree_leaves(self._call(*(_tensor(feed[spec.name]) for spec in self.inputs)))
+        except Exception as error:  # the model's own code may raise anything
+            raise ValidationError(f"{self.name} cannot run: {first_line(error)}") from error
+        finally:
+            torch.set_num_threads(before)
+        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if len(outputs) != len(self._outputs):
+            raise ValidationError(
+                f"{self.name} has {len(outputs)} outputs, the given names are {', '.join(self._outputs)}.",
+                f"Pass {len(outputs)} output names.",
+            )
+        return {key: tensor.numpy(force=True) for key, tensor in zip(self._outputs, outputs, strict=True)}
+
+
+def _tensor(array: Array) -> Tensor:
+    """The array as a tensor; copied only where PyTorch cannot share it."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def _check_names(runner: Runner, feed: Mapping[str, Array]) -> None:
+    names = [spec.name for spec in runner.inputs]
+    if set(feed) != set(names):
+        raise ValidationError(f"{runner.name} takes {', '.join(names)}; the feed holds {', '.join(feed) or 'nothing'}.")
+
+
+def _ort_spec(value: Any) -> InputSpec:
+    element = value.type.removeprefix("tensor(").removesuffix(")")
+    shape = tuple(size if isinstance(size, int) else str(size or f"dim_{i}") for i, size in enumerate(value.shape))
+    return InputSpec(name=value.name, shape=shape, dtype=_NUMPY_NAMES.get(element, element))
