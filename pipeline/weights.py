@@ -54,6 +54,11 @@ class Loaded:
     fresh: tuple[str, ...] = ()
     """Names that stay at their initial values, such as a classifier for another number of classes."""
 
+    def __str__(self) -> str:
+        stripped = f", prefix {self.stripped!r} taken off" if self.stripped else ""
+        fresh = f", untrained: {_list(list(self.fresh))}" if self.fresh else ""
+        return f"{self.tensors} tensors from {self.origin}{stripped}{fresh}"
+
 
 def load_weights(model: nn.Module, path: Path | str) -> Loaded:
     """Fill `model` in place from a checkpoint; every name and shape must agree.

@@ -24,7 +24,13 @@ from pipeline.models.source import Origin, Size, accepted, file_hash, image_inpu
 def origin_of_object(model: nn.Module, input_size: Size | None) -> Origin:
     """Describe a module given as an object; later changes to it are not seen."""
     kept = copy.deepcopy(model)
-    return Origin(lambda: copy.deepcopy(kept), image_input(input_size), type(model).__qualname__, weigh_values=True)
+    return Origin(
+        lambda: copy.deepcopy(kept),
+        image_input(input_size),
+        type(model).__qualname__,
+        weigh_values=True,
+        initial=False,
+    )
 
 
 def origin_of_callable(

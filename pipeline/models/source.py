@@ -65,7 +65,9 @@ class Origin:
     """Everything about the origin that is not seen in the built module: library version, file content."""
     pretrained: Callable[[], Pretrained] | None = None
     weigh_values: bool = False
-    """Whether the initial values belong to the fingerprint (objects bring their own)."""
+    """Whether the initial values belong to the fingerprint (own code may bring its own)."""
+    initial: bool = True
+    """Whether a built module is untrained as far as one can know; an object's weights are taken as they are."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class ModelSource:
                 digest.update(name.encode())
                 digest.update(_bytes(tensor))
         return cls(spec, num_classes, input_size, seed, origin.inputs(model), digest.hexdigest(), origin)
+
+    @property
+    def initial(self) -> bool:
+        """Whether a built module still has to be given weights; an object comes with its own."""
+        return self.origin.initial
 
     def build(self) -> nn.Module:
         """Return a fresh module in eval mode, its initial weights decided by the seed alone.

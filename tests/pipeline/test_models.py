@@ -106,6 +106,7 @@ def test_builds_are_equal_by_seed_and_leave_the_global_generators_alone():
 
 def test_the_fingerprint_follows_every_argument_and_nothing_else():
     base = models.load("resnet18", num_classes=10, input_size=SIZE)
+    assert base.initial
     assert base.fingerprint == models.load("resnet18", num_classes=10, input_size=SIZE).fingerprint
     others = [
         models.load("resnet34", num_classes=10, input_size=SIZE),
@@ -193,6 +194,7 @@ def test_an_object_is_copied_and_its_weights_are_part_of_the_fingerprint():
     source = models.load(net, input_size=(3, 2, 2))
     built = source.build()
     assert built is not net
+    assert not source.initial
     assert same(built, net)
     with torch.no_grad():
         net[1].weight.add_(1)

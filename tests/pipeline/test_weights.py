@@ -277,6 +277,7 @@ def test_torchvision_weights_fill_all_but_a_new_classifier(monkeypatch, spec):
     loaded = weights.load_pretrained(model, source)
     head = {"resnet18": "fc", "vit_b_32": "heads.head"}[spec]
     assert set(loaded.fresh) == {f"{head}.weight", f"{head}.bias"}
+    assert str(loaded).endswith(f"untrained: {head}.weight, {head}.bias")
     assert asked["weights_only"] is True
     same = [name for name, value in model.state_dict().items() if torch.equal(value, published[name])]
     assert len(same) >= loaded.tensors - 1  # the position embedding is resampled to the smaller image
