@@ -1,0 +1,36 @@
+"""The structural shrinker: capture -> analyse -> masks -> shrink -> prove. Pure graph analysis, no I/O.
+
+captured = capture(model, (example,))
+analysis = analyse(captured)
+removed  = {cluster.name: flags, ...}                  # True = goes
+folded   = captured.fold(analysis.masks(removed))      # or weights that a fine-tuning under these masks gave
+small    = shrink(folded, analysis, removed)
+proof    = prove(folded, small, inputs)
+"""
+
+from pipeline.channels.capture import Captured, capture
+from pipeline.channels.decide import Analysis, Blocked, Cluster, Size, analyse
+from pipeline.channels.ledger import Ledger, Refusal
+from pipeline.channels.macs import count_macs
+from pipeline.channels.rewrite import Shrunk, shrink
+from pipeline.channels.trace import Policy
+from pipeline.channels.verify import Proof, prove, small
+
+__all__ = [
+    "Analysis",
+    "Blocked",
+    "Captured",
+    "Cluster",
+    "Ledger",
+    "Policy",
+    "Proof",
+    "Refusal",
+    "Shrunk",
+    "Size",
+    "analyse",
+    "capture",
+    "count_macs",
+    "prove",
+    "shrink",
+    "small",
+]

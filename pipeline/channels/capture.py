@@ -1,0 +1,171 @@
+"""A module as a flat graph of ATen operations, every constant in the open: `torch.export` with a dynamic batch.
+
+The training IR (no decompositions) is kept: it is the smallest graph, and ONNX export takes it as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from pipeline.channels.execute import run_program
+from pipeline.errors import CaptureError
+
+# An odd prime, so that no size of the model is taken for the batch when a view merges or splits dimensions.
+EXAMPLE_BATCH = 5
+
+
+@dataclass(frozen=True)
+class Captured:
+    """An exported program with what the analysis needs beside it.
+
+    `program`: graph and signature. `state`: parameter and buffer values by their original names (the program's own, or
+    folded ones). `example`: the inputs it was captured with (batch `EXAMPLE_BATCH` where the batch is dynamic).
+    `dynamic_batch`: False where the model's own code fixes the batch.
+    """
+
+    program: ExportedProgram
+    example: tuple[Any, ...]
+    state: Mapping[str, Tensor]
+    dynamic_batch: bool = True
+
+    def with_state(self, state: Mapping[str, Tensor]) -> Captured:
+        """The same graph over other values (names and shapes unchanged; names not given keep theirs)."""
+        return replace(self, state={name: state.get(name, value) for name, value in self.state.items()})
+
+    def fold(self, masks: Mapping[str, Any]) -> Captured:
+        """The same graph with `masks` (name -> bool array or tensor of the value's shape, True = kept) multiplied in."""
+        folded: dict[str, Tensor] = {}
+        for name, mask in masks.items():
+            kept = torch.as_tensor(mask)
+            value = self.state[name]
+            folded[name] = torch.where(kept, value, torch.zeros((), dtype=value.dtype))
+        return self.with_state(folded)
+
+    def __call__(self, *inputs: Any, dtype: torch.dtype | None = None) -> Any:
+        """The outputs for `inputs`; one tensor where the graph has one output, else a tuple."""
+        return run_program(self.program, inputs, self.state, dtype)
+
+
+def capture(model: nn.Module, example: tuple[Any, ...]) -> Captured:
+    """`model` in eval mode as an exported graph.
+
+    `example`: input tensors, the batch in dimension 0; they are repeated to a batch of `EXAMPLE_BATCH`.
+    Raises CaptureError(reason, line) where torch.export cannot follow the model (control flow that depends on data,
+    scripted or quantised modules).
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("The model is a TorchScript module.", "Give the eager nn.Module it was scripted from.")
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"The model is a {type(model).__name__}, not a torch.nn.Module.", "Give an nn.Module.")
+    quantised = [n for n, m in model.named_modules() if type(m).__module__.startswith("torch.ao.nn.quantized")]
+    if quantised:
+        raise CaptureError(
+            f"The model is quantised already (module '{quantised[0]}').", "Prune the float model, then quantise."
+        )
+    was_training = model.training
+    model.eval()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused operator hides q, k and v
+    try:
+        with torch.no_grad():
+            return _export(model, example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        model.train(was_training)
+
+
+def _export(model: nn.Module, example: tuple[Any, ...]) -> Captured:
+    batched = tuple(_repeat(x) for x in example)
+    shapes = tuple({0: Dim.DYNAMIC} if isinstance(x, Tensor) and x.dim() > 0 else None for x in batched)
+    try:
+        program = torch.export.export(model, batched, dynamic_shapes=(shapes,) if _is_variadic(model) else shapes)
+        inlined = inline_contexts(program)
+        return Captured(inlined, batched, inlined.state_dict)
+    except Exception as dynamic_error:
+        try:
+            program = torch.export.export(model, example)
+        except Exception as error:
+            raise CaptureError(*_explain(error)) from dynamic_error
+        inlined = inline_contexts(program)
+        return Captured(inlined, example, inlined.state_dict, dynamic_batch=False)
+
+
+def _is_variadic(model: nn.Module) -> bool:
+    """torch.export wants the shapes of `*args` as one tuple."""
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    return bool(kinds) and kinds[0] is inspect.Parameter.VAR_POSITIONAL
+
+
+def _repeat(x: Any) -> Any:
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == EXAMPLE_BATCH:
+        return x
+    times = -(-EXAMPLE_BATCH // x.shape[0])
+    return x.repeat(times, *([1] * (x.dim() - 1)))[:EXAMPLE_BATCH].clone()
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    text = str(error).strip() or type(error).__name__
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    lines = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
+    own = [m for m in lines if "site-packages/torch/" not in m[0]]
+    where = f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]} in {own[-1][2]}" if own else "the model's forward"
+    reason = f"torch.export cannot capture the model ({type(error).__name__}: {first[:300]})."
+    return reason, f"Look at {where}: control flow that depends on tensor values cannot be exported."
+
+
+def inline_contexts(program: ExportedProgram) -> ExportedProgram:
+    """`program` with the bodies of no-grad and disabled-autocast blocks put in line.
+
+    Both are wrappers without effect on an inference graph; any other higher-order operator stays, and is pinned.
+    """
+    module = program.graph_module
+    changed = False
+    for node in list(module.graph.nodes):
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name == "wrap_with_set_grad_enabled":
+            body, operands = node.args[1], node.args[2:]
+        elif name == "wrap_with_autocast" and node.args[2] is False:
+            body, operands = node.args[4], node.args[5:]
+        else:
+            continue
+        _inline(module.graph, node, getattr(module, body.target).graph, operands)
+        changed = True
+    if not changed:
+        return program
+    module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n))
+    module.graph.lint()
+    module.recompile()
+    return inline_contexts(program)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def _inline(graph: fx.Graph, node: fx.Node, body: fx.Graph, operands: tuple[Any, ...]) -> None:
+    mapping: dict[fx.Node, Any] = {}
+    inputs = iter(operands)
+    with graph.inserting_before(node):
+        for inner in body.nodes:
+            if inner.op == "placeholder":
+                mapping[inner] = next(inputs)
+            elif inner.op == "output":
+                results = fx.node.map_arg(inner.args[0], mapping.__getitem__)
+            else:
+                mapping[inner] = graph.node_copy(inner, mapping.__getitem__)
+    for user in list(node.users):
+        if user.op == "call_function" and getattr(user.target, "__name__", "") == "getitem":
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+    if node.users:
+        node.replace_all_uses_with(results if isinstance(results, fx.Node) else results[0])
+    graph.erase_node(node)

@@ -1,0 +1,377 @@
+"""From a captured graph to classes of atoms that go or stay together: walk the rules, then solve what they said.
+
+Solving: connected components over the ties; pins mark whole components; products are settled last, again and again:
+  every factor pinned            -> pin the flat dimension
+  the flat dimension pinned      -> pin the factors
+  two places along a factor tied -> that factor cannot shrink: pin it
+  exactly one factor free        -> tie the flat dimension to it along the others
+  two or more free               -> the policy chooses which (heads or head positions; else the longer factor stays free).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind
+
+from pipeline.channels.capture import Captured
+from pipeline.channels.macs import concrete, example_batch
+from pipeline.channels.rules.table import base_name, find
+from pipeline.channels.shuffle import find_shuffles
+from pipeline.channels.trace import Pin, Policy, Product, Trace
+from pipeline.channels.values import PINNED, Atoms, Flags, Value, opaque
+
+_SILENT = ("_assert", "sym_", "_local_scalar_dense", "item")
+_RANDOM = ("rand", "randn", "randint", "bernoulli", "multinomial", "dropout", "empty")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One dimension of one named tensor of the state, with its atoms. `masked`: masks write zeros into it."""
+
+    name: str
+    dim: int
+    atoms: Atoms
+    masked: bool
+
+
+@dataclass(frozen=True)
+class Solution:
+    """`class_of[atom]`: the atom's class. `reason_of[class]`: index into `pins`, or −1 = may go."""
+
+    class_of: Atoms
+    reason_of: Atoms
+    pins: tuple[Pin, ...]
+
+
+# -- the walk ------------------------------------------------------------------------------------------------------
+
+
+def walk(captured: Captured, policy: Policy) -> tuple[Trace, list[Slot]]:
+    """Apply every node's rule once, in order."""
+    program = captured.program
+    batch = example_batch(program) if captured.dynamic_batch else 0
+    sizes: dict[Any, int] = {}
+
+    def size_of(size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        key = size.node.expr
+        if key not in sizes:
+            sizes[key] = concrete(size, batch)
+        return sizes[key]
+
+    t = Trace(policy, size_of)
+    slots = _placeholders(t, captured)
+    t.static.update(static_values(captured))
+    shuffles, between = find_shuffles(program.graph, t.shape)
+    t.notes.update(shuffles)
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            if node not in t.static and node not in between:
+                t.values[node] = _apply(t, node)
+                _after_write(t, node)
+        elif node.op == "output":
+            for source in node.all_input_nodes:
+                value = t.values.get(source)
+                for v in value if isinstance(value, tuple) else (value,):
+                    if isinstance(v, Value):
+                        t.pin_value(v, node, "an output of the model")
+    return t, slots
+
+
+def _apply(t: Trace, node: fx.Node) -> Any:
+    name = base_name(node.target)
+    if node.target is operator.getitem:
+        source = t.values.get(node.args[0])
+        return source[node.args[1]] if isinstance(source, tuple) else t.opaque_like(node)
+    if not isinstance(node.meta.get("val"), (Tensor, tuple, list)) or name.startswith(_SILENT):
+        return None
+    rule = find(node.target)
+    if rule is None:
+        return t.give_up(node, f"no rule for {name}")
+    try:
+        return rule.relate(t, node)
+    except (ValueError, TypeError, IndexError, KeyError, StopIteration, AttributeError) as error:
+        return t.give_up(node, f"no rule for this form of {name} ({type(error).__name__}: {error})")
+
+
+def _after_write(t: Trace, node: fx.Node) -> None:
+    """An in-place operator changes its operand, and what that operand is a view of: forget that these were zero."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], fx.Node):
+        return
+    target: Any = node.args[0]
+    result = t.values.get(node)
+    if isinstance(result, Value):
+        t.values[target] = result
+    while True:
+        schema = getattr(target.target, "_schema", None)
+        views = schema is not None and any(a.alias_info is not None for a in schema.arguments)
+        if not views or not target.args or not isinstance(target.args[0], fx.Node):
+            return
+        target = target.args[0]
+        value = t.values.get(target)
+        if isinstance(value, Value):
+            t.values[target] = Value(value.shape, value.atoms, (None,) * len(value.shape), value.derived)
+
+
+def _placeholders(t: Trace, captured: Captured) -> list[Slot]:
+    program = captured.program
+    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    known: dict[Any, Value] = {}
+    slots: list[Slot] = []
+    for spec in program.graph_signature.input_specs:
+        node = nodes[spec.arg.name]
+        val = node.meta.get("val")
+        if not isinstance(val, Tensor):
+            continue
+        if spec.kind == InputKind.USER_INPUT:
+            t.values[node] = opaque(t.shape(node))
+            continue
+        named = spec.kind == InputKind.PARAMETER or (spec.kind == InputKind.BUFFER and spec.persistent)
+        if not named or spec.target is None or not val.dtype.is_floating_point:
+            continue  # a constant: see static_values
+        tensor = program.state_dict[spec.target]
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else spec.target
+        masked = spec.kind == InputKind.PARAMETER or not _is_statistic(node)
+        if key not in known:
+            shape = tuple(tensor.shape)
+            known[key] = Value(
+                shape,
+                tuple(t.fresh(n) if n > 1 else None for n in shape),
+                tuple(np.full(n, True) if n > 1 and masked else None for n in shape),
+                derived=True,
+            )
+        value = known[key]
+        t.values[node] = value
+        slots += [Slot(spec.target, d, a, masked) for d, a in enumerate(value.atoms) if a is not None]
+    return slots
+
+
+def _is_statistic(node: fx.Node) -> bool:
+    """Whether a buffer is only ever a running mean or variance."""
+    return bool(node.users) and all("norm" in base_name(u.target) for u in node.users)
+
+
+def static_values(captured: Captured) -> dict[fx.Node, Tensor]:
+    """Every node whose value depends on no input and no parameter (index tables, attention masks), with that value."""
+    program = captured.program
+    held = {**program.constants, **captured.state}
+    named = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    roots: dict[str, Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        value = held.get(spec.target) if spec.target is not None else None
+        constant = spec.kind == InputKind.CONSTANT_TENSOR or (spec.kind == InputKind.BUFFER and not spec.persistent)
+        integer = isinstance(value, Tensor) and not value.dtype.is_floating_point and spec.kind == InputKind.BUFFER
+        if isinstance(value, Tensor) and (constant or integer):
+            roots[spec.arg.name] = value
+    banned: set[fx.Node] = set()
+    while True:
+        static = _static_nodes(program.graph, {named[n] for n in roots}, banned)
+        more = _written_from_outside(program.graph, static)
+        if not more:
+            break
+        banned |= more
+    feeds = {n: v.clone() for n, v in roots.items()}  # in-place operators must not reach the model's own
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in program.graph.nodes:
+            if node not in static:
+                continue
+            if node.op == "placeholder":
+                values[node] = feeds[node.name]
+                continue
+            args = fx.node.map_arg(node.args, lambda n: values.get(n, torch.empty(0, dtype=_dtype(n))))
+            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+    return values
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    val = node.meta.get("val")
+    return val.dtype if isinstance(val, Tensor) else torch.float32
+
+
+def _static_nodes(graph: fx.Graph, roots: set[fx.Node], banned: set[fx.Node]) -> dict[fx.Node, None]:
+    static: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node in banned:
+            continue
+        if node.op == "placeholder":
+            if node in roots:
+                static[node] = None
+            continue
+        if node.op != "call_function":
+            continue
+        val = node.meta.get("val")
+        parts = val if isinstance(val, (tuple, list)) else (val,)
+        if not all(isinstance(v, Tensor) and all(isinstance(s, int) for s in v.shape) for v in parts):
+            continue
+        name = base_name(node.target)
+        if name.startswith(_RANDOM) or not isinstance(node.target, torch._ops.OpOverload):
+            if node.target is not operator.getitem or node.args[0] not in static:
+                continue
+        sources = node.all_input_nodes
+        if name.startswith("new_") and not name.startswith("new_empty"):
+            sources = sources[1:]  # only the type of the first operand is used
+        if all(s in static for s in sources):
+            static[node] = None
+    return static
+
+
+def _written_from_outside(graph: fx.Graph, static: Mapping[fx.Node, None]) -> set[fx.Node]:
+    """Static nodes that an in-place operator fills with something that is not static, and what they are views of."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or node in static or not node.args:
+            continue
+        target: Any = node.args[0]
+        while isinstance(target, fx.Node) and target in static:
+            found.add(target)
+            target = target.args[0] if target.args else None
+    return found
+
+
+# -- the solution --------------------------------------------------------------------------------------------------
+
+
+class _Classes:
+    """Union of atoms, by repeated connected components; pinned classes carry the index of their first reason."""
+
+    def __init__(self, t: Trace) -> None:
+        self.t = t
+        self.class_of: Atoms = np.arange(t.count, dtype=np.int64)
+        none = np.iinfo(np.int64).max
+        self.reason = np.full(t.count, none, np.int64)
+        self.none = none
+        self.reason[PINNED] = -1
+        left = np.concatenate([np.zeros(0, np.int64), *t.left])
+        right = np.concatenate([np.zeros(0, np.int64), *t.right])
+        self.merge(left, right)
+        for k, pin in enumerate(t.pins):
+            self.pin_classes(self.class_of[pin.atoms], k)
+
+    def merge(self, left: Atoms, right: Atoms) -> None:
+        """Join classes pairwise."""
+        size = self.reason.shape[0]
+        if not left.size:
+            return
+        graph = coo_matrix((np.ones(left.shape[0], np.int8), (left, right)), shape=(size, size))
+        count, label = connected_components(graph, directed=False)
+        reason = np.full(count, self.none, np.int64)
+        np.minimum.at(reason, label, self.reason)
+        self.reason = reason
+        self.class_of = label.astype(np.int64)[self.class_of]
+
+    def pin_classes(self, classes: Atoms, reason: int) -> None:
+        np.minimum.at(self.reason, classes, reason)
+
+    def pinned(self, classes: Atoms) -> Flags:
+        return self.reason[classes] != self.none
+
+
+def solve(t: Trace) -> Solution:
+    """Classes and what is pinned, every product settled."""
+    c = _Classes(t)
+    pins = list(t.pins)
+    roles = _role_classes(t, c)
+    waiting = list(t.products)
+    while waiting:
+        left: list[Atoms] = []
+        right: list[Atoms] = []
+        still: list[Product] = []
+        progress = False
+        for p in waiting:
+            done, ties, pinned_any = _settle(c, p, pins)
+            progress |= done or pinned_any
+            for a, b in ties:
+                left.append(a)
+                right.append(b)
+            if not done:
+                still.append(p)
+        if left:
+            c.merge(np.concatenate(left), np.concatenate(right))
+            roles = None
+        if not progress and still:
+            roles = roles or _role_classes(t, c)
+            _choose(c, still[0], pins, roles, t.policy)
+        waiting = still
+    reason = np.where(c.reason == c.none, -1, c.reason)
+    reason[c.class_of[PINNED]] = max(int(reason[c.class_of[PINNED]]), 0) if pins else 0
+    return Solution(c.class_of, reason, tuple(pins))
+
+
+def _settle(c: _Classes, p: Product, pins: list[Pin]) -> tuple[bool, list[tuple[Atoms, Atoms]], bool]:
+    """One step on one product: (settled, classes to tie, whether something new was pinned)."""
+    sizes = p.sizes
+    flat = c.class_of[p.flat].reshape(sizes)
+    factors = [None if f is None else c.class_of[f] for f in p.factors]
+    flat_pinned = c.pinned(flat)
+    new = False
+    if flat_pinned.any():  # a flat index that stays keeps its place along every factor
+        for d, f in enumerate(factors):
+            if f is not None:
+                axes = tuple(k for k in range(len(sizes)) if k != d)
+                hit = flat_pinned.any(axis=axes) & ~c.pinned(f)
+                if hit.any():
+                    c.pin_classes(f[hit], int(c.reason[flat[flat_pinned]].min()))
+                    new = True
+    free = [d for d, f in enumerate(factors) if f is not None and not c.pinned(f).all()]
+    if not free:
+        rest = flat[~c.pinned(flat)]
+        if rest.size:
+            reasons = [int(c.reason[f].min()) for f in factors if f is not None]
+            if not reasons:
+                pins.append(Pin(p.flat, p.node, "merged from fixed dimensions"))
+                reasons = [len(pins) - 1]
+            c.pin_classes(rest, max(min(reasons), 0))
+        return True, [], True
+    if len(free) == 1:
+        d = free[0]
+        shape = [1] * len(sizes)
+        shape[d] = sizes[d]
+        spread = np.broadcast_to(factors[d].reshape(shape), sizes)  # type: ignore[union-attr]
+        return True, [(flat.reshape(-1), np.ascontiguousarray(spread).reshape(-1))], False
+    for d in free:
+        ordered = np.sort(flat, axis=d)
+        if sizes[d] > 1 and (np.diff(ordered, axis=d) == 0).any():
+            pins.append(Pin(np.zeros(0, np.int64), p.node, "its places are tied to one another"))
+            c.pin_classes(factors[d], len(pins) - 1)  # type: ignore[arg-type]
+            new = True
+    return False, [], new
+
+
+def _role_classes(t: Trace, c: _Classes) -> dict[str, Flags]:
+    found = {r: np.zeros(c.reason.shape[0], np.bool_) for r in ("head", "position", "residual")}
+    for role, atoms in t.roles:
+        found[role][c.class_of[atoms]] = True
+    return found
+
+
+def _choose(c: _Classes, p: Product, pins: list[Pin], roles: dict[str, Flags], policy: Policy) -> None:
+    """Two or more factors could shrink: keep one free."""
+    factors = {d: c.class_of[f] for d, f in enumerate(p.factors) if f is not None}
+    free = [d for d, f in factors.items() if not c.pinned(f).all()]
+    heads = [d for d in free if roles["head"][factors[d]].any()]
+    positions = [d for d in free if roles["position"][factors[d]].any() and d not in heads]
+    stay: int | None
+    if positions and (heads or len(free) > len(positions)):
+        others = heads or [d for d in free if d not in positions]
+        stay = others[0] if policy.heads else positions[0] if policy.head_positions else None
+    else:
+        stay = max(free, key=lambda d: (p.sizes[d], -d))
+    what = "the other factor of the view goes instead" if stay is not None else "the recipe keeps heads and positions"
+    for d in free:
+        if d != stay:
+            pins.append(Pin(np.zeros(0, np.int64), p.node, what))
+            c.pin_classes(factors[d], len(pins) - 1)

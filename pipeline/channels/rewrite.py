@@ -1,0 +1,395 @@
+"""Cut: slice every parameter and buffer, fix every constant of the graph, and make an exported program of what is left."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+
+from pipeline.channels.capture import Captured
+from pipeline.channels.cut import Cut
+from pipeline.channels.decide import Analysis, Removed
+from pipeline.channels.execute import execute, feeds_of, run_program
+from pipeline.channels.ledger import Ledger, Refusal
+from pipeline.channels.rules.table import base_name, bind, find
+from pipeline.channels.values import Flags, Value
+from pipeline.channels.verify import zero_check
+from pipeline.errors import RefusedError
+
+aten = torch.ops.aten
+_ASSERTIONS = ("_assert", "sym_constrain", "_assert_tensor_metadata")
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A physically smaller program, the ledger of what went, and what stayed although it was asked to go."""
+
+    program: ExportedProgram
+    ledger: Ledger
+    refused: tuple[Refusal, ...]
+    example: tuple[Any, ...]
+
+    def __call__(self, *inputs: Any, dtype: torch.dtype | None = None) -> Any:
+        """The outputs for `inputs`; one tensor where the graph has one output, else a tuple."""
+        return run_program(self.program, inputs, None, dtype)
+
+
+def shrink(captured: Captured, analysis: Analysis, removed: Removed, *, check_zero: bool = True) -> Shrunk:
+    """`captured` without the groups flagged in `removed` (cluster name -> bool array, True = goes).
+
+    `analysis_of`: the captured model, its state folded (see `Captured.fold`). A group that is not exactly zero where it is summed
+    stays, and is listed in `refused`. `check_zero=False` is for the control experiment only: it shows what the check is worth.
+    Raises RefusedError where the graph cannot be edited.
+    """
+    if captured.program.graph is not analysis.captured.program.graph:
+        raise ValueError("the analysis is of another capture")
+    gone = analysis.gone(removed)
+    refused: tuple[Refusal, ...] = ()
+    if check_zero:
+        gone, refused = zero_check(captured, analysis, gone, removed)
+    return _Cutter(captured, analysis, gone).run(removed, refused)
+
+
+class _Cutter:
+    """One removal: new graph, new state, new signature."""
+
+    def __init__(self, captured: Captured, analysis: Analysis, gone: Flags) -> None:
+        self.captured = captured
+        self.analysis = analysis
+        self.gone = gone
+        self.trace = analysis.trace
+        self.old: fx.Graph = captured.program.graph
+        self.graph = fx.Graph()
+        self.new_of: dict[fx.Node, fx.Node] = {}
+        self.added: list[tuple[fx.Node, InputSpec, Tensor]] = []
+        self.frozen: dict[str, str] = {}
+        self.cut = Cut(gone, self.trace.values, self.trace.notes, self.graph, self.new_of, self._constant)
+
+    def run(self, removed: Removed, refused: tuple[Refusal, ...]) -> Shrunk:
+        tainted = self._tainted()
+        self._copy(tainted)
+        self._edit()
+        state, kept = self._slice()
+        program = self._program(state)
+        names = set(program.graph_signature.parameters) | set(program.graph_signature.buffers)
+        shapes = {n: tuple(v.shape) for n, v in self.captured.state.items()}
+        ledger = Ledger(
+            shapes=shapes,
+            kept={n: k for n, k in kept.items() if n in names},
+            groups=self._groups(),
+            rewrites=tuple(self.cut.rewrites),
+            refusals=refused,
+            frozen=self.frozen,
+            dropped=tuple(n for n in shapes if n not in names),
+        )
+        return Shrunk(program, ledger, refused, self.captured.example)
+
+    def _groups(self) -> dict[str, tuple[int, ...]]:
+        by_class = np.zeros(self.analysis.solution.reason_of.shape[0], np.bool_)
+        by_class[self.analysis.solution.class_of[self.gone]] = True
+        found = {n: np.flatnonzero(by_class[m]) for n, m in self.analysis.members.items()}
+        return {n: tuple(int(i) for i in g) for n, g in found.items() if g.size}
+
+    # -- the graph -------------------------------------------------------------------------------------------------
+
+    def _copy(self, frozen: set[fx.Node]) -> None:
+        """A copy of the graph without assertions, frozen tensors in the place of their computation."""
+        replaced = self._frozen_values(frozen)
+        for node in self.old.nodes:
+            if node.op == "call_function" and base_name(node.target).startswith(_ASSERTIONS):
+                continue
+            if node in replaced:
+                self.new_of[node] = self._parameter(f"{node.name}_frozen", replaced[node], node)
+                continue
+            if node in frozen and not self._needed(node, frozen, replaced):
+                continue
+            sliced = self._static(node)
+            if sliced is not None:
+                self.new_of[node] = self._constant(f"{node.name}_kept", sliced)
+                continue
+            self.new_of[node] = self.graph.node_copy(node, self._twin)
+
+    def _twin(self, node: fx.Node) -> fx.Node:
+        twin = self.new_of.get(node)
+        if twin is None:  # left out as dead; computed after all
+            twin = self.new_of[node] = self.graph.node_copy(node, self._twin)
+        return twin
+
+    def _needed(self, node: fx.Node, frozen: set[fx.Node], replaced: Mapping[fx.Node, Tensor]) -> bool:
+        return any(u not in frozen and u not in replaced for u in node.users)
+
+    def _static(self, node: fx.Node) -> Tensor | None:
+        """The kept part of a constant computed from nothing, where a part of it goes."""
+        value = self.trace.values.get(node)
+        if node not in self.trace.static or not isinstance(value, Value) or not self.cut.touched(value):
+            return None
+        return self._kept_part(self.trace.static[node], value)
+
+    def _kept_part(self, tensor: Tensor, value: Value) -> Tensor:
+        for dim, atoms in enumerate(value.atoms):
+            keep = self.cut.keep(atoms)
+            if keep is not None:
+                tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(keep)))
+        return tensor.contiguous()
+
+    def _tainted(self) -> set[fx.Node]:
+        """Parameter-only nodes that depend on a reduction over something that goes."""
+        values = self.trace.values
+        tainted: set[fx.Node] = set()
+        for node in self.old.nodes:
+            value = values.get(node)
+            parts = value if isinstance(value, tuple) else (value,)
+            if not all(isinstance(v, Value) and v.derived for v in parts):
+                continue
+            sources = node.all_input_nodes
+            hit = node in self.trace.frozen and any(self.cut.touched(values.get(s)) for s in sources)
+            if hit or any(s in tainted for s in sources):
+                tainted.add(node)
+        return tainted
+
+    def _frozen_values(self, tainted: set[fx.Node]) -> dict[fx.Node, Tensor]:
+        """What leaves the parameter-only part, computed on the folded weights at full size, then sliced."""
+        edge = [
+            n for n in tainted if isinstance(self.trace.values[n], Value) and any(u not in tainted for u in n.users)
+        ]
+        if not edge:
+            return {}
+        needed: set[fx.Node] = set()
+        stack = list(edge)
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack += node.all_input_nodes
+        found: dict[fx.Node, Tensor] = {}
+
+        def watch(node: fx.Node, value: Any) -> None:
+            if node in edge:
+                found[node] = self._kept_part(value, self.trace.values[node])
+
+        example = [x for x in self.captured.example]
+        execute(self.old, feeds_of(self.captured.program, example, self.captured.state), watch=watch, only=needed)
+        return found
+
+    # -- added tensors ---------------------------------------------------------------------------------------------
+
+    def _constant(self, name: str, tensor: Tensor) -> fx.Node:
+        return self._add(name, tensor, InputKind.BUFFER, None)
+
+    def _parameter(self, name: str, tensor: Tensor, source: fx.Node) -> fx.Node:
+        node = self._add(name, tensor, InputKind.PARAMETER, source)
+        self.frozen[str(self.added[-1][1].target)] = source.name
+        return node
+
+    def _add(self, name: str, tensor: Tensor, kind: InputKind, source: fx.Node | None) -> fx.Node:
+        target = f"leanort_{name}"
+        with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
+            node = self.graph.placeholder(f"{'p' if kind == InputKind.PARAMETER else 'b'}_{target}")
+        spec = InputSpec(
+            kind, TensorArgument(name=node.name), target, persistent=True if kind == InputKind.BUFFER else None
+        )
+        self.added.append((node, spec, tensor))
+        return node
+
+    def _edit(self) -> None:
+        """Every operator whose tensors lose something fixes its constants."""
+        values = self.trace.values
+        for node in self.old.nodes:
+            if node not in values or node not in self.new_of or node in self.trace.static:
+                continue
+            if self.new_of[node].op == "placeholder":
+                continue
+            if base_name(node.target).startswith("sym_size"):
+                self._original_size(node)
+                continue
+            rule = find(node.target)
+            if rule is None or rule.edit is None:
+                continue
+            if self.cut.touched(values.get(node)) or any(self.cut.touched(values.get(s)) for s in node.all_input_nodes):
+                try:
+                    rule.edit(self.cut, node)
+                except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+                    raise RefusedError(
+                        f"{base_name(node.target)} at '{node.name}' cannot be rewritten ({type(error).__name__}: {error}).",
+                        "Exclude the channels around it, or report the model.",
+                    ) from error
+
+    def _original_size(self, node: fx.Node) -> None:
+        """Sizes read at run time keep meaning the original ones; each use of a size is corrected where it is used."""
+        value = self.trace.values.get(node.args[0])
+        if not isinstance(value, Value):
+            return
+        dim = bind(node)["dim"] % len(value.shape)
+        before, kept = value.shape[dim], self.cut.count(value.atoms[dim], value.shape[dim])
+        if kept == before:
+            return
+        new = self.new_of[node]
+        users = list(new.users)
+        with self.graph.inserting_before(new.next):
+            whole = self.cut.size(new, before, kept)
+        for user in users:
+            user.replace_input_with(new, whole)
+        self.new_of[node] = whole
+
+    # -- the state and the program ---------------------------------------------------------------------------------
+
+    def _slice(self) -> tuple[dict[str, Tensor], dict[str, dict[int, tuple[int, ...]]]]:
+        kept: dict[str, dict[int, tuple[int, ...]]] = {}
+        for slot in self.analysis.slots:
+            keep = self.cut.keep(slot.atoms)
+            if keep is not None:
+                kept.setdefault(slot.name, {})[slot.dim] = tuple(int(i) for i in np.flatnonzero(keep))
+        parameters = set(self.captured.program.graph_signature.parameters)
+        state: dict[str, Tensor] = {}
+        cut_once: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        for name, tensor in self.captured.state.items():
+            key = (tensor.data_ptr(), tuple(tensor.shape))
+            if key not in cut_once:  # tied weights stay tied
+                small = tensor.detach()
+                for dim, indices in kept.get(name, {}).items():
+                    small = small.index_select(dim, torch.tensor(indices))
+                floating = small.dtype.is_floating_point
+                cut_once[key] = torch.nn.Parameter(small, floating) if name in parameters else small
+            state[name] = cut_once[key]
+        return state, kept
+
+    def _program(self, state: dict[str, Tensor]) -> ExportedProgram:
+        program: ExportedProgram = self.captured.program
+        signature = program.graph_signature
+        for _, spec, tensor in self.added:
+            state[str(spec.target)] = torch.nn.Parameter(tensor) if spec.kind == InputKind.PARAMETER else tensor
+        self._remove_dead()
+        placeholders = {n.name for n in self.graph.nodes if n.op == "placeholder"}
+        specs = [s for _, s, _ in self.added] + list(signature.input_specs)
+        by_name = {s.arg.name: s for s in specs}
+        self._order(by_name)
+        ordered = [by_name[n.name] for n in self.graph.nodes if n.op == "placeholder" and n.name in placeholders]
+        outputs = _output_specs(signature, self.graph)
+        used = {s.target for s in ordered if s.target is not None}
+        state = {n: v for n, v in state.items() if n in used}
+        constants = {n: v for n, v in program.constants.items() if n in used}
+        self._meta(ordered, state)
+        module = fx.GraphModule(torch.nn.Module(), self.graph)
+        module.meta.update(program.graph_module.meta)
+        return ExportedProgram(
+            root=module,
+            graph=self.graph,
+            graph_signature=ExportGraphSignature(ordered, outputs),
+            state_dict=state,
+            range_constraints=copy.copy(program.range_constraints),
+            module_call_graph=[program.module_call_graph[0]],
+            example_inputs=program.example_inputs,
+            constants=constants,
+            verifiers=program.verifiers,
+        )
+
+    def _remove_dead(self) -> None:
+        inputs = set(self.captured.program.graph_signature.user_inputs)
+        for node in reversed(list(self.graph.nodes)):
+            if node.users or node.op == "output":
+                continue
+            schema = getattr(node.target, "_schema", None)
+            if node.op == "call_function" and schema is not None and schema.is_mutable:
+                continue
+            if node.op == "placeholder" and node.name in inputs:
+                continue
+            self.graph.erase_node(node)
+
+    def _order(self, specs: Mapping[str, InputSpec]) -> None:
+        """Placeholders in the order an exported program wants: parameters, buffers, constants, inputs."""
+        rank = {InputKind.PARAMETER: 0, InputKind.BUFFER: 1, InputKind.CONSTANT_TENSOR: 2}
+        nodes = [n for n in self.graph.nodes if n.op == "placeholder"]
+        nodes.sort(key=lambda n: rank.get(specs[n.name].kind, 3))
+        first = next(n for n in self.graph.nodes)
+        for node in nodes:
+            if node is not first:
+                first.prepend(node)
+        if nodes and first in nodes:
+            at = nodes.index(first)
+            if at:
+                nodes[at - 1].append(first)
+            for node in reversed(nodes[at + 1 :]):
+                first.append(node)
+
+    def _meta(self, specs: list[InputSpec], state: Mapping[str, Tensor]) -> None:
+        """Fake tensors of the new shapes. Rewritten nodes are run on fake tensors; the others' shapes follow from their atoms."""
+        mode = next(
+            n.meta["val"].fake_mode
+            for n in self.old.nodes
+            if n.op == "placeholder" and isinstance(n.meta.get("val"), FakeTensor)
+        )
+        targets = {s.arg.name: s.target for s in specs}
+        known = {new: old for old, new in self.new_of.items() if self.trace.values.get(old) is not None}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                tensor = state.get(targets[node.name] or "")
+                val = node.meta.get("val")
+                if tensor is not None and (not isinstance(val, Tensor) or val.shape != tensor.shape):
+                    node.meta["val"] = _fake(mode, tensor, tuple(tensor.shape))
+            elif node.op == "call_function":
+                old = known.get(node)
+                value = self.trace.values.get(old)
+                if old is not None and "val" in node.meta:
+                    node.meta = {**node.meta, "val": self._smaller(mode, node.meta["val"], value)}
+                else:
+                    node.meta["val"] = _run_fake(mode, node)
+
+    def _smaller(self, mode: Any, val: Any, value: Any) -> Any:
+        """A node's fake tensor(s) at the kept counts."""
+        if isinstance(val, (tuple, list)):
+            return type(val)(self._smaller(mode, v, w) for v, w in zip(val, value, strict=True))
+        if not isinstance(value, Value) or not self.cut.touched(value):
+            return val
+        shape = tuple(
+            s if self.cut.keep(a) is None or not isinstance(s, int) else self.cut.count(a, n)
+            for s, a, n in zip(val.shape, value.atoms, value.shape, strict=True)
+        )
+        mixed = [
+            d for d, s in enumerate(val.shape) if not isinstance(s, int) and self.cut.keep(value.atoms[d]) is not None
+        ]
+        for d in mixed:  # batch × channels: the symbol scales with the share that is kept
+            n = value.shape[d]
+            shape = (*shape[:d], val.shape[d] * self.cut.count(value.atoms[d], n) // n, *shape[d + 1 :])
+        return _fake(mode, val, shape)
+
+
+def _fake(mode: Any, like: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """A fake tensor of `shape`, made directly: dispatching `empty` costs ten times as much."""
+    fake: Tensor = FakeTensor(mode, torch.empty(shape, dtype=like.dtype, device="meta"), torch.device(like.device))
+    if isinstance(like, torch.nn.Parameter):
+        return torch.nn.Parameter(fake, like.requires_grad)
+    return fake
+
+
+def _run_fake(mode: Any, node: fx.Node) -> Any:
+    """The node on its operands' fake tensors: what a rewrite put in has its shape checked here."""
+    args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
+    with mode, torch.no_grad():
+        try:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception as error:
+            raise RefusedError(
+                f"The shrunk graph does not fit together at '{node.name}' ({type(error).__name__}: {error}).",
+                "Report the model; nothing was removed.",
+            ) from error
+
+
+def _output_specs(signature: ExportGraphSignature, graph: fx.Graph) -> list[Any]:
+    """The output specs, renamed after nodes that a rewrite put in the place of an output's node."""
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    specs = []
+    for spec, node in zip(signature.output_specs, output.args[0], strict=True):
+        if isinstance(spec.arg, TensorArgument) and isinstance(node, fx.Node) and spec.arg.name != node.name:
+            spec = copy.copy(spec)
+            spec.arg = TensorArgument(name=node.name)
+        specs.append(spec)
+    return specs

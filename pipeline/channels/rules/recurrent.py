@@ -1,0 +1,70 @@
+"""LSTM and GRU: every gate of a hidden unit lives with the unit.
+
+Gates are stacked in dimension 0 of the weights (4·H for LSTM, 3·H for GRU). A unit whose rows, columns and biases are zero
+keeps h = 0: LSTM has tanh(0) = 0 for its candidate and its cell; GRU's candidate is tanh(0) = 0 too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from pipeline.channels.rules.table import base_name, rule
+from pipeline.channels.trace import Trace
+from pipeline.channels.values import Atoms, Value, opaque
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(t: Trace, node: fx.Node) -> Any:
+    """Input [T, B, I] or [B, T, I]; states [layers·directions, B, H]; output [.., directions·H]."""
+    args = node.args
+    if not isinstance(args[2], (list, tuple)):
+        return t.give_up(node, "a packed sequence")
+    name = base_name(node.target)
+    gates = {"lstm": 4, "gru": 3}.get(name, 1)
+    source = args[0]
+    states = list(args[1]) if isinstance(args[1], (list, tuple)) else [args[1]]
+    weights, has_biases, layers = list(args[2]), bool(args[3]), int(args[4])  # type: ignore[arg-type]
+    directions = 2 if args[7] else 1
+    per = (4 if has_biases else 2) + (1 if len(weights) > layers * directions * (4 if has_biases else 2) else 0)
+    if per % 2:
+        return t.give_up(node, "a projected LSTM")
+    for s in states:
+        t.pin_value(t.value(s), node, "layers and batch", [0, 1])
+    x = t.value(source)
+    t.pin_value(x, node, "time and batch", range(len(x.shape) - 1))
+    incoming: Atoms | None = x.atoms[-1]
+    hidden_of_all: list[Atoms] = []
+    for layer in range(layers):
+        units: list[Atoms] = []
+        for direction in range(directions):
+            at = (layer * directions + direction) * per
+            w_ih, w_hh, *biases = (t.value(w) for w in weights[at : at + per])
+            size = w_hh.shape[1]
+            unit = w_hh.atoms[1]
+            if unit is None:
+                unit = np.zeros(size, np.int64)
+            for v in (w_ih, w_hh, *biases):
+                if v.atoms[0] is not None:
+                    t.product(node, v.atoms[0], (None if gates == 1 else None, unit), (gates, size))
+            t.tie(incoming, w_ih.atoms[1], node)
+            t.reading(w_ih.atoms[1])
+            t.reading(w_hh.atoms[1])
+            units.append(unit)
+            hidden_of_all.append(unit)
+        incoming = np.concatenate(units)
+    for s in states:  # one dimension for all layers: their units can only go together
+        value = t.value(s)
+        for unit in hidden_of_all:
+            t.tie(value.atoms[2], unit, node)
+        if value.atoms[2] is not None and (value.zeros[2] is None or not value.zeros[2].all()):
+            t.pin(value.atoms[2], node, "an initial state that is not zero")
+    shapes = [t.shape_of(v) for v in node.meta["val"]]
+    outputs = Value(shapes[0], (None, None, incoming), (None, None, np.full(shapes[0][-1], True)))
+    last = [
+        Value(s, (None, None, hidden_of_all[0]), (None, None, np.full(s[-1], True))) if len(s) == 3 else opaque(s)
+        for s in shapes[1:]
+    ]
+    return (outputs, *last)

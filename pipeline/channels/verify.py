@@ -1,0 +1,204 @@
+"""The safety net, never optional: the zero check before the cut, the comparison after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from pipeline.channels.capture import Captured
+from pipeline.channels.decide import Analysis, Removed
+from pipeline.channels.execute import execute, feeds_of
+from pipeline.channels.ledger import Refusal
+from pipeline.channels.rules.table import base_name
+from pipeline.channels.trace import Contraction
+from pipeline.channels.values import Flags
+from pipeline.errors import RefusedError
+
+# Float32 rounding through a deep network; the same network in float64 must agree far more closely.
+TOLERANCE_FLOAT32 = 1e-5
+TOLERANCE_FLOAT64 = 1e-10
+
+
+def zero_check(
+    captured: Captured, analysis: Analysis, gone: Flags, removed: Removed
+) -> tuple[Flags, tuple[Refusal, ...]]:
+    """`gone` without the classes that are not exactly zero where they are summed, and those as refusals.
+
+    At every contraction, each index to be removed must be zero on one side. A parameter side is read off the weights; only
+    where that does not settle it is the graph run, once, and the other side looked at.
+    """
+    open_: dict[Contraction, Flags] = {}
+    for contraction in analysis.trace.contractions:
+        going = gone[contraction.atoms]
+        if going.any():
+            left = going & ~_zero_in_weights(captured, contraction, going)
+            if left.any():
+                open_[contraction] = left
+    if open_:
+        _look(captured, open_)
+    bad = np.zeros(analysis.solution.reason_of.shape[0], np.bool_)
+    blame: dict[int, fx.Node] = {}
+    for contraction, left in open_.items():
+        for cls in np.unique(analysis.solution.class_of[contraction.atoms[left]]):
+            bad[cls] = True
+            blame.setdefault(int(cls), contraction.node)
+    if not bad.any():
+        return gone, ()
+    refusals = []
+    for name, classes in analysis.members.items():
+        if name in removed and bad[classes].any():
+            hit = np.flatnonzero(bad[classes])
+            node = blame[int(classes[hit[0]])]
+            refusals.append(
+                Refusal(
+                    name,
+                    tuple(int(i) for i in hit),
+                    base_name(node.target),
+                    node.name,
+                    "not exactly zero where it is summed",
+                )
+            )
+    return gone & ~bad[analysis.solution.class_of], tuple(refusals)
+
+
+def _parameters(captured: Captured) -> dict[str, str]:
+    return {
+        s.arg.name: s.target
+        for s in captured.program.graph_signature.input_specs
+        if s.target is not None and s.target in captured.state
+    }
+
+
+def _zero_in_weights(captured: Captured, contraction: Contraction, going: Flags) -> Flags:
+    names = _parameters(captured)
+    zero = np.zeros(going.shape, np.bool_)
+    for node, dim in contraction.sides:
+        if node.op == "placeholder" and node.name in names:
+            zero[going] |= _zero_slices(captured.state[names[node.name]], dim, np.flatnonzero(going))
+    return zero
+
+
+def _zero_slices(tensor: Tensor, dim: int, indices: Any) -> Any:
+    picked = tensor.detach().index_select(dim, torch.from_numpy(indices))
+    return (picked.movedim(dim, 0).reshape(len(indices), -1) == 0).all(dim=1).numpy()
+
+
+def _look(captured: Captured, open_: dict[Contraction, Flags]) -> None:
+    """Run the graph and strike out of `open_` what turns out to be zero."""
+    watched: dict[fx.Node, list[tuple[Contraction, int]]] = {}
+    for contraction in open_:
+        for node, dim in contraction.sides:
+            watched.setdefault(node, []).append((contraction, dim))
+
+    def watch(node: fx.Node, value: Any) -> None:
+        for contraction, dim in watched.get(node, ()):
+            left = open_[contraction]
+            indices = np.flatnonzero(left)
+            if indices.size:
+                zero = _zero_slices(value, dim, indices)
+                left[indices[zero]] = False
+
+    with torch.no_grad():
+        execute(captured.program.graph, feeds_of(captured.program, small(captured), captured.state), watch=watch)
+    for contraction in [c for c, left in open_.items() if not left.any()]:
+        del open_[contraction]
+
+
+def small(captured: Captured, batch: int = 2, seed: int = 0) -> tuple[Any, ...]:
+    """Random inputs like the example's (integers: the example's own), of `batch` samples where the batch is dynamic."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def like(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        part = x[:batch] if captured.dynamic_batch and x.dim() else x
+        if not part.dtype.is_floating_point:
+            return part
+        return torch.randn(part.shape, generator=draw, dtype=torch.float32).to(part.dtype)
+
+    return tuple(like(x) for x in captured.example)
+
+
+# -- the comparison ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Folded against shrunk: largest absolute differences, the scale of the outputs, the tolerances that held.
+
+    `max_abs_diff_float64` is None where a side cannot run in float64 (a plain function).
+    """
+
+    max_abs_diff: float
+    output_scale: float
+    tolerance: float
+    max_abs_diff_float64: float | None
+    tolerance_float64: float
+    inputs: int
+    outputs: int
+
+
+def prove(folded: Callable[..., Any], shrunk: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Proof:
+    """Compare two callables on `inputs`, in float32 and, where both can, in float64.
+
+    Tolerance: 1e-5·max(1, max|y|) in float32, 1e-10·max(1, max|y|) in float64. Raises RefusedError when it does not hold, when an
+    output is not finite in one of the two only, or when nothing was compared; names the first node that differs where both
+    sides are graphs of this package.
+    """
+    worst, scale, compared = _compare(folded, shrunk, inputs, None)
+    if not compared:
+        raise RefusedError("Nothing was compared.", "Give at least one input, and a model with a tensor output.")
+    tolerance = TOLERANCE_FLOAT32 * max(1.0, scale)
+    precise: float | None = None
+    tolerance_precise = TOLERANCE_FLOAT64 * max(1.0, scale)
+    if _has_float64(folded) and _has_float64(shrunk):
+        precise, _, _ = _compare(folded, shrunk, inputs, torch.float64)
+    if not worst <= tolerance or (precise is not None and not precise <= tolerance_precise):
+        raise RefusedError(
+            f"The shrunk model differs from the folded one by {worst:.3g} (float64: {precise}), tolerance {tolerance:.3g}.",
+            "Nothing was removed; the first difference is named by `first_difference`.",
+        )
+    return Proof(worst, scale, tolerance, precise, tolerance_precise, len(inputs), compared)
+
+
+def _has_float64(model: Any) -> bool:
+    return hasattr(model, "program")
+
+
+def _compare(a: Any, b: Any, inputs: Sequence[tuple[Any, ...]], dtype: torch.dtype | None) -> tuple[float, float, int]:
+    worst = scale = 0.0
+    compared = 0
+    extra = {} if dtype is None else {"dtype": dtype}
+    for feed in inputs:
+        with torch.no_grad():
+            left, right = tensors_of(a(*feed, **extra)), tensors_of(b(*feed, **extra))
+        if len(left) != len(right):
+            raise RefusedError(f"{len(left)} outputs became {len(right)}.", "Report the model; nothing was removed.")
+        for x, y in zip(left, right, strict=True):
+            if x.shape != y.shape:
+                raise RefusedError(
+                    f"An output of shape {tuple(x.shape)} became {tuple(y.shape)}.",
+                    "Report the model; nothing was removed.",
+                )
+            if not x.numel():
+                continue
+            x, y = x.to(torch.float64), y.to(torch.float64)
+            if not torch.equal(torch.isfinite(x), torch.isfinite(y)):
+                raise RefusedError("Infinite or NaN outputs differ.", "Check the weights for NaN.")
+            finite = torch.isfinite(x)
+            compared += 1
+            if finite.any():
+                worst = max(worst, float((x - y)[finite].abs().max()))
+                scale = max(scale, float(x[finite].abs().max()))
+    return worst, scale, compared
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of a model's output in order, containers flattened."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [x for x in leaves if isinstance(x, Tensor)]
