@@ -11,6 +11,7 @@ proof    = prove(folded, small, inputs)
 from pipeline.channels.capture import Captured, capture
 from pipeline.channels.decide import Analysis, Blocked, Cluster, Size, analyse
 from pipeline.channels.ledger import Ledger, Refusal
+from pipeline.channels.liveness import dead_groups
 from pipeline.channels.macs import count_macs
 from pipeline.channels.rewrite import Shrunk, shrink
 from pipeline.channels.trace import Policy
@@ -30,6 +31,7 @@ __all__ = [
     "analyse",
     "capture",
     "count_macs",
+    "dead_groups",
     "prove",
     "shrink",
     "small",

@@ -29,6 +29,8 @@ from pipeline.channels.shuffle import find_shuffles
 from pipeline.channels.trace import Pin, Policy, Product, Trace
 from pipeline.channels.values import PINNED, Atoms, Flags, Value, opaque
 
+Zeros = Mapping[tuple[str, int], Flags]
+
 _SILENT = ("_assert", "sym_", "_local_scalar_dense", "item")
 _RANDOM = ("rand", "randn", "randint", "bernoulli", "multinomial", "dropout", "empty")
 
@@ -55,8 +57,12 @@ class Solution:
 # -- the walk ------------------------------------------------------------------------------------------------------
 
 
-def walk(captured: Captured, policy: Policy) -> tuple[Trace, list[Slot]]:
-    """Apply every node's rule once, in order."""
+def walk(captured: Captured, policy: Policy, zeros: Zeros | None = None) -> tuple[Trace, list[Slot]]:
+    """Apply every node's rule once, in order.
+
+    `zeros`: (parameter, dim) -> which slices are zero *now*. Without it every parameter is taken as zero in whatever goes, as
+    the masks will make it. Atoms are numbered alike in both.
+    """
     program = captured.program
     batch = example_batch(program) if captured.dynamic_batch else 0
     sizes: dict[Any, int] = {}
@@ -70,7 +76,7 @@ def walk(captured: Captured, policy: Policy) -> tuple[Trace, list[Slot]]:
         return sizes[key]
 
     t = Trace(policy, size_of)
-    slots = _placeholders(t, captured)
+    slots = _placeholders(t, captured, zeros)
     t.static.update(static_values(captured))
     shuffles, between = find_shuffles(program.graph, t.shape)
     t.notes.update(shuffles)
@@ -124,13 +130,15 @@ def _after_write(t: Trace, node: fx.Node) -> None:
             t.values[target] = Value(value.shape, value.atoms, (None,) * len(value.shape), value.derived)
 
 
-def _placeholders(t: Trace, captured: Captured) -> list[Slot]:
+def _placeholders(t: Trace, captured: Captured, zeros: Zeros | None) -> list[Slot]:
     program = captured.program
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     known: dict[Any, Value] = {}
     slots: list[Slot] = []
     for spec in program.graph_signature.input_specs:
         node = nodes[spec.arg.name]
+        if not node.users and spec.kind != InputKind.USER_INPUT:
+            continue  # an auxiliary head that evaluation does not use: the cut drops it
         val = node.meta.get("val")
         if not isinstance(val, Tensor):
             continue
@@ -148,13 +156,19 @@ def _placeholders(t: Trace, captured: Captured) -> list[Slot]:
             known[key] = Value(
                 shape,
                 tuple(t.fresh(n) if n > 1 else None for n in shape),
-                tuple(np.full(n, True) if n > 1 and masked else None for n in shape),
+                tuple(_zero_slices(spec.target, d, n, masked, zeros) if n > 1 else None for d, n in enumerate(shape)),
                 derived=True,
             )
         value = known[key]
         t.values[node] = value
         slots += [Slot(spec.target, d, a, masked) for d, a in enumerate(value.atoms) if a is not None]
     return slots
+
+
+def _zero_slices(name: str, dim: int, size: int, masked: bool, zeros: Zeros | None) -> Flags | None:
+    if zeros is not None:
+        return zeros.get((name, dim))
+    return np.full(size, True) if masked else None
 
 
 def _is_statistic(node: fx.Node) -> bool:

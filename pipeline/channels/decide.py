@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from torch import fx
+from torch.export.graph_signature import InputKind
 
 from pipeline.channels.capture import Captured
 from pipeline.channels.couple import Slot, Solution, solve, walk
@@ -145,10 +146,7 @@ class Analysis:
             going = int(gone[slot.atoms].sum())
             if going:
                 left.setdefault(slot.name, list(self.captured.state[slot.name].shape))[slot.dim] -= going
-        params = self.params
-        for name in self.parameter_names:
-            if name in left:
-                params += math.prod(left[name]) - self.captured.state[name].numel()
+        params = sum(math.prod(left.get(n, self.captured.state[n].shape)) for n in self.parameter_names)
         counts: dict[int, int] = {}
 
         def shape(node: fx.Node) -> tuple[int, ...]:
@@ -168,7 +166,7 @@ class Analysis:
 
     @property
     def parameter_names(self) -> Sequence[str]:
-        """Each parameter tensor once (tied names counted once)."""
+        """Each parameter tensor that evaluation uses, once (tied names counted once)."""
         return self.trace.notes["<parameters>"]  # type: ignore[no-any-return]
 
 
@@ -202,7 +200,11 @@ def _parameters(captured: Captured) -> list[str]:
     program = captured.program
     seen: set[Any] = set()
     names: list[str] = []
-    for name in program.graph_signature.parameters:
+    used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind != InputKind.PARAMETER or spec.target is None or spec.arg.name not in used:
+            continue
+        name = spec.target
         tensor = program.state_dict[name]
         key = (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else name
         if key not in seen:

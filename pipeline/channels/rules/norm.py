@@ -256,10 +256,7 @@ def group_norm(t: Trace, node: fx.Node) -> Value:
         t.notes[node] = group, inner
         if inner is not None and t.policy.residual:
             t.role("residual", inner)
-            if inside > 1 and groups == 1:
-                t.contract(node, [(a["input"], 1)], "what is removed would not be zero under the norm")
-            elif x.zeros[1] is None:
-                t.pin(inner, node, "what is removed would not be zero under the norm")
+            t.contract(node, [(a["input"], 1)], "what is removed would not be zero under the norm")
         elif inner is not None:
             t.pin(inner, node, "normalised over, and the recipe keeps such streams")
     atoms, zeros = scale_and_shift(t, node, a["weight"], a["bias"], atoms, None)

@@ -13,7 +13,7 @@ from torch import fx
 
 from pipeline.channels.rules.table import base_name, rule
 from pipeline.channels.trace import Trace
-from pipeline.channels.values import Atoms, Value, opaque
+from pipeline.channels.values import Atoms, Flags, Value, opaque
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -39,6 +39,7 @@ def recurrent(t: Trace, node: fx.Node) -> Any:
     hidden_of_all: list[Atoms] = []
     for layer in range(layers):
         units: list[Atoms] = []
+        silent: list[Flags] = []
         for direction in range(directions):
             at = (layer * directions + direction) * per
             w_ih, w_hh, *biases = (t.value(w) for w in weights[at : at + per])
@@ -46,14 +47,18 @@ def recurrent(t: Trace, node: fx.Node) -> Any:
             unit = w_hh.atoms[1]
             if unit is None:
                 unit = np.zeros(size, np.int64)
+            zero = np.full(size, True)
             for v in (w_ih, w_hh, *biases):
+                zero &= v.zeros[0].reshape(gates, size).all(axis=0) if v.zeros[0] is not None else False
                 if v.atoms[0] is not None:
                     t.product(node, v.atoms[0], (None if gates == 1 else None, unit), (gates, size))
             t.tie(incoming, w_ih.atoms[1], node)
             t.reading(w_ih.atoms[1])
             t.reading(w_hh.atoms[1])
             units.append(unit)
+            silent.append(zero)
             hidden_of_all.append(unit)
+        quiet = np.concatenate(silent)
         incoming = np.concatenate(units)
     for s in states:  # one dimension for all layers: their units can only go together
         value = t.value(s)
@@ -62,9 +67,8 @@ def recurrent(t: Trace, node: fx.Node) -> Any:
         if value.atoms[2] is not None and (value.zeros[2] is None or not value.zeros[2].all()):
             t.pin(value.atoms[2], node, "an initial state that is not zero")
     shapes = [t.shape_of(v) for v in node.meta["val"]]
-    outputs = Value(shapes[0], (None, None, incoming), (None, None, np.full(shapes[0][-1], True)))
+    outputs = Value(shapes[0], (None, None, incoming), (None, None, quiet))
     last = [
-        Value(s, (None, None, hidden_of_all[0]), (None, None, np.full(s[-1], True))) if len(s) == 3 else opaque(s)
-        for s in shapes[1:]
+        Value(s, (None, None, hidden_of_all[0]), (None, None, None)) if len(s) == 3 else opaque(s) for s in shapes[1:]
     ]
     return (outputs, *last)
