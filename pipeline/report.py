@@ -7,6 +7,7 @@ drawn in templates/. Figures are rounded here and nowhere else, so that the page
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.artifacts import Artifact, Baseline, Optimized, Pruned, Shrunk, Validated, WidthChange
 from pipeline.manifest import Manifest
+from validators import Check, Verdict
 
 HTML, MARKDOWN, JUNIT, VERDICT = "report.html", "report.md", "junit.xml", "verdict.json"
 HISTORY = "history.csv"
@@ -33,6 +35,20 @@ _KINDS = {
     "head_position": "Positions inside attention heads",
     "residual": "Residual streams",
 }
+_BOUNDS = {"<=": "at most", "<": "less than", ">=": "at least", ">": "more than", "==": "exactly"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One check as people read it: figures rounded so that what differs still looks different."""
+
+    name: str
+    outcome: str
+    required: bool
+    measured: str
+    interval: str
+    limit: str
+    words: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ def write(folder: Path, manifest: Manifest, artifacts: Sequence[Artifact]) -> No
     texts = {
         HTML: _page().get_template("report.html.j2").render(context),
         MARKDOWN: markdown_summary(manifest, artifacts),
-        JUNIT: _junit(manifest, context["validated"]),
+        JUNIT: _junit(manifest, context["checks"]),
         VERDICT: _verdict(manifest, context["validated"]),
     }
     for name, text in texts.items():
@@ -91,9 +107,13 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
     """Everything that the templates show: each artifact under its type's name in lower case, and what is made of it."""
     named: dict[str, Any] = {type(artifact).__name__.lower(): artifact for artifact in artifacts}
     shrunk, optimized, finetuned = named["shrunk"], named["optimized"], named["finetuned"]
+    checks = [_judged(check) for check in named["validated"].verdict.checks]
     shipped = next(file for file in optimized.candidates if file.file == optimized.ships)
     return named | {
         "manifest": manifest,
+        "verdict": named["validated"].verdict.outcome,
+        "checks": checks,
+        "reasons": _reasons(named["validated"].verdict, checks),
         "summary": _summary(named["baseline"], shrunk, named["validated"]),
         "shipped": shipped,
         "shipped_sha256": _shipped_sha256(manifest, optimized),
@@ -121,6 +141,35 @@ def _summary(dense: Baseline, shrunk: Shrunk, checked: Validated) -> str:
         words.append(f"{ratio(shrunk.params_after, dense.params)} of its parameters")
     words.append(f"{points(-checked.accuracy_drop_points)} of accuracy")
     return f"{words[0][0].upper()}{', '.join(words)[1:]}."
+
+
+def _judged(check: Check) -> Judged:
+    """`check` in words; with as many digits as it takes to tell the measured value from the limit."""
+    name = check.limit.metric.replace("_", " ").capitalize()
+    required = check.limit.level == "required"
+    bound = _BOUNDS[check.limit.operator]
+    if check.measured is None:
+        limit = f"{bound} {significant(check.limit.value)}"
+        return Judged(name, check.outcome, required, "–", "", limit, f"{check.reason[:1].upper()}{check.reason[1:]}.")
+    known, wanted = (check.measured.value, check.measured.low, check.measured.high), check.limit.value
+    apart = [figure for figure in known if figure != wanted]
+    digits = next((d for d in range(3, 17) if all(significant(f, d) != significant(wanted, d) for f in apart)), 17)
+    value, low, high, limit = (significant(figure, digits) for figure in (*known, wanted))
+    interval = f"{low} to {high}" if low != high else ""
+    shown = f"{value} ({interval})" if interval else value
+    words = {
+        "pass": f"{name}: {shown}, as asked for ({bound} {limit}).",
+        "fail": f"{name}: {shown}, but {bound} {limit} is asked for.",
+        "inconclusive": f"{name}: {shown}; {bound} {limit} is asked for, and the measurement cannot tell.",
+    }
+    return Judged(name, check.outcome, required, value, interval, f"{bound} {limit}", words[check.outcome])
+
+
+def _reasons(verdict: Verdict, checks: Sequence[Judged]) -> list[str]:
+    """Why it is no pass, and the warnings; the verdict's own reasons where no single check is to blame."""
+    to_blame = [check.words for check in checks if check.required and check.outcome != "pass"]
+    warnings = [f"Warning: {check.words}" for check in checks if not check.required and check.outcome != "pass"]
+    return [*(to_blame or verdict.reasons), *warnings]
 
 
 def _shipped_sha256(manifest: Manifest, optimized: Optimized) -> str:
@@ -161,7 +210,7 @@ def _widths(changes: Iterable[WidthChange]) -> tuple[Bars, ...]:
 
 
 def _sparsity(pruned: Pruned) -> Bars:
-    """Share of zero weights per parameter, in the order of the model."""
+    """Share of zero weights per matrix or kernel, in the order of the model; norms and biases follow these."""
     bars = tuple(
         Bar(
             name=layer.parameter,
@@ -172,7 +221,7 @@ def _sparsity(pruned: Pruned) -> Bars:
             f"{grouped(layer.channels_cut)} of {grouped(layer.channels)} channels",
         )
         for layer in pruned.layers
-        if layer.weights
+        if len(layer.shape) > 1
     )
     return Bars("Sparsity per parameter", percent(1.0), bars)
 
@@ -236,7 +285,7 @@ def significant(value: float, digits: int = 3) -> str:
         return f"{value:.{digits - 1}e}".replace("-", _MINUS, 1) if value < 0 else f"{value:.{digits - 1}e}"
     rounded = float(f"{value:.{digits - 1}e}")
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
-    return f"{rounded:,.{decimals}f}".replace(",", _SPACE).replace("-", _MINUS)
+    return f"{value:,.{decimals}f}".replace(",", _SPACE).replace("-", _MINUS)
 
 
 def percent(share: float | None) -> str:
@@ -294,8 +343,10 @@ def ratio(part: float, whole: float = 1.0) -> str:
     return significant(part / whole) if whole else "–"
 
 
-def error(value: float) -> str:
+def error(value: float | None) -> str:
     """A numerical difference, in exponent form."""
+    if value is None:
+        return "–"
     return f"{value:.1e}" if math.isfinite(value) and value else significant(value)
 
 
@@ -320,10 +371,12 @@ _FILTERS: Mapping[str, Callable[..., str]] = {
 # --- Templates --------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _page() -> Environment:
     return _environment(autoescape=True)
 
 
+@functools.cache
 def _markdown() -> Environment:
     # Autoescape would write HTML entities; whatever a template inserts is escaped for Markdown instead.
     return _environment(autoescape=False, finalize=_escape_markdown)
@@ -339,7 +392,7 @@ def _environment(**options: Any) -> Environment:
 
 def _escape_markdown(value: object) -> str:
     """Text that GitHub shows as it is: no markup, no HTML, no table borders, nobody notified."""
-    text = re.sub(r"\s*\n\s*", " ", str(value))
+    text = " ".join(str(value).splitlines())
     text = re.sub(r"([\\`*\[\]<>|~&])|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
     return text.replace("@", "&#64;")
 
@@ -353,7 +406,7 @@ def _verdict(manifest: Manifest, checked: Validated) -> str:
     return json.dumps({"model": manifest.model, "version": manifest.version, **verdict}, indent=2) + "\n"
 
 
-def _junit(manifest: Manifest, checked: Validated) -> str:
+def _junit(manifest: Manifest, checks: Sequence[Judged]) -> str:
     """JUnit XML: one test case per check.
 
     An unmet limit is a failure and an undecided one an error; an unmet warning passes, its reason in the output, so
@@ -361,17 +414,17 @@ def _junit(manifest: Manifest, checked: Validated) -> str:
     """
     suite = ElementTree.Element("testsuite", name=f"leanort {manifest.model} {manifest.version}")
     counts = {"tests": 0, "failures": 0, "errors": 0}
-    for check in checked.verdict.checks:
+    for check in checks:
         case = ElementTree.SubElement(suite, "testcase", classname=f"leanort.{manifest.model}", name=check.name)
         counts["tests"] += 1
-        if check.status == "pass":
+        if check.outcome == "pass":
             continue
-        if check.level == "warn":
-            tag = "system-out"
-        else:
-            tag = "failure" if check.status == "fail" else "error"
+        if check.required:
+            tag = "failure" if check.outcome == "fail" else "error"
             counts[f"{tag}s"] += 1
-        ElementTree.SubElement(case, tag, {} if tag == "system-out" else {"message": check.reason}).text = check.reason
+            ElementTree.SubElement(case, tag, message=check.words).text = check.words
+        else:
+            ElementTree.SubElement(case, "system-out").text = f"Warning: {check.words}"
     suite.attrib |= {name: str(count) for name, count in counts.items()}
     suite.set("timestamp", manifest.created.isoformat(timespec="seconds"))
     for element in suite.iter():

@@ -1,0 +1,544 @@
+"""Reports: every figure is there, text stays text, nothing is fetched, and the page fits narrow and wide windows."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline import report
+from pipeline.artifacts import (
+    Artifact,
+    Baseline,
+    Candidate,
+    Exported,
+    Finetuned,
+    Folded,
+    Hop,
+    Optimized,
+    Pruned,
+    Shrunk,
+    Validated,
+    WidthChange,
+)
+from pipeline.config import GroupSwitches
+from pipeline.manifest import FileRecord, Manifest, StageRecord
+from pipeline.masks import Sparsity
+from validators import Limit, Measured, Verdict, judge
+
+STAGES = ("0-baseline", "1-prune", "2-finetune", "3-fold", "4-shrink", "5-export", "6-optimize", "7-validate")
+SHA = "d51aa91f9d23149a7b1073a0dcd793e2c44895deb2d41a816c1b250524579884"
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'|`*"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1500,1000",
+    "--hide-scrollbars",
+    "--dump-dom",
+)
+PAGES = ("report.html", "report.md", "junit.xml", "verdict.json")
+LIMITS = (
+    Limit(metric="accuracy drop, points", operator="<=", value=1.0),
+    Limit(metric="latency, of dense", operator="<=", value=0.3),
+    Limit(metric="session load, of dense", operator="<=", value=1.0, level="warn"),
+)
+MET = {
+    "accuracy drop, points": 0.56,
+    "latency, of dense": Measured(value=0.283, low=0.276, high=0.291),
+    "session load, of dense": 0.27,
+}
+
+
+def judged(**changed: float | Measured | None) -> Verdict:
+    names = {"accuracy": LIMITS[0].metric, "latency": LIMITS[1].metric, "load": LIMITS[2].metric}
+    return judge(MET | {names[name]: value for name, value in changed.items()}, LIMITS)
+
+
+def run(
+    folder: Path,
+    *,
+    layers: int = 3,
+    text: str = "",
+    history: str | None = "epoch,loss,accuracy\n1,1.2,0.7\n2,0.6,0.9\n3,0.4,0.95\n",
+    **changed: dict[str, object],
+) -> tuple[Manifest, list[Artifact]]:
+    """A whole version in memory; `text` is put into every field that a user or a model can fill."""
+    names = [f"layer{i}.conv{text}" for i in range(layers)]
+    widths = tuple(
+        WidthChange(cluster=n, kind="channel", before=64 * (i + 1), after=24 * (i + 1), unit=1)
+        for i, n in enumerate(names)
+    )
+    sparsity = tuple(
+        Sparsity(parameter=f"{n}.weight", shape=(64, 64, 3, 3), weights=36864, zeros=9216, channels=64, channels_cut=16)
+        for n in names
+    )
+    operators = {"Conv": 53, f"Relu{text}": 49}
+    folders = [folder / stage for stage in STAGES]
+    for made in folders:
+        made.mkdir(parents=True, exist_ok=True)
+    artifacts: list[Artifact] = [
+        Baseline(
+            folder=folders[0], trained_here=True, weights_origin=f"trained here on digits{text}", accuracy=0.9694,
+            calibration_accuracy=0.96,
+            params=23_528_522, macs=83_900_000, onnx_bytes=94_112_233, latency_ms=6.02, threads=1, isa="avx2",
+            training_seconds=219.0,
+        ),
+        Pruned(
+            folder=folders[1],
+            method="structured", sparsity=0.742, zeros=17_458_163, params=23_528_522, expected_params=6_107_000,
+            expected_macs=21_730_000, macs=83_900_000, groups_cut=7012, groups=14080, accuracy_after=0.1028,
+            layers=sparsity, widths=widths,
+            kinds=GroupSwitches(),
+        ),
+        Finetuned(
+            folder=folders[2], epochs=3, best_epoch=2, accuracy=0.9611, calibration_accuracy=0.9583,
+            training_seconds=96.2,
+        ),
+        Folded(
+            folder=folders[3], sparsity=0.7421, zeros=17_460_000, params=23_528_522, accuracy=0.9611,
+            max_abs_diff_to_masked=0.0,
+        ),
+        Shrunk(
+            folder=folders[4],
+            removed=True, statement=f"7 012 of 14 080 channels were removed.{text}", params_before=23_528_522,
+            params_after=6_107_000, macs_before=83_900_000, macs_after=21_730_000, max_abs_diff=3.8e-6,
+            max_abs_diff_float64=4.4e-15, output_scale=12.43, tolerance=1.2e-4, widths=widths,
+            kept_back=(f"conv7: aten.view mixes channels with positions{text}",),
+        ),
+        Exported(
+            folder=folders[5],
+            opset=20, onnx_bytes=24_455_000, inputs=("input",), outputs=("logits",), external_data=False, nodes=123
+        ),
+        Optimized(
+            folder=folders[6],
+            onnxruntime="1.31.1", ships="model.portable.onnx", candidates=(
+                Candidate(file="model.portable.onnx", level="extended", portable=True, isa="", onnx_bytes=24_450_000,
+                          operators_before=operators, operators_after={"FusedConv": 49, "Conv": 4}),
+                Candidate(file="model.host.onnx", level="all", portable=False, isa="avx2", onnx_bytes=24_560_000,
+                          operators_before=operators, operators_after={"ReorderOutput": 4, "Conv": 53}),
+            ),
+        ),
+        Validated(
+            folder=folders[7],
+            verdict=judged(), hops=(
+                Hop(reference="folded", candidate="shrunk", passed=True, max_abs=3.7e-6, mean_abs=4.1e-7,
+                    max_rel=2.2e-5, mean_rel=1.1e-6, top1_agreement=0.9999, feeds=18, reasons=(),
+                    worst_feed=f"large values, batch 3{text}"),
+                Hop(reference="shrunk", candidate="exported", passed=False, max_abs=None, mean_abs=None, max_rel=None,
+                    mean_rel=None, top1_agreement=None, worst_feed="zeros, batch 1", feeds=18,
+                    reasons=(f"output logits is not finite{text}",)),
+            ),
+            dense_accuracy=0.9694, accuracy=0.9638, accuracy_drop_points=0.56, accuracy_drop_low=-0.3,
+            accuracy_drop_high=1.4, dense_latency_ms=6.02, latency_ms=1.703, latency_p95_ms=1.78, latency_p99_ms=2.04,
+            latency_ratio=0.283, latency_ratio_low=0.276, latency_ratio_high=0.291, threads=2, dense_bytes=94_112_233,
+            bytes=24_450_000, dense_load_ms=212.3, load_ms=57.1,
+        ),
+    ]  # fmt: skip
+    if history is not None:
+        (folder / "2-finetune" / "history.csv").write_text(history)
+    records = tuple(
+        StageRecord(stage=s, fingerprint=SHA, inputs={f"model{text}": SHA}, seconds=10.0 + i, metrics={},
+                    files={"model.portable.onnx": FileRecord(sha256=SHA, bytes=1)} if s == "6-optimize" else {})
+        for i, s in enumerate(STAGES)
+    )  # fmt: skip
+    manifest = Manifest(
+        project="0.1.0", model=f"resnet50{text}", version="v0003", created=datetime(2026, 7, 30, 14, 3, tzinfo=UTC),
+        model_fingerprint="a1" * 32, data_fingerprint="b2" * 32, recipe="c3" * 32, stages=records,
+        reused={"0-baseline": "v0001"}, files={}, tools={"onnxruntime": "1.31.1", f"torch{text}": "2.13.0"},
+        host={"isa": "avx2", "cpu": f"EPYC{text}"}, git={"commit": "712ce76b0d3b", "dirty": "true"},
+    )  # fmt: skip
+    return manifest, [a.model_copy(update=changed.get(type(a).__name__.lower())) for a in artifacts]
+
+
+def written(folder: Path, **options: object) -> dict[str, str]:
+    report.write(folder, *run(folder, **options))
+    return {name: (folder / name).read_text(encoding="utf-8") for name in PAGES}
+
+
+class Page(HTMLParser):
+    """The page's visible text, its tags in order, every attribute, and whether each tag was closed in order."""
+
+    VOID = frozenset({"meta", "link", "br", "rect", "line", "polyline", "path"})
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.inside: dict[str, int] = {}
+        self._open: list[str] = []
+        self._words: list[str] = []
+        self.feed(source)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+        self.text = re.sub(r"\s+", " ", " ".join(self._words))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        for outer in self._open:
+            self.inside[f"{outer} {tag}"] = self.inside.get(f"{outer} {tag}", 0) + 1
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self._open, f"</{tag}> closes nothing"
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "title"} & set(self._open):
+            self._words.append(data)
+
+
+def test_the_page_shows_every_figure(tmp_path):
+    text = Page(written(tmp_path)["report.html"]).text
+    for shown in (
+        "resnet50 v0003", "✓ Pass", "3.5× as fast as the dense model, 0.260 of its file size",
+        "96.4 %", "−0.6 points from 96.9 % dense", "−1.4 points to +0.3 points",
+        "1.70 ms", "0.283 of 6.02 ms dense", "0.276 to 0.291", "p95 1.78 ms, p99 2.04 ms", "2 threads",
+        "24.4 MB", "0.260 of 94.1 MB dense", "loads in 57.1 ms, dense in 212 ms",
+        "6.11 M", "0.260 of 23.5 M dense", "21.7 M", "0.259 of 83.9 M dense",
+        "Accuracy drop, points ✓ pass 0.560 at most 1.00", "0.283 (0.276 to 0.291) at most 0.300",
+        "layer2.conv 192 → 72 37.5 % stay", "layer0.conv.weight 25.0 % 9 216 of 36 864 weights, 16 of 64 channels",
+        "17 458 163 of 23 528 522 weights to zero (74.2 %)",
+        "dense 96.9 %, pruned 10.3 %, fine-tuned 96.1 %, shipped 96.4 %",
+        "conv7: aten.view mixes channels",
+        "3 epochs in 1 min 36 s; epoch 2 was kept", "for its 95.8 % on the calibration part",
+        "Loss 0.400 at the end", "Accuracy 95.0 % at the end", "epoch 1 epoch 3",
+        "folded → shrunk ✓ pass 3.7e-06 4.1e-07 2.2e-05 1.1e-06 > 99.9 % 18 large values, batch 3",
+        "shrunk → exported ✕ fail – – – – – 18 zeros, batch 1", "output logits is not finite",
+        "Masked to folded: 0 at most",
+        "3.8e-06 at most ( 4.4e-15 in float64), tolerance 1.2e-04 for outputs up to 12.4",
+        "model.portable.onnx ships extended any machine 24.4 MB 53", "model.host.onnx all avx2 only 24.6 MB 57",
+        "Relu 49 0", "FusedConv 0 49", "All 102 53", "0-baseline 10 s v0001", "7-validate 17 s",
+        "Run for this version 1 min 38 s", f"sha256 {SHA}", "trained here on digits",
+        "712ce76b0d3b , with uncommitted changes", "sha256 " + "c3" * 32, "a1" * 32, "b2" * 32, "avx2, EPYC",
+        "onnxruntime 1.31.1, torch 2.13.0",
+    ):  # fmt: skip
+        assert re.sub(r"\s", "", shown) in re.sub(r"\s", "", text), shown
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(tmp_path):
+    source = written(tmp_path)["report.html"]
+    page = Page(source)
+    assert not {"script", "iframe", "img", "object", "embed", "form", "base"} & set(page.tags)
+    assert not re.search(r"https?:|@import|url\(|//[a-z]", source.lower())
+    assert [v for k, v in page.attributes if k in ("src", "href", "srcset", "action")] == ["data:,"]
+    assert not [k for k, _ in page.attributes if k.startswith("on") or k == "style"]
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
+
+
+def test_text_from_outside_stays_text_everywhere(tmp_path):
+    plain, evil = written(tmp_path / "plain"), written(tmp_path / "evil", text=EVIL)
+    harmless, page = Page(plain["report.html"]), Page(evil["report.html"])
+    assert page.tags == harmless.tags
+    assert [k for k, _ in page.attributes] == [k for k, _ in harmless.attributes]
+    assert page.text.count(EVIL) >= 12
+    assert "<script" not in evil["report.md"].replace("\\<", "")
+    assert ElementTree.fromstring(evil["junit.xml"]).get("name") == f"leanort resnet50{EVIL} v0003"
+    assert json.loads(evil["verdict.json"])["model"] == f"resnet50{EVIL}"
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=30))
+def test_no_text_breaks_any_of_the_files(tmp_path, text):
+    files = written(tmp_path, text=text)
+    Page(files["report.html"])
+    ElementTree.fromstring(files["junit.xml"])
+    json.loads(files["verdict.json"])
+    assert rows(files["report.md"]) == rows(written(tmp_path)["report.md"])
+
+
+def rows(markdown: str) -> list[int]:
+    """Cells of every table row; an escaped border is none."""
+    return [len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in markdown.split("\n") if line.startswith("|")]
+
+
+def test_the_verdict_and_its_reasons_come_before_every_figure(tmp_path):
+    files = written(tmp_path, validated={"verdict": judged(accuracy=2.41, load=1.2)})
+    text = Page(files["report.html"]).text
+    reason = "Accuracy drop, points: 2.41, but at most 1.00 is asked for."
+    warning = "Warning: Session load, of dense: 1.20, but at most 1.00 is asked for."
+    assert text.index("✕ Fail") < text.index(reason) < text.index(warning) < text.index("96.4")
+    for line in (reason, warning):
+        assert f"- {line}\n" in files["report.md"]
+    assert files["report.md"].startswith("### resnet50 v0003: fail\n")
+
+
+def test_a_verdict_without_any_required_limit_gives_its_own_reason(tmp_path):
+    files = written(tmp_path, validated={"verdict": judge({}, [])})
+    assert "there is no required limit, so nothing was judged" in Page(files["report.html"]).text
+    assert "Checks" not in files["report.md"]
+
+
+def test_a_value_that_misses_its_limit_by_a_hair_does_not_look_equal_to_it(tmp_path):
+    text = written(tmp_path, validated={"verdict": judged(accuracy=1.00004)})["report.md"]
+    assert "Accuracy drop, points: 1.00004, but at most 1.00000 is asked for." in text
+
+
+def test_what_was_not_measured_says_so(tmp_path):
+    files = written(tmp_path, validated={"verdict": judged(accuracy=None)})
+    assert "Accuracy drop, points was not measured (<= 1)." in Page(files["report.html"]).text
+
+
+def test_a_run_that_removed_nothing_says_so_above_the_figures(tmp_path):
+    statement = "Unstructured zeros leave every channel in place; no speed-up follows."
+    files = written(
+        tmp_path,
+        pruned={"method": "unstructured"},
+        shrunk={"removed": False, "statement": statement, "widths": (), "kept_back": (), "params_after": 23_528_522},
+    )
+    text = Page(files["report.html"]).text
+    assert text.index("Nothing was removed from the model") < text.index(statement) < text.index("96.4")
+    assert "No group of channels changed its width." in text
+    assert f"**Nothing was removed from the model.** {statement}" in files["report.md"]
+    assert "Sparsity per layer: 74.2" in files["report.md"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.276, 0.291, "3.5× as fast as the dense model"),
+        (0.276, 1.02, "No measurable difference in speed"),
+        (1.01, 1.2, "Slower than the dense model"),
+    ],
+)
+def test_speed_is_claimed_only_where_the_interval_shows_it(tmp_path, low, high, words):
+    ratios = {"latency_ratio_low": low, "latency_ratio_high": high}
+    assert words in report.markdown_summary(*run(tmp_path, validated=ratios))
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        None,
+        "",
+        "epoch,loss,accuracy\n",
+        "epoch,loss,accuracy\n1,0.5,0.9\n",
+        "epoch,loss\n1,nan\n2,\n3,oops\n4,inf\n",
+        "loss\n1\n2\n",
+        "epoch,seconds\n1,3\n2,3\n",
+    ],
+)
+def test_a_history_without_two_points_draws_no_empty_plot(tmp_path, history):
+    assert "polyline" not in Page(written(tmp_path, history=history)["report.html"]).tags
+
+
+def test_curves_rise_and_fall_with_the_history_and_stay_inside_the_plot(tmp_path):
+    report.write(tmp_path, *run(tmp_path, history="epoch,loss,accuracy\n1,2.31,0.5\n2,,0.7\n3,0.4,0.7\n"))
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    loss, accuracy = (
+        [tuple(map(float, pair.split(","))) for pair in (value or "").split()]
+        for k, value in page.attributes
+        if k == "points"
+    )
+    assert [x for x, _ in loss] == [0, 100]
+    assert [x for x, _ in accuracy] == [0, 50, 100]
+    assert loss[0][1] < loss[1][1]
+    assert accuracy[0][1] > accuracy[1][1] == accuracy[2][1]
+    assert all(0 <= y <= 100 for _, y in loss + accuracy)
+
+
+def test_bars_are_as_long_as_what_they_stand_for(tmp_path):
+    source = written(tmp_path)["report.html"]
+    row = source.partition("<code>layer1.conv</code>")[2].partition("</tr>")[0]
+    assert re.findall(r'width="([\d.]+)"', row) == ["66.67", "25.0"]  # 128 and 48 of 192, the widest
+
+
+def test_many_layers_are_folded_behind_one_plot_and_few_are_not(tmp_path):
+    few, many = (Page(written(tmp_path / str(n), layers=n)["report.html"]) for n in (3, 200))
+    assert many.inside["details tr"] - few.inside["details tr"] >= 400
+    assert "All 200 layers" in many.text and "All 200 matrices and kernels" in many.text
+    assert many.inside["svg g"] == 400 and "svg g" not in few.inside
+
+
+def test_a_run_without_any_pruning_has_no_empty_table(tmp_path):
+    nothing = {
+        "pruned": {"method": "none", "zeros": 0, "sparsity": 0.0, "layers": (), "widths": ()},
+        "shrunk": {"widths": ()},
+    }
+    page = Page(written(tmp_path, history=None, **nothing)["report.html"])
+    assert "This version was not pruned" in page.text
+    assert "All 0" not in page.text
+
+
+def test_junit_is_red_exactly_where_the_verdict_is_no_pass(tmp_path):
+    unsure = Measured(value=0.3, low=0.29, high=0.31)
+    suite = ElementTree.fromstring(
+        written(tmp_path, validated={"verdict": judged(accuracy=2.41, latency=unsure, load=1.2)})["junit.xml"]
+    )
+    assert suite.tag == "testsuite"
+    assert {k: suite.get(k) for k in ("tests", "failures", "errors")} == {"tests": "3", "failures": "1", "errors": "1"}
+    accuracy, latency, load = suite.findall("testcase")
+    assert accuracy.find("failure").get("message") == "Accuracy drop, points: 2.41, but at most 1.00 is asked for."
+    assert "the measurement cannot tell" in latency.find("error").text
+    assert load.find("failure") is None and "Warning" in load.find("system-out").text
+    good = ElementTree.fromstring(written(tmp_path)["junit.xml"])
+    assert [len(case) for case in good.findall("testcase")] == [0, 0, 0]
+
+
+def test_verdict_json_holds_the_verdict_and_is_json_for_every_parser(tmp_path):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    given_ = judge({"drop": math.inf}, [Limit(metric="drop", operator="<=", value=math.inf)])
+    text = written(tmp_path, validated={"verdict": given_})["verdict.json"]
+    made = json.loads(text, parse_constant=refuse)
+    assert (made["model"], made["version"], made["outcome"]) == ("resnet50", "v0003", "fail")
+    assert made["reasons"] == list(given_.reasons)
+    assert made["checks"][0]["reason"] == given_.reasons[0]
+
+
+def test_the_markdown_is_what_markdown_summary_returns_and_is_short(tmp_path):
+    manifest, artifacts = run(tmp_path)
+    report.write(tmp_path, manifest, artifacts)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text == report.markdown_summary(manifest, artifacts)
+    plain = text.replace("\N{NO-BREAK SPACE}", " ")
+    for line in (
+        "| Accuracy | 96.9 % | 96.4 % | −0.6 points |",
+        "| Latency | 6.02 ms | 1.70 ms | 0.283 of dense (0.276 to 0.291), 2 threads |",
+        "| File size | 94.1 MB | 24.4 MB | 0.260 of dense |",
+        "| Parameters | 23.5 M | 6.11 M | 0.260 of dense |",
+        "| MACs | 83.9 M | 21.7 M | 0.259 of dense |",
+        "| layer1.conv | 128 → 48 | 37.5 % stay |",
+    ):
+        assert f"\n{line}\n" in plain
+    assert len(text.splitlines()) < 50 and "\n\n\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted"),
+    [
+        (report.significant(0), "0"),
+        (report.significant(0.0999999), "0.100"),
+        (report.significant(-12.345), "−12.3"),
+        (report.significant(1234.5), "1 234"),
+        (report.significant(-3.2e-7), "−3.20e-07"),
+        (report.significant(math.nan), "not a number"),
+        (report.significant(-math.inf), "−∞"),
+        (report.percent(0.0001), "< 0.1 %"),
+        (report.percent(0.9999), "> 99.9 %"),
+        (report.percent(1.0), "100.0 %"),
+        (report.percent(0.0), "0.0 %"),
+        (report.percent(None), "–"),
+        (report.points(0.3), "+0.3 points"),
+        (report.points(-1.6), "−1.6 points"),
+        (report.points(-0.01), "±0.0 points"),
+        (report.size(999), "999 B"),
+        (report.size(999_960), "1.00 MB"),
+        (report.size(2_140_000_000), "2.14 GB"),
+        (report.amount(0), "0"),
+        (report.amount(4_089_000_000), "4.09 G"),
+        (report.ratio(1, 0), "–"),
+        (report.error(0.0), "0"),
+        (report.error(None), "–"),
+        (report.error(1.94e-6), "1.9e-06"),
+        (report.duration(0.04), "0.0 s"),
+        (report.duration(59.7), "1 min 0 s"),
+        (report.duration(3600 + 61), "1 h 1 min"),
+    ],
+)
+def test_figures_are_rounded_as_people_read_them(made, wanted):
+    assert made.replace("\N{NO-BREAK SPACE}", " ") == wanted
+
+
+def test_text_has_enough_contrast_on_light_and_dark():
+    """WCAG 2.1, success criterion 1.4.3: 4.5 to 1."""
+    css = (Path(report.__file__).parent / "templates" / "report.css").read_text()
+    light, dark = (dict(re.findall(r"--(\w+): #(\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S))
+    assert light.keys() == dark.keys()
+    for colours in (light, dark):
+        for ink in ("ink", "muted", "accent", "pass", "fail", "warn"):
+            for ground in ("page", "panel"):
+                assert contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+# Puts the page into frames of several widths, opens every fold, and reports what sticks out, overlaps or has no size.
+MEASURE = """
+const found = [];
+for (const frame of document.querySelectorAll("iframe")) {
+  const page = frame.contentDocument, wide = page.documentElement.clientWidth;
+  page.querySelectorAll("details").forEach(fold => fold.open = true);
+  const say = (what, element) => found.push(`${wide}: ${what}: ${element.outerHTML.slice(0, 120)}`);
+  if (page.documentElement.scrollWidth > wide) say("scrolls sideways", page.body);
+  const hidden = element => getComputedStyle(element.closest("thead") ?? element).position === "absolute";
+  const shown = element => element.checkVisibility() && !hidden(element);
+  const texts = element => [...element.childNodes].filter(node => node.nodeType === 3 && node.data.trim());
+  const leaves = [...page.body.querySelectorAll("*")].filter(e => !e.closest("svg") && shown(e));
+  const boxes = leaves.flatMap(element => texts(element).flatMap(node => {
+    const range = page.createRange(); range.selectNodeContents(node);
+    return [...range.getClientRects()].map(box => ({box, element}));
+  }));
+  for (const {box, element} of boxes) if (box.right > wide + 1 || box.left < -1) say("sticks out", element);
+  boxes.sort((a, b) => a.box.top - b.box.top);
+  boxes.forEach((a, i) => { for (let j = i + 1; j < boxes.length && boxes[j].box.top < a.box.bottom - 6; j++) {
+    const b = boxes[j];
+    if (Math.min(a.box.right, b.box.right) - Math.max(a.box.left, b.box.left) > 1) say("overlaps", b.element);
+  } });
+  for (const plot of page.querySelectorAll("svg")) {
+    const box = plot.getBoundingClientRect();
+    if (shown(plot) && (box.width < 20 || box.height < 5)) say("a plot without size", plot);
+  }
+  found.push(`${wide}: measured ${boxes.length} pieces of text on ${getComputedStyle(page.body).backgroundColor}`);
+}
+document.body.textContent = JSON.stringify(found);
+"""
+
+
+@pytest.mark.parametrize(
+    ("scheme", "ground"), [(1, "rgb(255, 255, 255)"), (0, "rgb(16, 19, 22)")], ids=["light", "dark"]
+)
+@pytest.mark.parametrize("layers", [3, 60])
+def test_nothing_overlaps_or_sticks_out_in_a_browser(tmp_path, scheme, ground, layers):
+    long_name = ".encoder_layer_11.self_attention.out_proj"
+    source = written(tmp_path, layers=layers, text=long_name)["report.html"]
+    assert max(len(word) for word in Page(source).text.split()) > 40
+    if CHROMIUM is None:
+        return  # What follows is layout, which only a browser can tell.
+    frames = "".join(
+        f'<iframe style="width:{wide}px;height:900px;border:0" srcdoc="{html.escape(source)}"></iframe>'
+        for wide in (360, 768, 1400)
+    )
+    wrapper = f"<!DOCTYPE html><body>{frames}<script>onload = () => {{ {MEASURE} }}</script>"
+    (tmp_path / "wrapper.html").write_text(wrapper, encoding="utf-8")
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--blink-settings=preferredColorScheme={scheme}", (tmp_path / "wrapper.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    body = re.search(r"<body>(\[.*\])</body>", done.stdout, re.S)
+    assert body, done.stdout[-500:]
+    said = json.loads(html.unescape(body[1]))
+    counts = [re.fullmatch(r"(\d+): measured (\d+) pieces of text on (.*)", line) for line in said]
+    assert [line for line, count in zip(said, counts, strict=True) if count is None] == []
+    assert [int(c[1]) for c in counts] == [360, 768, 1400]
+    assert all(int(c[2]) > 150 and c[3] == ground for c in counts)
