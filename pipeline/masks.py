@@ -79,6 +79,15 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """What an optimizer trains, by its plain name: the originals of masked parameters, shared ones once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, module, attribute in _parameters(model):
+        value = _original(module, attribute)
+        found.setdefault(id(value), (name, value))
+    return dict(found.values())
+
+
 def originals(model: nn.Module) -> dict[str, Tensor]:
     """State dict under the names of the unmasked model, with the original values under the masks."""
     renamed, dropped = _renaming(model)
