@@ -37,7 +37,7 @@ def test_onnx_inputs_are_described_with_their_dynamic_dimensions_and_numpy_types
 
 def test_an_exported_program_runs_at_batch_1_although_its_example_had_2(linear_torch, weight):
     example = (torch.zeros(2, 3),)
-    program = torch.export.export(linear_torch, example, dynamic_shapes=({0: torch.export.Dim("n")},))
+    program = torch.export.export(linear_torch, example, dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
     runner = TorchRunner(program, example=example, threads=1)
     assert runner.inputs[0].shape == ("batch", 3)
     assert runner.inputs[0].dtype == "float32"
