@@ -3,6 +3,9 @@
 The models take turns: a block lets each of them run a few times, in an order drawn anew per block, so that whatever
 slows the machine down for a while slows all of them. The first inference of a turn is not counted: it finds the caches
 filled by another model, which a model that runs alone never does.
+
+Beside the time on the wall, which is what a user waits, stands the CPU time of the whole process: on a busy machine
+the second keeps its meaning when the first has lost it.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ WARM_LIMIT = 30
 
 
 class RunnerLatency(BaseModel):
-    """One model's times per inference in milliseconds, and its median against the reference's with the interval."""
+    """One model's times per inference in milliseconds, and its median against the reference's with the interval.
+
+    `cpu_median_ms` and `cpu_ratio` are the same of the process's CPU time, summed over its threads.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -46,6 +52,12 @@ class RunnerLatency(BaseModel):
     p95_ms: float
     p99_ms: float
     ratio: Measured
+    cpu_median_ms: float
+    cpu_ratio: Measured
+
+
+# Seconds on the wall and of CPU time for one inference.
+_Times = tuple[float, float]
 
 
 class LatencyReport(BaseModel):
@@ -89,7 +101,7 @@ def race(
     warmups = {name: _warm_up(runner, feed) for name, runner in runners.items()}
     slowest = max(last for _, last in warmups.values())
     timed = int(np.clip(TURN_SECONDS / slowest, TIMED, TIMED_LIMIT))
-    blocks: dict[str, list[list[float]]] = {name: [] for name in names}
+    blocks: dict[str, list[list[_Times]]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
     start = time.perf_counter()
@@ -124,18 +136,18 @@ def race(
     )
 
 
-def _once(runner: Runner, feed: Feed) -> float:
-    """Seconds for one inference."""
-    start = time.perf_counter()
+def _once(runner: Runner, feed: Feed) -> _Times:
+    """Run once."""
+    cpu, wall = time.process_time(), time.perf_counter()
     runner.infer(feed.arrays)
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def _warm_up(runner: Runner, feed: Feed) -> tuple[int, float]:
     """Run until the times are steady. Returns how many inferences it took and the last window's median in seconds."""
     times: list[float] = []
     while len(times) < WARM_LIMIT:
-        times.append(_once(runner, feed))
+        times.append(_once(runner, feed)[0])
         if len(times) >= 2 * WARM_WINDOW:
             before = float(np.median(times[-2 * WARM_WINDOW : -WARM_WINDOW]))
             now = float(np.median(times[-WARM_WINDOW:]))
@@ -147,22 +159,32 @@ def _warm_up(runner: Runner, feed: Feed) -> tuple[int, float]:
 def _latency(
     mine: Array, reference: Array, draws: Array, tails: Sequence[float], threads: int, warmup: int
 ) -> RunnerLatency:
-    """Statistics of one model's times, (blocks, timed) in seconds; `draws` are the bootstrap's block indices."""
-    milliseconds = 1e3 * mine.ravel()
+    """Statistics of one model's times, (blocks, timed, 2) in seconds; `draws` are the bootstrap's block indices."""
+    milliseconds = 1e3 * mine[..., 0].ravel()
     p95, p99 = np.quantile(milliseconds, [0.95, 0.99])
-    ratios = np.median(mine[draws], axis=(1, 2)) / np.median(reference[draws], axis=(1, 2))
-    low, high = np.quantile(ratios, tails)
     return RunnerLatency(
         threads=threads,
         warmup=warmup,
-        inferences=mine.size,
+        inferences=milliseconds.size,
         min_ms=float(milliseconds.min()),
         median_ms=float(np.median(milliseconds)),
         mean_ms=float(milliseconds.mean()),
         p95_ms=float(p95),
         p99_ms=float(p99),
-        ratio=Measured(value=float(np.median(mine) / np.median(reference)), low=float(low), high=float(high)),
+        ratio=_ratio(mine[..., 0], reference[..., 0], draws, tails),
+        cpu_median_ms=1e3 * float(np.median(mine[..., 1])),
+        cpu_ratio=_ratio(mine[..., 1], reference[..., 1], draws, tails),
     )
+
+
+def _ratio(mine: Array, reference: Array, draws: Array, tails: Sequence[float]) -> Measured:
+    """The ratio of the medians of two models' times, (blocks, timed), with its bootstrap interval."""
+    # A model may be faster than the CPU clock ticks.
+    tick = time.get_clock_info("process_time").resolution
+    divisor = max(float(np.median(reference)), tick)
+    ratios = np.median(mine[draws], axis=(1, 2)) / np.maximum(np.median(reference[draws], axis=(1, 2)), tick)
+    low, high = np.quantile(ratios, tails)
+    return Measured(value=float(np.median(mine)) / divisor, low=float(low), high=float(high))
 
 
 def _cpus() -> tuple[int, ...]:

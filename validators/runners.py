@@ -119,7 +119,7 @@ class TorchRunner:
             for key, tensor in zip(input_names, example, strict=True)
         )
         self._outputs = tuple(output_names)
-        # The guards repeat the shapes of the example's capture; the graph itself runs wherever the shapes fit.
+        # Guards would repeat the checks of the input at every call, for a little time that is not the model's.
         self._call = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
 
     def infer(self, feed: Mapping[str, Array]) -> dict[str, Array]:

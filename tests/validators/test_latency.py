@@ -1,4 +1,5 @@
 import gc
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +15,13 @@ class Clock:
 
     def __init__(self):
         self.now = 0.0
+        self.idle = 0.0
         self.log = []
 
     def perf_counter(self):
+        return self.now + self.idle
+
+    def process_time(self):
         return self.now
 
     def runner(self, function_runner, name, seconds):
@@ -33,7 +38,13 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    monkeypatch.setattr(
+        latency,
+        "time",
+        SimpleNamespace(
+            perf_counter=clock.perf_counter, process_time=clock.process_time, get_clock_info=time.get_clock_info
+        ),
+    )
     return clock
 
 
@@ -53,6 +64,20 @@ def test_the_ratio_of_medians_lies_in_its_interval(clock, function_runner):
     assert shipped.inferences == report.blocks * report.timed_per_block
     assert report.seconds == pytest.approx(1, rel=0.1)
     assert LatencyReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_cpu_time_leaves_out_what_others_took(clock, function_runner):
+    def preempted(seconds):
+        def spend():
+            clock.idle += 5e-3
+            return seconds
+
+        return spend
+
+    runners = {name: clock.runner(function_runner, name, preempted(base)) for name, base in (("a", 2e-3), ("b", 1e-3))}
+    times = race(runners, FEED, reference="a", seconds=0, seed=0).runners["b"]
+    assert (times.median_ms, times.cpu_median_ms) == pytest.approx((6, 1))
+    assert (times.ratio.value, times.cpu_ratio.value) == pytest.approx((6 / 7, 1 / 2))
 
 
 def test_more_time_narrows_the_interval(clock, function_runner):
