@@ -37,8 +37,18 @@ class Captured:
     dynamic_batch: bool = True
 
     def with_state(self, state: Mapping[str, Tensor]) -> Captured:
-        """The same graph over other values (names and shapes unchanged; names not given keep theirs)."""
-        return replace(self, state={name: state.get(name, value) for name, value in self.state.items()})
+        """The same graph over other values (names and shapes unchanged; names not given keep theirs).
+
+        A tied tensor given under one of its names is taken for all of them.
+        """
+        given = {_identity(self.state[name]): value for name, value in state.items() if name in self.state}
+        return replace(
+            self,
+            state={
+                name: state.get(name, given.get(_identity(value), value) if value.numel() else value)
+                for name, value in self.state.items()
+            },
+        )
 
     def fold(self, masks: Mapping[str, Any]) -> Captured:
         """The same graph with `masks` (name -> bool array or tensor of the value's shape, True = kept) multiplied in."""
@@ -52,6 +62,10 @@ class Captured:
     def __call__(self, *inputs: Any, dtype: torch.dtype | None = None) -> Any:
         """The outputs for `inputs`; one tensor where the graph has one output, else a tuple."""
         return run_program(self.program, inputs, self.state, dtype)
+
+
+def _identity(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tuple(tensor.shape)
 
 
 def capture(model: nn.Module, example: tuple[Any, ...]) -> Captured:

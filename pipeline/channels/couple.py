@@ -135,10 +135,10 @@ def _placeholders(t: Trace, captured: Captured, zeros: Zeros | None) -> list[Slo
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     known: dict[Any, Value] = {}
     slots: list[Slot] = []
-    for spec in program.graph_signature.input_specs:
+    # A tied parameter may have one placeholder that is used and others that are not: used ones come first.
+    specs = sorted(program.graph_signature.input_specs, key=lambda s: not nodes[s.arg.name].users)
+    for spec in specs:
         node = nodes[spec.arg.name]
-        if not node.users and spec.kind != InputKind.USER_INPUT:
-            continue  # an auxiliary head that evaluation does not use: the cut drops it
         val = node.meta.get("val")
         if not isinstance(val, Tensor):
             continue
@@ -150,7 +150,9 @@ def _placeholders(t: Trace, captured: Captured, zeros: Zeros | None) -> list[Slo
             continue  # a constant: see static_values
         tensor = program.state_dict[spec.target]
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else spec.target
-        masked = spec.kind == InputKind.PARAMETER or not _is_statistic(node)
+        masked = not (_is_direction(node) if spec.kind == InputKind.PARAMETER else _is_statistic(node))
+        if not node.users and key not in known:
+            continue  # an auxiliary head that evaluation does not use: the cut drops it
         if key not in known:
             shape = tuple(tensor.shape)
             known[key] = Value(
@@ -169,6 +171,11 @@ def _zero_slices(name: str, dim: int, size: int, masked: bool, zeros: Zeros | No
     if zeros is not None:
         return zeros.get((name, dim))
     return np.full(size, True) if masked else None
+
+
+def _is_direction(node: fx.Node) -> bool:
+    """Whether a parameter is the v of g·v/‖v‖: its zeros would give 0/0; the row is zero when g is."""
+    return any(base_name(u.target).startswith("_weight_norm") and u.args[0] is node for u in node.users)
 
 
 def _is_statistic(node: fx.Node) -> bool:

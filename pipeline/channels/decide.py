@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind
 
 from pipeline.channels.capture import Captured
 from pipeline.channels.couple import Slot, Solution, solve, walk
+from pipeline.channels.frozen import frozen_part, still_used
 from pipeline.channels.macs import count_macs, counted, node_macs
 from pipeline.channels.rules.table import base_name
 from pipeline.channels.trace import Policy, Trace
@@ -147,6 +148,7 @@ class Analysis:
             if going:
                 left.setdefault(slot.name, list(self.captured.state[slot.name].shape))[slot.dim] -= going
         params = sum(math.prod(left.get(n, self.captured.state[n].shape)) for n in self.parameter_names)
+        params += self._frozen_difference(gone, left)
         counts: dict[int, int] = {}
 
         def shape(node: fx.Node) -> tuple[int, ...]:
@@ -163,6 +165,28 @@ class Analysis:
 
         macs = sum(node_macs(n, shape) for n in self.trace.notes["<counted>"])
         return Size(params, macs // self.trace.notes["<batch>"])
+
+    def _frozen_difference(self, gone: Flags, left: Mapping[str, Sequence[int]]) -> int:
+        """Parameters that a computation done once puts in (its results), less those that nothing else uses (its operands)."""
+        program = self.captured.program
+
+        def kept(value: Any) -> list[int]:
+            return [
+                n - int(gone[a].sum()) if a is not None else n for a, n in zip(value.atoms, value.shape, strict=True)
+            ]
+
+        def touched(value: Any) -> bool:
+            parts = value if isinstance(value, tuple) else (value,)
+            return any(isinstance(v, Value) and kept(v) != list(v.shape) for v in parts)
+
+        _, edge = frozen_part(program.graph, self.trace, touched)
+        if not edge:
+            return 0
+        used = {n.name for n in still_used(program.graph, edge) if n.op == "placeholder"}
+        names = {s.target for s in program.graph_signature.input_specs if s.arg.name in used}
+        lost = [n for n in self.parameter_names if n not in names]
+        put_in = sum(math.prod(kept(self.trace.values[n])) for n in edge)
+        return put_in - sum(math.prod(left.get(n, self.captured.state[n].shape)) for n in lost)
 
     @property
     def parameter_names(self) -> Sequence[str]:
@@ -334,7 +358,7 @@ def _kind(kinds: Mapping[str, Flags], classes: Atoms, slots: Sequence[Slot], ran
         return "head"
     if kinds["position"][classes].any():
         return "head_position"
-    if all(rank[s.name] <= 2 for s in slots) and len({s.name for s in slots if rank[s.name] == 2}) > 1:
+    if all(rank[s.name] <= 2 for s in slots):
         return "neuron"
     return "channel"
 

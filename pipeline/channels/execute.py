@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def execute(
             return value.to(dtype)
         return value
 
-    with torch.no_grad():
+    with torch.no_grad(), _default_dtype(dtype):
         for node in graph.nodes:
             if wanted is not None and node not in wanted and node.op != "output":
                 continue
@@ -57,6 +58,8 @@ def execute(
                 if dtype is not None:
                     args = swap_dtype(args, dtype)
                     kwargs = swap_dtype(kwargs, dtype)
+                    if node.target is torch.ops.aten.rms_norm.default and (len(args) < 4 or args[3] is None):
+                        args = (*args, *[None] * (3 - len(args)))[:3] + (torch.finfo(torch.float32).eps,)
                 values[node] = node.target(*args, **kwargs)
             elif node.op == "output":
                 if wanted is not None:
@@ -70,6 +73,18 @@ def execute(
                 for dead in dies.get(node, ()):
                     values.pop(dead, None)
     return ()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Tensors that the graph creates without naming a type take the precision too."""
+    before = torch.get_default_dtype()
+    if dtype is not None:
+        torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def swap_dtype(arg: Any, dtype: torch.dtype) -> Any:

@@ -18,6 +18,7 @@ from pipeline.channels.capture import Captured
 from pipeline.channels.cut import Cut
 from pipeline.channels.decide import Analysis, Removed
 from pipeline.channels.execute import execute, feeds_of, run_program
+from pipeline.channels.frozen import frozen_part
 from pipeline.channels.ledger import Ledger, Refusal
 from pipeline.channels.rules.table import base_name, bind, find
 from pipeline.channels.values import Flags, Value
@@ -74,8 +75,7 @@ class _Cutter:
         self.cut = Cut(gone, self.trace.values, self.trace.notes, self.graph, self.new_of, self._constant)
 
     def run(self, removed: Removed, refused: tuple[Refusal, ...]) -> Shrunk:
-        tainted = self._tainted()
-        self._copy(tainted)
+        self._copy()
         self._edit()
         state, kept = self._slice()
         program = self._program(state)
@@ -100,31 +100,23 @@ class _Cutter:
 
     # -- the graph -------------------------------------------------------------------------------------------------
 
-    def _copy(self, frozen: set[fx.Node]) -> None:
+    def _copy(self) -> None:
         """A copy of the graph without assertions, frozen tensors in the place of their computation."""
-        replaced = self._frozen_values(frozen)
+        frozen, edge = frozen_part(self.old, self.trace, self.cut.touched)
+        replaced = self._frozen_values(edge)
         for node in self.old.nodes:
             if node.op == "call_function" and base_name(node.target).startswith(_ASSERTIONS):
                 continue
             if node in replaced:
                 self.new_of[node] = self._parameter(f"{node.name}_frozen", replaced[node], node)
                 continue
-            if node in frozen and not self._needed(node, frozen, replaced):
+            if node in frozen:
                 continue
             sliced = self._static(node)
             if sliced is not None:
                 self.new_of[node] = self._constant(f"{node.name}_kept", sliced)
                 continue
-            self.new_of[node] = self.graph.node_copy(node, self._twin)
-
-    def _twin(self, node: fx.Node) -> fx.Node:
-        twin = self.new_of.get(node)
-        if twin is None:  # left out as dead; computed after all
-            twin = self.new_of[node] = self.graph.node_copy(node, self._twin)
-        return twin
-
-    def _needed(self, node: fx.Node, frozen: set[fx.Node], replaced: Mapping[fx.Node, Tensor]) -> bool:
-        return any(u not in frozen and u not in replaced for u in node.users)
+            self.new_of[node] = self.graph.node_copy(node, self.new_of.__getitem__)
 
     def _static(self, node: fx.Node) -> Tensor | None:
         """The kept part of a constant computed from nothing, where a part of it goes."""
@@ -140,26 +132,8 @@ class _Cutter:
                 tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(keep)))
         return tensor.contiguous()
 
-    def _tainted(self) -> set[fx.Node]:
-        """Parameter-only nodes that depend on a reduction over something that goes."""
-        values = self.trace.values
-        tainted: set[fx.Node] = set()
-        for node in self.old.nodes:
-            value = values.get(node)
-            parts = value if isinstance(value, tuple) else (value,)
-            if not all(isinstance(v, Value) and v.derived for v in parts):
-                continue
-            sources = node.all_input_nodes
-            hit = node in self.trace.frozen and any(self.cut.touched(values.get(s)) for s in sources)
-            if hit or any(s in tainted for s in sources):
-                tainted.add(node)
-        return tainted
-
-    def _frozen_values(self, tainted: set[fx.Node]) -> dict[fx.Node, Tensor]:
-        """What leaves the parameter-only part, computed on the folded weights at full size, then sliced."""
-        edge = [
-            n for n in tainted if isinstance(self.trace.values[n], Value) and any(u not in tainted for u in n.users)
-        ]
+    def _frozen_values(self, edge: list[fx.Node]) -> dict[fx.Node, Tensor]:
+        """What the rest of the graph uses of the frozen part, computed on the folded weights at full size, then sliced."""
         if not edge:
             return {}
         needed: set[fx.Node] = set()
@@ -175,8 +149,8 @@ class _Cutter:
             if node in edge:
                 found[node] = self._kept_part(value, self.trace.values[node])
 
-        example = [x for x in self.captured.example]
-        execute(self.old, feeds_of(self.captured.program, example, self.captured.state), watch=watch, only=needed)
+        feeds = feeds_of(self.captured.program, self.captured.example, self.captured.state)
+        execute(self.old, feeds, watch=watch, only=needed)
         return found
 
     # -- added tensors ---------------------------------------------------------------------------------------------

@@ -150,14 +150,16 @@ def prove(folded: Callable[..., Any], shrunk: Callable[..., Any], inputs: Sequen
     output is not finite in one of the two only, or when nothing was compared; names the first node that differs where both
     sides are graphs of this package.
     """
-    worst, scale, compared = _compare(folded, shrunk, inputs, None)
+    worst, scale, compared = difference(folded, shrunk, inputs)
     if not compared:
         raise RefusedError("Nothing was compared.", "Give at least one input, and a model with a tensor output.")
     tolerance = TOLERANCE_FLOAT32 * max(1.0, scale)
     precise: float | None = None
-    tolerance_precise = TOLERANCE_FLOAT64 * max(1.0, scale)
+    ledger = getattr(shrunk, "ledger", None)
+    frozen = bool(ledger is not None and ledger.frozen)  # weights computed once are stored rounded to float32
+    tolerance_precise = (TOLERANCE_FLOAT32 if frozen else TOLERANCE_FLOAT64) * max(1.0, scale)
     if _has_float64(folded) and _has_float64(shrunk):
-        precise, _, _ = _compare(folded, shrunk, inputs, torch.float64)
+        precise, _, _ = difference(folded, shrunk, inputs, torch.float64)
     if not worst <= tolerance or (precise is not None and not precise <= tolerance_precise):
         raise RefusedError(
             f"The shrunk model differs from the folded one by {worst:.3g} (float64: {precise}), tolerance {tolerance:.3g}.",
@@ -170,7 +172,10 @@ def _has_float64(model: Any) -> bool:
     return hasattr(model, "program")
 
 
-def _compare(a: Any, b: Any, inputs: Sequence[tuple[Any, ...]], dtype: torch.dtype | None) -> tuple[float, float, int]:
+def difference(
+    a: Any, b: Any, inputs: Sequence[tuple[Any, ...]], dtype: torch.dtype | None = None
+) -> tuple[float, float, int]:
+    """(largest absolute difference, largest finite |output of a|, number of tensors compared) over `inputs`."""
     worst = scale = 0.0
     compared = 0
     extra = {} if dtype is None else {"dtype": dtype}

@@ -350,6 +350,25 @@ def var(t: Trace, node: fx.Node) -> Any:
     return _reduced(t, node, x, dims)
 
 
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(t: Trace, node: fx.Node) -> Any:
+    """v·g/‖v‖, the norm over all dimensions but one: computed once, at full size, and sliced."""
+    a = bind(node)
+    v, g = t.value(a["v"]), t.value(a["g"])
+    dim = a["dim"] % len(v.shape)
+    if v.derived:
+        t.frozen.add(node)
+    else:
+        t.pin_value(v, node, "normalised over", [d for d in range(len(v.shape)) if d != dim])
+    for d, (n, atoms) in enumerate(zip(g.shape, g.atoms, strict=True)):
+        if n > 1:
+            t.tie(v.atoms[d], atoms, node)
+    # 0/‖0‖ is not a number, so masks write their zeros into g alone (see `couple`).
+    zeros = tuple(g.zeros[d] if d == dim and g.shape[d] > 1 else None for d in range(len(v.shape)))
+    y = Value(v.shape, v.atoms, zeros, v.derived)
+    return (y, t.opaque_like(node)[1]) if isinstance(node.meta["val"], (tuple, list)) else y
+
+
 @rule("sum", "nansum", "linalg_vector_norm", "norm", "count_nonzero", "frobenius_norm")
 def total(t: Trace, node: fx.Node) -> Value:
     """A sum or norm over channels loses nothing with a zero."""

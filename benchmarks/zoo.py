@@ -1,0 +1,282 @@
+"""Shrink a list of models at random and prove each: `python benchmarks/zoo.py MODELS.json --ratio 0.5 --seed 0 --out zoo.jsonl`.
+
+MODELS.json: [{"model": SPEC, "input": [C, H, W]}, ...]; SPEC as for `leanort deploy`; "input" may be left out where the model
+says itself what it takes. Every model runs in a process of its own, under a time and a memory limit: random weights, random
+norm parameters and statistics, random groups of every cluster masked, folded, shrunk, proved, exported to ONNX with a dynamic
+batch, run in onnxruntime at two batch sizes. One JSON line each; a summary table at the end.
+
+status: exact    differences within 1e-5·max(1, max|y|) in torch and in onnxruntime, and the control dwarfs that
+        refused  the engine or torch.export said no, with the reason
+        failed   anything else
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+KEYS = (
+    "model", "status", "reason", "removable_params_share", "params_before", "params_after", "macs_before", "macs_after",
+    "max_abs_diff", "output_scale", "control_diff", "ort_max_abs_diff", "capture_s", "analyse_s", "shrink_s", "peak_mb",
+    "blocked",
+)  # fmt: skip
+# The control removes the same channels without zeroing them first; ten tolerances away it cannot be rounding.
+CONTROL_FACTOR = 10.0
+
+
+def main() -> int:
+    """Run the list; exit 0 when every line is exact or refused."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", type=Path)
+    parser.add_argument("--ratio", type=float, default=0.5, help="share of the groups of every cluster to remove")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("zoo.jsonl"))
+    parser.add_argument("--time-limit", type=float, default=600.0, help="seconds per model")
+    parser.add_argument("--memory-limit", type=float, default=12_000.0, help="MB per model")
+    parser.add_argument(
+        "--no-onnx", action="store_true", help="leave out the ONNX half (status is then of torch alone)"
+    )
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is not None:
+        print(json.dumps(shrink_one(json.loads(args.one), args.ratio, args.seed, not args.no_onnx)))
+        return 0
+    lines = []
+    with args.out.open("w") as out:
+        for entry in json.loads(args.models.read_text()):
+            line = in_own_process(entry, args)
+            lines.append(line)
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+            print(row(line), flush=True)
+    print(summary(lines))
+    return 0 if all(line["status"] != "failed" for line in lines) else 1
+
+
+def in_own_process(entry: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """One model under the limits."""
+    command = [sys.executable, __file__, str(args.models), "--ratio", str(args.ratio), "--seed", str(args.seed)]
+    command += ["--one", json.dumps(entry)] + (["--no-onnx"] if args.no_onnx else [])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=printed, stderr=errors, env=environment)
+        peak, reason, started = 0.0, "", time.monotonic()
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            time.sleep(0.1)
+            try:
+                peak = max(peak, watched.memory_info().rss / 1e6)
+            except psutil.NoSuchProcess:
+                break
+            if peak > args.memory_limit:
+                reason = f"over the memory limit of {args.memory_limit:.0f} MB"
+            elif time.monotonic() - started > args.time_limit:
+                reason = f"over the time limit of {args.time_limit:.0f} s"
+            if reason:
+                process.kill()
+                break
+        process.wait()
+        printed.seek(0)
+        errors.seek(0)
+        last = printed.read().strip().splitlines()[-1:]
+        if not reason and process.returncode == 0 and last:
+            line: dict[str, Any] = json.loads(last[0])
+            return line
+        tail = errors.read().strip().splitlines()[-1:]
+        why = reason or (tail[0] if tail else f"exit code {process.returncode}")
+        return {
+            **dict.fromkeys(KEYS),
+            "model": entry["model"],
+            "status": "failed",
+            "reason": why,
+            "peak_mb": peak,
+            "blocked": [],
+        }
+
+
+def shrink_one(entry: dict[str, Any], ratio: float, seed: int, onnx: bool) -> dict[str, Any]:
+    """The line of one model, made in this process."""
+    import numpy as np
+    import torch
+
+    from pipeline import channels
+    from pipeline.errors import CaptureError, LeanortError, RefusedError
+    from pipeline.models import example, load
+
+    torch.set_num_threads(1)
+    line: dict[str, Any] = {**dict.fromkeys(KEYS), "model": entry["model"], "status": "failed", "blocked": []}
+    try:
+        size = tuple(entry["input"]) if entry.get("input") else None
+        source = load(entry["model"], input_size=size if size and len(size) == 3 else None, seed=seed)
+        model = source.build()
+        randomise(model, seed)
+        started = time.perf_counter()
+        captured = channels.capture(model, example(source, batch=2, seed=seed))
+        line["capture_s"] = round(time.perf_counter() - started, 3)
+        started = time.perf_counter()
+        analysis = channels.analyse(captured)
+        line["analyse_s"] = round(time.perf_counter() - started, 3)
+        line["removable_params_share"] = round(analysis.removable_share, 5)
+        line["params_before"], line["macs_before"] = analysis.params, analysis.macs
+        line["blocked"] = [[b.op, b.params, b.node, b.reason] for b in analysis.blocked]
+        rng = np.random.default_rng(seed)
+        removed = {c.name: rng.random(c.size) < ratio for c in analysis.clusters}
+        folded = captured.fold(analysis.masks(removed))
+        started = time.perf_counter()
+        shrunk = channels.shrink(folded, analysis, removed)
+        line["shrink_s"] = round(time.perf_counter() - started, 3)
+        line["params_after"] = count_parameters(shrunk.program)
+        line["macs_after"] = channels.count_macs(shrunk.program)
+        expected = analysis.estimate(removed)
+        inputs = [channels.small(captured, batch=2, seed=k) for k in range(2)]
+        proof = channels.prove(folded, shrunk, inputs)
+        line["max_abs_diff"], line["output_scale"] = proof.max_abs_diff, proof.output_scale
+        line["control_diff"] = control(captured, analysis, removed, inputs[:1])
+        if onnx:
+            line["ort_max_abs_diff"] = in_onnxruntime(folded, shrunk, captured)
+        line["status"], line["reason"] = verdict(line, proof.tolerance, shrunk.refused, expected, onnx)
+    except (CaptureError, RefusedError) as error:
+        line["status"], line["reason"] = "refused", str(error)[:400]
+    except LeanortError as error:
+        line["reason"] = str(error)[:400]
+    except Exception as error:
+        line["reason"] = f"{type(error).__name__}: {str(error)[:400]}"
+    line["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    return line
+
+
+def verdict(line: dict[str, Any], tolerance: float, refusals: Any, expected: Any, onnx: bool) -> tuple[str, str | None]:
+    """Exact, or what is missing for it."""
+    if line["control_diff"] is not None and not line["control_diff"] > CONTROL_FACTOR * tolerance:
+        return "failed", f"the control differs by {line['control_diff']:.3g} only: the comparison proves nothing"
+    if onnx and not line["ort_max_abs_diff"] <= tolerance:
+        return "failed", f"onnxruntime differs by {line['ort_max_abs_diff']:.3g}, tolerance {tolerance:.3g}"
+    if not refusals and (line["params_after"], line["macs_after"]) != (expected.params, expected.macs):
+        return "failed", f"estimated {expected.params} parameters and {expected.macs} MACs, got another size"
+    if line["params_after"] == line["params_before"]:
+        return "refused", "nothing could be removed"
+    return "exact", f"{len(refusals)} clusters kept groups" if refusals else None
+
+
+def randomise(model: Any, seed: int) -> None:
+    """Random values for norm parameters, running statistics and every parameter that starts constant (layer scales, zeros).
+
+    With the values that models start with (scale 1, shift 0, mean 0) a wrong removal could pass for an exact one.
+    """
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if not value.dtype.is_floating_point or not value.numel():
+                continue
+            norm = name.rsplit(".", 1)[-1] in ("running_mean", "running_var")
+            if "running_var" in name:
+                value.copy_(torch.rand(value.shape, generator=draw) + 0.5)
+            elif norm:
+                value.copy_(torch.randn(value.shape, generator=draw) * 0.3)
+            elif isinstance(value, torch.nn.Parameter) and bool((value == value.flatten()[0]).all()):
+                if float(value.flatten()[0]) == 0.0:
+                    value.copy_(torch.randn(value.shape, generator=draw) * 0.1)
+                else:
+                    value.copy_(torch.rand(value.shape, generator=draw) + 0.5)
+
+
+def count_parameters(program: Any) -> int:
+    """Parameter elements of a program, tied ones once."""
+    held = {program.state_dict[n].data_ptr(): program.state_dict[n].numel() for n in program.graph_signature.parameters}
+    return sum(held.values())
+
+
+def control(captured: Any, analysis: Any, removed: Any, inputs: Any) -> float | None:
+    """The largest difference when the same channels are removed without zeroing them first."""
+    from pipeline import channels
+    from pipeline.channels.verify import difference
+
+    careless = channels.shrink(captured, analysis, removed, check_zero=False)
+    worst, _, _ = difference(captured, careless, inputs)
+    return worst
+
+
+def in_onnxruntime(folded: Any, shrunk: Any, captured: Any) -> float:
+    """Largest difference between the folded model in torch and the shrunk one in onnxruntime, at two batch sizes."""
+    import onnxruntime
+    import torch
+
+    from pipeline.channels import small
+    from pipeline.channels.verify import tensors_of
+    from pipeline.errors import RefusedError
+
+    if not captured.dynamic_batch:
+        raise RefusedError("The model's own code fixes the batch size.", "It cannot be exported with a dynamic batch.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(shrunk.program, (), str(path), dynamo=True, external_data=True, verbose=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        worst = 0.0
+        for batch in (1, 3):
+            feed = small(captured, batch=batch, seed=batch)
+            names = [i.name for i in session.get_inputs()]
+            used = [x for x in feed if isinstance(x, torch.Tensor)]
+            user = list(shrunk.program.graph_signature.user_inputs)
+            by_name = dict(zip(user, used, strict=True))
+            with torch.no_grad():
+                want = tensors_of(folded(*feed))
+            got = session.run(None, {n: by_name[n].numpy() for n in names})
+            if len(got) != len(want):
+                raise ValueError(f"{len(want)} outputs in torch, {len(got)} in onnxruntime")
+            for x, y in zip(want, got, strict=True):
+                if tuple(x.shape) != y.shape:
+                    raise ValueError(f"an output of shape {tuple(x.shape)} is {y.shape} in onnxruntime")
+                if x.numel():
+                    worst = max(worst, float((x.double() - torch.from_numpy(y).double()).abs().nan_to_num(1e9).max()))
+        return worst
+
+
+def row(line: dict[str, Any]) -> str:
+    """One line of the table."""
+
+    def show(key: str, form: str) -> str:
+        return "-" if line[key] is None else format(line[key], form)
+
+    before, after = line["params_before"], line["params_after"]
+    left = f"{after / before:.3f}" if before and after else "-"
+    return (
+        f"{line['model']:<38} {line['status']:<8} share {show('removable_params_share', '.4f')} left {left} "
+        f"diff {show('max_abs_diff', '.1e')} scale {show('output_scale', '.1e')} control {show('control_diff', '.1e')} "
+        f"ort {show('ort_max_abs_diff', '.1e')} s {show('capture_s', '.1f')}/{show('analyse_s', '.2f')}/"
+        f"{show('shrink_s', '.2f')} {show('peak_mb', '.0f')} MB {line['reason'] or ''}"
+    )
+
+
+def summary(lines: list[dict[str, Any]]) -> str:
+    """Counts by status, and what blocks most."""
+    count = Counter(line["status"] for line in lines)
+    blocked: Counter[str] = Counter()
+    for line in lines:
+        for op, params, _, reason in line["blocked"]:
+            blocked[f"{op}: {reason}"] += params
+    top = "\n".join(f"  {n:>12,}  {what}" for what, n in blocked.most_common(12))
+    total = len(lines)
+    return (
+        f"\n{total} models: {count['exact']} exact ({count['exact'] / max(total, 1):.1%}), {count['refused']} refused, "
+        f"{count['failed']} failed\nparameters that stay, by reason:\n{top}"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

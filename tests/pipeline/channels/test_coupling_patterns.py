@@ -1,0 +1,580 @@
+"""One tiny net per way in which channels can be tied; each loses half of what it has and gives the same output.
+
+Each entry: the net, its inputs, and the clusters that must be there as {kind: how many groups in all}.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], dict[str, int]]] = {}
+IMAGE = (torch.randn(2, 3, 8, 8),)
+TOKENS = (torch.randn(2, 6, 12),)
+
+
+def case(inputs: tuple[Tensor, ...], **kinds: int) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    def register(net: type[nn.Module]) -> type[nn.Module]:
+        CASES[net.__name__] = (net, inputs, kinds)
+        return net
+
+    return register
+
+
+class Ends(nn.Module):
+    """stem -> body -> head over images; what the body ties is what the test is about."""
+
+    def __init__(self, width: int = 8, out: int | None = None) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.head = nn.Conv2d(out or width, 5, 1)
+
+
+@case(IMAGE, channel=16)
+class ConvNormAct(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.silu(self.norm(self.conv(F.relu(self.stem(x))))))
+
+
+@case(IMAGE, channel=16)
+class Residual(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.b(F.relu(self.a(x))))
+
+
+@case(IMAGE, channel=14)
+class Concat(Ends):
+    def __init__(self) -> None:
+        super().__init__(8, out=14)
+        self.branch = nn.Conv2d(8, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head(torch.cat([x, F.gelu(self.branch(x))], 1))
+
+
+@case(IMAGE, channel=8)
+class Depthwise(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu6(self.depthwise(F.hardswish(self.stem(x)))))
+
+
+@case(IMAGE, channel=8)
+class DepthwiseMultiplier(Ends):
+    def __init__(self) -> None:
+        super().__init__(8, out=16)
+        self.depthwise = nn.Conv2d(8, 16, 3, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.depthwise(self.stem(x)))
+
+
+@case(IMAGE, channel=4)
+class Grouped(Ends):
+    def __init__(self) -> None:
+        super().__init__(8, out=12)
+        self.grouped = nn.Conv2d(8, 12, 3, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.grouped(self.stem(x))))
+
+
+@case(IMAGE, channel=14)
+class Transposed(Ends):
+    def __init__(self) -> None:
+        super().__init__(8, out=6)
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.up(F.relu(self.stem(x)))))
+
+
+@case(IMAGE, channel=4)
+class GroupedTransposed(Ends):
+    def __init__(self) -> None:
+        super().__init__(8, out=12)
+        self.up = nn.ConvTranspose2d(8, 12, 2, stride=2, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(self.stem(x)))
+
+
+@case((torch.randn(2, 3, 20),), channel=14)
+class Conv1d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 6, 3), nn.Linear(6, 4)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.adaptive_avg_pool1d(self.b(F.elu(self.norm(self.a(x)))), 1).squeeze())
+
+
+@case((torch.randn(2, 3, 4, 8, 8),), channel=8)
+class Conv3d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8), nn.Conv3d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.max_pool3d(F.relu(self.norm(self.a(x))), 2))
+
+
+@case(IMAGE, channel=12)
+class SqueezeExcite(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x * torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3), keepdim=True))))))
+
+
+@case(IMAGE, channel=8)
+class ChannelShuffle(Ends):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        b, c, h, w = x.shape
+        return self.head(x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w))
+
+
+@case(IMAGE, channel=10)
+class PixelShuffle(Ends):
+    def __init__(self) -> None:
+        super().__init__(8, out=32)
+        self.up = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pixel_shuffle(self.up(F.relu(self.stem(x))), 2)
+        return self.head(torch.cat([F.pixel_unshuffle(x, 2), self.pad(x)], 1))
+
+    def pad(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(F.pixel_unshuffle(F.relu(x), 2), 1).repeat(1, 3, 1, 1)
+
+
+@case(IMAGE, channel=8, neuron=16)
+class FlattenToLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Linear(8 * 9, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(torch.flatten(F.max_pool2d(self.conv(x), 2), 1))))
+
+
+@case(TOKENS, neuron=20)
+class GatedUnit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 40), nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+@case(TOKENS, neuron=10)
+class Glu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(10, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.glu(self.up(x), -1))
+
+
+@case((torch.randint(0, 11, (2, 6)),), residual=12)
+class WeightTying(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(11, 12), nn.LayerNorm(12), nn.Linear(12, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.embed(ids)))
+
+
+class Attention(nn.Module):
+    def __init__(self, heads: int = 3, size: int = 4) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.qkv, self.proj = nn.Linear(12, 3 * heads * size), nn.Linear(heads * size, 12)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, self.size).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def merge(self, x: Tensor) -> Tensor:
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+@case(TOKENS, head=3)
+class FusedAttention(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(F.scaled_dot_product_attention(*self.split(x)))
+
+
+@case(TOKENS, head=3)
+class WrittenOutAttention(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(11, 3))
+        self.register_buffer("index", torch.arange(6)[:, None] - torch.arange(6)[None] + 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        bias = self.table[self.index.view(-1)].view(6, 6, 3).permute(2, 0, 1)
+        attention = (q @ k.transpose(-2, -1) / math.sqrt(self.size) + bias.unsqueeze(0)).softmax(-1)
+        return self.merge(attention @ v)
+
+
+@case(TOKENS, head_position=4)
+class OneHead(Attention):
+    def __init__(self) -> None:
+        super().__init__(heads=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(F.scaled_dot_product_attention(*self.split(x)))
+
+
+@case(TOKENS, head=3, neuron=3)
+class TalkingHeads(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        a = self.before((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(-1)
+        a = self.after(a.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.merge(a @ v)
+
+
+@case(TOKENS, head=2)
+class GroupedQuery(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.proj = nn.Linear(12, 24), nn.Linear(12, 2 * 2 * 4), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, 6, 4).transpose(1, 2)
+        k, v = self.kv(x).view(b, n, 2, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        k = k[:, :, None].expand(b, 2, 3, n, 4).reshape(b, 6, n, 4)
+        v = v.repeat_interleave(3, dim=1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, 24))
+
+
+@case(TOKENS, head=3)
+class Rotary(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        angle = torch.arange(6)[:, None] / torch.tensor([1.0, 100.0])[None]
+        self.register_buffer("angle", torch.cat([angle, angle], -1), persistent=False)
+
+    def turn(self, x: Tensor) -> Tensor:
+        half = torch.cat([-x[..., 2:], x[..., :2]], -1)
+        return x * self.angle.cos() + half * self.angle.sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        return self.merge(F.scaled_dot_product_attention(self.turn(q), self.turn(k), v))
+
+
+@case((torch.randn(2, 6, 12), torch.randn(2, 5, 12)), head=3)
+class CrossAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.attention(x, y, y, need_weights=False)[0]
+
+
+@case(TOKENS, residual=12, neuron=16, head=3)
+class TransformerLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 12)
+        self.position = nn.Parameter(torch.randn(1, 6, 12))
+        self.layer = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, norm_first=True)
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.layer(self.embed(x) + self.position)).mean(1))
+
+
+@case((torch.randn(2, 3, 8, 8),), residual=8, neuron=16)
+class ConvNextBlock(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.LayerNorm(8)
+        self.up, self.down, self.gamma = nn.Linear(8, 16), nn.Linear(16, 8), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return self.head(x + (self.gamma * self.down(F.gelu(self.up(y)))).permute(0, 3, 1, 2))
+
+
+@case(IMAGE, channel=4)
+class GroupNormGroups(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.stem(x))))
+
+
+@case(IMAGE, residual=8)
+class GroupNormOne(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.stem(x))))
+
+
+@case(IMAGE, channel=8)
+class InstanceNorm(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(8, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.leaky_relu(self.norm(self.stem(x)), inplace=True))
+
+
+@case(TOKENS, residual=16)
+class RmsNorms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(12, 16), nn.RMSNorm(16), nn.Linear(16, 3)
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale  # as transformers writes it
+        return self.head(self.norm(x) + y)
+
+
+@case(TOKENS, residual=16)
+class Variance(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(12, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(x) / x.std(-1, keepdim=True) + x.var(-1, keepdim=True, unbiased=False)
+
+
+@case(TOKENS, neuron=10)
+class Lstm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(12, 10, bidirectional=True, batch_first=True), nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x, (torch.zeros(2, x.shape[0], 10), torch.zeros(2, x.shape[0], 10)))[0])
+
+
+@case(TOKENS, neuron=10)
+class Gru(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(12, 10, batch_first=True), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+@case(TOKENS, neuron=10)
+class Einsum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(12, 10)), nn.Parameter(torch.randn(10, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bnc,cd->bnd", F.relu(torch.einsum("...c,ch->...h", x, self.a)), self.b)
+
+
+@case((torch.randn(2, 12),), neuron=10)
+class Addmm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.a, self.b = (nn.Parameter(torch.randn(*s)) for s in ((10,), (12, 10), (10, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.a).relu() @ self.b
+
+
+@case(IMAGE, channel=16)
+class WeightStandardised(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias, self.gain = (nn.Parameter(torch.randn(*s)) for s in ((8, 8, 3, 3), (8,), (8,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, 8, -1)
+        weight = F.batch_norm(flat, None, None, weight=self.gain, training=True).reshape_as(self.weight)
+        return self.head(F.silu(F.conv2d(F.relu(self.stem(x)), weight, self.bias)))
+
+
+@case(TOKENS, neuron=10)
+class WeightNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.utils.parametrizations.weight_norm(nn.Linear(12, 10))
+        self.b = nn.utils.parametrizations.weight_norm(nn.Linear(10, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)))
+
+
+@case(IMAGE, channel=8)
+class Unfold(Ends):
+    def __init__(self) -> None:
+        super().__init__(8, out=72)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.unfold(self.stem(x), 3, padding=1).view(-1, 72, 8, 8))
+
+
+@case(IMAGE, channel=8)
+class Resized(Ends):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear") + F.interpolate(x, size=(8, 8))
+        return self.head(F.adaptive_max_pool2d(F.pad(x, (1, 1, 1, 1)), 4))
+
+
+@case(IMAGE, channel=8)
+class PaddedShortcut(Ends):
+    def __init__(self) -> None:
+        super().__init__(4, out=8)
+        self.body = nn.Conv2d(4, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.body(x) + F.pad(x, (0, 0, 0, 0, 2, 2)))
+
+
+@case(IMAGE, channel=8)
+class Prelu(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.PReLU(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.stem(x)))
+
+
+@case((torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)), channel=8)
+class TwoInputsTwoOutputs(Ends):
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = self.stem(x), self.stem(y)
+        return self.head(x * y), self.head(x - y).mean((2, 3))
+
+
+@case(IMAGE, channel=8)
+class Split(Ends):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.split(self.stem(x), [3, 5], 1)
+        return self.head(torch.cat([F.relu(b), torch.tanh(a)], 1).flip(1))
+
+
+@case(IMAGE, channel=8)
+class StridedSlice(Ends):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(torch.cat([x[:, ::2], x[:, 1::2]], 1))
+
+
+@case(IMAGE, channel=8)
+class IndexedChannels(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.tensor([3, 1, 4, 0, 5, 7, 2, 6]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x[:, self.order] + torch.index_select(x, 1, self.order))
+
+
+@case(IMAGE, channel=8)
+class WrittenInPlace(Ends):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = torch.zeros_like(x)
+        y[:, :, 1:] = x[:, :, :-1]
+        return self.head(y.add_(x).relu_())
+
+
+@case(IMAGE, residual=8)
+class GlobalResponse(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.randn(1, 8, 1, 1)), nn.Parameter(torch.randn(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.stem(x))
+        norm = x.norm(p=2, dim=(2, 3), keepdim=True)
+        return self.head(x + self.gamma * x * (norm / (norm.mean(1, keepdim=True) + 1e-6)) + self.beta)
+
+
+@case(IMAGE, channel=4, residual=8, head=2)
+class WindowAttention(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.last = nn.Conv2d(5, 4, 1)
+        self.end = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        b, h, w, c = x.shape
+        y = self.norm(x).view(b, 2, 4, 2, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+        q, k, v = self.qkv(y).reshape(-1, 16, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = self.proj(((q * 0.5) @ k.transpose(-2, -1)).softmax(-1).matmul(v).transpose(1, 2).reshape(-1, 16, c))
+        y = y.view(b, 2, 2, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+        return self.end(F.relu(self.last(self.head((x + y).permute(0, 3, 1, 2)).softmax(1))))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_of_everything_goes_and_the_output_stays(name: str, experiment: Callable[..., Any]) -> None:
+    build, inputs, kinds = CASES[name]
+    torch.manual_seed(0)
+    found = experiment(build(), *inputs)
+    have: Counter[str] = Counter()
+    for cluster in found.analysis.clusters:
+        have[cluster.kind] += cluster.size
+    assert dict(have) == kinds
+    assert not found.shrunk.refused
+    assert found.proof.max_abs_diff <= found.proof.tolerance
+    assert found.proof.max_abs_diff_float64 is not None
+    assert found.control > 100 * found.proof.tolerance, "the comparison could not have failed"
