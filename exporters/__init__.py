@@ -10,6 +10,7 @@ print(describe(Path("model.opt.onnx")).operators)
 
 from exporters.errors import ExportError
 from exporters.host import cpu_name, isa, vector_block
+from exporters.quantize import QuantizedFile, quantize
 from exporters.summary import OnnxSummary, TensorSpec, describe
 from exporters.to_onnx import OnnxFile, to_onnx
 from exporters.to_ort import OptimizedFile, optimize
@@ -19,11 +20,13 @@ __all__ = [
     "OnnxFile",
     "OnnxSummary",
     "OptimizedFile",
+    "QuantizedFile",
     "TensorSpec",
     "cpu_name",
     "describe",
     "isa",
     "optimize",
+    "quantize",
     "to_onnx",
     "vector_block",
 ]

@@ -10,13 +10,11 @@ runs it as it is, or as a depthwise convolution at ORT_ENABLE_ALL.
 from __future__ import annotations
 
 import io
-import logging
 import os
 import re
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import onnx
@@ -29,6 +27,7 @@ from torch.export import Dim, ExportedProgram
 
 from exporters.atomic import staged
 from exporters.errors import ExportError, first_line
+from exporters.quiet import quiet
 from exporters.summary import OnnxSummary, describe
 
 # A protobuf message ends at 2 GiB; what is left covers the graph around the weights.
@@ -71,7 +70,8 @@ def to_onnx(
     """
     start = time.perf_counter()
     path = Path(path)
-    with _quiet() as said:
+    # torch.export prints the code that it could not capture to stderr; its exception says the same.
+    with quiet("torch", "onnxscript", "onnx_ir") as said, redirect_stderr(io.StringIO()):
         exported = program if isinstance(program, ExportedProgram) else _capture(program, example, dynamic_batch)
         model = _translate(exported, opset)
     _name(model, input_names, output_names)
@@ -197,47 +197,3 @@ def _write(model: ir.Model, path: Path, one_file_limit: int) -> OnnxSummary:
     if weights <= one_file_limit:
         (path.parent / data_name).unlink(missing_ok=True)
     return describe(path)
-
-
-@contextmanager
-def _quiet() -> Iterator[list[str]]:
-    """Collect what torch and onnxscript would log or warn, in place of printing it."""
-    said: list[str] = []
-    collector = _Collector(said)
-    before = [(logger, logger.handlers[:], logger.propagate) for logger in _talkers()]
-    for logger, _, _ in before:
-        logger.handlers[:], logger.propagate = [collector], False
-    try:
-        # torch.export prints the code that it could not capture to stderr; its exception says the same.
-        with warnings.catch_warnings(record=True) as caught, redirect_stderr(io.StringIO()):
-            # Deprecations inside torch concern its authors.
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield said
-        said += [str(entry.message).strip().partition("\n")[0] for entry in caught]
-    finally:
-        for logger, handlers, propagate in before:
-            logger.handlers[:], logger.propagate = handlers, propagate
-
-
-def _talkers() -> list[logging.Logger]:
-    """The loggers of the exporter's libraries that reach the terminal; torch gives dozens a handler of their own."""
-    families = ("torch", "onnxscript", "onnx_ir")
-    known = [logging.getLogger(name) for name in sorted({*families, *logging.root.manager.loggerDict})]
-    return [
-        logger
-        for logger in known
-        if logger.name in families
-        or (logger.name.startswith("torch.") and any(type(h) is logging.StreamHandler for h in logger.handlers))
-    ]
-
-
-class _Collector(logging.Handler):
-    """Keeps the first line of every warning."""
-
-    def __init__(self, into: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self.into = into
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.into.append(record.getMessage().strip().partition("\n")[0])

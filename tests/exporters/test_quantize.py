@@ -1,0 +1,95 @@
+import logging
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from exporters import ExportError, quantize, to_onnx
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_program, image, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "m.onnx"
+    to_onnx(tiny_program, path, example=(image,), opset=20, metadata={"parent": "abc"})
+    return path
+
+
+@pytest.fixture
+def batches():
+    rng = np.random.default_rng(0)
+    return [{"input": rng.standard_normal((4, 3, 8, 8)).astype(np.float32)} for _ in range(3)]
+
+
+def run(path, x):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, {"input": x})[0]
+
+
+def integer_weights(path):
+    tensors = onnx.load(path).graph.initializer
+    return [onnx.numpy_helper.to_array(t) for t in tensors if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
+
+
+@pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])
+def test_a_quantised_model_is_close_to_the_float_one(exported, batches, tmp_path, calibration):
+    made = quantize(exported, tmp_path / "q.onnx", batches=batches, calibration=calibration, reduce_range=False)
+    x = batches[0]["input"]
+    wanted, found = run(exported, x), run(made.path, x)
+    assert 0 < np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
+    assert made.batches == 3
+    assert len(integer_weights(made.path)) == 3
+
+
+def test_reduced_range_keeps_the_weights_to_seven_bits(exported, batches, tmp_path):
+    reduced = quantize(exported, tmp_path / "r.onnx", batches=batches, reduce_range=True)
+    full = quantize(exported, tmp_path / "f.onnx", batches=batches, reduce_range=False)
+    assert max(np.abs(w.astype(int)).max() for w in integer_weights(reduced.path)) == 64
+    assert max(np.abs(w.astype(int)).max() for w in integer_weights(full.path)) == 127
+    assert (reduced.reduce_range, full.reduce_range) == (True, False)
+
+
+def test_weights_are_scaled_per_channel(exported, batches, tmp_path):
+    made = quantize(exported, tmp_path / "q.onnx", batches=batches)
+    for weight in integer_weights(made.path):
+        if weight.ndim == 4:
+            per_channel = np.abs(weight.astype(int)).reshape(len(weight), -1).max(1)
+            assert len(set(per_channel.tolist())) == 1
+
+
+def test_metadata_survives(exported, batches, tmp_path):
+    made = quantize(exported, tmp_path / "q.onnx", batches=batches)
+    assert made.summary.metadata == {"parent": "abc", "quantization": "int8 qdq, minmax"}
+
+
+def test_excluded_nodes_and_other_operators_stay_float(exported, batches, tmp_path):
+    nodes = onnx.load(exported).graph.node
+    first = next(node.name for node in nodes if node.op_type == "Conv")
+    assert len(integer_weights(quantize(exported, tmp_path / "a.onnx", batches=batches, exclude=[first]).path)) == 2
+    assert len(integer_weights(quantize(exported, tmp_path / "b.onnx", batches=batches, operators=["Gemm"]).path)) == 1
+
+
+def test_nothing_is_printed_and_logging_is_left_alone(exported, batches, tmp_path, capfd):
+    before = logging.root.handlers[:]
+    quantize(exported, tmp_path / "q.onnx", batches=batches)
+    assert logging.root.handlers == before
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": []}, "no calibration batches"),
+        ({"batches": [{"input": np.full((1, 3, 8, 8), np.nan, np.float32)}]}, "batch 0 holds NaN"),
+        ({"batches": [{"input": np.zeros((1, 4, 8, 8), np.float32)}]}, "cannot quantise"),
+        ({"exclude": ["nobody"]}, "no node nobody"),
+        ({"operators": ["LSTM"]}, "Nothing in m.onnx can be quantised"),
+    ],
+)
+def test_what_cannot_be_quantised_is_one_line_and_leaves_nothing(exported, batches, tmp_path, options, message):
+    with pytest.raises(ExportError, match=message) as caught:
+        quantize(exported, tmp_path / "q.onnx", **{"batches": batches, **options})
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
