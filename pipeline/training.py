@@ -143,7 +143,7 @@ def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
             return _between(settings.lr / 25, settings.lr, step / (rising - 1))
         return _between(settings.lr, settings.lr / 250_000, (step - rising + 1) / max(total - rising, 1))
     if step < rising:
-        return settings.lr * (step + 1) / rising
+        return settings.lr * min((step + 1) / rising, 1.0)
     if settings.schedule == "constant":
         return settings.lr
     return _between(settings.lr, 0.0, (step - rising) / max(total - rising, 1))
@@ -207,9 +207,8 @@ class _Run:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.steps = max(1, len(data.train) // settings.batch_size)
         self.optimizer = _optimizer(model, settings)
-        self.masks = masking.masks_of(model)
-        self.under = _under(model, self.masks)
         self.history: list[Epoch] = []
+        self._hold()
         self.best: dict[str, Tensor] | None = None
         self.best_epoch = 0
 
@@ -275,12 +274,18 @@ class _Run:
         if given is not None:
             masking.apply(self.model, given)
         now = masking.masks_of(self.model)
-        if now.keys() == self.masks.keys() and all(now[name] is self.masks[name] for name in now):
+        if now.keys() == self.held.keys() and all(now[name] is self.held[name] for name in now):
             return
         if any(name not in self.masks or not torch.equal(now[name], self.masks[name]) for name in now):
             self.best, self.best_epoch = None, 0  # epochs under other masks say nothing about these
         _put_back(self.model, self.masks, self.under)
-        self.masks, self.under = now, _under(self.model, now)
+        self._hold()
+
+    def _hold(self) -> None:
+        """Remember the masks now on the model, in copies that nobody else can change, and what lies under them."""
+        self.held = masking.masks_of(self.model)
+        self.masks = _copy(self.held)
+        self.under = _under(self.model, self.masks)
 
     def _check_one(self, step: int) -> None:
         """Check one masked parameter, another one each step; all of them are checked after each epoch."""
@@ -314,7 +319,10 @@ class _Run:
         }
         # Not durable: a kill leaves whole files all the same, and after a power cut training just starts anew.
         with files.replacing(path, durable=False) as partial:
-            torch.save(content, partial)
+            try:
+                torch.save(content, partial)
+            except RuntimeError as error:  # how torch's own writer reports a full disk
+                raise OSError(str(error).splitlines()[0]) from error
 
     def resume(self, path: Path, key: str, progress: Progress) -> None:
         """Go on from a checkpoint of this very run; anything else there is left unread and replaced."""
@@ -331,8 +339,7 @@ class _Run:
         masking.apply(self.model, found["masks"])
         masking.load_originals(self.model, found["weights"])
         self.optimizer.load_state_dict(found["optimizer"])
-        self.masks = masking.masks_of(self.model)
-        self.under = _under(self.model, self.masks)
+        self._hold()
         self.history = [Epoch(**one) for one in found["history"]]
         self.best, self.best_epoch = found["best"], found["best_epoch"]
         progress.say(f"  Resuming after epoch {len(self.history)} of {self.settings.epochs}.")
@@ -351,7 +358,7 @@ class _Run:
             settings=self.settings,
             history=tuple(self.history),
             state=_copy(masking.originals(self.model)),
-            masks=_copy(self.masks),
+            masks=self.masks,
             best_epoch=self.best_epoch,
             best_accuracy=accuracy,
             seconds=sum(one.seconds for one in self.history),
