@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from pipeline import masks, weights
+from pipeline.config import GroupSwitches
+from pipeline.masks import Sparsity
 from validators import Verdict
 
 FIGURES = "artifact.json"
@@ -75,24 +77,6 @@ class Baseline(Weighted):
         return self.folder / "dense.onnx"
 
 
-class LayerSparsity(BaseModel):
-    """One parameter: how many of its weights are zero, and how many of its output channels are wholly zero."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    parameter: str
-    shape: tuple[int, ...]
-    weights: int
-    zeros: int
-    channels: int
-    channels_cut: int
-
-    @property
-    def ratio(self) -> float:
-        """Share of zero weights."""
-        return self.zeros / self.weights if self.weights else 0.0
-
-
 class WidthChange(BaseModel):
     """One channel cluster: how many of its groups there were and how many stay."""
 
@@ -111,6 +95,7 @@ class Pruned(Weighted):
     MASKS: ClassVar[str] = "masks.safetensors"
 
     method: Literal["structured", "unstructured", "2:4", "none"]
+    kinds: GroupSwitches
     sparsity: float
     zeros: int
     params: int
@@ -120,7 +105,7 @@ class Pruned(Weighted):
     groups_cut: int
     groups: int
     accuracy_after: float
-    layers: tuple[LayerSparsity, ...]
+    layers: tuple[Sparsity, ...]
     widths: tuple[WidthChange, ...]
 
     def masks(self) -> dict[str, Tensor]:
@@ -146,7 +131,6 @@ class Folded(Weighted):
     params: int
     accuracy: float
     max_abs_diff_to_masked: float
-    denormals_flushed: int
 
 
 class Shrunk(Artifact):
@@ -159,7 +143,7 @@ class Shrunk(Artifact):
     macs_before: int
     macs_after: int
     max_abs_diff: float
-    max_abs_diff_float64: float
+    max_abs_diff_float64: float | None
     output_scale: float
     tolerance: float
     widths: tuple[WidthChange, ...]
@@ -186,8 +170,8 @@ class Exported(Artifact):
         return self.folder / "model.onnx"
 
 
-class OptimizedFile(BaseModel):
-    """One onnxruntime-optimised file."""
+class Candidate(BaseModel):
+    """One file that onnxruntime optimised offline."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -205,7 +189,7 @@ class Optimized(Artifact):
 
     onnxruntime: str
     ships: str
-    candidates: tuple[OptimizedFile, ...]
+    candidates: tuple[Candidate, ...]
 
     @property
     def onnx(self) -> Path:
@@ -221,13 +205,14 @@ class Hop(BaseModel):
     reference: str
     candidate: str
     passed: bool
-    max_abs: float
-    mean_abs: float
-    max_rel: float
-    mean_rel: float
+    max_abs: float | None
+    mean_abs: float | None
+    max_rel: float | None
+    mean_rel: float | None
     top1_agreement: float | None
     worst_feed: str
     feeds: int
+    reasons: tuple[str, ...]
 
 
 class Validated(Artifact):
@@ -238,6 +223,8 @@ class Validated(Artifact):
     dense_accuracy: float
     accuracy: float
     accuracy_drop_points: float
+    accuracy_drop_low: float
+    accuracy_drop_high: float
     dense_latency_ms: float
     latency_ms: float
     latency_p95_ms: float

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.runner import Release
 
+EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
 INTERRUPTED = 130
 OUR_BUG = 3
 
@@ -27,7 +28,7 @@ OUR_BUG = 3
 class _Group(click.Group):
     """Turns errors into one line, the next thing to do, and the right exit code."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # click's own signature
+    def main(self, *args: Any, **kwargs: Any) -> Any:  # click's own signature
         """Run the command; a traceback is shown only for a bug of ours."""
         kwargs["standalone_mode"] = False
         console = Console(stderr=True)
@@ -79,11 +80,13 @@ def main() -> None:
     """
 
 
-def _recipe_options(command: Any) -> Any:  # noqa: ANN401  # decorates any click command
+def _recipe_options(command: Any) -> Any:  # decorates any click command
     for option in reversed(
         [
             click.argument("model", metavar="MODEL|RECIPE.toml", required=False),
-            click.option("--recipe", type=click.Path(path_type=Path), help="A recipe file; the options below win over it."),
+            click.option(
+                "--recipe", type=click.Path(path_type=Path), help="A recipe file; the options below win over it."
+            ),
             click.option("--data", help="digits (embedded), imagefolder:PATH, npz:PATH or path/to/file.py:callable."),
             click.option("--weights", help="A .safetensors or .pt checkpoint, 'pretrained', or 'train'."),
             click.option("--ratio", type=float, help="Share of channels to remove, in [0, 1)."),
@@ -91,7 +94,9 @@ def _recipe_options(command: Any) -> Any:  # noqa: ANN401  # decorates any click
             click.option("--name", help="Folder under the artifacts folder; made from the model when left out."),
             click.option("--out", type=click.Path(path_type=Path), help="The artifacts folder (default: artifacts)."),
             click.option("--seed", type=int, help="Seed of every stage."),
-            click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe key: --set prune.norm=l1"),
+            click.option(
+                "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe key: --set prune.norm=l1"
+            ),
         ]
     ):
         command = option(command)
@@ -130,7 +135,7 @@ def _config(
     chosen = {key: value for key, value in given.items() if value is not None}
     made = config.load(recipe, chosen | dict(map(config.parse_setting, settings)))
     if not made.model:
-        raise ConfigError("No model was named.", "Try `leanort deploy resnet50`, or put model = \"...\" into the recipe.")
+        raise ConfigError("No model was named.", 'Try `leanort deploy resnet50`, or put model = "..." into the recipe.')
     return made
 
 
@@ -148,7 +153,7 @@ def _size(text: str | None) -> list[int] | None:
 @click.option("--from", "start", metavar="STAGE", help="Run again from this stage on, reusing only what is before it.")
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 @click.option("--quiet", is_flag=True, help="Print only the result.")
-def deploy(start: str | None, until: str | None, quiet: bool, **options: Any) -> int:  # noqa: ANN401
+def deploy(start: str | None, until: str | None, quiet: bool, **options: Any) -> int:
     """Run the whole chain and seal a version.
 
     MODEL is a torchvision name (resnet50), timm:NAME, hf:FOLDER, path/to/file.py:callable or package.module:callable.
@@ -169,10 +174,10 @@ def deploy(start: str | None, until: str | None, quiet: bool, **options: Any) ->
     if release is None:
         return 0
     _print_release(release)
-    return release[_validated()].verdict.exit_code
+    return EXIT_CODES[release[_validated()].verdict.outcome]
 
 
-def _validated() -> Any:  # noqa: ANN401
+def _validated() -> Any:
     from pipeline.artifacts import Validated
 
     return Validated
@@ -181,7 +186,7 @@ def _validated() -> Any:  # noqa: ANN401
 @main.command()
 @_recipe_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def plan(as_json: bool, **options: Any) -> None:  # noqa: ANN401
+def plan(as_json: bool, **options: Any) -> None:
     """Show what a deploy would run or reuse, which channel groups exist, and what blocks the rest. Writes nothing."""
     config = _config(**options)
     from pipeline import planning
@@ -206,8 +211,8 @@ def plan(as_json: bool, **options: Any) -> None:  # noqa: ANN401
     )
 
 
-def _tree(analysis: Analysis, removed: Any) -> Tree:  # noqa: ANN401
-    tree = Tree(f"{len(analysis.clusters)} channel groups' layers (width before -> after)")
+def _tree(analysis: Analysis, removed: Any) -> Tree:
+    tree = Tree(f"{len(analysis.clusters)} layers whose channels can go (width before -> after)")
     for cluster in analysis.clusters:
         after = cluster.size - int(removed[cluster.name].sum()) if cluster.name in removed else cluster.size
         unit = f" x {cluster.unit} channels" if cluster.unit > 1 else ""
@@ -216,7 +221,8 @@ def _tree(analysis: Analysis, removed: Any) -> Tree:  # noqa: ANN401
         shown = ", ".join(tied[:4]) + (f" and {len(tied) - 4} more" if len(tied) > 4 else "")
         branch.add(f"[dim]ties {_plain(shown)}[/]")
     for block in analysis.blocked:
-        tree.add(f"[yellow]kept[/] {_plain(block.op)} at {_plain(block.node)}: {_plain(block.reason)} ({block.params:,} parameters)")
+        where = f"{_plain(block.op)} at {_plain(block.node)}"
+        tree.add(f"[yellow]kept[/] {where}: {_plain(block.reason)} ({block.params:,} parameters)")
     return tree
 
 
@@ -236,7 +242,14 @@ def list_(out: Path, as_json: bool) -> None:
         for version in store.versions(folder)
     ]
     if as_json:
-        click.echo(json.dumps([{"model": m, "version": v, "current": c, **a.scalars(), "verdict": a.verdict.status} for m, v, c, a in rows]))
+        click.echo(
+            json.dumps(
+                [
+                    {"model": m, "version": v, "current": c, **a.scalars(), "verdict": a.verdict.outcome}
+                    for m, v, c, a in rows
+                ]
+            )
+        )
         return
     if not rows:
         click.echo(f"No versions in {out} yet. Start with: leanort deploy resnet50")
@@ -248,11 +261,11 @@ def list_(out: Path, as_json: bool) -> None:
         table.add_row(
             model,
             version + (" *" if is_current else ""),
-            figures.verdict.status,
+            figures.verdict.outcome,
             f"{figures.accuracy:.1%}",
-            f"{figures.latency_ms:.2f} ms",
+            f"{figures.latency_ms:.3g} ms",
             f"{figures.latency_ratio:.2f}",
-            f"{figures.bytes / 1e6:.1f} MB",
+            f"{figures.bytes / 1e6:.3g} MB",
         )
     Console().print(table)
 
@@ -293,7 +306,11 @@ def diff(a: str, b: str, out: Path) -> None:
         click.echo("No difference.")
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("what", f"{first.folder.parent.name}/{first.folder.name}", f"{second.folder.parent.name}/{second.folder.name}"):
+    for column in (
+        "what",
+        f"{first.folder.parent.name}/{first.folder.name}",
+        f"{second.folder.parent.name}/{second.folder.name}",
+    ):
         table.add_column(column, overflow="fold")
     for what, before, after in changes:
         table.add_row(_plain(what), _plain(before), _plain(after))
@@ -327,21 +344,39 @@ def _print_release(release: Release) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("", "dense", "shipped", ""):
         table.add_column(column, justify="left")
-    table.add_row("accuracy", f"{checked.dense_accuracy:.1%}", f"{checked.accuracy:.1%}", f"{-checked.accuracy_drop_points:+.1f} points")
+    table.add_row(
+        "accuracy",
+        f"{checked.dense_accuracy:.1%}",
+        f"{checked.accuracy:.1%}",
+        f"{-checked.accuracy_drop_points:+.1f} points",
+    )
     table.add_row(
         "latency",
-        f"{checked.dense_latency_ms:.2f} ms",
-        f"{checked.latency_ms:.2f} ms",
+        f"{checked.dense_latency_ms:.3g} ms",
+        f"{checked.latency_ms:.3g} ms",
         f"x {checked.latency_ratio:.3f} ({checked.latency_ratio_low:.3f} to {checked.latency_ratio_high:.3f})",
     )
-    table.add_row("file size", f"{checked.dense_bytes / 1e6:.1f} MB", f"{checked.bytes / 1e6:.1f} MB", f"x {checked.bytes / checked.dense_bytes:.3f}")
-    table.add_row("parameters", f"{dense.params:,}", f"{shrunk.params_after:,}", f"x {shrunk.params_after / dense.params:.3f}")
-    table.add_row("MACs", f"{dense.macs:,}", f"{shrunk.macs_after:,}", f"x {shrunk.macs_after / max(1, dense.macs):.3f}")
+    table.add_row(
+        "file size",
+        f"{checked.dense_bytes / 1e6:.3g} MB",
+        f"{checked.bytes / 1e6:.3g} MB",
+        f"x {checked.bytes / checked.dense_bytes:.3f}",
+    )
+    table.add_row(
+        "parameters", f"{dense.params:,}", f"{shrunk.params_after:,}", f"x {shrunk.params_after / dense.params:.3f}"
+    )
+    table.add_row(
+        "MACs", f"{dense.macs:,}", f"{shrunk.macs_after:,}", f"x {shrunk.macs_after / max(1, dense.macs):.3f}"
+    )
     console.print(table)
     if not shrunk.removed:
         console.print(_plain(shrunk.statement), highlight=False)
-    colour = {"pass": "green", "fail": "red"}.get(checked.verdict.status, "yellow")
-    console.print(f"[bold {colour}]{checked.verdict.status}[/]  {release.folder}  (report: {release.folder / 'report.html'})", highlight=False, soft_wrap=True)
+    colour = {"pass": "green", "fail": "red"}.get(checked.verdict.outcome, "yellow")
+    console.print(
+        f"[bold {colour}]{checked.verdict.outcome}[/]  {release.folder}  (report: {release.folder / 'report.html'})",
+        highlight=False,
+        soft_wrap=True,
+    )
     for check in checked.verdict.checks:
-        if check.status != "pass":
-            console.print(f"  [{colour}]{check.status}[/] {_plain(check.reason)}", highlight=False, soft_wrap=True)
+        if check.outcome != "pass":
+            console.print(f"  [{colour}]{check.outcome}[/] {_plain(check.reason)}", highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline import manifest
-from pipeline.artifacts import Pruned, Shrunk
+from pipeline.artifacts import Pruned, Shrunk, Validated
 from pipeline.runner import Release
 
 Change = tuple[str, str, str]
@@ -44,7 +44,7 @@ def _figures(first: Release, second: Release) -> list[Change]:
     def figures(release: Release) -> dict[str, str]:
         made = {f"{r.stage} {name}": value for r in release.manifest.stages for name, value in r.metrics.items()}
         shown = {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in made.items()}
-        return {**shown, "verdict": release.artifacts[-1].verdict.status, "parameters": str(release[Shrunk].params_after)}
+        return {**shown, "verdict": release[Validated].verdict.outcome, "parameters": str(release[Shrunk].params_after)}
 
     return _changed(figures(first), figures(second))
 

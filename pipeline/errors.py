@@ -11,10 +11,9 @@
     ├── RefusedError                 exit 3   channels cannot be removed without changing the output
     ├── MaskError                    exit 3   a weight that should be zero is not
     ├── TrainingError                exit 3   loss became NaN or infinite
-    ├── StoreError                   exit 3   disk full, folder read-only, hash mismatch, lock held
-    ├── GateFailed                   exit 1   a validation limit was not met
-    └── Inconclusive                 exit 4   the measurement could not decide
+    └── StoreError                   exit 3   disk full, folder read-only, hash mismatch
 
+A gate that fails (exit 1) or cannot decide (exit 4) is a verdict, not an error: the version is written all the same.
 A message is one line that says what was wrong; `hint` is one line that says what to do next.
 """
 
@@ -82,18 +81,6 @@ class TrainingError(LeanortError):
 
 class StoreError(LeanortError):
     """The artifacts folder cannot be read or written as asked."""
-
-
-class GateFailed(LeanortError):
-    """At least one required validation limit was not met."""
-
-    exit_code = 1
-
-
-class Inconclusive(LeanortError):
-    """The measurement could not decide within its budget."""
-
-    exit_code = 4
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

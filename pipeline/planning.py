@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline import models, runner
-from pipeline.channels import Analysis, Size
+from pipeline.channels import Analysis, Size, analyse, capture
 from pipeline.config import Config
 from pipeline.runner import Step
 from pipeline.selection import Removed
@@ -42,15 +42,17 @@ class Plan:
                 }
                 for c in self.analysis.clusters
             ],
-            "blocked": [{"op": b.op, "node": b.node, "reason": b.reason, "params": b.params} for b in self.analysis.blocked],
+            "blocked": [
+                {"op": b.op, "node": b.node, "reason": b.reason, "params": b.params} for b in self.analysis.blocked
+            ],
         }
 
 
 def plan(config: Config) -> Plan:
     """Analyse the model as it is built (weights decide which channels go, not how many). Nothing is written."""
-    source, dataset = runner.sources(config.model, None, config)
+    source, _ = runner.sources(config.model, None, config)
     model = source.build()
-    analysis = s1_prune.analyse_groups(model, models.example(source), config.prune.groups)
-    removed = s1_prune.choose(analysis, model.state_dict(), config.prune, config.prune.ratio)
+    analysis = analyse(capture(model, models.example(source)), s1_prune.policy_of(config.prune.groups))
+    removed = s1_prune.choose_groups(analysis, model.state_dict(), config.prune, config.prune.ratio)
     steps = runner.plan(config.model, None, config)
     return Plan(steps, analysis, removed, analysis.estimate(removed))

@@ -38,7 +38,7 @@ class TerminalProgress(Progress):
 
     def say(self, text: str) -> None:
         """One line for the user."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Bar]:

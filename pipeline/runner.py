@@ -43,7 +43,7 @@ class Release:
     @property
     def passed(self) -> bool:
         """Whether every required limit was met."""
-        return self[Validated].verdict.passed
+        return self[Validated].verdict.outcome == "pass"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ def sources(model: str | nn.Module | Callable[[], nn.Module], data: object, conf
     return source, dataset
 
 
-def plan(model: str | nn.Module | Callable[[], nn.Module], data: object = None, config: Config | None = None) -> list[Step]:
+def plan(
+    model: str | nn.Module | Callable[[], nn.Module], data: object = None, config: Config | None = None
+) -> list[Step]:
     """What `deploy` would run and what it would reuse. Nothing is written."""
     config = config or Config()
     source, dataset = sources(model, data, config)
@@ -154,7 +156,9 @@ def _range(start: str | None, until: str | None) -> tuple[int, int]:
     known = short | {name: number for number, name in enumerate(names)}
     for option, given in (("--from", start), ("--until", until)):
         if given is not None and given not in known:
-            raise ConfigError(f"{option} {given}: no such stage.", nearest(given, short) or f"Stages: {', '.join(short)}.")
+            raise ConfigError(
+                f"{option} {given}: no such stage.", nearest(given, short) or f"Stages: {', '.join(short)}."
+            )
     first = known[start] if start else len(STAGES)
     last = known[until] if until else len(STAGES) - 1
     if start and first > last:

@@ -1,10 +1,10 @@
 """Versions on disk: built under a temporary name, sealed complete, read-only ever after; `current` moves atomically.
 
-    artifacts/resnet50/
-      .lock                 held while a version is being built
-      .partial/             the version being built; a killed run leaves it, the next one goes on from it
-      v0001/ v0002/ ...     complete versions
-      current -> v0002      the newest version whose gate has passed
+artifacts/resnet50/
+  .lock                 held while a version is being built
+  .partial/             the version being built; a killed run leaves it, the next one goes on from it
+  v0001/ v0002/ ...     complete versions
+  current -> v0002      the newest version whose gate has passed
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Budget:
 
     ratio: share of groups that goes, in [0, 1). scope: inside every layer, or over the whole model by relative score.
     align: kept channels of a layer are a multiple of this, wherever the layer is that wide. floor: share of a layer's
-    groups that always stays. overrides: layer glob -> ratio, the first match wins; those layers are always cut per layer.
+    groups that always stays. overrides: layer glob -> ratio, the last match wins; those layers are cut per layer.
     """
 
     ratio: float
@@ -86,8 +86,6 @@ def _overridden(names: Sequence[str], overrides: Mapping[str, float]) -> dict[st
             hint = nearest(glob, names) or f"Layers are named like {', '.join(names[:3])}; see `leanort plan MODEL`."
             raise ConfigError(f"prune.overrides: no layer matches {glob!r}.", hint)
     chosen: dict[str, float] = {}
-    for name in names:
-        match = next((ratio for glob, ratio in overrides.items() if fnmatchcase(name, glob)), None)
-        if match is not None:
-            chosen[name] = match
+    for glob, ratio in overrides.items():
+        chosen |= {name: ratio for name in names if fnmatchcase(name, glob)}
     return chosen

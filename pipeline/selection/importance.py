@@ -25,7 +25,9 @@ def group_norms(cluster: Cluster, state: Mapping[str, Tensor], norm: Literal["l1
     for (name, dim), labels in cluster.labels.items():
         weight = state[name].detach()
         powers = weight.abs() if norm == "l1" else weight.square()
-        per_index = powers.double().movedim(dim, 0).flatten(1).sum(1).numpy() if weight.dim() > 1 else powers.double().numpy()
+        per_index = (
+            powers.double().movedim(dim, 0).flatten(1).sum(1).numpy() if weight.dim() > 1 else powers.double().numpy()
+        )
         mine = labels >= 0
         total += np.bincount(labels[mine], weights=per_index[mine], minlength=cluster.size)
     return total if norm == "l1" else np.sqrt(total)

@@ -27,7 +27,9 @@ def test_ratio_zero_removes_nothing_even_where_the_width_is_not_aligned():
     assert not removed["a"].any()
 
 
-@pytest.mark.parametrize(("size", "ratio", "kept"), [(64, 0.5, 32), (64, 0.33, 40), (24, 0.5, 16), (16, 0.9, 8), (6, 0.5, 3)])
+@pytest.mark.parametrize(
+    ("size", "ratio", "kept"), [(64, 0.5, 32), (64, 0.33, 40), (24, 0.5, 16), (16, 0.9, 8), (6, 0.5, 3)]
+)
 def test_kept_channels_are_a_multiple_of_the_vector_block(size, ratio, kept):
     removed = allocate([cluster("a", size)], {"a": np.arange(float(size))}, Budget(ratio, align=8))
     assert size - removed["a"].sum() == kept
@@ -40,16 +42,18 @@ def test_a_head_is_aligned_by_the_channels_it_holds():
     assert 12 - removed["narrow"].sum() == 4  # 5 heads of 4 channels would be 20 channels: no multiple of 8
 
 
-def test_overrides_take_the_first_matching_glob_and_leave_the_rest():
+def test_overrides_are_taken_from_the_last_matching_glob():
     clusters = [cluster("layer1.conv", 10), cluster("layer2.conv", 10)]
     scores = {c.name: np.arange(10.0) for c in clusters}
-    removed = allocate(clusters, scores, Budget(0.5, overrides={"layer1.*": 0.0, "*": 0.8}))
+    removed = allocate(clusters, scores, Budget(0.5, overrides={"*": 0.8, "layer1.*": 0.0}))
     assert (removed["layer1.conv"].sum(), removed["layer2.conv"].sum()) == (0, 8)
 
 
 def test_an_override_that_matches_nothing_names_the_nearest_layer():
     with pytest.raises(ConfigError, match="layer1.conv"):
-        allocate([cluster("layer1.conv", 4)], {"layer1.conv": np.arange(4.0)}, Budget(0.5, overrides={"layer1.cnv": 0.1}))
+        allocate(
+            [cluster("layer1.conv", 4)], {"layer1.conv": np.arange(4.0)}, Budget(0.5, overrides={"layer1.cnv": 0.1})
+        )
 
 
 def test_global_scope_cuts_where_the_relative_scores_are_low():
@@ -76,7 +80,11 @@ def test_aligned_counts_are_in_range_and_aligned_or_whole(wanted, size, step):
 
 
 def test_group_norms_sum_over_rows_bias_and_readers_of_the_group():
-    state = {"a.weight": torch.tensor([[3.0, 0.0], [0.0, 1.0]]), "a.bias": torch.tensor([4.0, 0.0]), "b.weight": torch.tensor([[12.0, -2.0]])}
+    state = {
+        "a.weight": torch.tensor([[3.0, 0.0], [0.0, 1.0]]),
+        "a.bias": torch.tensor([4.0, 0.0]),
+        "b.weight": torch.tensor([[12.0, -2.0]]),
+    }
     labels = {("a.weight", 0): np.array([0, 1]), ("a.bias", 0): np.array([0, 1]), ("b.weight", 1): np.array([0, 1])}
     both = cluster("a", 2, labels=labels)
     assert group_norms(both, state, "l2") == pytest.approx([13.0, 5**0.5])

@@ -1,0 +1,5 @@
+"""`python -m pipeline` is `leanort`."""
+
+from pipeline.cli import main
+
+main()

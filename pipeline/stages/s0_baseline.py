@@ -1,0 +1,81 @@
+"""The dense source, kept for ever, since pruning is a one-way street: weights, accuracy, dense ONNX, dense latency."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from torch import nn
+
+from exporters import host, to_onnx
+from pipeline import training, weights
+from pipeline.artifacts import Baseline
+from pipeline.channels import capture, count_macs
+from pipeline.config import BaselineSection
+from pipeline.data import Data
+from pipeline.models import ModelSource, check, example
+from pipeline.progress import Progress
+from validators import OrtRunner, race, random_feeds
+
+LATENCY_SECONDS = 2.0
+
+
+def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progress: Progress) -> Baseline:
+    """Load or train the dense model and measure it.
+
+    Everything that can refuse the model does so before training: a wrong input shape, too few outputs, a forward pass
+    that torch.export cannot follow. Raises ModelError, WeightsError, CaptureError, TrainingError, ExportError.
+    """
+    model = source.build()
+    inputs = example(source)
+    check(model, inputs, data.classes, source.spec)
+    capture(model, inputs)
+    origin, seconds = _fill(cfg, model, source, data, out, progress)
+    weights.save(model.state_dict(), out / Baseline.WEIGHTS)
+    captured = capture(model, inputs)
+    made = to_onnx(captured.program, out / "dense.onnx", example=inputs, opset=cfg.opset, metadata={})
+    runner = OrtRunner(made.path, threads=cfg.threads)
+    feed = random_feeds(runner.inputs, seed=cfg.seed, batches=(1,))[0]
+    latency = race({"dense": runner}, feed, reference="dense", seconds=LATENCY_SECONDS, seed=cfg.seed)
+    (out / "latency.json").write_text(latency.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (out / "model.txt").write_text(f"{model}\n", encoding="utf-8")
+    return Baseline(
+        folder=out,
+        trained_here=seconds > 0,
+        weights_origin=origin,
+        accuracy=training.evaluate(model, data, "test").accuracy,
+        calibration_accuracy=training.evaluate(model, data, "calibration").accuracy,
+        params=sum(p.numel() for p in model.parameters()),
+        macs=count_macs(captured.program),
+        onnx_bytes=made.summary.bytes,
+        latency_ms=latency.runners["dense"].median_ms,
+        threads=cfg.threads,
+        isa=host.isa(),
+        training_seconds=seconds,
+    )
+
+
+def _fill(
+    cfg: BaselineSection, model: nn.Module, source: ModelSource, data: Data, out: Path, progress: Progress
+) -> tuple[str, float]:
+    """Give `model` its weights; where they came from, and the seconds that training took (0 = none)."""
+    if cfg.weights == "pretrained":
+        progress.say(f"  weights: {weights.load_pretrained(model, source)}")
+        return "pretrained", 0.0
+    if cfg.weights not in ("auto", "train"):
+        loaded = weights.load_weights(model, Path(cfg.weights))
+        progress.say(f"  weights: {cfg.weights} ({loaded})")
+        return str(Path(cfg.weights).name), 0.0
+    if cfg.weights == "auto" and not source.initial:
+        return "as given", 0.0
+    settings = cfg.train or training.default_settings(model, seed=cfg.seed)
+    progress.say(
+        f"  no weights were given: training {source.spec} on {data.name} for {settings.epochs} epochs "
+        "(done once; reused from then on)"
+    )
+    began = time.perf_counter()
+    result = training.train(model, data, settings, checkpoint=out / "training.pt", progress=progress)
+    training.history_csv(result, out / "history.csv")
+    training.history_plot(result, out / "history.svg")
+    (out / "training.pt").unlink(missing_ok=True)
+    return f"trained here on {data.name}, {settings.epochs} epochs", time.perf_counter() - began

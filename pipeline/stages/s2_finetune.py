@@ -1,0 +1,55 @@
+"""Recover the accuracy under the masks, taught by the data and by the dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline import masks, training, weights
+from pipeline.artifacts import Baseline, Finetuned, Pruned
+from pipeline.config import FinetuneSection
+from pipeline.data import Data
+from pipeline.models import ModelSource
+from pipeline.progress import Progress
+
+
+def run(
+    cfg: FinetuneSection,
+    out: Path,
+    source: ModelSource,
+    data: Data,
+    baseline: Baseline,
+    pruned: Pruned,
+    progress: Progress,
+) -> Finetuned:
+    """Train with the masks held through every step; the best epoch by calibration accuracy is kept.
+
+    Resumes from the last epoch after a kill. Raises MaskError when a masked weight is not zero, TrainingError when the
+    loss is not finite.
+    """
+    chosen = pruned.masks()
+    model = source.build()
+    model.load_state_dict(pruned.weights())
+    masks.apply(model, chosen)
+    settings = cfg.train or training.default_settings(model, recovery=True, seed=cfg.seed).model_copy(
+        update={"distill_weight": cfg.distill_weight, "distill_temperature": cfg.distill_temperature}
+        | ({} if cfg.epochs is None else {"epochs": cfg.epochs})
+    )
+    teacher = None
+    if settings.distill_weight > 0:
+        teacher = source.build()
+        teacher.load_state_dict(baseline.weights())
+    result = training.train(
+        model, data, settings, teacher=teacher, masks=chosen, checkpoint=out / "training.pt", progress=progress
+    )
+    training.history_csv(result, out / "history.csv")
+    training.history_plot(result, out / "history.svg")
+    (out / "training.pt").unlink(missing_ok=True)
+    weights.save(masks.originals(model), out / Finetuned.WEIGHTS)
+    return Finetuned(
+        folder=out,
+        epochs=settings.epochs,
+        best_epoch=result.best_epoch,
+        accuracy=training.evaluate(model, data, "test").accuracy,
+        calibration_accuracy=result.best_accuracy,
+        training_seconds=result.seconds,
+    )

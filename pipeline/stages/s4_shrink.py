@@ -1,0 +1,91 @@
+"""Remove the dead channels for good, and prove that the output did not change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from pipeline import channels
+from pipeline.artifacts import Folded, Pruned, Shrunk, WidthChange
+from pipeline.channels import Analysis, Ledger, analyse, capture, count_macs, dead_groups, prove
+from pipeline.config import ShrinkSection
+from pipeline.data import Data
+from pipeline.models import ModelSource, example
+from pipeline.stages.s1_prune import policy_of
+from pipeline.stages.tables import write_table
+
+REAL_SAMPLES = 8
+
+
+def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: Pruned, folded: Folded) -> Shrunk:
+    """Find what is dead from the folded weights alone, cut it, compare folded and shrunk on random and real inputs.
+
+    Raises RefusedError when the two differ by more than float32 rounding; CaptureError when torch.export cannot follow.
+    """
+    model = source.build()
+    model.load_state_dict(folded.weights())
+    captured = capture(model, example(source))
+    analysis = analyse(captured, policy_of(pruned.kinds))
+    dead = dead_groups(analysis, captured.state)
+    small = channels.shrink(captured, analysis, dead)
+    feeds = [channels.small(captured, seed=cfg.seed), (data.sample("calibration", REAL_SAMPLES),)]
+    proof = prove(captured, small, feeds)
+    torch.export.save(small.program, out / "shrunk.pt2")
+    (out / "ledger.json").write_text(small.ledger.to_json() + "\n", encoding="utf-8")
+    (out / "blocked.json").write_text(
+        json.dumps(
+            [{"op": b.op, "node": b.node, "reason": b.reason, "params": b.params} for b in analysis.blocked], indent=1
+        )
+        + "\n",
+        encoding="utf-8",
+    )
+    widths = tuple(
+        WidthChange(
+            cluster=c.name,
+            kind=c.kind,
+            unit=c.unit,
+            before=c.size,
+            after=c.size - len(small.ledger.groups.get(c.name, ())),
+        )
+        for c in analysis.clusters
+    )
+    write_table(out / "widths.csv", widths)
+    params = sum(p.numel() for p in {id(p): p for p in small.program.parameters()}.values())  # tied ones once
+    return Shrunk(
+        folder=out,
+        removed=params < folded.params,
+        statement=_statement(pruned, folded, params, small.ledger),
+        params_before=folded.params,
+        params_after=params,
+        macs_before=analysis.macs,
+        macs_after=count_macs(small.program),
+        max_abs_diff=proof.max_abs_diff,
+        max_abs_diff_float64=proof.max_abs_diff_float64,
+        output_scale=proof.output_scale,
+        tolerance=proof.tolerance,
+        widths=widths,
+        kept_back=_kept_back(analysis, small.ledger),
+    )
+
+
+def _statement(pruned: Pruned, folded: Folded, params: int, ledger: Ledger) -> str:
+    """What was removed, in words that claim no more than what happened."""
+    if params < folded.params:
+        groups = sum(len(gone) for gone in ledger.groups.values())
+        return f"{groups:,} channel groups are gone: {folded.params:,} parameters became {params:,}."
+    if pruned.method in ("unstructured", "2:4"):
+        return (
+            f"Nothing was removed: {folded.sparsity:.1%} of the weights are zero, but no whole channel is, and "
+            "onnxruntime's dense CPU kernels multiply zeros at full price. Expect no speed-up; only the compressed "
+            'file is smaller. For speed, prune channels (prune.method = "structured").'
+        )
+    return "Nothing was removed: no channel is dead in the folded weights."
+
+
+def _kept_back(analysis: Analysis, ledger: Ledger) -> tuple[str, ...]:
+    """Why what stays has to stay: operators that block channels, and groups that were dead yet could not go."""
+    blocked = [f"{b.op} at {b.node}: {b.reason} ({b.params:,} parameters)" for b in analysis.blocked]
+    refused = [f"{len(r.groups)} groups of {r.cluster} at {r.node}: {r.reason}" for r in ledger.refusals]
+    return (*blocked, *refused)

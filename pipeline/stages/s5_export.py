@@ -1,0 +1,44 @@
+"""Write the shrunk program as ONNX: dynamic batch, checked, with its origin inside the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from exporters import describe, to_onnx
+from pipeline import manifest, store
+from pipeline.artifacts import Baseline, Exported, Folded, Shrunk
+from pipeline.config import ExportSection
+from pipeline.data import Data
+from pipeline.models import ModelSource, example
+
+
+def run(
+    cfg: ExportSection, out: Path, source: ModelSource, data: Data, baseline: Baseline, folded: Folded, shrunk: Shrunk
+) -> Exported:
+    """Export `shrunk` to `model.onnx`; weights go beside it only above 2 GB. Raises ExportError."""
+    made = to_onnx(
+        shrunk.program(),
+        out / "model.onnx",
+        example=example(source),
+        opset=cfg.opset,
+        metadata={
+            "leanort.version": manifest.project_version(),
+            "leanort.model": source.spec,
+            "leanort.dense_sha256": store.sha256(baseline.folder / baseline.WEIGHTS),
+            "leanort.folded_sha256": store.sha256(folded.folder / folded.WEIGHTS),
+            "leanort.recipe_sha256": manifest.digest(cfg.model_dump(mode="json")),
+            "leanort.data": data.fingerprint,
+            "leanort.sparsity": f"{folded.sparsity:.6f}",
+            "leanort.params": str(shrunk.params_after),
+        },
+    )
+    summary = describe(made.path)
+    return Exported(
+        folder=out,
+        opset=summary.opset,
+        onnx_bytes=summary.bytes,
+        inputs=tuple(spec.name for spec in summary.inputs),
+        outputs=tuple(spec.name for spec in summary.outputs),
+        external_data=bool(summary.external_files),
+        nodes=sum(summary.operators.values()),
+    )

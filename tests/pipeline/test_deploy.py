@@ -1,0 +1,198 @@
+"""The whole chain as a user runs it: one command, real data, real stages, on a tiny net."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+TINY = Path(__file__).with_name("tiny.py")
+STAGES = ["baseline", "prune", "finetune", "fold", "shrink", "export", "optimize", "validate"]
+QUICK = [
+    "--input-size", "3,16,16", "--name", "tiny",
+    "--set", "baseline.train={epochs=4, lr=0.1}",
+    "--set", "finetune.train={epochs=2, lr=0.02}",
+    "--set", "gate.seconds=0.3",
+    "--set", "gate.max_accuracy_drop_points=15.0",
+    "--set", "gate.max_latency_ratio=5.0",
+]  # fmt: skip
+
+
+def command(folder: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "pipeline", *words, "--out", str(folder)]
+
+
+def leanort(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(folder, *words), capture_output=True, text=True, timeout=280)
+
+
+def deploy(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return leanort(folder, "deploy", f"{TINY}:build", *QUICK, *words)
+
+
+def manifest(version: Path) -> dict:
+    return json.loads((version / "manifest.json").read_text())
+
+
+def figures(version: Path, stage: str) -> dict:
+    return json.loads((version / stage / "artifact.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory) -> Path:
+    """A folder with one passed version."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    done = deploy(folder)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def version(artifacts) -> Path:
+    return artifacts / "tiny" / "v0001"
+
+
+def test_every_stage_leaves_its_folder_and_current_points_to_the_passed_version(artifacts, version):
+    assert [p.name.partition("-")[2] for p in sorted(version.glob("[0-9]-*"))] == STAGES
+    assert (artifacts / "tiny" / "current").resolve() == version.resolve()
+    for name in ("report.html", "report.md", "junit.xml", "config.toml"):
+        assert (version / name).stat().st_size > 100, name
+
+
+def test_the_shipped_file_is_smaller_and_runs_at_any_batch_size(version):
+    import numpy as np
+    import onnxruntime
+
+    dense, shipped = (figures(version, s) for s in ("0-baseline", "4-shrink"))
+    assert shipped["params_after"] < 0.4 * dense["params"]
+    session = onnxruntime.InferenceSession(version / "6-optimize" / figures(version, "6-optimize")["ships"])
+    for batch in (1, 3, 8):
+        assert session.run(None, {"input": np.zeros((batch, 3, 16, 16), np.float32)})[0].shape == (batch, 10)
+
+
+def test_shrinking_is_proven_and_the_figures_say_so(version):
+    made = figures(version, "4-shrink")
+    assert made["removed"]
+    assert made["params_after"] < made["params_before"]
+    assert made["max_abs_diff"] <= made["tolerance"]
+    assert figures(version, "3-fold")["max_abs_diff_to_masked"] == 0.0
+
+
+def test_what_pruning_expected_is_what_shrinking_reached(version):
+    pruned, shrunk = figures(version, "1-prune"), figures(version, "4-shrink")
+    assert (pruned["expected_params"], pruned["expected_macs"]) == (shrunk["params_after"], shrunk["macs_after"])
+
+
+def test_original_weights_survive_under_the_masks_until_fold(version):
+    masks = load_file(version / "1-prune" / "masks.safetensors")
+    for stage in ("1-prune", "2-finetune"):
+        weights = load_file(version / stage / "weights.safetensors")
+        assert any((weights[name][~mask.bool()] != 0).any() for name, mask in masks.items()), stage
+    folded = load_file(version / "3-fold" / "weights.safetensors")
+    assert all((folded[name][~mask.bool()] == 0).all() for name, mask in masks.items())
+
+
+def test_the_onnx_file_names_its_parents(version):
+    import onnx
+
+    from pipeline import store
+
+    entries = {e.key: e.value for e in onnx.load(version / "5-export" / "model.onnx").metadata_props}
+    assert entries["leanort.dense_sha256"] == store.sha256(version / "0-baseline" / "weights.safetensors")
+    assert {"leanort.version", "leanort.recipe_sha256", "leanort.sparsity", "leanort.data"} <= entries.keys()
+
+
+def test_every_hop_was_compared_on_every_kind_of_feed(version):
+    hops = figures(version, "7-validate")["hops"]
+    assert [(h["reference"], h["candidate"]) for h in hops] == [
+        ("folded", "shrunk"),
+        ("shrunk", "exported"),
+        ("exported", "optimized"),
+    ]
+    feeds = json.loads((version / "7-validate" / "parity.json").read_text())["hops"][0]["feeds"]
+    assert {f"{kind}, batch {b}" for kind in ("random", "zeros", "large", "real") for b in (1, 3, 8)} == set(feeds)
+
+
+def test_an_identical_run_reuses_everything_and_makes_no_new_version(artifacts, version):
+    began = time.perf_counter()
+    done = deploy(artifacts)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("reused from v0001") == len(STAGES)
+    assert [p.name for p in sorted((artifacts / "tiny").glob("v*"))] == ["v0001"]
+    assert time.perf_counter() - began < 40
+
+
+def test_a_changed_threshold_reruns_only_validation_and_a_failed_gate_exits_1(artifacts, version):
+    done = deploy(artifacts, "--set", "gate.max_size_ratio=0.001")
+    assert done.returncode == 1, done.stderr
+    assert "size, of dense" in done.stdout
+    second = artifacts / "tiny" / "v0002"
+    assert sorted(manifest(second)["reused"]) == sorted(
+        p.name for p in version.glob("[0-9]-*") if p.name != "7-validate"
+    )
+    assert (artifacts / "tiny" / "current").resolve() == version.resolve()
+    shared = second / "0-baseline" / "weights.safetensors"
+    assert shared.stat().st_ino == (version / "0-baseline" / "weights.safetensors").stat().st_ino
+
+
+def test_verify_accepts_what_was_sealed_and_names_a_flipped_byte(artifacts, version, tmp_path):
+    import shutil
+
+    assert leanort(artifacts, "verify", "tiny/v0001").returncode == 0
+    copy = tmp_path / "tiny" / "v0001"
+    shutil.copytree(version, copy)
+    shipped = copy / "6-optimize" / "model.portable.onnx"
+    shipped.chmod(0o644)
+    content = bytearray(shipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    shipped.write_bytes(content)
+    done = leanort(tmp_path, "verify", "tiny")
+    assert done.returncode != 0
+    assert "6-optimize/model.portable.onnx" in done.stdout
+
+
+def test_list_show_and_diff_read_what_is_there(artifacts, version):
+    listed = leanort(artifacts, "list")
+    assert "v0001 *" in listed.stdout
+    assert "pass" in leanort(artifacts, "show", "tiny/v0001").stdout
+    assert "gate.max_size_ratio" in leanort(artifacts, "diff", "tiny/v0001", "tiny/v0002").stdout
+
+
+def test_plan_writes_nothing_and_names_groups(tmp_path):
+    done = leanort(tmp_path / "none", "plan", f"{TINY}:build", "--input-size", "3,16,16", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert {"blocks.0.conv1", "blocks.2.conv1"} <= {c["name"] for c in plan["clusters"]}
+    assert plan["expected_params"] < plan["params"]
+    assert all(step["action"] == "run" for step in plan["stages"])
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_killed_in_any_stage_resumes_and_ends_in_the_same_result(artifacts, version, tmp_path, stage):
+    number = STAGES.index(stage)
+    building = tmp_path / "tiny" / ".partial" / f"{number}-{stage}.building"
+    process = subprocess.Popen(
+        command(tmp_path, "deploy", f"{TINY}:build", *QUICK), stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not building.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "tiny" / "v0001").exists()
+    done = deploy(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("reused from the interrupted run") == number
+    resumed = tmp_path / "tiny" / "v0001"
+    for name in ("0-baseline/weights.safetensors", "3-fold/weights.safetensors", "4-shrink/ledger.json"):
+        assert (resumed / name).read_bytes() == (version / name).read_bytes(), name
+    assert sorted(p.name for p in (tmp_path / "tiny").iterdir()) == [".lock", "current", "v0001"]
