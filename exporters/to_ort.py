@@ -47,6 +47,20 @@ class OptimizedFile(BaseModel):
     seconds: float
 
 
+class OrtFormatFile(BaseModel):
+    """A model in onnxruntime's own file format: where it lies, at what level it was optimised, where it may run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    level: Level
+    portable: bool
+    isa: str
+    onnxruntime: str
+    bytes: int
+    seconds: float
+
+
 def optimize(src: Path, dst: Path, *, level: Level, threads: int) -> OptimizedFile:
     """Write the ONNX model `src` to `dst` as onnxruntime optimises it for the CPU, whole or not at all.
 
@@ -87,6 +101,37 @@ def optimize(src: Path, dst: Path, *, level: Level, threads: int) -> OptimizedFi
         operators_before=before.operators,
         operators_after=after.operators,
         summary=after,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def to_ort_format(src: Path, dst: Path, *, level: Level, threads: int) -> OrtFormatFile:
+    """Write the ONNX model `src` to `dst`, whose name ends in .ort, for builds of onnxruntime without an ONNX parser.
+
+    A portable `.ort` file can be much slower than the ONNX file that it came from (29 % were measured on a ResNet-50),
+    since onnxruntime no longer changes the memory layout when it loads one: race it before shipping it. Metadata is
+    kept. Raises ExportError as `optimize` does, or when `dst` is not called `.ort`.
+    """
+    start = time.perf_counter()
+    src, dst = Path(src), Path(dst)
+    if dst.suffix != ".ort":
+        raise ExportError(f"{dst.name} does not end in .ort, by which onnxruntime tells the format.", "Rename it.")
+    describe(src)
+    with staged(dst) as folder:
+        part = folder / dst.name
+        options = session_options(threads)
+        options.graph_optimization_level = LEVELS[level]
+        options.optimized_model_filepath = str(part)
+        options.add_session_config_entry("session.save_model_format", "ORT")
+        load(src, options)
+        load(part, session_options(threads))
+    return OrtFormatFile(
+        path=dst,
+        level=level,
+        portable=level != "all",
+        isa=host.isa(),
+        onnxruntime=ort.__version__,
+        bytes=dst.stat().st_size,
         seconds=time.perf_counter() - start,
     )
 

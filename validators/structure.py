@@ -67,7 +67,9 @@ def measure(path: Path, feed: Feed, *, threads: int, loads: int = 5, timeout: fl
 
 
 def file_bytes(path: Path) -> int:
-    """The size of an ONNX file and of the weight files beside it that it names."""
+    """The size of a model file and, for ONNX, of the weight files beside it that it names."""
+    if path.suffix == ".ort":
+        return path.stat().st_size
     graph = onnx.load(path, load_external_data=False).graph
     beside = {
         entry.value

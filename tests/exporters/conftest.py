@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from exporters import to_onnx
+
 
 class TinyNet(nn.Module):
     """Two Conv-BatchNorm-ReLU blocks, a residual and a classifier: (N, 3, 8, 8) -> (N, 5)."""
@@ -52,3 +54,11 @@ def image():
 @pytest.fixture(scope="session")
 def tiny_program(image):
     return torch.export.export(build_tiny_net(), (image,), dynamic_shapes=({0: torch.export.Dim("n")},))
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_program, image, tmp_path_factory):
+    """The small network as an ONNX file, with one entry of metadata."""
+    path = tmp_path_factory.mktemp("exported") / "m.onnx"
+    to_onnx(tiny_program, path, example=(image,), opset=20, metadata={"parent": "abc"})
+    return path

@@ -5,14 +5,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from exporters import ExportError, quantize, to_onnx
-
-
-@pytest.fixture(scope="module")
-def exported(tiny_program, image, tmp_path_factory):
-    path = tmp_path_factory.mktemp("exported") / "m.onnx"
-    to_onnx(tiny_program, path, example=(image,), opset=20, metadata={"parent": "abc"})
-    return path
+from exporters import ExportError, quantize
 
 
 @pytest.fixture

@@ -3,14 +3,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from exporters import ExportError, describe, isa, optimize, to_onnx
-
-
-@pytest.fixture(scope="session")
-def exported(tiny_program, image, tmp_path_factory):
-    path = tmp_path_factory.mktemp("exported") / "m.onnx"
-    to_onnx(tiny_program, path, example=(image,), opset=20, metadata={"parent": "abc"})
-    return path
+from exporters import ExportError, describe, isa, optimize, to_onnx, to_ort_format
 
 
 def run(path, x):
@@ -94,3 +87,22 @@ def test_a_file_that_is_no_model_is_one_line(tmp_path):
         optimize(tmp_path / "m.onnx", tmp_path / "o.onnx", level="basic", threads=1)
     with pytest.raises(ExportError, match="cannot be read"):
         optimize(tmp_path / "missing.onnx", tmp_path / "o.onnx", level="basic", threads=1)
+
+
+@pytest.mark.parametrize(("level", "portable"), [("extended", True), ("all", False)])
+def test_a_file_in_onnxruntimes_own_format_computes_the_same(
+    exported, tiny_net, image, tmp_path, level, portable, capfd
+):
+    made = to_ort_format(exported, tmp_path / "m.ort", level=level, threads=1)
+    assert made.portable is portable
+    assert made.path.read_bytes()[4:8] == b"ORTM"
+    assert made.bytes == made.path.stat().st_size
+    np.testing.assert_allclose(run(made.path, image.numpy()), tiny_net(image).detach().numpy(), rtol=1e-5, atol=1e-5)
+    session = ort.InferenceSession(made.path, providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map == {"parent": "abc"}
+    assert capfd.readouterr().err == ""
+
+
+def test_another_suffix_is_refused(exported, tmp_path):
+    with pytest.raises(ExportError, match=r"does not end in \.ort"):
+        to_ort_format(exported, tmp_path / "m.onnx", level="basic", threads=1)

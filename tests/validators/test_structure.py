@@ -1,4 +1,5 @@
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from validators import Feed, StructureReport, ValidationError, measure
@@ -17,9 +18,17 @@ def test_costs_are_measured_and_external_weights_counted(linear_onnx):
     assert StructureReport.model_validate_json(inside.model_dump_json()) == inside
 
 
-def test_memory_is_that_of_a_fresh_process_and_grows_with_the_model(linear_onnx, monkeypatch):
-    ballast = np.ones(600 * 2**20, np.uint8)  # this process's own size must not show in the child's
-    large = np.ones((3, 8 * 2**20), np.float32)  # 96 MiB of weights
+def test_a_file_in_onnxruntimes_own_format_is_measured_too(linear_onnx, tmp_path):
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "m.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    ort.InferenceSession(linear_onnx(), options, providers=["CPUExecutionProvider"])
+    assert measure(tmp_path / "m.ort", FEED, threads=1, loads=1).bytes == (tmp_path / "m.ort").stat().st_size
+
+
+def test_memory_is_that_of_a_fresh_process_and_grows_with_the_model(linear_onnx):
+    ballast = np.ones(300 * 2**20, np.uint8)  # this process's own size must not show in the child's
+    large = np.ones((3, 4 * 2**20), np.float32)  # 48 MiB of weights
     report = measure(linear_onnx("large.onnx", large), FEED, threads=1, loads=1)
     assert report.idle_rss < ballast.size
     assert report.peak_rss - report.idle_rss > large.nbytes
