@@ -72,14 +72,23 @@ class Bars:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One quantity over the epochs; points are (x, y) in percent of the plot, y downwards as in SVG."""
+class Line:
+    """One part's measurements over the epochs; points are (x, y) in percent of the plot, y downwards as in SVG."""
+
+    part: str
+    points: tuple[tuple[float, float], ...]
+    last: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One quantity over the epochs; `best`, in percent of the width, is where the epoch lies that was kept."""
 
     title: str
-    points: tuple[tuple[float, float], ...]
+    lines: tuple[Line, ...]
     y_labels: tuple[str, str, str]
     x_labels: tuple[str, str]
-    last: str
+    best: float | None
 
 
 def write(folder: Path, manifest: Manifest, artifacts: Sequence[Artifact]) -> None:
@@ -100,7 +109,7 @@ def write(folder: Path, manifest: Manifest, artifacts: Sequence[Artifact]) -> No
 
 def markdown_summary(manifest: Manifest, artifacts: Sequence[Artifact]) -> str:
     """The report in a few lines of GitHub Markdown, to paste into a pull request."""
-    return _markdown().get_template("report.md.j2").render(_context(manifest, artifacts))
+    return _markdown().get_template("report.md.j2").render(_context(manifest, artifacts)) + "\n"
 
 
 def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
         "widths": _widths(shrunk.widths),
         "sparsity": _sparsity(named["pruned"]),
         "operators": _operators(shipped.operators_before, shipped.operators_after),
-        "curves": _curves(finetuned.folder / HISTORY),
+        "plots": _plots(finetuned.folder / HISTORY, finetuned.best_epoch),
         "seconds": sum(record.seconds for record in manifest.stages if record.stage not in manifest.reused),
     }
 
@@ -188,7 +197,10 @@ def _operators(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[tup
 
 
 def _widths(changes: Iterable[WidthChange]) -> tuple[Bars, ...]:
-    """One chart per kind of group, since heads and channels share no scale."""
+    """One chart per kind of group, since heads and channels share no scale; none where every width stayed."""
+    changes = tuple(changes)
+    if all(change.after == change.before for change in changes):
+        return ()
     kinds: dict[str, list[WidthChange]] = {}
     for change in changes:
         kinds.setdefault(change.kind, []).append(change)
@@ -226,33 +238,50 @@ def _sparsity(pruned: Pruned) -> Bars:
     return Bars("Sparsity per parameter", percent(1.0), bars)
 
 
-def _curves(history: Path) -> tuple[Curve, ...]:
-    """A curve for every loss and accuracy column of the fine-tuning history that has at least two points."""
+def _plots(history: Path, best_epoch: int) -> tuple[Plot, ...]:
+    """Loss and accuracy of fine-tuning, as far as the history holds at least two finite values of one part."""
     if not history.is_file():
         return ()
     with history.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in (rows[0] if rows else {}) if name and ("loss" in name or "accuracy" in name)]
-    drawn = (_curve(name, [(_number(row.get("epoch")), _number(row.get(name))) for row in rows]) for name in names)
-    return tuple(curve for curve in drawn if curve is not None)
+        rows = [{name: _number(cell) for name, cell in row.items() if name} for row in csv.DictReader(file)]
+    plots = (_plot(title, show, columns, rows, best_epoch) for title, show, columns in _HISTORY)
+    return tuple(plot for plot in plots if plot is not None)
 
 
-def _curve(name: str, measured: Iterable[tuple[float, float]]) -> Curve | None:
-    """None where there are fewer than two finite points: one point is no curve."""
-    known = sorted((x, y) for x, y in measured if math.isfinite(x) and math.isfinite(y))
-    if len({x for x, _ in known}) < 2:
+def _plot(
+    title: str,
+    show: Callable[[float], str],
+    columns: Mapping[str, str],
+    rows: Sequence[Mapping[str, float]],
+    best_epoch: int,
+) -> Plot | None:
+    """None where no column has two points: one point is no curve."""
+    known: dict[str, list[tuple[float, float]]] = {}
+    for part, column in columns.items():
+        pairs = [(row.get("epoch", math.nan), row.get(column, math.nan)) for row in rows]
+        finite = sorted((x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y))
+        if len({x for x, _ in finite}) > 1:
+            known[part] = finite
+    if not known:
         return None
-    first, last = known[0][0], known[-1][0]
-    low, high = _axis(min(y for _, y in known), max(y for _, y in known))
-    show: Callable[[float], str] = percent if "accuracy" in name else significant
-    return Curve(
-        title=name.replace("_", " ").capitalize(),
-        points=tuple(
-            (round(100 * (x - first) / (last - first), 2), round(100 * (high - y) / (high - low), 2)) for x, y in known
-        ),
+    xs = [x for pairs in known.values() for x, _ in pairs]
+    ys = [y for pairs in known.values() for _, y in pairs]
+    first, last = min(xs), max(xs)
+    low, high = _axis(min(ys), max(ys))
+
+    def across(x: float) -> float:
+        return round(100 * (x - first) / (last - first), 2)
+
+    lines = (
+        Line(part, tuple((across(x), round(100 * (high - y) / (high - low), 2)) for x, y in pairs), show(pairs[-1][1]))
+        for part, pairs in known.items()
+    )
+    return Plot(
+        title=title,
+        lines=tuple(lines),
         y_labels=(show(high), show((low + high) / 2), show(low)),
         x_labels=(f"epoch {first:g}", f"epoch {last:g}"),
-        last=show(known[-1][1]),
+        best=across(best_epoch) if first <= best_epoch <= last else None,
     )
 
 
@@ -361,6 +390,12 @@ def duration(seconds: float) -> str:
         return f"{whole // 60}{_SPACE}min {whole % 60}{_SPACE}s"
     return f"{whole // 3600}{_SPACE}h {whole % 3600 // 60}{_SPACE}min"
 
+
+# What a training history is drawn as: title, how its figures are written, and part -> column.
+_HISTORY: Sequence[tuple[str, Callable[[float], str], Mapping[str, str]]] = (
+    ("Loss", significant, {"training": "loss", "calibration": "calibration_loss"}),
+    ("Accuracy", percent, {"training": "train_accuracy", "calibration": "calibration_accuracy"}),
+)
 
 _FILTERS: Mapping[str, Callable[..., str]] = {
     made.__name__: made

@@ -76,7 +76,7 @@ def run(
     *,
     layers: int = 3,
     text: str = "",
-    history: str | None = "epoch,loss,accuracy\n1,1.2,0.7\n2,0.6,0.9\n3,0.4,0.95\n",
+    history: str | None = "epoch,lr,loss,calibration_accuracy\n1,0.1,1.2,0.7\n2,0.1,0.6,0.9\n3,0.1,0.4,0.95\n",
     **changed: dict[str, object],
 ) -> tuple[Manifest, list[Artifact]]:
     """A whole version in memory; `text` is put into every field that a user or a model can fill."""
@@ -213,9 +213,12 @@ class Page(HTMLParser):
 def test_the_page_shows_every_figure(tmp_path):
     text = Page(written(tmp_path)["report.html"]).text
     for shown in (
-        "resnet50 v0003", "✓ Pass", "3.5× as fast as the dense model, 0.260 of its file size",
+        "resnet50 v0003", "✓ Pass", "3.5× as fast as the dense model, 0.260 of its file size,",
+        "0.260 of its parameters, −0.6 points of accuracy.",
         "96.4 %", "−0.6 points from 96.9 % dense", "−1.4 points to +0.3 points",
-        "1.70 ms", "0.283 of 6.02 ms dense", "0.276 to 0.291", "p95 1.78 ms, p99 2.04 ms", "2 threads",
+        "1.70 ms",
+        "0.283 of 6.02 ms dense 95 % interval of the ratio: 0.276 to 0.291 p95", "p95 1.78 ms, p99 2.04 ms",
+        "2 threads",
         "24.4 MB", "0.260 of 94.1 MB dense", "loads in 57.1 ms, dense in 212 ms",
         "6.11 M", "0.260 of 23.5 M dense", "21.7 M", "0.259 of 83.9 M dense",
         "Accuracy drop, points ✓ pass 0.560 at most 1.00", "0.283 (0.276 to 0.291) at most 0.300",
@@ -224,7 +227,8 @@ def test_the_page_shows_every_figure(tmp_path):
         "dense 96.9 %, pruned 10.3 %, fine-tuned 96.1 %, shipped 96.4 %",
         "conv7: aten.view mixes channels",
         "3 epochs in 1 min 36 s; epoch 2 was kept", "for its 95.8 % on the calibration part",
-        "Loss 0.400 at the end", "Accuracy 95.0 % at the end", "epoch 1 epoch 3",
+        "Loss training, 0.400 at the end epoch kept", "Accuracy calibration, 95.0 % at the end",
+        "epoch 1 epoch 3",
         "folded → shrunk ✓ pass 3.7e-06 4.1e-07 2.2e-05 1.1e-06 > 99.9 % 18 large values, batch 3",
         "shrunk → exported ✕ fail – – – – – 18 zeros, batch 1", "output logits is not finite",
         "Masked to folded: 0 at most",
@@ -303,15 +307,16 @@ def test_what_was_not_measured_says_so(tmp_path):
 
 def test_a_run_that_removed_nothing_says_so_above_the_figures(tmp_path):
     statement = "Unstructured zeros leave every channel in place; no speed-up follows."
+    same = (WidthChange(cluster="layer0.conv", kind="channel", before=64, after=64, unit=1),)
     files = written(
         tmp_path,
         pruned={"method": "unstructured"},
-        shrunk={"removed": False, "statement": statement, "widths": (), "kept_back": (), "params_after": 23_528_522},
+        shrunk={"removed": False, "statement": statement, "widths": same, "kept_back": (), "params_after": 23_528_522},
     )
     text = Page(files["report.html"]).text
-    assert text.index("Nothing was removed from the model") < text.index(statement) < text.index("96.4")
-    assert "No group of channels changed its width." in text
-    assert f"**Nothing was removed from the model.** {statement}" in files["report.md"]
+    assert text.index("✓ Pass") < text.index(statement) < text.index("96.4")
+    assert "No layer changed its width." in text
+    assert f"\n> {statement}\n" in files["report.md"]
     assert "Sparsity per layer: 74.2" in files["report.md"]
 
 
@@ -333,8 +338,8 @@ def test_speed_is_claimed_only_where_the_interval_shows_it(tmp_path, low, high, 
     [
         None,
         "",
-        "epoch,loss,accuracy\n",
-        "epoch,loss,accuracy\n1,0.5,0.9\n",
+        "epoch,loss,train_accuracy\n",
+        "epoch,loss,train_accuracy\n1,0.5,0.9\n",
         "epoch,loss\n1,nan\n2,\n3,oops\n4,inf\n",
         "loss\n1\n2\n",
         "epoch,seconds\n1,3\n2,3\n",
@@ -345,18 +350,21 @@ def test_a_history_without_two_points_draws_no_empty_plot(tmp_path, history):
 
 
 def test_curves_rise_and_fall_with_the_history_and_stay_inside_the_plot(tmp_path):
-    report.write(tmp_path, *run(tmp_path, history="epoch,loss,accuracy\n1,2.31,0.5\n2,,0.7\n3,0.4,0.7\n"))
-    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    loss, accuracy = (
+    history = "epoch,loss,train_accuracy,calibration_accuracy\n1,2.31,0.5,0.4\n2,,0.7,0.6\n3,0.4,0.7,0.8\n"
+    page = Page(written(tmp_path, history=history)["report.html"])
+    loss, training, calibration = (
         [tuple(map(float, pair.split(","))) for pair in (value or "").split()]
-        for k, value in page.attributes
-        if k == "points"
+        for name, value in page.attributes
+        if name == "points"
     )
     assert [x for x, _ in loss] == [0, 100]
-    assert [x for x, _ in accuracy] == [0, 50, 100]
+    assert [x for x, _ in training] == [0, 50, 100]
     assert loss[0][1] < loss[1][1]
-    assert accuracy[0][1] > accuracy[1][1] == accuracy[2][1]
-    assert all(0 <= y <= 100 for _, y in loss + accuracy)
+    assert training[0][1] > training[1][1] == training[2][1]
+    # Both parts share one scale: 0.7 in training lies between 0.6 and 0.8 in calibration.
+    assert calibration[1][1] > training[1][1] > calibration[2][1]
+    assert all(0 <= y <= 100 for _, y in loss + training + calibration)
+    assert [value for name, value in page.attributes if name == "x1"] == ["50.0", "50.0"]  # epoch 2 was kept
 
 
 def test_bars_are_as_long_as_what_they_stand_for(tmp_path):
@@ -395,6 +403,13 @@ def test_junit_is_red_exactly_where_the_verdict_is_no_pass(tmp_path):
     assert load.find("failure") is None and "Warning" in load.find("system-out").text
     good = ElementTree.fromstring(written(tmp_path)["junit.xml"])
     assert [len(case) for case in good.findall("testcase")] == [0, 0, 0]
+
+
+def test_junit_replaces_what_xml_cannot_hold(tmp_path):
+    bad = judge({"drop\0": 2.0}, [Limit(metric="drop\0", operator="<=", value=1.0)])
+    case = ElementTree.fromstring(written(tmp_path, validated={"verdict": bad})["junit.xml"]).find("testcase")
+    assert case.get("name") == "Drop\N{REPLACEMENT CHARACTER}"
+    assert case.find("failure").text == "Drop\N{REPLACEMENT CHARACTER}: 2.00, but at most 1.00 is asked for."
 
 
 def test_verdict_json_holds_the_verdict_and_is_json_for_every_parser(tmp_path):
