@@ -121,7 +121,7 @@ def _config(
     if model is not None and model.endswith(".toml"):
         if recipe is not None:
             raise ConfigError("Two recipes were given.", f"Give either {model} or --recipe {recipe}.")
-        model, recipe = None, Path(model)
+        recipe, model = Path(model), None
     given: dict[str, Any] = {
         "model": model,
         "data.source": data,

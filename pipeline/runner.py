@@ -19,7 +19,7 @@ from pipeline import manifest, models, report, store
 from pipeline.artifacts import Artifact, Validated
 from pipeline.config import Config, Section
 from pipeline.data import Data
-from pipeline.errors import ConfigError, UserError, nearest
+from pipeline.errors import CaptureError, ConfigError, UserError, nearest
 from pipeline.manifest import Manifest, StageRecord
 from pipeline.models import ModelSource
 from pipeline.progress import Progress
@@ -94,7 +94,7 @@ def deploy(
                     progress.say(f"Stopped after {stage_name(STAGES[last])}; the same command without --until goes on.")
                     return None
                 return _finish(folder, partial, config, source, dataset, wires, done, progress)
-        except UserError:
+        except (UserError, CaptureError):
             if not any(manifest.read_stage(p) for p in partial.iterdir()):
                 store.remove(partial)
             raise
@@ -179,7 +179,7 @@ def _produces(stage: ModuleType) -> type[Artifact]:
 
 def _section(stage: ModuleType, config: Config) -> Section:
     """The stage's own part of the recipe, found by type."""
-    wanted = get_type_hints(stage.run)["cfg"]
+    wanted: type[Section] = get_type_hints(stage.run)["cfg"]
     return next(value for _, value in config if isinstance(value, wanted))
 
 
