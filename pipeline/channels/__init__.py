@@ -13,6 +13,7 @@ from pipeline.channels.decide import Analysis, Blocked, Cluster, Size, analyse
 from pipeline.channels.ledger import Ledger, Refusal
 from pipeline.channels.liveness import dead_groups
 from pipeline.channels.macs import count_macs
+from pipeline.channels.recover import Trainable, with_weights
 from pipeline.channels.rewrite import Shrunk, shrink
 from pipeline.channels.trace import Policy
 from pipeline.channels.verify import Proof, prove, small
@@ -28,6 +29,7 @@ __all__ = [
     "Refusal",
     "Shrunk",
     "Size",
+    "Trainable",
     "analyse",
     "capture",
     "count_macs",
@@ -35,4 +37,5 @@ __all__ = [
     "prove",
     "shrink",
     "small",
+    "with_weights",
 ]

@@ -37,7 +37,8 @@ class Ledger:
 
     `shapes`: tensor name -> shape before. `kept`: tensor name -> {dimension: kept indices}, only where something went.
     `groups`: cluster name -> groups that went. `frozen`: tensors computed from parameters once, new name -> what they stand for.
-    `dropped`: names of the dense state that the shrunk program no longer has.
+    `dropped`: names of the dense state that the shrunk program no longer has. `rounded`: whether values that the dense graph
+    computes on the fly (frozen weights, position tables) are stored, rounded to their own precision.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -47,6 +48,7 @@ class Ledger:
     refusals: tuple[Refusal, ...] = ()
     frozen: Mapping[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    rounded: bool = False
 
     def to_json(self) -> str:
         """JSON text, keys sorted, no code in it."""
@@ -70,6 +72,7 @@ class Ledger:
                 refusals=tuple(Refusal(**{**r, "groups": tuple(r["groups"])}) for r in data["refusals"]),
                 frozen=dict(data["frozen"]),
                 dropped=tuple(data["dropped"]),
+                rounded=bool(data["rounded"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(

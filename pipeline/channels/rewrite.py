@@ -89,6 +89,7 @@ class _Cutter:
             refusals=refused,
             frozen=self.frozen,
             dropped=tuple(n for n in shapes if n not in names),
+            rounded=any(t.dtype.is_floating_point for _, _, t in self.added),
         )
         return Shrunk(program, ledger, refused, self.captured.example)
 

@@ -156,8 +156,8 @@ def prove(folded: Callable[..., Any], shrunk: Callable[..., Any], inputs: Sequen
     tolerance = TOLERANCE_FLOAT32 * max(1.0, scale)
     precise: float | None = None
     ledger = getattr(shrunk, "ledger", None)
-    frozen = bool(ledger is not None and ledger.frozen)  # weights computed once are stored rounded to float32
-    tolerance_precise = (TOLERANCE_FLOAT32 if frozen else TOLERANCE_FLOAT64) * max(1.0, scale)
+    rounded = ledger is not None and ledger.rounded  # some values are stored that float64 would compute anew
+    tolerance_precise = (TOLERANCE_FLOAT32 if rounded else TOLERANCE_FLOAT64) * max(1.0, scale)
     if _has_float64(folded) and _has_float64(shrunk):
         precise, _, _ = difference(folded, shrunk, inputs, torch.float64)
     if not worst <= tolerance or (precise is not None and not precise <= tolerance_precise):

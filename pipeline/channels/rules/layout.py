@@ -488,6 +488,8 @@ def _full(array: Any, size: int, fill: Any) -> Any:
 
 def edit_index(c: Cut, node: fx.Node) -> None:
     """Places in a list of indices move with the indices before them."""
+    if node not in c.notes:  # looked up along dimensions that stay
+        return
     x = c.value(node.args[0])
     dim, picked, argument = c.notes[node]
     keep = c.keep(x.atoms[dim])

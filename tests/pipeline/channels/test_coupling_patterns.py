@@ -10,10 +10,15 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pipeline.channels.rules import RULES, Rule
+from pipeline.channels.values import Value
+from pipeline.errors import LeanortError
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], dict[str, int]]] = {}
 IMAGE = (torch.randn(2, 3, 8, 8),)
@@ -430,7 +435,7 @@ class Addmm(nn.Module):
         self.bias, self.a, self.b = (nn.Parameter(torch.randn(*s)) for s in ((10,), (12, 10), (10, 4)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.a).relu() @ self.b
+        return torch.addmm(self.bias, x, self.a).tanh() @ self.b
 
 
 @case(IMAGE, channel=16)
@@ -565,8 +570,53 @@ class WindowAttention(Ends):
         return self.end(F.relu(self.last(self.head((x + y).permute(0, 3, 1, 2)).softmax(1))))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_half_of_everything_goes_and_the_output_stays(name: str, experiment: Callable[..., Any]) -> None:
+@case(IMAGE, residual=8)
+class Rolled(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.roll(self.stem(x), (1, 2), (2, 3))
+        return self.head(x + self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+@case(IMAGE, channel=8)
+class Summed(Ends):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x / (1 + x.square().sum(1, keepdim=True)))
+
+
+@case(IMAGE, channel=8)
+class UnequalChunks(Ends):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.stem(x).chunk(2, 1)
+        return self.head(torch.cat([F.relu(b), torch.tanh(a)], 1))
+
+
+@case(IMAGE, channel=8)
+class BroadcastRepeat(Ends):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.one(x).repeat(1, 8, 1, 1) * self.stem(x))
+
+
+@case((torch.randn(2, 6, 12), torch.randn(2, 5, 12)), head_position=12)
+class CrossAttentionPositions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 1, batch_first=True)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.attention(x, y, y, need_weights=False)[0]
+
+
+def check(name: str, experiment: Callable[..., Any]) -> None:
+    """Everything that has to hold for one pattern."""
     build, inputs, kinds = CASES[name]
     torch.manual_seed(0)
     found = experiment(build(), *inputs)
@@ -578,3 +628,66 @@ def test_half_of_everything_goes_and_the_output_stays(name: str, experiment: Cal
     assert found.proof.max_abs_diff <= found.proof.tolerance
     assert found.proof.max_abs_diff_float64 is not None
     assert found.control > 100 * found.proof.tolerance, "the comparison could not have failed"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_of_everything_goes_and_the_output_stays(name: str, experiment: Callable[..., Any]) -> None:
+    check(name, experiment)
+
+
+# rule -> a pattern that depends on it. Breaking the rule must break the pattern's test.
+USED_BY = {
+    "<pointwise>": "ConvNormAct", "_weight_norm": "WeightNorm", "adaptive_avg_pool1d": "Conv1d", "addmm": "Addmm",
+    "batch_norm": "ConvNormAct", "cat": "Concat", "chunk": "GatedUnit", "conv1d": "Conv1d", "conv2d": "Residual",
+    "conv3d": "Conv3d", "conv_transpose2d": "Transposed", "dropout": "TransformerLayer", "einsum": "Einsum",
+    "embedding": "WeightTying", "expand": "GroupedQuery", "flatten": "FlattenToLinear", "flip": "Split", "glu": "Glu",
+    "group_norm": "GroupNormGroups", "gru": "Gru", "im2col": "Unfold", "index": "IndexedChannels",
+    "index_select": "IndexedChannels", "instance_norm": "InstanceNorm", "layer_norm": "WeightTying", "linear": "GatedUnit",
+    "linalg_vector_norm": "GlobalResponse", "lstm": "Lstm", "matmul": "WrittenOutAttention", "max_pool2d": "FlattenToLinear",
+    "max_pool3d": "Conv3d", "mean": "SqueezeExcite", "pad": "PaddedShortcut", "permute": "ConvNextBlock",
+    "pixel_shuffle": "PixelShuffle", "pixel_unshuffle": "PixelShuffle", "prelu": "Prelu", "repeat": "PixelShuffle",
+    "repeat_interleave": "GroupedQuery", "reshape": "FusedAttention", "rms_norm": "RmsNorms", "roll": "Rolled",
+    "scaled_dot_product_attention": "FusedAttention", "select": "CrossAttention", "slice": "StridedSlice",
+    "softmax": "WrittenOutAttention", "split_with_sizes": "Split",
+    "squeeze": "Conv1d", "transpose": "WrittenOutAttention", "unbind": "FusedAttention", "unflatten": "CrossAttention",
+    "unsqueeze": "WrittenOutAttention", "upsample_bilinear2d": "Resized", "view": "Unfold", "zeros_like": "WrittenInPlace",
+}  # fmt: skip
+
+
+def rolled(value: Any) -> Any:
+    """The value with every index's atom moved on by one place."""
+    if isinstance(value, tuple):
+        return tuple(rolled(v) for v in value)
+    if not isinstance(value, Value):
+        return value
+    atoms = tuple(None if a is None else np.roll(a, 1) for a in value.atoms)
+    return Value(value.shape, atoms, value.zeros, value.derived)
+
+
+@pytest.mark.parametrize("name", USED_BY)
+def test_a_rule_that_relates_the_wrong_indices_is_caught(
+    name: str, experiment: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = RULES[name]
+    wrong = Rule(lambda t, node: rolled(right.relate(t, node)), right.edit)
+    monkeypatch.setitem(RULES, name, wrong)
+    with pytest.raises((AssertionError, LeanortError, RuntimeError, IndexError)):
+        check(USED_BY[name], experiment)
+
+
+EDITED_IN = {
+    "chunk": "UnequalChunks", "conv2d": "Grouped", "expand": "GroupedQuery", "group_norm": "GroupNormGroups",
+    "index": "IndexedChannels", "index_select": "IndexedChannels", "layer_norm": "ConvNextBlock", "mean": "RmsNorms",
+    "pad": "PaddedShortcut", "repeat": "BroadcastRepeat", "reshape": "ChannelShuffle", "rms_norm": "RmsNorms",
+    "scaled_dot_product_attention": "OneHead", "slice": "StridedSlice", "split_with_sizes": "Split", "std": "Variance",
+    "unflatten": "CrossAttentionPositions", "var": "Variance", "view": "Unfold", "zeros": "Lstm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDITED_IN)
+def test_a_constant_that_is_not_rewritten_is_caught(
+    name: str, experiment: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RULES, name, Rule(RULES[name].relate, None))
+    with pytest.raises((AssertionError, LeanortError, RuntimeError, IndexError)):
+        check(EDITED_IN[name], experiment)
