@@ -27,6 +27,7 @@ from exporters.atomic import staged
 from exporters.errors import ExportError, first_line
 from exporters.quiet import quiet
 from exporters.summary import OnnxSummary, describe
+from exporters.to_ort import load, session_options
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Calibration = Literal["minmax", "entropy", "percentile"]
@@ -36,6 +37,9 @@ _METHODS: dict[Calibration, CalibrationMethod] = {
     "entropy": CalibrationMethod.Entropy,
     "percentile": CalibrationMethod.Percentile,
 }
+
+# DequantizeLinear has an axis, and with it one scale per channel, since this opset.
+OPSET_AT_LEAST = 13
 
 # onnxruntime asks for a model that was simplified before, and reads this mark; `to_onnx` has simplified it.
 _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
@@ -73,8 +77,8 @@ def quantize(
     weights to 7 bits; by default where this CPU lacks VNNI. Nodes named in `exclude` stay float; `operators` ("Conv",
     "Gemm", ...) limits what is quantised, by default everything that onnxruntime can. Metadata is kept.
 
-    Raises ExportError when there are no batches, they do not fit or hold NaN, a name in `exclude` is unknown, or
-    nothing could be quantised.
+    Raises ExportError when there are no batches, they do not fit or hold NaN, a name in `exclude` is unknown,
+    the opset is below 13, or nothing could be quantised.
     """
     start = time.perf_counter()
     src, dst = Path(src), Path(dst)
@@ -85,6 +89,11 @@ def quantize(
     if unknown:
         raise ExportError(f"{src.name} has no node {', '.join(sorted(unknown))}.", "Use the node names of the file.")
     onnx.helper.set_model_props(model, {**before.metadata, _PREPARED[0]: _PREPARED[1]})
+    if before.opset < OPSET_AT_LEAST:
+        raise ExportError(
+            f"{src.name} has opset {before.opset}; int8 per channel needs {OPSET_AT_LEAST}.",
+            "Export with a higher one.",
+        )
     reader = _Reader(batches)
     with staged(dst) as folder, quiet("") as said:
         part = folder / dst.name
@@ -114,6 +123,7 @@ def quantize(
             raise ExportError(f"Nothing in {src.name} can be quantised.", "Give a model with Conv, Gemm or MatMul.")
         onnx.helper.set_model_props(made, {**before.metadata, "quantization": f"int8 qdq, {calibration}"})
         part.write_bytes(made.SerializeToString(deterministic=True))
+        load(part, session_options(threads=1))
     return QuantizedFile(
         path=dst,
         calibration=calibration,

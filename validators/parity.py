@@ -63,7 +63,8 @@ class ParityReport(BaseModel):
     """Two models compared on several feeds. `reasons` is empty when it passed; `worst` is the largest error's entry.
 
     `max_abs` and `max_scaled` (max_abs / max(1, scale), what `atol` bounds when rtol is 0) are the largest over all
-    outputs and feeds, `top1` is the smallest; None when nothing was compared.
+    outputs and feeds, `top1` is the smallest. All three are None unless every output of every feed was compared, so
+    that a limit on one of them cannot be met by what was left out.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -225,28 +226,28 @@ def _report(
     rtol: float,
 ) -> ParityReport:
     outputs: list[OutputParity] = []
-    reasons: list[str] = []
+    gaps: list[str] = []
     for feed, left, right in zip(feeds, wanted, found, strict=True):
         if isinstance(left, str) or isinstance(right, str):
-            reasons += [f"{feed.label}: {answer}" for answer in (left, right) if isinstance(answer, str)]
+            gaps += [f"{feed.label}: {answer}" for answer in (left, right) if isinstance(answer, str)]
         elif left.keys() != right.keys() or not left:
-            reasons.append(f"{feed.label}: outputs {', '.join(right) or 'none'} instead of {', '.join(left) or 'none'}")
+            gaps.append(f"{feed.label}: outputs {', '.join(right) or 'none'} instead of {', '.join(left) or 'none'}")
         else:
             outputs += [
                 compare_arrays(left[name], right[name], atol=atol, rtol=rtol, feed=feed.label, output=name)
                 for name in left
             ]
-    reasons += [f"{entry.feed}: {entry.output}: {entry.reason}" for entry in outputs if not entry.passed]
-    if not outputs and not reasons:
-        reasons.append("nothing was compared")
+    if not feeds:
+        gaps.append("nothing was compared")
     for name in dict.fromkeys(entry.output for entry in outputs):
         mine = [entry for entry in outputs if entry.output == name and entry.passed]
         if mine and not any(entry.telling for entry in mine):
             largest = max(entry.scale or 0.0 for entry in mine)
-            reasons.append(f"{name}: never above {largest:.3g}, so a tolerance of {atol:.3g} tells nothing")
-    measured = [entry for entry in outputs if entry.max_abs is not None]
-    agreement = [entry.top1 for entry in measured if entry.top1 is not None]
-    worst = max(measured, key=_scaled, default=None)
+            gaps.append(f"{name}: never above {largest:.3g}, so a tolerance of {atol:.3g} tells nothing")
+    reasons = gaps + [f"{entry.feed}: {entry.output}: {entry.reason}" for entry in outputs if not entry.passed]
+    unmeasured = next((entry for entry in outputs if entry.max_abs is None), None)
+    worst = unmeasured or max(outputs, key=_scaled, default=None)
+    complete = outputs if not gaps and not unmeasured else []
     return ParityReport(
         reference=reference,
         candidate=candidate,
@@ -256,10 +257,10 @@ def _report(
         reasons=tuple(reasons),
         feeds=tuple(feed.label for feed in feeds),
         outputs=tuple(outputs),
-        worst=next((entry for entry in outputs if entry.max_abs is None), worst),
-        max_abs=max((entry.max_abs or 0.0 for entry in measured), default=None),
-        max_scaled=_scaled(worst) if worst else None,
-        top1=min(agreement, default=None),
+        worst=worst,
+        max_abs=max((entry.max_abs or 0.0 for entry in complete), default=None),
+        max_scaled=max(map(_scaled, complete), default=None),
+        top1=min((entry.top1 for entry in complete if entry.top1 is not None), default=None),
     )
 
 

@@ -77,6 +77,7 @@ def test_a_changed_file_is_found(model, tmp_path, name):
     done = selftest(made.path)
     assert done.returncode == 1
     assert f"FAIL {name} is unchanged" in done.stdout
+    assert "differs by" not in done.stdout  # what was changed is not run
 
 
 def test_a_model_that_computes_something_else_is_not_bundled(model, tmp_path):

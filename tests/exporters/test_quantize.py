@@ -1,3 +1,4 @@
+import importlib
 import logging
 
 import numpy as np
@@ -6,6 +7,9 @@ import onnxruntime as ort
 import pytest
 
 from exporters import ExportError, quantize
+
+# The package exports a function of the module's name, which hides the module.
+module = importlib.import_module("exporters.quantize")
 
 
 @pytest.fixture
@@ -61,6 +65,45 @@ def test_excluded_nodes_and_other_operators_stay_float(exported, batches, tmp_pa
     first = next(node.name for node in nodes if node.op_type == "Conv")
     assert len(integer_weights(quantize(exported, tmp_path / "a.onnx", batches=batches, exclude=[first]).path)) == 2
     assert len(integer_weights(quantize(exported, tmp_path / "b.onnx", batches=batches, operators=["Gemm"]).path)) == 1
+
+
+def input_scale(path):
+    model = onnx.load(path)
+    name = next(
+        node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear" and "input" in node.input
+    )
+    return float(onnx.numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == name)))
+
+
+def test_percentile_calibration_leaves_an_outlier_out_and_minmax_does_not(exported, tmp_path):
+    x = np.random.default_rng(0).standard_normal((2048, 3, 8, 8)).astype(np.float32)  # 393,216 values
+    x[7, 0, 0, 0] = 1000
+    minmax, percentile = (
+        quantize(exported, tmp_path / f"{name}.onnx", batches=[{"input": x}], calibration=name)
+        for name in ("minmax", "percentile")
+    )
+    assert input_scale(minmax.path) == pytest.approx(1005 / 255, rel=0.01)
+    assert input_scale(percentile.path) < 0.1
+
+
+def test_what_the_tool_has_to_say_is_returned(exported, batches, tmp_path, capfd, monkeypatch):
+    tool = module.quantize_static
+
+    def talk(*arguments, **options):
+        logging.warning("mind the gap")
+        return tool(*arguments, **options)
+
+    monkeypatch.setattr(module, "quantize_static", talk)
+    assert "mind the gap" in quantize(exported, tmp_path / "q.onnx", batches=batches).warnings
+    assert capfd.readouterr().err == ""
+
+
+def test_an_opset_without_scales_per_channel_is_refused(exported, batches, tmp_path):
+    model = onnx.load(exported)
+    model.opset_import[0].version = 12
+    onnx.save(model, tmp_path / "old.onnx")
+    with pytest.raises(ExportError, match="has opset 12; int8 per channel needs 13"):
+        quantize(tmp_path / "old.onnx", tmp_path / "q.onnx", batches=batches)
 
 
 def test_nothing_is_printed_and_logging_is_left_alone(exported, batches, tmp_path, capfd):

@@ -149,6 +149,24 @@ def test_other_outputs_are_a_failure(function_runner, feeds):
     assert report.reasons[0] == "feed 1: outputs b instead of a"
 
 
+def test_a_figure_over_all_feeds_is_missing_when_one_feed_was_not_compared(function_runner, feeds):
+    def nan_at_batch_2(x):
+        return x if len(x) == 1 else x * F32(np.nan)
+
+    def wide_at_batch_2(x):
+        return x if len(x) == 1 else x[:, :2]
+
+    def raises_at_batch_2(x):
+        return x if len(x) == 1 else x[5]["no"]
+
+    right = function_runner(np.copy)
+    for function in (nan_at_batch_2, wide_at_batch_2, raises_at_batch_2):
+        report = compare(right, function_runner(function), feeds, atol=1, rtol=0)
+        assert (report.passed, report.max_abs, report.max_scaled, report.top1) == (False, None, None, None)
+        assert report.outputs[0].passed
+    assert compare(right, right, feeds, atol=1, rtol=0).max_scaled == 0
+
+
 def test_a_model_that_raises_is_a_failure_of_that_feed(function_runner, feeds):
     def only_batch_1(x):
         if len(x) > 1:
