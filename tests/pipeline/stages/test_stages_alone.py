@@ -1,0 +1,187 @@
+"""Each stage called alone, as a plain function, in the ways that one default run does not show."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import data, masks, models, training
+from pipeline.artifacts import Baseline, Folded, Pruned
+from pipeline.config import (
+    BaselineSection,
+    FinetuneSection,
+    FoldSection,
+    PruneSection,
+    ShrinkSection,
+)
+from pipeline.errors import MaskError
+from pipeline.progress import Progress
+from pipeline.stages import s0_baseline, s1_prune, s2_finetune, s3_fold, s4_shrink
+from pipeline.training import TrainSettings
+
+TINY = f"{Path(__file__).parents[1] / 'tiny.py'}:build"
+SILENT = Progress()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", input_size=(3, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def source(digits):
+    return models.load(TINY, num_classes=digits.classes, input_size=digits.input_size)
+
+
+@pytest.fixture(scope="module")
+def baseline(source, digits, tmp_path_factory) -> Baseline:
+    out = tmp_path_factory.mktemp("baseline")
+    cfg = BaselineSection(train=TrainSettings(epochs=3, lr=0.1))
+    return s0_baseline.run(cfg, out, source, digits, SILENT).save()
+
+
+def prune(source, digits, baseline, out: Path, **settings) -> Pruned:
+    out.mkdir()
+    return s1_prune.run(PruneSection(**settings), out, source, digits, baseline, SILENT).save()
+
+
+def finish(source, digits, baseline, pruned: Pruned, tmp_path: Path):
+    """Fine-tune, fold and shrink what was pruned."""
+    folders = [tmp_path / name for name in ("finetune", "fold", "shrink")]
+    for folder in folders:
+        folder.mkdir()
+    cfg = FinetuneSection(train=TrainSettings(epochs=1, lr=0.01))
+    tuned = s2_finetune.run(cfg, folders[0], source, digits, baseline, pruned, SILENT).save()
+    folded = s3_fold.run(FoldSection(), folders[1], source, digits, pruned, tuned).save()
+    shrunk = s4_shrink.run(ShrinkSection(), folders[2], source, digits, pruned, folded).save()
+    return folded, shrunk
+
+
+def test_the_baseline_learns_and_reads_back_the_same(baseline):
+    assert baseline.trained_here
+    assert baseline.accuracy > 0.8
+    assert Baseline.load(baseline.folder) == baseline
+    assert (baseline.folder / "history.csv").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": "one-shot"},
+        {"schedule": "one-shot", "scope": "global", "norm": "l1"},
+        {"schedule": "iterative", "steps": 2, "train": TrainSettings(epochs=1, lr=0.01)},
+        {"schedule": "gradual", "steps": 4, "train": TrainSettings(epochs=2, lr=0.01)},
+    ],
+    ids=lambda s: f"{s['schedule']}-{s.get('scope', 'layer')}",
+)
+def test_every_schedule_cuts_what_it_promised_and_keeps_the_originals(source, digits, baseline, tmp_path, settings):
+    pruned = prune(source, digits, baseline, tmp_path / "prune", ratio=0.5, align=1, **settings)
+    assert pruned.groups_cut == pytest.approx(0.5 * pruned.groups, abs=2)
+    state, chosen = pruned.weights(), pruned.masks()
+    assert all((state[name][~mask] != 0).any() for name, mask in chosen.items() if (~mask).any() and mask.dim() > 1)
+    _, shrunk = finish(source, digits, baseline, pruned, tmp_path)
+    assert (shrunk.params_after, shrunk.macs_after) == (pruned.expected_params, pruned.expected_macs)
+    assert not list(tmp_path.rglob("*.pt")), "a training checkpoint was left behind"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "unstructured", "scope": s} for s in ("layer", "global")] + [{"method": "2:4"}], ids=str
+)
+def test_zeros_without_structure_pass_through_and_the_statement_says_so(source, digits, baseline, tmp_path, settings):
+    pruned = prune(source, digits, baseline, tmp_path / "prune", ratio=0.5, **settings)
+    weights = pruned.masks()
+    share = sum(int((~m).sum()) for m in weights.values()) / sum(m.numel() for m in weights.values())
+    assert share == pytest.approx(0.5, abs=0.02)
+    folded, shrunk = finish(source, digits, baseline, pruned, tmp_path)
+    assert folded.sparsity == pytest.approx(pruned.sparsity, abs=0.01)
+    assert not shrunk.removed
+    assert shrunk.params_after == shrunk.params_before
+    assert "no speed-up" in shrunk.statement
+
+
+def test_two_four_leaves_two_of_every_four_inputs(source, digits, baseline, tmp_path):
+    pruned = prune(source, digits, baseline, tmp_path / "prune", method="2:4")
+    mask = pruned.masks()["blocks.0.conv1.weight"]
+    assert (mask.reshape(mask.shape[0], -1, 4, 3, 3).sum(2) == 2).all()
+
+
+def test_overrides_reach_the_layer_they_name(source, digits, baseline, tmp_path):
+    pruned = prune(source, digits, baseline, tmp_path / "p", ratio=0.5, align=1, overrides={"blocks.0.*": 0.0})
+    after = {w.cluster: (w.before, w.after) for w in pruned.widths}
+    assert after["blocks.0.conv1"] == (32, 32)
+    assert after["blocks.2.conv1"] == (32, 16)
+
+
+def test_the_default_alignment_is_the_hosts_vector_block(source, digits, baseline, tmp_path):
+    from exporters import vector_block
+
+    pruned = prune(source, digits, baseline, tmp_path / "p", ratio=0.4)
+    assert all(w.after % vector_block() == 0 for w in pruned.widths if w.before > vector_block())
+
+
+def test_lower_norms_go_first(source, digits, baseline, tmp_path):
+    """The groups that went have lower coupled norms than those that stayed."""
+    from pipeline.channels import analyse, capture
+    from pipeline.selection import group_norms
+
+    pruned = prune(source, digits, baseline, tmp_path / "p", ratio=0.5, align=1)
+    model = source.build()
+    model.load_state_dict(baseline.weights())
+    analysis = analyse(capture(model, models.example(source)))
+    import json
+
+    removed = json.loads((pruned.folder / "removed.json").read_text())
+    for cluster in analysis.clusters:
+        norms = group_norms(cluster, baseline.weights(), "l2")
+        gone = removed[cluster.name]
+        stays = [i for i in range(cluster.size) if i not in gone]
+        assert norms[gone].max() <= norms[stays].min()
+
+
+def test_folding_weights_that_the_masks_do_not_hold_is_an_error(source, digits, baseline, tmp_path, monkeypatch):
+    pruned = prune(source, digits, baseline, tmp_path / "p", ratio=0.5)
+    out = tmp_path / "tuned"
+    out.mkdir()
+    tuned = s2_finetune.run(FinetuneSection(epochs=0), out, source, digits, baseline, pruned, SILENT).save()
+    real = masks.fold
+
+    def forgetful(model):
+        real(model)
+        with torch.no_grad():
+            next(iter(model.parameters())).add_(1e-3)
+
+    monkeypatch.setattr(masks, "fold", forgetful)
+    (tmp_path / "fold").mkdir()
+    with pytest.raises(MaskError):
+        s3_fold.run(FoldSection(), tmp_path / "fold", source, digits, pruned, tuned)
+
+
+def test_no_epochs_skips_recovery_and_keeps_the_weights(source, digits, baseline, tmp_path):
+    pruned = prune(source, digits, baseline, tmp_path / "p", ratio=0.5)
+    out = tmp_path / "tuned"
+    out.mkdir()
+    tuned = s2_finetune.run(FinetuneSection(epochs=0), out, source, digits, baseline, pruned, SILENT)
+    assert all(torch.equal(v, pruned.weights()[k]) for k, v in tuned.weights().items())
+
+
+def test_a_foreign_pruned_checkpoint_is_shrunk_without_any_mask(source, digits, baseline, tmp_path):
+    """Liveness needs the weights alone: rows, norm scale and shift of three channels are zero."""
+    state = baseline.weights()
+    for name in ("blocks.0.conv1.weight", "blocks.0.bn1.weight", "blocks.0.bn1.bias"):
+        state[name][[1, 5, 9]] = 0.0
+    from pipeline import weights
+
+    for name in ("prune", "fold", "shrink"):
+        (tmp_path / name).mkdir()
+    pruned = s1_prune.run(PruneSection(method="none"), tmp_path / "prune", source, digits, baseline, SILENT)
+    weights.save(state, tmp_path / "fold" / Folded.WEIGHTS)
+    model = source.build()
+    model.load_state_dict(state)
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    folded = Folded(
+        folder=tmp_path / "fold", sparsity=0.0, zeros=zeros, params=baseline.params,
+        accuracy=training.evaluate(model, digits, "test").accuracy, max_abs_diff_to_masked=0.0,
+    )  # fmt: skip
+    shrunk = s4_shrink.run(ShrinkSection(), tmp_path / "shrink", source, digits, pruned, folded)
+    widths = {w.cluster: (w.before, w.after) for w in shrunk.widths}
+    assert widths["blocks.0.conv1"] == (32, 29)
