@@ -6,16 +6,25 @@ from pathlib import Path
 
 from exporters import describe, to_onnx
 from pipeline import manifest, store
-from pipeline.artifacts import Baseline, Exported, Folded, Shrunk
+from pipeline.artifacts import Artifact, Baseline, Exported, Finetuned, Folded, Pruned, Shrunk
 from pipeline.config import ExportSection
 from pipeline.data import Data
 from pipeline.models import ModelSource, example
 
 
 def run(
-    cfg: ExportSection, out: Path, source: ModelSource, data: Data, baseline: Baseline, folded: Folded, shrunk: Shrunk
+    cfg: ExportSection,
+    out: Path,
+    source: ModelSource,
+    data: Data,
+    baseline: Baseline,
+    pruned: Pruned,
+    finetuned: Finetuned,
+    folded: Folded,
+    shrunk: Shrunk,
 ) -> Exported:
     """Export `shrunk` to `model.onnx`; weights go beside it only above 2 GB. Raises ExportError."""
+    history: tuple[Artifact, ...] = (baseline, pruned, finetuned, folded, shrunk)
     made = to_onnx(
         shrunk.program(),
         out / "model.onnx",
@@ -26,7 +35,7 @@ def run(
             "leanort.model": source.spec,
             "leanort.dense_sha256": store.sha256(baseline.folder / baseline.WEIGHTS),
             "leanort.folded_sha256": store.sha256(folded.folder / folded.WEIGHTS),
-            "leanort.recipe_sha256": manifest.digest(cfg.model_dump(mode="json")),
+            "leanort.recipe_sha256": _recipe_digest(cfg, history),
             "leanort.data": data.fingerprint,
             "leanort.sparsity": f"{folded.sparsity:.6f}",
             "leanort.params": str(shrunk.params_after),
@@ -42,3 +51,9 @@ def run(
         external_data=bool(summary.external_files),
         nodes=sum(summary.operators.values()),
     )
+
+
+def _recipe_digest(cfg: ExportSection, history: tuple[Artifact, ...]) -> str:
+    """Digest of every choice that led to the file: the stages' fingerprints cover their sections of the recipe."""
+    records = [manifest.read_stage(artifact.folder) for artifact in history]
+    return manifest.digest([cfg.model_dump(mode="json"), *(r.fingerprint if r else "" for r in records)])

@@ -8,7 +8,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from pydantic import BaseModel
 
 from pipeline.masks import Sparsity
@@ -27,13 +27,13 @@ def write_table(path: Path, rows: Sequence[BaseModel | Sparsity]) -> None:
 def sparsity_plot(layers: Sequence[Sparsity], path: Path) -> None:
     """Draw the share of zero weights per layer, as SVG; layers of many parameters only, since norms follow them."""
     shown = [layer for layer in layers if len(layer.shape) > 1]
-    figure, axes = plt.subplots(figsize=(7, max(1.5, 0.16 * len(shown) + 0.8)), layout="constrained")
+    figure = Figure(figsize=(7, max(1.5, 0.16 * len(shown) + 0.8)), layout="constrained")
+    axes = figure.subplots()
     axes.barh([layer.parameter for layer in shown], [100 * layer.ratio for layer in shown])
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="zero weights, %")
     axes.tick_params(axis="y", labelsize=6)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def _plain(row: BaseModel | Sparsity) -> dict[str, Any]:

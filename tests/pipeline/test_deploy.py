@@ -130,7 +130,7 @@ def test_an_identical_run_reuses_everything_and_makes_no_new_version(artifacts, 
 def test_a_changed_threshold_reruns_only_validation_and_a_failed_gate_exits_1(artifacts, version):
     done = deploy(artifacts, "--set", "gate.max_size_ratio=0.001")
     assert done.returncode == 1, done.stderr
-    assert "size, of dense" in done.stdout
+    assert "file size (of dense)" in done.stdout
     second = artifacts / "tiny" / "v0002"
     assert sorted(manifest(second)["reused"]) == sorted(
         p.name for p in version.glob("[0-9]-*") if p.name != "7-validate"
