@@ -31,6 +31,13 @@ deploy: $(STAMP) ## MODEL=resnet50 [DATA= WEIGHTS= RATIO= RECIPE= ARGS=]: the wh
 plan: $(STAMP) ## MODEL=resnet50 [...]: what deploy would do, and which channels can go
 	$(subst leanort deploy,leanort plan,$(DEPLOY))
 
+# ---- measurements ------------------------------------------------------------------------------------------------
+zoo: $(STAMP) ## MODELS=models.json [RATIO=0.5 SEED=0 OUT=zoo.jsonl]: prune at random, shrink, prove, many models
+	$(BIN)/python benchmarks/zoo.py $(MODELS) --ratio $(or $(RATIO),0.5) --seed $(or $(SEED),0) --out $(or $(OUT),zoo.jsonl)
+
+bench: $(STAMP) ## the shrink engine against Torch-Pruning, interleaved
+	$(BIN)/python benchmarks/shrink_speed.py
+
 # ---- the project -------------------------------------------------------------------------------------------------
 test: $(STAMP) ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
