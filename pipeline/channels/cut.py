@@ -38,13 +38,17 @@ class Cut:
     new_of: dict[fx.Node, fx.Node]
     constant: Callable[[str, Tensor], fx.Node]  # adds a constant tensor to the program
     rewrites: list[Rewrite] = field(default_factory=list)
+    _kept: dict[int, tuple[Atoms, Flags | None]] = field(default_factory=dict)
 
     def keep(self, atoms: Atoms | None) -> Flags | None:
         """Which indices stay; None where all do."""
         if atoms is None:
             return None
-        gone = self.gone[atoms]
-        return ~gone if gone.any() else None
+        known = self._kept.get(id(atoms))
+        if known is None:
+            gone = self.gone[atoms]
+            known = self._kept[id(atoms)] = atoms, ~gone if gone.any() else None
+        return known[1]
 
     def count(self, atoms: Atoms | None, size: int) -> int:
         """How many of `size` indices stay."""

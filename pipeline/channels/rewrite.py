@@ -72,6 +72,7 @@ class _Cutter:
         self.new_of: dict[fx.Node, fx.Node] = {}
         self.added: list[tuple[fx.Node, InputSpec, Tensor]] = []
         self.frozen: dict[str, str] = {}
+        self.fakes: dict[Any, Tensor] = {}
         self.cut = Cut(gone, self.trace.values, self.trace.notes, self.graph, self.new_of, self._constant)
 
     def run(self, removed: Removed, refused: tuple[Refusal, ...]) -> Shrunk:
@@ -218,10 +219,13 @@ class _Cutter:
 
     def _slice(self) -> tuple[dict[str, Tensor], dict[str, dict[int, tuple[int, ...]]]]:
         kept: dict[str, dict[int, tuple[int, ...]]] = {}
+        indices: dict[str, dict[int, Tensor]] = {}
         for slot in self.analysis.slots:
             keep = self.cut.keep(slot.atoms)
             if keep is not None:
-                kept.setdefault(slot.name, {})[slot.dim] = tuple(int(i) for i in np.flatnonzero(keep))
+                places = np.flatnonzero(keep)
+                kept.setdefault(slot.name, {})[slot.dim] = tuple(places.tolist())
+                indices.setdefault(slot.name, {})[slot.dim] = torch.from_numpy(places)
         parameters = set(self.captured.program.graph_signature.parameters)
         state: dict[str, Tensor] = {}
         cut_once: dict[tuple[int, tuple[int, ...]], Tensor] = {}
@@ -229,8 +233,8 @@ class _Cutter:
             key = (tensor.data_ptr(), tuple(tensor.shape))
             if key not in cut_once:  # tied weights stay tied
                 small = tensor.detach()
-                for dim, indices in kept.get(name, {}).items():
-                    small = small.index_select(dim, torch.tensor(indices))
+                for dim, places in indices.get(name, {}).items():
+                    small = small.index_select(dim, places)
                 floating = small.dtype.is_floating_point
                 cut_once[key] = torch.nn.Parameter(small, floating) if name in parameters else small
             state[name] = cut_once[key]
@@ -252,10 +256,8 @@ class _Cutter:
         state = {n: v for n, v in state.items() if n in used}
         constants = {n: v for n, v in program.constants.items() if n in used}
         self._meta(ordered, state)
-        module = fx.GraphModule(torch.nn.Module(), self.graph)
-        module.meta.update(program.graph_module.meta)
         return ExportedProgram(
-            root=module,
+            root=torch.nn.Module(),
             graph=self.graph,
             graph_signature=ExportGraphSignature(ordered, outputs),
             state_dict=state,
@@ -333,14 +335,19 @@ class _Cutter:
         for d in mixed:  # batch × channels: the symbol scales with the share that is kept
             n = value.shape[d]
             shape = (*shape[:d], val.shape[d] * self.cut.count(value.atoms[d], n) // n, *shape[d + 1 :])
-        return _fake(mode, val, shape)
+        return self._fake_once(mode, val, shape)
+
+    def _fake_once(self, mode: Any, like: Tensor, shape: tuple[Any, ...]) -> Tensor:
+        """`_fake`, shared between nodes of one shape: symbolic sizes make it slow."""
+        key = like.dtype, tuple(s if isinstance(s, int) else s.node.expr for s in shape)
+        if key not in self.fakes:
+            self.fakes[key] = _fake(mode, like, shape)
+        return self.fakes[key]
 
 
 def _fake(mode: Any, like: Tensor, shape: tuple[Any, ...]) -> Tensor:
     """A fake tensor of `shape`, made directly: dispatching `empty` costs ten times as much."""
     fake: Tensor = FakeTensor(mode, torch.empty(shape, dtype=like.dtype, device="meta"), torch.device(like.device))
-    if isinstance(like, torch.nn.Parameter):
-        return torch.nn.Parameter(fake, like.requires_grad)
     return fake
 
 

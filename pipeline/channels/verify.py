@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from pipeline.channels.capture import Captured
 from pipeline.channels.decide import Analysis, Removed
-from pipeline.channels.execute import execute, feeds_of
+from pipeline.channels.execute import execute, feeds_of, run_program
 from pipeline.channels.ledger import Refusal
 from pipeline.channels.rules.table import base_name
 from pipeline.channels.trace import Contraction
@@ -33,10 +33,11 @@ def zero_check(
     where that does not settle it is the graph run, once, and the other side looked at.
     """
     open_: dict[Contraction, Flags] = {}
+    names = _parameters(captured)
     for contraction in analysis.trace.contractions:
         going = gone[contraction.atoms]
         if going.any():
-            left = going & ~_zero_in_weights(captured, contraction, going)
+            left = going & ~_zero_in_weights(captured, names, contraction, going)
             if left.any():
                 open_[contraction] = left
     if open_:
@@ -74,8 +75,7 @@ def _parameters(captured: Captured) -> dict[str, str]:
     }
 
 
-def _zero_in_weights(captured: Captured, contraction: Contraction, going: Flags) -> Flags:
-    names = _parameters(captured)
+def _zero_in_weights(captured: Captured, names: dict[str, str], contraction: Contraction, going: Flags) -> Flags:
     zero = np.zeros(going.shape, np.bool_)
     for node, dim in contraction.sides:
         if node.op == "placeholder" and node.name in names:
@@ -85,7 +85,12 @@ def _zero_in_weights(captured: Captured, contraction: Contraction, going: Flags)
 
 def _zero_slices(tensor: Tensor, dim: int, indices: Any) -> Any:
     picked = tensor.detach().index_select(dim, torch.from_numpy(indices))
-    return (picked.movedim(dim, 0).reshape(len(indices), -1) == 0).all(dim=1).numpy()
+    if dim % picked.dim():  # across dimension 0 first: the fast direction
+        low, high = picked.amin(0).movedim(dim % picked.dim() - 1, 0), picked.amax(0).movedim(dim % picked.dim() - 1, 0)
+    else:
+        low = high = picked
+    low, high = low.reshape(len(indices), -1).amin(1), high.reshape(len(indices), -1).amax(1)
+    return ((low == 0) & (high == 0)).numpy()
 
 
 def _look(captured: Captured, open_: dict[Contraction, Flags]) -> None:
@@ -161,11 +166,44 @@ def prove(folded: Callable[..., Any], shrunk: Callable[..., Any], inputs: Sequen
     if _has_float64(folded) and _has_float64(shrunk):
         precise, _, _ = difference(folded, shrunk, inputs, torch.float64)
     if not worst <= tolerance or (precise is not None and not precise <= tolerance_precise):
+        where = first_difference(folded, shrunk, inputs[0]) if precise is not None else None
         raise RefusedError(
-            f"The shrunk model differs from the folded one by {worst:.3g} (float64: {precise}), tolerance {tolerance:.3g}.",
-            "Nothing was removed; the first difference is named by `first_difference`.",
+            f"The shrunk model differs from the folded one by {worst:.3g} (float64: {precise}), tolerance {tolerance:.3g}"
+            + (f"; first at node '{where}'." if where else "."),
+            "Nothing was removed. Exclude the channels around that node, or report the model.",
         )
     return Proof(worst, scale, tolerance, precise, tolerance_precise, len(inputs), compared)
+
+
+def first_difference(folded: Any, shrunk: Any, feed: tuple[Any, ...]) -> str | None:
+    """The first node of the folded graph whose float64 value is no longer among the shrunk graph's values.
+
+    A node that lost channels is compared by what every kept slice must still hold: its sorted values are a subset. The node's
+    name is kept by the cut, so both sides are looked up by name; nodes that only one side has are passed over.
+    """
+    small_values: dict[str, Tensor] = {}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor) and value.dtype == torch.float64:
+            small_values[node.name] = value
+
+    run_program(shrunk.program, feed, None, torch.float64, watch=keep)
+    found: list[str] = []
+
+    def look(node: fx.Node, value: Any) -> None:
+        other = small_values.get(node.name)
+        if found or other is None or node.op != "call_function" or not isinstance(value, Tensor):
+            return
+        pool = torch.sort(value.flatten()).values
+        at = torch.searchsorted(pool, other.flatten().contiguous()).clamp(1, max(pool.numel() - 1, 1))
+        near = torch.minimum(
+            (pool[at.clamp(max=pool.numel() - 1)] - other.flatten()).abs(), (pool[at - 1] - other.flatten()).abs()
+        )
+        if near.numel() and float(near.max()) > 1e-8 * max(1.0, float(pool.abs().max())):
+            found.append(node.name)
+
+    run_program(folded.program, feed, getattr(folded, "state", None), torch.float64, watch=look)
+    return found[0] if found else None
 
 
 def _has_float64(model: Any) -> bool:

@@ -41,11 +41,16 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 
 def experiment(
-    model: nn.Module, *inputs: torch.Tensor, ratio: float = 0.5, seed: int = 0, policy: Policy | None = None
+    model: nn.Module,
+    *inputs: torch.Tensor,
+    ratio: float = 0.5,
+    seed: int = 0,
+    policy: Policy | None = None,
+    dynamic_batch: bool = True,
 ) -> Experiment:
     """Remove a random share of every cluster's groups; raises RefusedError where the result differs."""
     randomise(model, seed)
-    captured = capture(model.eval(), inputs)
+    captured = capture(model.eval(), inputs, dynamic_batch=dynamic_batch)
     analysis = analyse(captured, policy)
     rng = np.random.default_rng(seed)
     removed = {c.name: rng.random(c.size) < ratio for c in analysis.clusters}
