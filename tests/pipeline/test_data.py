@@ -385,6 +385,16 @@ def test_arrays_data_sets_and_loaders_are_the_same_data():
     assert labels.tolist() == ty.tolist()
 
 
+def test_reading_samples_leaves_the_global_generator_alone():
+    x, y = arrays(40, 2)
+    found = data.load(TensorDataset(torch.from_numpy(x), torch.from_numpy(y)))
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    list(found.batches("train", 8, True, 1))
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_three_parts_and_a_single_one_are_taken():
     parts = tuple(Own(count, start) for count, start in ((20, 0), (10, 100), (6, 200)))
     found = data.load(parts)
