@@ -1,6 +1,7 @@
 """Time and memory of analyse + shrink: `python benchmarks/shrink_speed.py [--against torch-pruning] [--huge]`.
 
-Interleaved: every repetition measures ours and the other on the same model before the next one starts; medians are shown.
+Interleaved: every repetition measures ours and the other on the same model before the next one starts; medians are
+shown.
 `--sweep` shows that time grows linearly with depth and width; `--huge` does ViT-H/14 and its peak memory.
 Capturing (torch.export) is shown apart: it is PyTorch's, once per model, and no part of analyse + shrink.
 """
@@ -35,9 +36,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    print(
-        f"{'model':<24}{'capture':>9}{'analyse':>9}{'shrink':>9}{'ours':>9}{'Torch-Pruning':>15}{'ratio':>8}   seconds, one thread"
-    )
+    titles = ("capture", "analyse", "shrink", "ours")
+    print(f"{'model':<24}" + "".join(f"{t:>9}" for t in titles) + f"{'Torch-Pruning':>15}{'ratio':>8}  (s, one thread)")
     for name in args.models:
         compare(name, args.repeat)
     if args.sweep:

@@ -1,9 +1,10 @@
-"""Shrink a list of models at random and prove each: `python benchmarks/zoo.py MODELS.json --ratio 0.5 --seed 0 --out zoo.jsonl`.
+"""Shrink a list of models at random and prove each: `python benchmarks/zoo.py MODELS.json --ratio 0.5 --seed 0 --out
+zoo.jsonl`.
 
-MODELS.json: [{"model": SPEC, "input": [C, H, W]}, ...]; SPEC as for `leanort deploy`; "input" may be left out where the model
-says itself what it takes. Every model runs in a process of its own, under a time and a memory limit: random weights, random
-norm parameters and statistics, random groups of every cluster masked, folded, shrunk, proved, exported to ONNX with a dynamic
-batch, run in onnxruntime at two batch sizes. One JSON line each; a summary table at the end.
+MODELS.json: [{"model": SPEC, "input": [C, H, W]}, ...]; SPEC as for `leanort deploy`; "input" may be left out where
+the model says itself what it takes. Every model runs in a process of its own, under a time and a memory limit: random
+weights, random norm parameters and statistics, random groups of every cluster masked, folded, shrunk, proved, exported
+to ONNX with a dynamic batch, run in onnxruntime at two batch sizes. One JSON line each; a summary table at the end.
 
 status: exact    differences within 1e-5·max(1, max|y|) in torch and in onnxruntime, and the control dwarfs that
         refused  the engine or torch.export said no, with the reason
@@ -170,7 +171,8 @@ def verdict(line: dict[str, Any], tolerance: float, refusals: Any, expected: Any
 
 
 def randomise(model: Any, seed: int) -> None:
-    """Random values for norm parameters, running statistics and every parameter that starts constant (layer scales, zeros).
+    """Random values for norm parameters, running statistics and every parameter that starts constant (layer
+    scales, zeros).
 
     With the values that models start with (scale 1, shift 0, mean 0) a wrong removal could pass for an exact one.
     """

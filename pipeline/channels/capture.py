@@ -51,7 +51,9 @@ class Captured:
         )
 
     def fold(self, masks: Mapping[str, Any]) -> Captured:
-        """The same graph with `masks` (name -> bool array or tensor of the value's shape, True = kept) multiplied in."""
+        """The same graph with `masks` (name -> bool array or tensor of the value's shape, True = kept)
+        multiplied in.
+        """
         folded: dict[str, Tensor] = {}
         for name, mask in masks.items():
             kept = torch.as_tensor(mask)

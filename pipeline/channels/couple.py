@@ -5,7 +5,7 @@ Solving: connected components over the ties; pins mark whole components; product
   the flat dimension pinned      -> pin the factors
   two places along a factor tied -> that factor cannot shrink: pin it
   exactly one factor free        -> tie the flat dimension to it along the others
-  two or more free               -> the policy chooses which (heads or head positions; else the longer factor stays free).
+  two or more free               -> the policy chooses (heads or head positions; else the longer factor stays free).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.export.graph_signature import InputKind
 
 from pipeline.channels.capture import Captured
 from pipeline.channels.macs import concrete, example_batch
-from pipeline.channels.rules.table import base_name, find
+from pipeline.channels.rules.table import base_name, bind, find
 from pipeline.channels.shuffle import find_shuffles
-from pipeline.channels.trace import Pin, Policy, Product, Trace
+from pipeline.channels.trace import NoRule, Pin, Policy, Product, Trace
 from pipeline.channels.values import PINNED, Atoms, Flags, Value, opaque
 
 Zeros = Mapping[tuple[str, int], Flags]
@@ -60,8 +60,8 @@ class Solution:
 def walk(captured: Captured, policy: Policy, zeros: Zeros | None = None) -> tuple[Trace, list[Slot]]:
     """Apply every node's rule once, in order.
 
-    `zeros`: (parameter, dim) -> which slices are zero *now*. Without it every parameter is taken as zero in whatever goes, as
-    the masks will make it. Atoms are numbered alike in both.
+    `zeros`: (parameter, dim) -> which slices are zero *now*. Without it every parameter is taken as zero in
+    whatever goes, as the masks will make it. Atoms are numbered alike in both.
     """
     program = captured.program
     batch = example_batch(program) if captured.dynamic_batch else 0
@@ -97,8 +97,10 @@ def walk(captured: Captured, policy: Policy, zeros: Zeros | None = None) -> tupl
 def _apply(t: Trace, node: fx.Node) -> Any:
     name = base_name(node.target)
     if node.target is operator.getitem:
-        source = t.values.get(node.args[0])
-        return source[node.args[1]] if isinstance(source, tuple) else t.opaque_like(node)
+        parent: Any = node.args[0]
+        at: Any = node.args[1]
+        source = t.values.get(parent)
+        return source[at] if isinstance(source, tuple) else t.opaque_like(node)
     if not isinstance(node.meta.get("val"), (Tensor, tuple, list)) or name.startswith(_SILENT):
         return None
     rule = find(node.target)
@@ -106,6 +108,8 @@ def _apply(t: Trace, node: fx.Node) -> Any:
         return t.give_up(node, f"no rule for {name}")
     try:
         return rule.relate(t, node)
+    except NoRule as reason:
+        return t.give_up(node, str(reason))
     except (ValueError, TypeError, IndexError, KeyError, StopIteration, AttributeError) as error:
         return t.give_up(node, f"no rule for this form of {name} ({type(error).__name__}: {error})")
 
@@ -150,7 +154,8 @@ def _placeholders(t: Trace, captured: Captured, zeros: Zeros | None) -> list[Slo
             continue  # a constant: see static_values
         tensor = program.state_dict[spec.target]
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else spec.target
-        masked = not (_is_direction(node) if spec.kind == InputKind.PARAMETER else _is_statistic(node))
+        masked = spec.kind == InputKind.PARAMETER or not _is_statistic(node)
+        unmasked = _direction_dims(node)
         if not node.users and key not in known:
             continue  # an auxiliary head that evaluation does not use: the cut drops it
         if key not in known:
@@ -158,12 +163,17 @@ def _placeholders(t: Trace, captured: Captured, zeros: Zeros | None) -> list[Slo
             known[key] = Value(
                 shape,
                 tuple(t.fresh(n) if n > 1 else None for n in shape),
-                tuple(_zero_slices(spec.target, d, n, masked, zeros) if n > 1 else None for d, n in enumerate(shape)),
+                tuple(
+                    _zero_slices(spec.target, d, n, masked and d not in unmasked, zeros) if n > 1 else None
+                    for d, n in enumerate(shape)
+                ),
                 derived=True,
             )
         value = known[key]
         t.values[node] = value
-        slots += [Slot(spec.target, d, a, masked) for d, a in enumerate(value.atoms) if a is not None]
+        slots += [
+            Slot(spec.target, d, a, masked and d not in unmasked) for d, a in enumerate(value.atoms) if a is not None
+        ]
     return slots
 
 
@@ -173,9 +183,13 @@ def _zero_slices(name: str, dim: int, size: int, masked: bool, zeros: Zeros | No
     return np.full(size, True) if masked else None
 
 
-def _is_direction(node: fx.Node) -> bool:
-    """Whether a parameter is the v of g·v/‖v‖: its zeros would give 0/0; the row is zero when g is."""
-    return any(base_name(u.target).startswith("_weight_norm") and u.args[0] is node for u in node.users)
+def _direction_dims(node: fx.Node) -> set[int]:
+    """Dimensions in which a parameter is the v of g·v/‖v‖: zeros there would give 0/0; the slice is zero when g is."""
+    found: set[int] = set()
+    for user in node.users:
+        if base_name(user.target).startswith("_weight_norm") and user.args[0] is node:
+            found.add(bind(user)["dim"] % node.meta["val"].dim())
+    return found
 
 
 def _is_statistic(node: fx.Node) -> bool:
@@ -238,9 +252,9 @@ def _static_nodes(graph: fx.Graph, roots: set[fx.Node], banned: set[fx.Node]) ->
         if not all(isinstance(v, Tensor) and all(isinstance(s, int) for s in v.shape) for v in parts):
             continue
         name = base_name(node.target)
-        if name.startswith(_RANDOM) or not isinstance(node.target, torch._ops.OpOverload):
-            if node.target is not operator.getitem or node.args[0] not in static:
-                continue
+        part = node.target is operator.getitem and node.args[0] in static
+        if not part and (name.startswith(_RANDOM) or not isinstance(node.target, torch._ops.OpOverload)):
+            continue
         sources = node.all_input_nodes
         if name.startswith("new_") and not name.startswith("new_empty"):
             sources = sources[1:]  # only the type of the first operand is used
@@ -298,14 +312,15 @@ class _Classes:
         np.minimum.at(self.reason, classes, reason)
 
     def pinned(self, classes: Atoms) -> Flags:
-        return self.reason[classes] != self.none
+        pinned: Flags = self.reason[classes] != self.none
+        return pinned
 
 
 def solve(t: Trace) -> Solution:
     """Classes and what is pinned, every product settled."""
     c = _Classes(t)
     pins = list(t.pins)
-    roles = _role_classes(t, c)
+    roles: dict[str, Flags] | None = None
     waiting = list(t.products)
     while waiting:
         left: list[Atoms] = []

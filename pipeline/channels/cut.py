@@ -33,7 +33,7 @@ class Cut:
 
     gone: Flags  # atom -> True = goes
     values: dict[fx.Node, Any]
-    notes: dict[fx.Node, Any]
+    notes: dict[Any, Any]
     graph: fx.Graph
     new_of: dict[fx.Node, fx.Node]
     constant: Callable[[str, Tensor], fx.Node]  # adds a constant tensor to the program

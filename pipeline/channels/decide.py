@@ -30,7 +30,8 @@ class Cluster:
     """A layer's width: groups that tie the same set of parameter dimensions.
 
     `name`: the leading producer's module ("layer3.1.conv2"), unique within the analysis. `size`: number of groups, the
-    units that go or stay. `unit`: indices that one group holds in its leading producer (a head: its size; a channel: 1).
+    units that go or stay. `unit`: indices that one group holds in its leading producer (a head: its size; a
+    channel: 1).
     `labels[(parameter, dim)]`: for every index of that dimension its group 0..size−1, or −1 = not of this cluster.
     `producers` write the channel (rows, biases, norm scale and shift), `readers` read it (columns).
     """
@@ -119,10 +120,11 @@ class Analysis:
         return self.trace.notes["<dimensions>"]  # type: ignore[no-any-return]
 
     def masks(self, removed: Removed) -> dict[str, npt.NDArray[np.bool_]]:
-        """Parameter name -> bool array of its shape, False in every slice of a removed group, producers and readers both.
+        """Parameter name -> bool array of its shape, False in every slice of a removed group, producers and
+        readers both.
 
-        Names of tensors that lose nothing are absent. A buffer that adds to the stream (a fixed position table) is masked like
-        a parameter; running statistics are not.
+        Names of tensors that lose nothing are absent. A buffer that adds to the stream (a fixed position
+        table) is masked like a parameter; running statistics are not.
         """
         gone = self.gone(removed)
         masks: dict[str, npt.NDArray[np.bool_]] = {}
@@ -163,11 +165,13 @@ class Analysis:
                 counts[key] = int(atoms.shape[0] - gone[atoms].sum())
             return counts[key]
 
-        macs = sum(node_macs(n, shape) for n in self.trace.notes["<counted>"])
+        macs: int = sum(node_macs(n, shape) for n in self.trace.notes["<counted>"])
         return Size(params, macs // self.trace.notes["<batch>"])
 
     def _frozen_difference(self, gone: Flags, left: Mapping[str, Sequence[int]]) -> int:
-        """Parameters that a computation done once puts in (its results), less those that nothing else uses (its operands)."""
+        """Parameters that a computation done once puts in (its results), less those that nothing else uses
+        (its operands).
+        """
         program = self.captured.program
 
         def kept(value: Any) -> list[int]:

@@ -59,7 +59,7 @@ def execute(
                     args = swap_dtype(args, dtype)
                     kwargs = swap_dtype(kwargs, dtype)
                     if node.target is torch.ops.aten.rms_norm.default and (len(args) < 4 or args[3] is None):
-                        args = (*args, *[None] * (3 - len(args)))[:3] + (torch.finfo(torch.float32).eps,)
+                        args = (*(*args, None, None)[:3], torch.finfo(torch.float32).eps)
                 values[node] = node.target(*args, **kwargs)
             elif node.op == "output":
                 if wanted is not None:

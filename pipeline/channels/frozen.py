@@ -1,4 +1,5 @@
-"""Weights that are computed from parameters (standardised, weight-normed): when a reduction inside that computation runs over
+"""Weights that are computed from parameters (standardised, weight-normed): when a reduction inside that computation
+runs over
 channels that go, the result is computed once on the folded weights at full size, sliced, and kept as a parameter."""
 
 from __future__ import annotations

@@ -36,9 +36,10 @@ class Ledger:
     """One removal.
 
     `shapes`: tensor name -> shape before. `kept`: tensor name -> {dimension: kept indices}, only where something went.
-    `groups`: cluster name -> groups that went. `frozen`: tensors computed from parameters once, new name -> what they stand for.
-    `dropped`: names of the dense state that the shrunk program no longer has. `rounded`: whether values that the dense graph
-    computes on the fly (frozen weights, position tables) are stored, rounded to their own precision.
+    `groups`: cluster name -> groups that went. `frozen`: tensors computed from parameters once, new name -> what
+    they stand for.
+    `dropped`: names of the dense state that the shrunk program no longer has. `rounded`: whether values that the
+    dense graph computes on the fly (frozen weights, position tables) are stored, rounded to their own precision.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -80,7 +81,9 @@ class Ledger:
             ) from error
 
     def shrink_state(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A dense checkpoint of the same architecture, cut the same way (shapes are checked; values are the caller's to prove)."""
+        """A dense checkpoint of the same architecture, cut the same way (shapes are checked; values are the
+        caller's to prove).
+        """
         shrunk: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
             if name in self.dropped:
@@ -114,7 +117,9 @@ class Ledger:
         return dense
 
     def why(self, name: str) -> dict[str, Any]:
-        """What went from the layer or tensor `name`: per tensor and dimension the indices, the clusters, refusals, rewrites."""
+        """What went from the layer or tensor `name`: per tensor and dimension the indices, the clusters,
+        refusals, rewrites.
+        """
         removed = {
             f"{tensor}[{dim}]": sorted(set(range(self.shapes[tensor][dim])) - set(indices))
             for tensor, dims in self.kept.items()

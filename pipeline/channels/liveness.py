@@ -1,9 +1,9 @@
 """Which groups are dead already, read off the weights alone, in both directions.
 
-A group is dead when at every place where its indices are summed one side is exactly zero: nothing reads it (zero columns), or
-nothing but zero comes in (zero rows and bias, zero scale and shift, carried on through every operator by its own rule).
-What is dead makes more dead: its rows and columns no longer count, so a row whose only weights were on dead inputs is zero
-itself. The walk is repeated until nothing changes.
+A group is dead when at every place where its indices are summed one side is exactly zero: nothing reads it (zero
+columns), or nothing but zero comes in (zero rows and bias, zero scale and shift, carried on through every operator by
+its own rule). What is dead makes more dead: its rows and columns no longer count, so a row whose only weights were on
+dead inputs is zero itself. The walk is repeated until nothing changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pipeline.channels.values import Flags, Value
 def dead_groups(analysis: Analysis, state: Mapping[str, Tensor]) -> dict[str, npt.NDArray[np.bool_]]:
     """Cluster name -> one flag per group, True = can go without any change of the output.
 
-    `state`: folded weights by name (names that it lacks are taken from the capture). Clusters with nothing dead are absent.
+    `state`: folded weights by name (names that it lacks are taken from the capture). Clusters with nothing dead
+    are absent.
     """
     captured = analysis.captured.with_state(state)
     dead = np.zeros(analysis.solution.reason_of.shape[0], np.bool_)

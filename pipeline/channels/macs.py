@@ -1,6 +1,7 @@
 """Multiply-accumulate operations of an exported graph, per sample.
 
-Counted: convolutions, linear layers, matrix products, einsum, attention, LSTM and GRU. Norms, activations and additions are not.
+Counted: convolutions, linear layers, matrix products, einsum, attention, LSTM and GRU. Norms, activations and
+additions are not.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _einsum(node: fx.Node, shape: Shape) -> int:
 
 def _recurrent(node: fx.Node, shape: Shape) -> int:
     steps = math.prod(shape(node.args[0])[:2])  # type: ignore[arg-type]
-    weights: list[Any] = list(node.args[2])  # type: ignore[call-overload]
+    weights: Any = node.args[2]
     return sum(steps * math.prod(shape(w)) for w in weights if len(shape(w)) == 2)
 
 

@@ -1,4 +1,6 @@
-"""Train a shrunk program further: its graph says `training=False` at every norm and dropout, so the flags are set there."""
+"""Train a shrunk program further: its graph says `training=False` at every norm and dropout, so the flags are set
+there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Cut: slice every parameter and buffer, fix every constant of the graph, and make an exported program of what is left."""
+"""Cut: slice every parameter and buffer, fix every constant of the graph, and make an exported program of what is
+left.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,9 @@ class Shrunk:
 def shrink(captured: Captured, analysis: Analysis, removed: Removed, *, check_zero: bool = True) -> Shrunk:
     """`captured` without the groups flagged in `removed` (cluster name -> bool array, True = goes).
 
-    `analysis_of`: the captured model, its state folded (see `Captured.fold`). A group that is not exactly zero where it is summed
-    stays, and is listed in `refused`. `check_zero=False` is for the control experiment only: it shows what the check is worth.
-    Raises RefusedError where the graph cannot be edited.
+    `analysis_of`: the captured model, its state folded (see `Captured.fold`). A group that is not exactly zero
+    where it is summed stays, and is listed in `refused`. `check_zero=False` is for the control experiment only: it
+    shows what the check is worth. Raises RefusedError where the graph cannot be edited.
     """
     if captured.program.graph is not analysis.captured.program.graph:
         raise ValueError("the analysis is of another capture")
@@ -135,7 +137,9 @@ class _Cutter:
         return tensor.contiguous()
 
     def _frozen_values(self, edge: list[fx.Node]) -> dict[fx.Node, Tensor]:
-        """What the rest of the graph uses of the frozen part, computed on the folded weights at full size, then sliced."""
+        """What the rest of the graph uses of the frozen part, computed on the folded weights at full size,
+        then sliced.
+        """
         if not edge:
             return {}
         needed: set[fx.Node] = set()
@@ -194,13 +198,14 @@ class _Cutter:
                     rule.edit(self.cut, node)
                 except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
                     raise RefusedError(
-                        f"{base_name(node.target)} at '{node.name}' cannot be rewritten ({type(error).__name__}: {error}).",
+                        f"{node.target} at '{node.name}' cannot be rewritten ({type(error).__name__}: {error}).",
                         "Exclude the channels around it, or report the model.",
                     ) from error
 
     def _original_size(self, node: fx.Node) -> None:
         """Sizes read at run time keep meaning the original ones; each use of a size is corrected where it is used."""
-        value = self.trace.values.get(node.args[0])
+        source: Any = node.args[0]
+        value = self.trace.values.get(source)
         if not isinstance(value, Value):
             return
         dim = bind(node)["dim"] % len(value.shape)
@@ -223,9 +228,9 @@ class _Cutter:
         for slot in self.analysis.slots:
             keep = self.cut.keep(slot.atoms)
             if keep is not None:
-                places = np.flatnonzero(keep)
-                kept.setdefault(slot.name, {})[slot.dim] = tuple(places.tolist())
-                indices.setdefault(slot.name, {})[slot.dim] = torch.from_numpy(places)
+                stay = np.flatnonzero(keep)
+                kept.setdefault(slot.name, {})[slot.dim] = tuple(stay.tolist())
+                indices.setdefault(slot.name, {})[slot.dim] = torch.from_numpy(stay)
         parameters = set(self.captured.program.graph_signature.parameters)
         state: dict[str, Tensor] = {}
         cut_once: dict[tuple[int, tuple[int, ...]], Tensor] = {}
@@ -297,7 +302,9 @@ class _Cutter:
                 first.append(node)
 
     def _meta(self, specs: list[InputSpec], state: Mapping[str, Tensor]) -> None:
-        """Fake tensors of the new shapes. Rewritten nodes are run on fake tensors; the others' shapes follow from their atoms."""
+        """Fake tensors of the new shapes. Rewritten nodes are run on fake tensors; the others' shapes
+        follow from their atoms.
+        """
         mode = next(
             n.meta["val"].fake_mode
             for n in self.old.nodes
@@ -313,7 +320,7 @@ class _Cutter:
                     node.meta["val"] = _fake(mode, tensor, tuple(tensor.shape))
             elif node.op == "call_function":
                 old = known.get(node)
-                value = self.trace.values.get(old)
+                value = self.trace.values.get(old) if old is not None else None
                 if old is not None and "val" in node.meta:
                     node.meta = {**node.meta, "val": self._smaller(mode, node.meta["val"], value)}
                 else:

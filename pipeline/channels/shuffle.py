@@ -1,4 +1,5 @@
-"""Channel shuffle: view, permute, view back. Together they permute one dimension; taken apart they would tie channels in
+"""Channel shuffle: view, permute, view back. Together they permute one dimension; taken apart they would tie channels
+in
 powers of two."""
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ _MOVES = ("permute", "transpose", "contiguous", "clone", "swapaxes")
 def find_shuffles(
     graph: fx.Graph, shape: Callable[[fx.Node], tuple[int, ...]]
 ) -> tuple[dict[fx.Node, Any], set[fx.Node]]:
-    """Last view of each shuffle -> (the tensor shuffled, its dimension, source index of every place); and the nodes between."""
+    """Last view of each shuffle -> (the tensor shuffled, its dimension, source index of every place); and the
+    nodes between.
+    """
     found: dict[fx.Node, Any] = {}
     between: set[fx.Node] = set()
     for node in graph.nodes:
@@ -69,9 +72,11 @@ def _shuffle(first: fx.Node, shape: Callable[[fx.Node], tuple[int, ...]]) -> tup
 def _moved(node: fx.Node, order: list[int]) -> list[int]:
     name = base_name(node.target)
     if name == "permute":
-        return [order[d % len(order)] for d in node.args[1]]  # type: ignore[union-attr]
+        axes: Any = node.args[1]
+        return [order[d % len(order)] for d in axes]
     if name in ("transpose", "swapaxes"):
-        i, j = (int(d) % len(order) for d in node.args[1:3])  # type: ignore[arg-type]
+        dims: Any = node.args[1:3]
+        i, j = (d % len(order) for d in dims)
         moved = list(order)
         moved[i], moved[j] = moved[j], moved[i]
         return moved

@@ -61,6 +61,10 @@ class Contraction:
     atoms: Atoms
 
 
+class NoRule(Exception):  # noqa: N818  # not an error: the node's channels are pinned, and the report says why
+    """Raised by a rule for a form of its operator that it does not cover."""
+
+
 @dataclass
 class Trace:
     """Everything the rules said about one graph."""
@@ -78,7 +82,7 @@ class Trace:
     reads: list[Atoms] = field(default_factory=list)
     linear_only: dict[fx.Node, bool] = field(default_factory=dict)
     frozen: set[fx.Node] = field(default_factory=set)
-    notes: dict[fx.Node, Any] = field(default_factory=dict)
+    notes: dict[Any, Any] = field(default_factory=dict)
     unknown: dict[fx.Node, str] = field(default_factory=dict)
     count: int = 1
 

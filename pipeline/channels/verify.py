@@ -29,8 +29,8 @@ def zero_check(
 ) -> tuple[Flags, tuple[Refusal, ...]]:
     """`gone` without the classes that are not exactly zero where they are summed, and those as refusals.
 
-    At every contraction, each index to be removed must be zero on one side. A parameter side is read off the weights; only
-    where that does not settle it is the graph run, once, and the other side looked at.
+    At every contraction, each index to be removed must be zero on one side. A parameter side is read off the
+    weights; only where that does not settle it is the graph run, once, and the other side looked at.
     """
     open_: dict[Contraction, Flags] = {}
     names = _parameters(captured)
@@ -151,9 +151,9 @@ class Proof:
 def prove(folded: Callable[..., Any], shrunk: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Proof:
     """Compare two callables on `inputs`, in float32 and, where both can, in float64.
 
-    Tolerance: 1e-5·max(1, max|y|) in float32, 1e-10·max(1, max|y|) in float64. Raises RefusedError when it does not hold, when an
-    output is not finite in one of the two only, or when nothing was compared; names the first node that differs where both
-    sides are graphs of this package.
+    Tolerance: 1e-5·max(1, max|y|) in float32, 1e-10·max(1, max|y|) in float64. Raises RefusedError when it does
+    not hold, when an output is not finite in one of the two only, or when nothing was compared; names the first
+    node that differs where both sides are graphs of this package.
     """
     worst, scale, compared = difference(folded, shrunk, inputs)
     if not compared:
@@ -168,7 +168,7 @@ def prove(folded: Callable[..., Any], shrunk: Callable[..., Any], inputs: Sequen
     if not worst <= tolerance or (precise is not None and not precise <= tolerance_precise):
         where = first_difference(folded, shrunk, inputs[0]) if precise is not None else None
         raise RefusedError(
-            f"The shrunk model differs from the folded one by {worst:.3g} (float64: {precise}), tolerance {tolerance:.3g}"
+            f"The shrunk model differs from the folded one by {worst:.3g} (float64: {precise}), not {tolerance:.3g}"
             + (f"; first at node '{where}'." if where else "."),
             "Nothing was removed. Exclude the channels around that node, or report the model.",
         )
@@ -178,8 +178,9 @@ def prove(folded: Callable[..., Any], shrunk: Callable[..., Any], inputs: Sequen
 def first_difference(folded: Any, shrunk: Any, feed: tuple[Any, ...]) -> str | None:
     """The first node of the folded graph whose float64 value is no longer among the shrunk graph's values.
 
-    A node that lost channels is compared by what every kept slice must still hold: its sorted values are a subset. The node's
-    name is kept by the cut, so both sides are looked up by name; nodes that only one side has are passed over.
+    A node that lost channels is compared by what every kept slice must still hold: its sorted values are a subset.
+    The node's name is kept by the cut, so both sides are looked up by name; nodes that only one side has are
+    passed over.
     """
     small_values: dict[str, Tensor] = {}
 
@@ -219,7 +220,7 @@ def difference(
     extra = {} if dtype is None else {"dtype": dtype}
     for feed in inputs:
         with torch.no_grad():
-            left, right = tensors_of(a(*feed, **extra)), tensors_of(b(*feed, **extra))
+            left, right = _run(a, feed, extra, "folded"), _run(b, feed, extra, "shrunk")
         if len(left) != len(right):
             raise RefusedError(f"{len(left)} outputs became {len(right)}.", "Report the model; nothing was removed.")
         for x, y in zip(left, right, strict=True):
@@ -239,6 +240,17 @@ def difference(
                 worst = max(worst, float((x - y)[finite].abs().max()))
                 scale = max(scale, float(x[finite].abs().max()))
     return worst, scale, compared
+
+
+def _run(model: Any, feed: tuple[Any, ...], extra: dict[str, Any], which: str) -> list[Tensor]:
+    try:
+        return tensors_of(model(*feed, **extra))
+    except (RuntimeError, IndexError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise RefusedError(
+            f"The {which} model does not run on the test input ({type(error).__name__}: {first}).",
+            "Give inputs that the model takes; where only the shrunk one fails, report the model.",
+        ) from error
 
 
 def tensors_of(output: Any) -> list[Tensor]:

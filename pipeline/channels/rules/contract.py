@@ -1,7 +1,7 @@
 """Operators that multiply and sum over a dimension: convolutions, linear layers, matrix products, einsum, embeddings.
 
-y[o] = Σ_i w[o, i]·x[i] + b[o]: the output lives with the rows and the bias, the input with the columns; index i may go only
-where x[i] or w[·, i] is exactly zero (`Trace.contract`).
+y[o] = Σ_i w[o, i]·x[i] + b[o]: the output lives with the rows and the bias, the input with the columns; index i may
+go only where x[i] or w[·, i] is exactly zero (`Trace.contract`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx
 from pipeline.channels.cut import Cut
 from pipeline.channels.rules.layout import merge_dims
 from pipeline.channels.rules.table import bind, rule
-from pipeline.channels.trace import Trace
+from pipeline.channels.trace import NoRule, Trace
 from pipeline.channels.values import Atoms, Flags, Value, both, either
 
 
@@ -56,7 +56,7 @@ def addmm(t: Trace, node: fx.Node) -> Value:
     a = bind(node)
     left, right = [a[k] for k in list(a)[1:3]]
     if t.shape(node) != _matmul_shape(t.shape(left), t.shape(right)):
-        return t.give_up(node, "sums over the batch")
+        raise NoRule("sums over the batch")
     product = _matmul(t, node, left, right)
     bias = t.value(a["self"])
     atoms, zeros = list(product.atoms), []
@@ -212,7 +212,7 @@ def convolution(t: Trace, node: fx.Node) -> Value:
     a = bind(node)
     x, w, shape = t.value(a["input"]), t.value(a["weight"]), t.shape(node)
     if isinstance(a.get("padding"), str) is False and len(x.shape) != len(w.shape):
-        return t.give_up(node, "an input without a batch")
+        raise NoRule("an input without a batch")
     transposed = "transpose" in str(node.target) or bool(a.get("transposed"))
     groups = a["groups"]
     t.pin_value(w, node, "space", range(2, len(w.shape)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import fx
 
 from pipeline.channels.cut import Cut
 from pipeline.channels.rules.table import bind, rule
-from pipeline.channels.trace import Trace
+from pipeline.channels.trace import NoRule, Trace
 from pipeline.channels.values import PINNED, Atoms, Flags, Value, both, opaque
 
 aten = torch.ops.aten
@@ -36,7 +37,7 @@ def factorise(before: Sequence[int], after: Sequence[int]) -> tuple[list[int], l
         return [math.prod(sizes[d:]) for d in range(len(sizes) + 1)]
 
     points = sorted(set(cuts(before)) | set(cuts(after)))
-    if any(big % small for small, big in zip(points, points[1:], strict=False)):
+    if any(big % small for small, big in pairwise(points)):
         return None
     bounds = list(zip(points[1:], points[:-1], strict=True))[::-1]  # outermost factor first: (above, below)
     sizes = [above // below for above, below in bounds]
@@ -63,7 +64,10 @@ def split_dim(
         return factors, [None] * len(sizes)
     grid = zeros.reshape(tuple(sizes))
     others = [tuple(k for k in range(len(sizes)) if k != d) for d in range(len(sizes))]
-    return factors, [grid.all(axis=axes) if f is not None else None for f, axes in zip(factors, others, strict=True)]
+    kept: list[Flags | None] = [
+        np.asarray(grid.all(axis=axes)) if f is not None else None for f, axes in zip(factors, others, strict=True)
+    ]
+    return factors, kept
 
 
 def merge_dims(
@@ -152,7 +156,7 @@ def view(t: Trace, node: fx.Node) -> Value:
             dim, None if atoms is None else atoms[order], None if zeros is None else zeros[order], x.shape[dim]
         )
     if not isinstance(bind(node).get("size", bind(node).get("shape", bind(node).get("sizes"))), (list, tuple)):
-        return t.give_up(node, "views the bits as another type")
+        raise NoRule("views the bits as another type")
     return reshape_value(t, node, t.value(node.args[0]), t.shape(node))
 
 
@@ -308,7 +312,7 @@ def repeat(t: Trace, node: fx.Node) -> Value:
     """The whole tensor repeated."""
     x, shape = t.value(node.args[0]), t.shape(node)
     if len(_repeats(node)) != len(shape):
-        return t.give_up(node, "repeats fewer dimensions than there are")
+        raise NoRule("repeats fewer dimensions than there are")
     lead = len(shape) - len(x.shape)
     atoms: list[Atoms | None] = []
     zeros: list[Flags | None] = []
@@ -330,7 +334,7 @@ def repeat_interleave(t: Trace, node: fx.Node) -> Value:
     """Each index repeated in place (as grouped-query attention does with its heads)."""
     a = bind(node)
     if "self" not in a or not isinstance(a["repeats"], int) or a["dim"] is None:
-        return t.give_up(node, "repeats by a tensor")
+        raise NoRule("repeats by a tensor")
     x = t.value(a["self"])
     d = a["dim"] % len(x.shape)
     atoms, zeros = x.atoms[d], x.zeros[d]
@@ -376,10 +380,10 @@ def slice_(t: Trace, node: fx.Node) -> Value:
     if x.atoms[dim] is None or x.shape == shape:
         return x.replace_dim(dim, x.atoms[dim], x.zeros[dim], shape[dim])
     if "step" not in a or any(isinstance(a[k], fx.Node) for k in ("start", "end", "step")):
-        return t.give_up(node, "slices a channel dimension at bounds known only at run time")
+        raise NoRule("slices a channel dimension at bounds known only at run time")
     part = _slice(a, x.shape[dim])
     zeros = x.zeros[dim]
-    return x.replace_dim(dim, x.atoms[dim][part], None if zeros is None else zeros[part], shape[dim])  # type: ignore[index]
+    return x.replace_dim(dim, x.atoms[dim][part], None if zeros is None else zeros[part], shape[dim])
 
 
 def edit_select(c: Cut, node: fx.Node) -> None:
@@ -402,7 +406,7 @@ def select(t: Trace, node: fx.Node) -> Value:
             t.pin(x.atoms[dim], node, "selected by a number known only at run time")
         else:
             at = a["index"] % x.shape[dim]
-            t.pin(x.atoms[dim][at : at + 1], node, "selected by its place")  # type: ignore[index]
+            t.pin(x.atoms[dim][at : at + 1], node, "selected by its place")
     return x.pick([d for d in range(len(x.shape)) if d != dim])
 
 
@@ -413,7 +417,8 @@ def unbind(t: Trace, node: fx.Node) -> tuple[Value, ...]:
     dim = bind(node)["dim"] % len(x.shape)
     t.pin(x.atoms[dim], node, "selected by its place")
     part = x.pick([d for d in range(len(x.shape)) if d != dim])
-    return (part,) * x.shape[dim]
+    count: int = x.shape[dim]
+    return (part,) * count
 
 
 def edit_split(c: Cut, node: fx.Node) -> None:
@@ -436,7 +441,7 @@ def split(t: Trace, node: fx.Node) -> tuple[Value, ...]:
     atoms, zeros = x.atoms[dim], x.zeros[dim]
     return tuple(
         x.replace_dim(dim, None if atoms is None else atoms[i:j], None if zeros is None else zeros[i:j], int(j - i))
-        for i, j in zip(bounds, bounds[1:], strict=False)
+        for i, j in pairwise(bounds)
     )
 
 
@@ -527,7 +532,7 @@ def index(t: Trace, node: fx.Node) -> Value:
             t.pin_value(t.value(entries[d]), node, "looked up by index")
     shape = t.shape(node)
     if any(entries[d].meta["val"].dtype == torch.bool for d in used):
-        return t.give_up(node, "picked by a mask")
+        raise NoRule("picked by a mask")
     block = len(np.broadcast_shapes(*tables))
     adjacent = used == list(range(used[0], used[-1] + 1))
     rest = [d for d in range(len(x.shape)) if d not in used]
@@ -594,7 +599,7 @@ def pad(t: Trace, node: fx.Node) -> Value:
     """Padded places of a channel dimension are free; a pad by anything but zeros ends what is known of zeros."""
     a = bind(node)
     x, shape = t.value(node.args[0]), t.shape(node)
-    widths = a.get("pad", a.get("padding"))
+    widths: Any = a.get("pad", a.get("padding"))
     constant = "pad" in a and a.get("mode", "constant") == "constant"
     fill = a.get("value") or 0
     copies = not constant

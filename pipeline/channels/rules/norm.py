@@ -363,8 +363,8 @@ def weight_norm(t: Trace, node: fx.Node) -> Any:
     for d, (n, atoms) in enumerate(zip(g.shape, g.atoms, strict=True)):
         if n > 1:
             t.tie(v.atoms[d], atoms, node)
-    # 0/‖0‖ is not a number, so masks write their zeros into g alone (see `couple`).
-    zeros = tuple(g.zeros[d] if d == dim and g.shape[d] > 1 else None for d in range(len(v.shape)))
+    # 0/‖0‖ is not a number, so along `dim` masks write their zeros into g alone (see `couple`).
+    zeros = tuple(g.zeros[d] if d == dim else v.zeros[d] for d in range(len(v.shape)))
     y = Value(v.shape, v.atoms, zeros, v.derived)
     return (y, t.opaque_like(node)[1]) if isinstance(node.meta["val"], (tuple, list)) else y
 

@@ -1,8 +1,8 @@
 """Operators that act on each element alone.
 
 y[i] = f(x[i], z[i], ...): index i of the output lives with index i of every operand that has that dimension. Whether a
-zero survives is not looked up in a list but *asked of the operator*: it is run on zeros in the places of the operands that
-are zero and on random numbers elsewhere, and the answer must be exactly zero.
+zero survives is not looked up in a list but *asked of the operator*: it is run on zeros in the places of the operands
+that are zero and on random numbers elsewhere, and the answer must be exactly zero.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from pipeline.channels.rules.table import bind, rule, tensors
-from pipeline.channels.trace import Trace
+from pipeline.channels.trace import NoRule, Trace
 from pipeline.channels.values import Flags, Value
 
 _PROBES = 64
@@ -51,13 +51,15 @@ def pointwise(t: Trace, node: fx.Node) -> Value:
 
 @rule(
     "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "contiguous", "clone", "detach", "alias",
-    "lift_fresh_copy", "lift_fresh", "to", "_to_copy", "zeros_like_keep", "conj", "resolve_conj", "resolve_neg", "float",
-    "native_dropout_keep", "requires_grad",
+    "lift_fresh_copy", "lift_fresh", "to", "_to_copy", "zeros_like_keep", "conj", "resolve_conj", "resolve_neg",
+    "float", "native_dropout_keep", "requires_grad",
 )  # fmt: skip
 def unchanged(t: Trace, node: fx.Node) -> Value:
     """Dropout in evaluation, copies and casts: the same tensor."""
     x = t.value(node.args[0])
-    return x if x.shape == t.shape(node) else t.give_up(node, "changes the shape")
+    if x.shape != t.shape(node):
+        raise NoRule("changes the shape")
+    return x
 
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")

@@ -1,7 +1,7 @@
 """LSTM and GRU: every gate of a hidden unit lives with the unit.
 
-Gates are stacked in dimension 0 of the weights (4·H for LSTM, 3·H for GRU). A unit whose rows, columns and biases are zero
-keeps h = 0: LSTM has tanh(0) = 0 for its candidate and its cell; GRU's candidate is tanh(0) = 0 too.
+Gates are stacked in dimension 0 of the weights (4·H for LSTM, 3·H for GRU). A unit whose rows, columns and biases are
+zero keeps h = 0: LSTM has tanh(0) = 0 for its candidate and its cell; GRU's candidate is tanh(0) = 0 too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from torch import fx
 
 from pipeline.channels.rules.table import base_name, rule
-from pipeline.channels.trace import Trace
+from pipeline.channels.trace import NoRule, Trace
 from pipeline.channels.values import Atoms, Flags, Value, opaque
 
 
@@ -21,7 +21,7 @@ def recurrent(t: Trace, node: fx.Node) -> Any:
     """Input [T, B, I] or [B, T, I]; states [layers·directions, B, H]; output [.., directions·H]."""
     args = node.args
     if not isinstance(args[2], (list, tuple)):
-        return t.give_up(node, "a packed sequence")
+        raise NoRule("a packed sequence")
     name = base_name(node.target)
     gates = {"lstm": 4, "gru": 3}.get(name, 1)
     source = args[0]
@@ -30,7 +30,7 @@ def recurrent(t: Trace, node: fx.Node) -> Any:
     directions = 2 if args[7] else 1
     per = (4 if has_biases else 2) + (1 if len(weights) > layers * directions * (4 if has_biases else 2) else 0)
     if per % 2:
-        return t.give_up(node, "a projected LSTM")
+        raise NoRule("a projected LSTM")
     for s in states:
         t.pin_value(t.value(s), node, "layers and batch", [0, 1])
     x = t.value(source)
@@ -51,7 +51,7 @@ def recurrent(t: Trace, node: fx.Node) -> Any:
             for v in (w_ih, w_hh, *biases):
                 zero &= v.zeros[0].reshape(gates, size).all(axis=0) if v.zeros[0] is not None else False
                 if v.atoms[0] is not None:
-                    t.product(node, v.atoms[0], (None if gates == 1 else None, unit), (gates, size))
+                    t.product(node, v.atoms[0], (None, unit), (gates, size))
             t.tie(incoming, w_ih.atoms[1], node)
             t.reading(w_ih.atoms[1])
             t.reading(w_hh.atoms[1])

@@ -58,8 +58,7 @@ def fourier(t: Trace, node: fx.Node) -> Value:
     named = range(len(x.shape)) if dims is None else [dims] if isinstance(dims, int) else dims
     over = {d % len(x.shape) for d in named}
     t.pin_value(x, node, "transformed over", sorted(over))
-    order = [d for d in range(len(x.shape))]
-    y = x.pick(order, t.shape(node))
+    y = x.pick(list(range(len(x.shape))), t.shape(node))
     return Value(
         y.shape,
         tuple(None if d in over else at for d, at in enumerate(y.atoms)),

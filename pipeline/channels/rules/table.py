@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -15,6 +15,7 @@ from pipeline.channels.trace import Trace
 
 Relate = Callable[[Trace, fx.Node], Any]
 Edit = Callable[[Cut, fx.Node], None]
+R = TypeVar("R", bound=Relate)
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str, edit: Edit | None = None) -> Callable[[Relate], Relate]:
+def rule(*names: str, edit: Edit | None = None) -> Callable[[R], R]:
     """Register a function as the rule of the ATen operators `names` (in-place twins included)."""
 
-    def register(relate: Relate) -> Relate:
+    def register(relate: R) -> R:
         for name in names:
             if name in RULES:
                 raise ValueError(f"two rules for {name}")

@@ -1,4 +1,6 @@
-"""One experiment that all engine tests share: mask groups at random, fold, shrink, prove, and show that the proof can fail."""
+"""One experiment that all engine tests share: mask groups at random, fold, shrink, prove, and show that the proof
+can fail.
+"""
 
 from __future__ import annotations
 

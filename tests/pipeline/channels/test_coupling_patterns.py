@@ -642,15 +642,16 @@ USED_BY = {
     "conv3d": "Conv3d", "conv_transpose2d": "Transposed", "dropout": "TransformerLayer", "einsum": "Einsum",
     "embedding": "WeightTying", "expand": "GroupedQuery", "flatten": "FlattenToLinear", "flip": "Split", "glu": "Glu",
     "group_norm": "GroupNormGroups", "gru": "Gru", "im2col": "Unfold", "index": "IndexedChannels",
-    "index_select": "IndexedChannels", "instance_norm": "InstanceNorm", "layer_norm": "WeightTying", "linear": "GatedUnit",
-    "linalg_vector_norm": "GlobalResponse", "lstm": "Lstm", "matmul": "WrittenOutAttention", "max_pool2d": "FlattenToLinear",
-    "max_pool3d": "Conv3d", "mean": "SqueezeExcite", "pad": "PaddedShortcut", "permute": "ConvNextBlock",
-    "pixel_shuffle": "PixelShuffle", "pixel_unshuffle": "PixelShuffle", "prelu": "Prelu", "repeat": "PixelShuffle",
-    "repeat_interleave": "GroupedQuery", "reshape": "FusedAttention", "rms_norm": "RmsNorms", "roll": "Rolled",
-    "scaled_dot_product_attention": "FusedAttention", "select": "CrossAttention", "slice": "StridedSlice",
-    "softmax": "WrittenOutAttention", "split_with_sizes": "Split",
-    "squeeze": "Conv1d", "transpose": "WrittenOutAttention", "unbind": "FusedAttention", "unflatten": "CrossAttention",
-    "unsqueeze": "WrittenOutAttention", "upsample_bilinear2d": "Resized", "view": "Unfold", "zeros_like": "WrittenInPlace",
+    "index_select": "IndexedChannels", "instance_norm": "InstanceNorm", "layer_norm": "WeightTying", "linear":
+    "GatedUnit", "linalg_vector_norm": "GlobalResponse", "lstm": "Lstm", "matmul": "WrittenOutAttention",
+    "max_pool2d": "FlattenToLinear", "max_pool3d": "Conv3d", "mean": "SqueezeExcite", "pad": "PaddedShortcut",
+    "permute": "ConvNextBlock", "pixel_shuffle": "PixelShuffle", "pixel_unshuffle": "PixelShuffle", "prelu":
+    "Prelu", "repeat": "PixelShuffle", "repeat_interleave": "GroupedQuery", "reshape": "FusedAttention",
+    "rms_norm": "RmsNorms", "roll": "Rolled", "scaled_dot_product_attention": "FusedAttention", "select":
+    "CrossAttention", "slice": "StridedSlice", "softmax": "WrittenOutAttention", "split_with_sizes": "Split",
+    "squeeze": "Conv1d", "transpose": "WrittenOutAttention", "unbind": "FusedAttention", "unflatten":
+    "CrossAttention", "unsqueeze": "WrittenOutAttention", "upsample_bilinear2d": "Resized", "view": "Unfold",
+    "zeros_like": "WrittenInPlace",
 }  # fmt: skip
 
 

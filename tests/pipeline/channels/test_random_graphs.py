@@ -195,7 +195,10 @@ def mix(b: Built, k: int) -> None:
     b.add(step, m)
 
 
-STEPS = (conv, transposed, grouped, norm, over_channels, activation, save, use, excite, gate, rearrange, space, reduce, attention, mix)  # fmt: skip
+STEPS = (
+    conv, transposed, grouped, norm, over_channels, activation, save, use, excite, gate, rearrange, space, reduce,
+    attention, mix,
+)  # fmt: skip
 recipes = st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 119)), min_size=2, max_size=8)
 
 

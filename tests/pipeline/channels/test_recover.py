@@ -1,4 +1,6 @@
-"""A shrunk program can be trained: running statistics move, gradients reach every parameter, eval gives the program back."""
+"""A shrunk program can be trained: running statistics move, gradients reach every parameter, eval gives the program
+back.
+"""
 
 from __future__ import annotations
 
