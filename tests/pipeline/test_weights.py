@@ -186,6 +186,7 @@ def test_saved_weights_come_back_equal_in_every_memory_layout(tmp_path):
     base = torch.randn(4, 6)
     state = {
         "plain": torch.randn(3),
+        "whole": base,
         "transposed": base.t(),
         "slice": base[:, 2:4],
         "overlap": base[1:],
