@@ -125,9 +125,9 @@ def default_settings(model: nn.Module, *, recovery: bool = False, seed: int = 0)
 
     All take AdamW with a one-cycle learning rate, which gets furthest in few steps (ResNet-50 on digits, four epochs:
     97 % against 40 % with SGD). Models with batch norm bear a higher rate; all others (transformers, mixers, ConvNeXt,
-    VGG without norms) take a lower one and more epochs; so do depthwise convolutions (MobileNet, EfficientNet), which
-    learn slowly but cost little. `recovery` is for a model that was trained and then pruned: a lower rate, fewer epochs,
-    no label smoothing.
+    VGG without norms) take a lower one and more epochs. Depthwise convolutions (MobileNet, EfficientNet) learn slowly
+    but cost little, and take more epochs too. `recovery` is for a model that was trained and then pruned: a lower rate,
+    fewer epochs, no label smoothing.
     """
     if has_batch_norm(model):
         plain = TrainSettings(epochs=16 if has_depthwise(model) else 8, lr=2e-3, seed=seed)
