@@ -348,7 +348,7 @@ def _print_release(release: Release) -> None:
         "accuracy",
         f"{checked.dense_accuracy:.1%}",
         f"{checked.accuracy:.1%}",
-        f"{-checked.accuracy_drop_points:+.1f} points",
+        f"{0.0 - checked.accuracy_drop_points:+.1f} points",
     )
     table.add_row(
         "latency",

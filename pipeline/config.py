@@ -8,13 +8,19 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError, nearest
 from pipeline.training import TrainSettings
+
+# Only what was set is written out and fingerprinted: the rest is chosen from the model, and another choice.
+Training = Annotated[
+    TrainSettings | None,
+    PlainSerializer(lambda given: given.model_dump(exclude_unset=True) if given else None, return_type=dict | None),
+]
 
 
 class Section(BaseModel):
@@ -34,7 +40,7 @@ class BaselineSection(Section):
     """Stage 0: the dense model."""
 
     weights: str = Field("auto", description="a .safetensors/.pt file, 'pretrained', 'train', or 'auto' = train here")
-    train: TrainSettings | None = Field(None, description="how to train here; chosen from the model when left out")
+    train: Training = Field(None, description="how to train here; what is left out is chosen from the model")
     opset: int = Field(20, ge=18, description="ONNX opset of the dense reference file")
     threads: int = Field(1, ge=1, description="onnxruntime threads for the dense latency")
     seed: int = 0
@@ -68,7 +74,7 @@ class PruneSection(Section):
     groups: GroupSwitches = GroupSwitches()
     schedule: Literal["one-shot", "iterative", "gradual"] = "one-shot"
     steps: int = Field(3, ge=1, description="rounds of iterative pruning; mask updates per epoch when gradual")
-    train: TrainSettings | None = Field(None, description="the recovery between rounds (iterative, gradual)")
+    train: Training = Field(None, description="the recovery between rounds (iterative, gradual)")
     seed: int = 0
 
     @field_validator("align")
@@ -93,7 +99,7 @@ class FinetuneSection(Section):
     epochs: int | None = Field(None, ge=0, description="chosen from the model when left out; 0 skips recovery")
     distill_weight: float = Field(0.5, ge=0.0, le=1.0, description="share of the loss taught by the dense model")
     distill_temperature: float = Field(2.0, gt=0.0)
-    train: TrainSettings | None = Field(None, description="all settings; overrides the three above")
+    train: Training = Field(None, description="any other setting of the training; wins over the three above")
     seed: int = 0
 
 

@@ -133,6 +133,19 @@ def check_held(model: nn.Module, masks: Masks) -> None:
             )
 
 
+def maskable(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that `apply` can mask, shared ones by every name.
+
+    Recurrent layers hand their kernel the originals behind a parametrization's back, and what is parametrized already
+    (weight norm) cannot be masked a second time.
+    """
+    return frozenset(
+        name
+        for name, module, _ in _parameters(model)
+        if not isinstance(module, nn.RNNBase | parametrize.ParametrizationList)
+    )
+
+
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Name, module and attribute of every parameter: shared ones each time, masked ones by their plain name."""
     for prefix, module in model.named_modules(remove_duplicate=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline import models, runner
+from pipeline import masks, models, runner
 from pipeline.channels import Analysis, Size, analyse, capture
 from pipeline.config import Config
 from pipeline.runner import Step
@@ -53,6 +53,8 @@ def plan(config: Config) -> Plan:
     source, _ = runner.sources(config.model, None, config)
     model = source.build()
     analysis = analyse(capture(model, models.example(source)), s1_prune.policy_of(config.prune.groups))
-    removed = s1_prune.choose_groups(analysis, model.state_dict(), config.prune, config.prune.ratio)
+    removed = s1_prune.choose_groups(
+        analysis, model.state_dict(), config.prune, config.prune.ratio, masks.maskable(model)
+    )
     steps = runner.plan(config.model, None, config)
     return Plan(steps, analysis, removed, analysis.estimate(removed))

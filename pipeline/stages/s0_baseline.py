@@ -68,7 +68,7 @@ def _fill(
         return str(Path(cfg.weights).name), 0.0
     if cfg.weights == "auto" and not source.initial:
         return "as given", 0.0
-    settings = cfg.train or training.default_settings(model, seed=cfg.seed)
+    settings = training.default_settings(model, seed=cfg.seed, given=cfg.train)
     progress.say(
         f"  no weights were given: training {source.spec} on {data.name} for {settings.epochs} epochs "
         "(done once; reused from then on)"

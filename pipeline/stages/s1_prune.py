@@ -79,9 +79,16 @@ def policy_of(kinds: GroupSwitches) -> Policy:
     return Policy(**kinds.model_dump())
 
 
-def choose_groups(analysis: Analysis, state: Mapping[str, Tensor], cfg: PruneSection, ratio: float) -> Removed:
-    """Cluster name -> True for each group that goes at `ratio`: the lowest norms over the whole coupled group."""
-    scores = {c.name: group_norms(c, state, cfg.norm) for c in analysis.clusters}
+def choose_groups(
+    analysis: Analysis, state: Mapping[str, Tensor], cfg: PruneSection, ratio: float, maskable: frozenset[str]
+) -> Removed:
+    """Cluster name -> True for each group that goes at `ratio`: the lowest norms over the whole coupled group.
+
+    A cluster with a parameter outside `maskable` (a recurrent layer's) stays whole.
+    """
+    parameters = set(analysis.parameter_names())
+    clusters = [c for c in analysis.clusters if all(n in maskable for n, _ in c.labels if n in parameters)]
+    scores = {c.name: group_norms(c, state, cfg.norm) for c in clusters}
     share = ratio / cfg.ratio if cfg.ratio else 0.0  # how far a schedule has come; overrides grow with it
     budget = Budget(
         ratio=ratio,
@@ -90,15 +97,18 @@ def choose_groups(analysis: Analysis, state: Mapping[str, Tensor], cfg: PruneSec
         floor=cfg.floor,
         overrides={glob: share * final for glob, final in cfg.overrides.items()},
     )
-    return allocate(analysis.clusters, scores, budget)
+    whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
+    return whole | allocate(clusters, scores, budget)
 
 
 def _chooser(cfg: PruneSection, analysis: Analysis, model: nn.Module) -> Choose:
     """The method of the recipe as one function."""
     if cfg.method == "structured":
+        maskable = masks.maskable(model)
         return lambda state, ratio: {
             name: torch.from_numpy(mask)
-            for name, mask in analysis.masks(choose_groups(analysis, state, cfg, ratio)).items()
+            for name, mask in analysis.masks(choose_groups(analysis, state, cfg, ratio, maskable)).items()
+            if name in maskable  # a buffer, such as a fixed position table, holds no weights
         }
     if cfg.method == "unstructured":
         names = tuple(masks.prunable(model))
@@ -119,7 +129,7 @@ def _one_shot(cfg: PruneSection, model: nn.Module, data: Data, choose: Choose, o
 
 def _iterative(cfg: PruneSection, model: nn.Module, data: Data, choose: Choose, out: Path, progress: Progress) -> Masks:
     """`steps` rounds, each cutting an equal part of the way to the ratio and then recovering."""
-    settings = cfg.train or training.default_settings(model, recovery=True, seed=cfg.seed)
+    settings = training.default_settings(model, recovery=True, seed=cfg.seed, given=cfg.train)
     chosen: Masks = {}
     for number in range(1, cfg.steps + 1):
         chosen = choose(_effective(model), cfg.ratio * number / cfg.steps)
@@ -133,7 +143,7 @@ def _iterative(cfg: PruneSection, model: nn.Module, data: Data, choose: Choose, 
 
 def _gradual(cfg: PruneSection, model: nn.Module, data: Data, choose: Choose, out: Path, progress: Progress) -> Masks:
     """Masks tighten by the cubic schedule, `steps` times an epoch, while the model trains; then they hold."""
-    settings = cfg.train or training.default_settings(model, recovery=True, seed=cfg.seed)
+    settings = training.default_settings(model, recovery=True, seed=cfg.seed, given=cfg.train)
     masks.apply(model, choose(model.state_dict(), 0.0))
 
     def tighten(step: int, total: int) -> Masks | None:

@@ -30,10 +30,10 @@ def run(
     model = source.build()
     model.load_state_dict(pruned.weights())
     masks.apply(model, chosen)
-    settings = cfg.train or training.default_settings(model, recovery=True, seed=cfg.seed).model_copy(
-        update={"distill_weight": cfg.distill_weight, "distill_temperature": cfg.distill_temperature}
-        | ({} if cfg.epochs is None else {"epochs": cfg.epochs})
-    )
+    section = {"distill_weight": cfg.distill_weight, "distill_temperature": cfg.distill_temperature}
+    section |= {} if cfg.epochs is None else {"epochs": cfg.epochs}
+    given = cfg.train.model_dump(exclude_unset=True) if cfg.train else {}
+    settings = training.default_settings(model, recovery=True, seed=cfg.seed).model_copy(update=section | given)
     teacher = None
     if settings.distill_weight > 0:
         teacher = source.build()

@@ -93,3 +93,14 @@ def test_a_recipe_written_out_reads_back_to_the_same_value(tmp_path_factory, rat
     path.write_text(config.to_toml(made))
     assert config.load(path) == made
     assert isinstance(made, Config)
+
+
+def test_only_the_training_settings_that_were_set_are_written_out(tmp_path):
+    made = config.load(None, {"baseline.train.epochs": 3})
+    assert made.baseline.train is not None
+    assert made.baseline.train.model_fields_set == {"epochs"}
+    text = config.to_toml(made)
+    assert "[baseline.train]\nepochs = 3\n" in text
+    again = config.load(recipe(tmp_path, text))
+    assert again.baseline.train is not None
+    assert again.baseline.train.model_fields_set == {"epochs"}
