@@ -133,7 +133,7 @@ def default_settings(
     """
     if has_batch_norm(model):
         plain = TrainSettings(epochs=16 if has_depthwise(model) else 8, lr=2e-3, seed=seed)
-        changes: dict[str, Any] = {"epochs": 4, "lr": 5e-4, "label_smoothing": 0.0, "warmup": 0.1}
+        changes: dict[str, Any] = {"epochs": 4, "lr": 1e-3, "label_smoothing": 0.0, "warmup": 0.1}
     else:
         plain = TrainSettings(epochs=20, lr=5e-4, seed=seed)
         changes = {"epochs": 6, "lr": 1e-4, "label_smoothing": 0.0, "warmup": 0.1}

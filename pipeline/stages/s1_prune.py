@@ -86,7 +86,7 @@ def choose_groups(
 
     A cluster with a parameter outside `maskable` (a recurrent layer's) stays whole.
     """
-    parameters = set(analysis.parameter_names())
+    parameters = set(analysis.parameter_names)
     clusters = [c for c in analysis.clusters if all(n in maskable for n, _ in c.labels if n in parameters)]
     scores = {c.name: group_norms(c, state, cfg.norm) for c in clusters}
     share = ratio / cfg.ratio if cfg.ratio else 0.0  # how far a schedule has come; overrides grow with it
