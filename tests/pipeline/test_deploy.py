@@ -174,25 +174,43 @@ def test_plan_writes_nothing_and_names_groups(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_killed_in_any_stage_resumes_and_ends_in_the_same_result(artifacts, version, tmp_path, stage):
-    number = STAGES.index(stage)
-    building = tmp_path / "tiny" / ".partial" / f"{number}-{stage}.building"
-    process = subprocess.Popen(
-        command(tmp_path, "deploy", f"{TINY}:build", *QUICK), stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not building.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "tiny" / "v0001").exists()
+@pytest.mark.timeout(600)
+def test_a_run_killed_in_every_stage_in_turn_resumes_and_ends_in_the_same_result(artifacts, version, tmp_path):
+    model = tmp_path / "tiny"
+    for number, stage in enumerate(STAGES):
+        words = command(tmp_path, "deploy", f"{TINY}:build", *QUICK)
+        process = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not (model / ".partial" / f"{number}-{stage}.building" / ".fingerprint").exists():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        complete = [p.parent.name for p in sorted(model.glob(".partial/*/stage.json"))]
+        assert complete == [f"{n}-{name}" for n, name in enumerate(STAGES[:number])]
+        assert not (model / "v0001").exists()
     done = deploy(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("reused from the interrupted run") == number
-    resumed = tmp_path / "tiny" / "v0001"
+    assert done.stderr.count("reused from the interrupted run") == len(STAGES) - 1
     for name in ("0-baseline/weights.safetensors", "3-fold/weights.safetensors", "4-shrink/ledger.json"):
-        assert (resumed / name).read_bytes() == (version / name).read_bytes(), name
-    assert sorted(p.name for p in (tmp_path / "tiny").iterdir()) == [".lock", "current", "v0001"]
+        assert (model / "v0001" / name).read_bytes() == (version / name).read_bytes(), name
+    assert sorted(p.name for p in model.iterdir()) == [".lock", "current", "v0001"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_between_epochs_goes_on_with_the_next_one(version, tmp_path):
+    """The long stage: its checkpoint is used, and the weights are those of a run that was never killed."""
+    words = command(tmp_path, "deploy", f"{TINY}:build", *QUICK, "--until", "baseline")
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
+    checkpoint = tmp_path / "tiny" / ".partial" / "0-baseline.building" / "training.pt"
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming after epoch" in done.stderr
+    resumed = tmp_path / "tiny" / ".partial" / "0-baseline" / "weights.safetensors"
+    assert resumed.read_bytes() == (version / "0-baseline" / "weights.safetensors").read_bytes()
