@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
 INTERRUPTED = 130
-OUR_BUG = 3
+STAGE_FAILED = 3
 
 
 class _Group(click.Group):
@@ -46,10 +46,16 @@ class _Group(click.Group):
             sys.exit(INTERRUPTED)
         except BrokenPipeError:
             sys.exit(0)
-        except Exception:
+        except Exception as error:
+            from exporters import ExportError
+            from validators import ValidationError
+
+            if isinstance(error, ExportError | ValidationError):
+                _complain(console, error.message, error.hint)
+                sys.exit(STAGE_FAILED)
             traceback.print_exc()
             _complain(console, "That is a bug in leanort.", "Please report the lines above.")
-            sys.exit(OUR_BUG)
+            sys.exit(STAGE_FAILED)
 
 
 def _complain(console: Console, message: str, hint: str) -> None:

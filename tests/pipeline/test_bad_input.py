@@ -258,3 +258,12 @@ def test_an_unknown_stage_and_an_unknown_version(tmp_path):
     assert "finetune" in refused(tmp_path, TINY, *SMALL, "--until", "finetun")
     result = CliRunner().invoke(main, ["show", "resnet50", "--out", str(tmp_path)])
     assert result.exit_code == 2
+
+
+def test_an_opset_that_the_exporter_cannot_write_is_a_failed_stage_in_one_line(tmp_path):
+    words = [TINY, *SMALL, "--name", "tiny", "--out", str(tmp_path), "--set", "export.opset=99", "--until", "export"]
+    words += ["--set", "baseline.train.epochs=1", "--set", "finetune.epochs=0"]
+    result = CliRunner().invoke(main, ["deploy", *words])
+    assert result.exit_code == 3
+    assert "opset 99" in result.output
+    assert "Traceback" not in result.output
