@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch.utils import _pytree as pytree
 
 from exporters import describe
 from pipeline.artifacts import Baseline, Exported, Folded, Hop, Optimized, Shrunk, Validated
@@ -37,8 +35,6 @@ from validators import (
 
 BATCHES = (1, 3, 8)
 EVALUATION_BATCH = 64
-LARGE = "large"  # how the edge feeds of huge values are labelled
-ROUNDING_MARGIN = 4.0
 
 
 def run(
@@ -57,14 +53,7 @@ def run(
     chain = _chain(cfg, source, folded, shrunk, exported, optimized)
     feeds = _feeds(cfg, chain[-1], data)
     progress.say(f"  parity of {len(chain)} models on {len(feeds)} feeds")
-    large = [feed for feed in feeds if feed.label.startswith(LARGE)]
-    ordinary = [feed for feed in feeds if feed not in large]
-    budget = _large_budget(cfg, source, folded, large)
-    chains = (
-        compare_chain(chain, ordinary, atol=cfg.parity, rtol=0.0),
-        compare_chain(chain, large, atol=budget, rtol=0.0),
-    )
-    reports = [report for chained in chains for report in chained.hops]
+    parity = compare_chain(chain, feeds, atol=cfg.parity, rtol=0.0)
     dense, shipped = (
         OrtRunner(path, threads=cfg.threads, name=name)
         for name, path in (("dense", baseline.onnx), ("shipped", optimized.onnx))
@@ -77,20 +66,18 @@ def run(
     feed = random_feeds(shipped.inputs, seed=cfg.seed, batches=(cfg.batch_size,))[0]
     latency = race({"dense": dense, "shipped": shipped}, feed, reference="dense", seconds=cfg.seconds, seed=cfg.seed)
     before, after = (measure(r.path, feed, threads=cfg.threads) for r in (dense, shipped))
-    hops = tuple(_hop(report) for report in reports)
+    hops = tuple(_hop(report) for report in parity.hops)
     drop = accuracy.drop.value
     ratio = latency.runners["shipped"].ratio
     metrics: dict[str, float | Measured | None] = {
-        **{_metric(report): report.max_scaled for report in reports},
+        **{f"parity {hop.reference} - {hop.candidate}": r.max_scaled for hop, r in zip(hops, parity.hops, strict=True)},
         "accuracy drop (points)": drop,
         "latency (of dense)": ratio,
         "file size (of dense)": after.bytes / before.bytes,
     }
-    verdict = judge(metrics, _limits(cfg, reports))
-    for name, report in (("accuracy", accuracy), ("latency", latency), ("verdict", verdict)):
+    verdict = judge(metrics, _limits(cfg, hops))
+    for name, report in (("parity", parity), ("accuracy", accuracy), ("latency", latency), ("verdict", verdict)):
         (out / f"{name}.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    parity = {"hops": [report.model_dump(mode="json") for report in reports]}
-    (out / "parity.json").write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
     structure = {"dense": before.model_dump(mode="json"), "shipped": after.model_dump(mode="json")}
     for entry in structure.values():
         del entry["path"]
@@ -153,44 +140,9 @@ def _feeds(cfg: GateSection, shipped: Runner, data: Data) -> list[Feed]:
     ]
 
 
-def _large_budget(cfg: GateSection, source: ModelSource, folded: Folded, large: list[Feed]) -> float:
-    """What float32 rounding itself does to the output when the inputs are huge, as a share of max(1, max|y|).
-
-    Inputs of ±1000 leave rounding errors of their own size in a network whose clamps and norms bring the output back to
-    order 1, so the limit for ordinary inputs says nothing there. The folded model is run in float32 and in float64, and
-    two correct float32 evaluations may each be that far from the truth, on either side: the budget is
-    ROUNDING_MARGIN times the difference, and never below the recipe's limit. A model that cannot run in float64 keeps
-    the recipe's limit.
-    """
-    model = source.build()
-    model.load_state_dict(folded.weights())
-    precise = copy.deepcopy(model).double()
-    worst = 0.0
-    for feed in large:
-        inputs = [torch.from_numpy(array) for array in feed.arrays.values()]
-        with torch.no_grad():
-            try:
-                truth = _first(precise(*(x.double() if x.is_floating_point() else x for x in inputs)))
-            except RuntimeError:  # float32 constants in the model's own code
-                return cfg.parity
-            error = (_first(model(*inputs)).double() - truth).abs().max() / max(1.0, float(truth.abs().max()))
-        worst = max(worst, float(error))
-    return max(cfg.parity, ROUNDING_MARGIN * worst)
-
-
-def _first(output: object) -> torch.Tensor:
-    """The first tensor of a model's output."""
-    return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor))
-
-
-def _metric(report: ParityReport) -> str:
-    large = all(feed.startswith(LARGE) for feed in report.feeds)
-    return f"parity {report.reference} - {report.candidate}" + (" (huge inputs)" if large else "")
-
-
-def _limits(cfg: GateSection, reports: list[ParityReport]) -> list[Limit]:
+def _limits(cfg: GateSection, hops: tuple[Hop, ...]) -> list[Limit]:
     return [
-        *(Limit(metric=_metric(report), operator="<=", value=report.atol) for report in reports),
+        *(Limit(metric=f"parity {h.reference} - {h.candidate}", operator="<=", value=cfg.parity) for h in hops),
         Limit(metric="accuracy drop (points)", operator="<=", value=cfg.max_accuracy_drop_points),
         Limit(metric="latency (of dense)", operator="<=", value=cfg.max_latency_ratio),
         Limit(metric="file size (of dense)", operator="<=", value=cfg.max_size_ratio),
