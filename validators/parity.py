@@ -7,6 +7,12 @@ The rule, for every output tensor of every feed, element by element:
 where max|reference| runs over the whole tensor: float32 rounding grows with the size of what is summed, not with the
 size of the one number that comes out. With rtol = 0 the first term is the whole rule. There are no default tolerances.
 
+Where the caller can also run the function in float64 (`precise`), float32 rounding is measured instead of assumed: on a
+feed where the first model of the chain is itself off by r from its float64 result, two correct float32 models may
+differ by ROUNDING_MARGIN · r, so that much is allowed where it is more than the rule. Inputs of ±1000 are such feeds:
+clamps and norms bring the outputs back to order one, and the rounding of what lies between them with it. A feed on
+which float32 itself loses more than ROUNDING_CEILING · max(1, max|reference|) tells nothing, and fails.
+
 These fail whatever the tolerance: another shape, type or set of outputs; a NaN anywhere; an infinity that is not in
 both at the same place; integers or booleans that differ; a model that raises; and a comparison that could not have
 failed, since there were no feeds, or since an output stayed below the tolerance in every feed (where all zeros would
@@ -26,12 +32,18 @@ from validators.errors import ValidationError
 from validators.feeds import Feed
 from validators.runners import Array, Runner
 
+# Either side of a comparison has its own rounding error, and another order of summation may double the one measured.
+ROUNDING_MARGIN = 4.0
+# Three decimal digits left: less is no comparison any more.
+ROUNDING_CEILING = 1e-3
+
 
 class OutputParity(BaseModel):
     """One output of one feed compared.
 
     Errors are |candidate − reference|; relative ones are divided by |reference|, leaving out elements so small that
     rounding at the tensor's scale alone exceeds them. `scale` is max|reference|, `tolerance` is atol · max(1, scale),
+    or ROUNDING_MARGIN · `rounding` where that is more; `rounding` is the measured float32 error of the first model.
     `telling` whether all zeros would have failed, or agreement is within atol · scale. `ulp_*` count the representable
     numbers between the two values (median, 99th percentile, largest). `cosine` is over the flattened tensors. `top1` is
     the share of rows with the same largest element, for 2-D outputs. What cannot be computed is None.
@@ -47,6 +59,7 @@ class OutputParity(BaseModel):
     elements: int = 0
     scale: float | None = None
     tolerance: float | None = None
+    rounding: float | None = None
     telling: bool = False
     max_abs: float | None = None
     mean_abs: float | None = None
@@ -62,8 +75,9 @@ class OutputParity(BaseModel):
 class ParityReport(BaseModel):
     """Two models compared on several feeds. `reasons` is empty when it passed; `worst` is the largest error's entry.
 
-    `max_abs` and `max_scaled` (max_abs / max(1, scale), what `atol` bounds when rtol is 0) are the largest over all
-    outputs and feeds, `top1` is the smallest. All three are None unless every output of every feed was compared, so
+    `max_abs` and `max_scaled` (max_abs / max(1, scale)) are the largest over all outputs and feeds, `top1` is the
+    smallest. `judged` is what `atol` bounds when rtol is 0: `max_scaled`, but for outputs whose tolerance comes from
+    measured rounding the same share of that tolerance. All are None unless every output of every feed was compared, so
     that a limit on one of them cannot be met by what was left out.
     """
 
@@ -80,6 +94,7 @@ class ParityReport(BaseModel):
     worst: OutputParity | None
     max_abs: float | None
     max_scaled: float | None
+    judged: float | None
     top1: float | None
 
 
@@ -102,8 +117,13 @@ def compare(reference: Runner, candidate: Runner, feeds: Sequence[Feed], *, atol
     return compare_chain([reference, candidate], feeds, atol=atol, rtol=rtol).hops[0]
 
 
-def compare_chain(runners: Sequence[Runner], feeds: Sequence[Feed], *, atol: float, rtol: float) -> ChainReport:
+def compare_chain(
+    runners: Sequence[Runner], feeds: Sequence[Feed], *, atol: float, rtol: float, precise: Runner | None = None
+) -> ChainReport:
     """Compare each model with the next, so that a failure names the hop; every model runs every feed once.
+
+    `precise` computes the function of the first model in float64; without it, or where it fails, no rounding is
+    allowed beyond the rule.
 
     Raises ValidationError for fewer than two models, or a tolerance that is negative or not finite.
     """
@@ -113,9 +133,12 @@ def compare_chain(runners: Sequence[Runner], feeds: Sequence[Feed], *, atol: flo
         raise ValidationError(f"Tolerances must be finite and not negative (atol={atol}, rtol={rtol}).")
     hops = []
     before = [_answer(runners[0], feed) for feed in feeds]
+    roundings = [
+        _rounding(answer, _answer(precise, feed)) if precise else {} for answer, feed in zip(before, feeds, strict=True)
+    ]
     for left, right in pairwise(runners):
         after = [_answer(right, feed) for feed in feeds]
-        hops.append(_report(left.name, right.name, feeds, before, after, atol, rtol))
+        hops.append(_report(left.name, right.name, feeds, before, after, roundings, atol, rtol))
         before = after
     broken = next((hop for hop in hops if not hop.passed), None)
     return ChainReport(
@@ -126,9 +149,16 @@ def compare_chain(runners: Sequence[Runner], feeds: Sequence[Feed], *, atol: flo
 
 
 def compare_arrays(
-    reference: Array, candidate: Array, *, atol: float, rtol: float, feed: str = "", output: str = ""
+    reference: Array,
+    candidate: Array,
+    *,
+    atol: float,
+    rtol: float,
+    rounding: float | None = None,
+    feed: str = "",
+    output: str = "",
 ) -> OutputParity:
-    """Compare two tensors by the rule at the top of this module."""
+    """Compare two tensors by the rule at the top of this module; `rounding` is the measured float32 error, if any."""
 
     def failed(reason: str) -> OutputParity:
         return OutputParity(feed=feed, output=output, passed=False, reason=reason, shape=reference.shape)
@@ -147,11 +177,18 @@ def compare_arrays(
         return failed("an infinity in one is not in the other")
     if not finite.any():
         return failed("no finite element to compare")
-    return _measured(reference, candidate, finite, atol, rtol, feed, output)
+    return _measured(reference, candidate, finite, atol, rtol, rounding, feed, output)
 
 
 def _measured(
-    reference: Array, candidate: Array, finite: Array, atol: float, rtol: float, feed: str, output: str
+    reference: Array,
+    candidate: Array,
+    finite: Array,
+    atol: float,
+    rtol: float,
+    lost: float | None,
+    feed: str,
+    output: str,
 ) -> OutputParity:
     exact = not np.issubdtype(reference.dtype, np.floating)
     wanted = reference[finite].astype(np.float64)
@@ -159,7 +196,8 @@ def _measured(
     size = np.abs(wanted)
     error = np.abs(found - wanted)
     scale = float(size.max())
-    tolerance = 0.0 if exact else atol * max(1.0, scale)
+    tolerance = 0.0 if exact else max(atol * max(1.0, scale), ROUNDING_MARGIN * (lost or 0.0))
+    hopeless = lost is not None and lost > ROUNDING_CEILING * max(1.0, scale)
     excess = error - tolerance - (0.0 if exact else rtol * size)
     bad = int((excess > 0).sum())
     rounding = 0.0 if exact else float(np.finfo(reference.dtype).eps) * scale
@@ -170,14 +208,17 @@ def _measured(
     return OutputParity(
         feed=feed,
         output=output,
-        passed=bad == 0,
-        reason=f"{bad} of {error.size} elements differ by up to {error.max():.3g}, allowed {tolerance:.3g}"
+        passed=bad == 0 and not hopeless,
+        reason=f"float32 itself is off by {lost:.3g} here, so nothing can be told"
+        if hopeless
+        else f"{bad} of {error.size} elements differ by up to {error.max():.3g}, allowed {tolerance:.3g}"
         if bad
         else "",
         shape=reference.shape,
         elements=int(error.size),
         scale=scale,
         tolerance=tolerance,
+        rounding=lost,
         telling=tolerance + rtol * scale < scale or float(error.max()) <= atol * scale,
         max_abs=float(error.max()),
         mean_abs=float(error.mean()),
@@ -216,25 +257,43 @@ def _answer(runner: Runner, feed: Feed) -> _Answer:
         return f"{runner.name} fails: {error}"
 
 
+def _rounding(answer: _Answer, truth: _Answer) -> dict[str, float]:
+    """Output name -> largest difference of a float32 answer from the float64 one, where both are finite and alike."""
+    if isinstance(answer, str) or isinstance(truth, str):
+        return {}
+    found: dict[str, float] = {}
+    for name, value in answer.items():
+        exact = truth.get(name)
+        if exact is None or exact.shape != value.shape or not value.size or exact.dtype != np.float64:
+            continue
+        error = float(np.abs(value.astype(np.float64) - exact).max())
+        if math.isfinite(error):
+            found[name] = error
+    return found
+
+
 def _report(
     reference: str,
     candidate: str,
     feeds: Sequence[Feed],
     wanted: Sequence[_Answer],
     found: Sequence[_Answer],
+    roundings: Sequence[dict[str, float]],
     atol: float,
     rtol: float,
 ) -> ParityReport:
     outputs: list[OutputParity] = []
     gaps: list[str] = []
-    for feed, left, right in zip(feeds, wanted, found, strict=True):
+    for feed, left, right, lost in zip(feeds, wanted, found, roundings, strict=True):
         if isinstance(left, str) or isinstance(right, str):
             gaps += [f"{feed.label}: {answer}" for answer in (left, right) if isinstance(answer, str)]
         elif left.keys() != right.keys() or not left:
             gaps.append(f"{feed.label}: outputs {', '.join(right) or 'none'} instead of {', '.join(left) or 'none'}")
         else:
             outputs += [
-                compare_arrays(left[name], right[name], atol=atol, rtol=rtol, feed=feed.label, output=name)
+                compare_arrays(
+                    left[name], right[name], atol=atol, rtol=rtol, rounding=lost.get(name), feed=feed.label, output=name
+                )
                 for name in left
             ]
     if not feeds:
@@ -260,9 +319,19 @@ def _report(
         worst=worst,
         max_abs=max((entry.max_abs or 0.0 for entry in complete), default=None),
         max_scaled=max(map(_scaled, complete), default=None),
+        judged=max((_judged(entry, atol) for entry in complete), default=None),
         top1=min((entry.top1 for entry in complete if entry.top1 is not None), default=None),
     )
 
 
 def _scaled(entry: OutputParity) -> float:
     return (entry.max_abs or 0.0) / max(1.0, entry.scale or 0.0)
+
+
+def _judged(entry: OutputParity, atol: float) -> float:
+    """The error in units of what `atol` bounds."""
+    if entry.rounding is None or entry.tolerance is None or entry.tolerance <= atol * max(1.0, entry.scale or 0.0):
+        return _scaled(entry)
+    if not entry.passed and entry.rounding > ROUNDING_CEILING * max(1.0, entry.scale or 0.0):
+        return math.inf
+    return atol * (entry.max_abs or 0.0) / entry.tolerance

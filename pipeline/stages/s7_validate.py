@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from exporters import describe
 from pipeline.artifacts import Baseline, Exported, Folded, Hop, Optimized, Shrunk, Validated
+from pipeline.channels import Captured, capture
 from pipeline.config import GateSection
 from pipeline.data import Data
 from pipeline.models import ModelSource, example
@@ -50,10 +53,10 @@ def run(
     progress: Progress,
 ) -> Validated:
     """Measure everything, then judge it by the recipe's limits. Raises ValidationError when a model cannot be run."""
-    chain = _chain(cfg, source, folded, shrunk, exported, optimized)
+    chain, precise = _chain(cfg, source, folded, shrunk, exported, optimized)
     feeds = _feeds(cfg, chain[-1], data)
     progress.say(f"  parity of {len(chain)} models on {len(feeds)} feeds")
-    parity = compare_chain(chain, feeds, atol=cfg.parity, rtol=0.0)
+    parity = compare_chain(chain, feeds, atol=cfg.parity, rtol=0.0, precise=precise)
     dense, shipped = (
         OrtRunner(path, threads=cfg.threads, name=name)
         for name, path in (("dense", baseline.onnx), ("shipped", optimized.onnx))
@@ -70,7 +73,7 @@ def run(
     drop = accuracy.drop.value
     ratio = latency.runners["shipped"].ratio
     metrics: dict[str, float | Measured | None] = {
-        **{f"parity {hop.reference} - {hop.candidate}": r.max_scaled for hop, r in zip(hops, parity.hops, strict=True)},
+        **{f"parity {hop.reference} - {hop.candidate}": r.judged for hop, r in zip(hops, parity.hops, strict=True)},
         "accuracy drop (points)": drop,
         "latency (of dense)": ratio,
         "file size (of dense)": after.bytes / before.bytes,
@@ -107,10 +110,26 @@ def run(
     )
 
 
+class _Precise:
+    """A captured model in float64: what float32 rounding costs on a feed is measured against it."""
+
+    name = "folded in float64"
+
+    def __init__(self, captured: Captured, like: Runner, outputs: Sequence[str]) -> None:
+        self.inputs, self.threads = like.inputs, like.threads
+        self._captured, self._outputs = captured, outputs
+
+    def infer(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        """Run once, every float32 of the graph in float64."""
+        found = self._captured(*(torch.tensor(feed[spec.name]) for spec in self.inputs), dtype=torch.float64)
+        tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+        return {name: tensor.numpy(force=True) for name, tensor in zip(self._outputs, tensors, strict=True)}
+
+
 def _chain(
     cfg: GateSection, source: ModelSource, folded: Folded, shrunk: Shrunk, exported: Exported, optimized: Optimized
-) -> list[Runner]:
-    """Folded, shrunk, exported, optimised: each is compared with the one before it."""
+) -> tuple[list[Runner], Runner]:
+    """Folded, shrunk, exported, optimised, each to be compared with the one before it; and folded in float64."""
     summary = describe(exported.onnx)
     names = [spec.name for spec in summary.inputs]
     outputs = [spec.name for spec in summary.outputs]
@@ -123,11 +142,12 @@ def _chain(
         )
         for name, program in (("folded", model.eval()), ("shrunk", shrunk.program()))
     ]
-    return [
+    chain: list[Runner] = [
         *torch_runners,
         OrtRunner(exported.onnx, threads=cfg.threads, optimize=False, name="exported"),
         OrtRunner(optimized.onnx, threads=cfg.threads, name="optimized"),
     ]
+    return chain, _Precise(capture(model, inputs), chain[0], outputs)
 
 
 def _feeds(cfg: GateSection, shipped: Runner, data: Data) -> list[Feed]:

@@ -199,3 +199,55 @@ def test_tolerances_and_models_are_checked(function_runner, feeds):
             compare(runner, runner, feeds, atol=atol, rtol=rtol)
     with pytest.raises(ValidationError, match="two models"):
         compare_chain([runner], feeds, atol=1, rtol=0)
+
+
+# -- measured rounding ---------------------------------------------------------------------------------------------
+
+
+def shaky(x):
+    """x + 1000 − 1000 in float32: off by up to 3e-5 from x, and exact in float64."""
+    return x + x.dtype.type(1000) - x.dtype.type(1000)
+
+
+def rounding_chain(function_runner, candidate, precise):
+    reference = function_runner(shaky, "reference")
+    feed = [Feed("any", {"input": np.linspace(-1, 1, 30, dtype=F32).reshape(10, 3)})]
+    truth = function_runner(lambda x: precise(x.astype(np.float64)), "float64")
+    other = function_runner(candidate, "candidate")
+    return compare_chain([reference, other], feed, atol=1e-6, rtol=0, precise=truth).hops[0]
+
+
+def test_rounding_that_float32_itself_shows_is_allowed(function_runner):
+    hop = rounding_chain(function_runner, lambda x: x + F32(500) - F32(500), shaky)
+    assert hop.passed
+    assert hop.max_abs > 1e-6 and hop.judged <= 1e-6  # the rule alone would have refused it
+
+
+def test_a_fault_beyond_measured_rounding_fails(function_runner):
+    hop = rounding_chain(function_runner, lambda x: shaky(x) * F32(1.001), shaky)
+    assert not hop.passed
+    assert hop.judged > 1e-6
+
+
+def test_without_rounding_the_rule_alone_holds(function_runner):
+    """The reference is exact here, so float64 grants nothing: an error above atol fails, one below passes."""
+    for error, passed in ((2e-6, False), (5e-7, True)):
+        exact = function_runner(lambda x: x, "reference")
+        wrong = function_runner(lambda x, e=error: x + F32(e), "candidate")
+        truth = function_runner(lambda x: x.astype(np.float64), "float64")
+        feed = [Feed("zeros", {"input": np.zeros((2, 3), F32)}), Feed("ones", {"input": np.ones((2, 3), F32)})]
+        hop = compare_chain([exact, wrong], feed, atol=1e-6, rtol=0, precise=truth).hops[0]
+        assert hop.passed is passed
+
+
+@pytest.mark.parametrize("truth", [lambda x: x[:1], lambda x: x.astype(F32), lambda x: x * np.nan])
+def test_a_float64_model_that_does_not_fit_grants_nothing(function_runner, truth):
+    assert not rounding_chain(function_runner, lambda x: x + F32(500) - F32(500), truth).passed
+
+
+def test_a_feed_on_which_float32_loses_everything_fails(function_runner):
+    """The float64 model disagrees by 1 %: whatever the reason, no comparison on this feed can be trusted."""
+    hop = rounding_chain(function_runner, shaky, lambda x: x * 1.01)
+    assert not hop.passed
+    assert "nothing can be told" in hop.reasons[0]
+    assert hop.judged == np.inf
