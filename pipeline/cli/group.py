@@ -1,0 +1,82 @@
+"""The command itself: how errors are said, and the words and options that several commands share."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from pipeline.errors import LeanortError
+
+EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
+INTERRUPTED = 130
+STAGE_FAILED = 3
+
+
+class _Group(click.Group):
+    """Turns errors into one line, the next thing to do, and the right exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:  # click's own signature
+        """Run the command; a traceback is shown only for a bug of ours."""
+        kwargs["standalone_mode"] = False
+        console = Console(stderr=True)
+        try:
+            code = super().main(*args, **kwargs)
+            sys.exit(code if isinstance(code, int) else 0)
+        except LeanortError as error:
+            complain(console, error.message, error.hint)
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(2)
+        except (click.Abort, KeyboardInterrupt):
+            complain(console, "Interrupted.", "The same command goes on from the last complete stage.")
+            sys.exit(INTERRUPTED)
+        except BrokenPipeError:
+            sys.exit(0)
+        except Exception as error:
+            from exporters import ExportError
+            from validators import ValidationError
+
+            if isinstance(error, ExportError | ValidationError):
+                complain(console, error.message, error.hint)
+                sys.exit(STAGE_FAILED)
+            traceback.print_exc()
+            complain(console, "That is a bug in leanort.", "Please report the lines above.")
+            sys.exit(STAGE_FAILED)
+
+
+def complain(console: Console, message: str, hint: str) -> None:
+    """Say what was wrong and, if known, what to do next."""
+    console.print(f"[bold red]error:[/] {plain(message)}", highlight=False, soft_wrap=True)
+    if hint:
+        console.print(f"  [dim]->[/] {plain(hint)}", highlight=False, soft_wrap=True)
+
+
+def plain(text: str) -> str:
+    """Text as it is: square brackets are not markup."""
+    return text.replace("[", r"\[")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="leanort")
+def main() -> None:
+    """Ship a pruned, physically smaller, verified ONNX Runtime release of a PyTorch model.
+
+    \b
+    leanort plan resnet50                 what would run; which channels can go; what blocks the rest
+    leanort deploy resnet50               the whole chain on the embedded data
+    leanort deploy resnet50 --ratio 0.3   the same, gentler
+    leanort show resnet50                 the figures of the newest version
+    leanort verify resnet50/v0001         every hash, back to the dense model
+
+    \b
+    Exit codes: 0 pass · 1 a gate failed · 2 usage · 3 a stage failed · 4 the measurement could not decide
+    """
+
+
+OUT = click.option("--out", type=click.Path(path_type=Path), default=Path("artifacts"), help="The artifacts folder.")

@@ -1,0 +1,171 @@
+"""Versions on disk: list, show, diff, verify."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.cli.group import OUT, main, plain
+from pipeline.errors import VersionError
+
+if TYPE_CHECKING:
+    from pipeline.runner import Release
+
+
+@main.command("list")
+@OUT
+@click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
+def list_(out: Path, as_json: bool) -> None:
+    """List every version: verdict, key figures, and which one is current (*)."""
+    from pipeline import runner, store
+    from pipeline.artifacts import Validated
+
+    rows = [
+        (folder.name, version.name, version == store.current(folder), runner.open_release(version)[Validated])
+        for folder in store.models(out)
+        for version in store.versions(folder)
+    ]
+    if as_json:
+        click.echo(
+            json.dumps(
+                [
+                    {"model": m, "version": v, "current": c, **a.scalars(), "verdict": a.verdict.outcome}
+                    for m, v, c, a in rows
+                ]
+            )
+        )
+        return
+    if not rows:
+        click.echo(f"No versions in {out} yet. Start with: leanort deploy resnet50")
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("model", "version", "verdict", "accuracy", "latency", "of dense", "size"):
+        table.add_column(column)
+    for model, version, is_current, figures in rows:
+        table.add_row(
+            model,
+            version + (" *" if is_current else ""),
+            figures.verdict.outcome,
+            f"{figures.accuracy:.1%}",
+            f"{figures.latency_ms:.3g} ms",
+            f"{figures.latency_ratio:.2f}",
+            f"{figures.bytes / 1e6:.3g} MB",
+        )
+    Console().print(table)
+
+
+@main.command()
+@click.argument("version", metavar="MODEL[/VERSION]")
+@OUT
+@click.option("--json", "as_json", is_flag=True, help="The manifest on stdout.")
+def show(version: str, out: Path, as_json: bool) -> None:
+    """Show one version: MODEL is its newest, MODEL/v0002 or MODEL/current a certain one."""
+    from pipeline import runner, store
+
+    release = runner.open_release(store.resolve(out, version))
+    if as_json:
+        click.echo(release.manifest.model_dump_json(indent=2))
+        return
+    print_release(release)
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "seconds", "reused from"):
+        table.add_column(column)
+    for record in release.manifest.stages:
+        table.add_row(record.stage, f"{record.seconds:.1f}", release.manifest.reused.get(record.stage, ""))
+    Console().print(table)
+
+
+@main.command()
+@click.argument("a", metavar="MODEL[/VERSION]")
+@click.argument("b", metavar="MODEL[/VERSION]")
+@OUT
+def diff(a: str, b: str, out: Path) -> None:
+    """Show what differs between two versions: recipe, widths per layer, figures."""
+    from pipeline import runner, store
+    from pipeline.differences import differences
+
+    first, second = (runner.open_release(store.resolve(out, name)) for name in (a, b))
+    changes = differences(first, second)
+    if not changes:
+        click.echo("No difference.")
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in (
+        "what",
+        f"{first.folder.parent.name}/{first.folder.name}",
+        f"{second.folder.parent.name}/{second.folder.name}",
+    ):
+        table.add_column(column, overflow="fold")
+    for what, before, after in changes:
+        table.add_row(plain(what), plain(before), plain(after))
+    Console().print(table)
+
+
+@main.command()
+@click.argument("version", metavar="MODEL[/VERSION]")
+@OUT
+def verify(version: str, out: Path) -> None:
+    """Check every byte of a version against its manifest, and the chain of digests back to the dense model."""
+    from pipeline import manifest, store
+
+    folder = store.resolve(out, version)
+    faults = manifest.faults(folder)
+    for fault in faults:
+        click.echo(f"{folder}: {fault}")
+    if faults:
+        raise VersionError(f"{folder} is not what was sealed: {len(faults)} fault(s).", "Deploy again; do not ship it.")
+    made = manifest.read(folder)
+    count = len(made.files) + sum(len(record.files) for record in made.stages)
+    click.echo(f"{folder}: {count} files as sealed; the shipped file leads back to the dense model.")
+
+
+def print_release(release: Release) -> None:
+    """The verdict and the headline figures."""
+    from pipeline.artifacts import Baseline, Shrunk, Validated
+
+    checked, shrunk, dense = release[Validated], release[Shrunk], release[Baseline]
+    console = Console()
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "dense", "shipped", ""):
+        table.add_column(column, justify="left")
+    table.add_row(
+        "accuracy",
+        f"{checked.dense_accuracy:.1%}",
+        f"{checked.accuracy:.1%}",
+        f"{0.0 - checked.accuracy_drop_points:+.1f} points",
+    )
+    table.add_row(
+        "latency",
+        f"{checked.dense_latency_ms:.3g} ms",
+        f"{checked.latency_ms:.3g} ms",
+        f"x {checked.latency_ratio:.3f} ({checked.latency_ratio_low:.3f} to {checked.latency_ratio_high:.3f})",
+    )
+    table.add_row(
+        "file size",
+        f"{checked.dense_bytes / 1e6:.3g} MB",
+        f"{checked.bytes / 1e6:.3g} MB",
+        f"x {checked.bytes / checked.dense_bytes:.3f}",
+    )
+    table.add_row(
+        "parameters", f"{dense.params:,}", f"{shrunk.params_after:,}", f"x {shrunk.params_after / dense.params:.3f}"
+    )
+    table.add_row(
+        "MACs", f"{dense.macs:,}", f"{shrunk.macs_after:,}", f"x {shrunk.macs_after / max(1, dense.macs):.3f}"
+    )
+    console.print(table)
+    if not shrunk.removed:
+        console.print(plain(shrunk.statement), highlight=False)
+    colour = {"pass": "green", "fail": "red"}.get(checked.verdict.outcome, "yellow")
+    console.print(
+        f"[bold {colour}]{checked.verdict.outcome}[/]  {release.folder}  (report: {release.folder / 'report.html'})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for check in checked.verdict.checks:
+        if check.outcome != "pass":
+            console.print(f"  [{colour}]{check.outcome}[/] {plain(check.reason)}", highlight=False, soft_wrap=True)
