@@ -1,14 +1,17 @@
 """Shrink a list of models at random and prove each: `python benchmarks/zoo.py MODELS.json --ratio 0.5 --seed 0 --out
 zoo.jsonl`.
 
-MODELS.json: [{"model": SPEC, "input": [C, H, W]}, ...]; SPEC as for `leanort deploy`; "input" may be left out where
-the model says itself what it takes. Every model runs in a process of its own, under a time and a memory limit: random
-weights, random norm parameters and statistics, random groups of every cluster masked, folded, shrunk, proved, exported
-to ONNX with a dynamic batch, run in onnxruntime at two batch sizes. One JSON line each; a summary table at the end.
+MODELS.json: [{"model": SPEC, "input": [C, H, W]}, ...]; SPEC as for `leanort deploy`; "input" is [C, T, H, W] for
+clips and may be left out where the model says itself what it takes. Every model runs in a process of its own, under a
+time and a memory limit: random weights, random norm parameters and statistics, random groups of every cluster masked,
+folded, shrunk, proved, exported to ONNX with a dynamic batch, run in onnxruntime at two batch sizes. One JSON line
+each, written as soon as it is known; a summary table at the end, also of what was done before Ctrl-C.
 
 status: exact    differences within 1e-5·max(1, max|y|) in torch and in onnxruntime, and the control dwarfs that
-        refused  the engine or torch.export said no, with the reason
+        refused  the engine or torch.export said no, or torch.onnx cannot translate even the dense model; the reason
+                 names the operator
         failed   anything else
+Exit codes: 0 all exact or refused · 1 something failed · 2 the list cannot be read · 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ KEYS = (
 )  # fmt: skip
 # The control removes the same channels without zeroing them first; ten tolerances away it cannot be rounding.
 CONTROL_FACTOR = 10.0
+TOLERANCE = 1e-5  # of max(1, largest output), in torch and in onnxruntime
 
 
 def main() -> int:
@@ -53,16 +57,50 @@ def main() -> int:
     if args.one is not None:
         print(json.dumps(shrink_one(json.loads(args.one), args.ratio, args.seed, not args.no_onnx)))
         return 0
-    lines = []
-    with args.out.open("w") as out:
-        for entry in json.loads(args.models.read_text()):
-            line = in_own_process(entry, args)
-            lines.append(line)
-            out.write(json.dumps(line) + "\n")
-            out.flush()
-            print(row(line), flush=True)
+    try:
+        entries = read_entries(args.models)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        out = args.out.open("w", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"{args.models}: {error}", file=sys.stderr)
+        return 2
+    lines: list[dict[str, Any]] = []
+    stopped = False
+    with out:
+        try:
+            for entry in entries:
+                line = in_own_process(entry, args)
+                lines.append(line)
+                out.write(json.dumps(line) + "\n")
+                out.flush()
+                print(f"[{len(lines)}/{len(entries)}] {row(line)}", flush=True)
+        except KeyboardInterrupt:
+            stopped = True
+            print(f"\nstopped after {len(lines)} of {len(entries)} models; their lines are in {args.out}")
     print(summary(lines))
+    if stopped:
+        return 130
     return 0 if all(line["status"] != "failed" for line in lines) else 1
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The list in `path`, checked. Raises ValueError saying which entry is wrong and how, OSError where it cannot be
+    read.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(entries, list):
+        raise ValueError('give a list of {"model": SPEC, "input": [C, H, W]}')
+    for at, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
+            raise ValueError(f'entry {at} is {json.dumps(entry)[:80]}; give {{"model": SPEC, "input": [C, H, W]}}')
+        size = entry.get("input")
+        whole = isinstance(size, list) and all(isinstance(n, int) and n > 0 for n in size)
+        if size is not None and not (whole and len(size) in (3, 4)):
+            raise ValueError(f"entry {at} ({entry['model']}): input is {size!r}; give [C, H, W], or [C, T, H, W]")
+    return entries
 
 
 def in_own_process(entry: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -73,20 +111,17 @@ def in_own_process(entry: dict[str, Any], args: argparse.Namespace) -> dict[str,
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=printed, stderr=errors, env=environment)
         peak, reason, started = 0.0, "", time.monotonic()
-        watched = psutil.Process(process.pid)
-        while process.poll() is None:
-            time.sleep(0.1)
-            try:
-                peak = max(peak, watched.memory_info().rss / 1e6)
-            except psutil.NoSuchProcess:
-                break
-            if peak > args.memory_limit:
-                reason = f"over the memory limit of {args.memory_limit:.0f} MB"
-            elif time.monotonic() - started > args.time_limit:
-                reason = f"over the time limit of {args.time_limit:.0f} s"
-            if reason:
+        try:
+            while process.poll() is None and not reason:
+                time.sleep(0.1)
+                peak = max(peak, resident(process.pid))
+                if peak > args.memory_limit:
+                    reason = f"over the memory limit of {args.memory_limit:.0f} MB"
+                elif time.monotonic() - started > args.time_limit:
+                    reason = f"over the time limit of {args.time_limit:.0f} s"
+        finally:  # Ctrl-C as well
+            if process.poll() is None:
                 process.kill()
-                break
         process.wait()
         printed.seek(0)
         errors.seek(0)
@@ -106,6 +141,14 @@ def in_own_process(entry: dict[str, Any], args: argparse.Namespace) -> dict[str,
         }
 
 
+def resident(pid: int) -> float:
+    """MB that a process holds; 0 when it has just ended."""
+    try:
+        return float(psutil.Process(pid).memory_info().rss) / 1e6
+    except psutil.Error:
+        return 0.0
+
+
 def shrink_one(entry: dict[str, Any], ratio: float, seed: int, onnx: bool) -> dict[str, Any]:
     """The line of one model, made in this process."""
     import numpy as np
@@ -118,8 +161,8 @@ def shrink_one(entry: dict[str, Any], ratio: float, seed: int, onnx: bool) -> di
     torch.set_num_threads(1)
     line: dict[str, Any] = {**dict.fromkeys(KEYS), "model": entry["model"], "status": "failed", "blocked": []}
     try:
-        size = tuple(entry["input"]) if entry.get("input") else None
-        source = load(entry["model"], input_size=size if size and len(size) == 3 else None, seed=seed)
+        size: Any = tuple(entry["input"]) if entry.get("input") else None
+        source = load(entry["model"], input_size=size, seed=seed)
         model = source.build()
         randomise(model, seed)
         started = time.perf_counter()
@@ -145,8 +188,9 @@ def shrink_one(entry: dict[str, Any], ratio: float, seed: int, onnx: bool) -> di
         line["max_abs_diff"], line["output_scale"] = proof.max_abs_diff, proof.output_scale
         line["control_diff"] = control(captured, analysis, removed, inputs[:1])
         if onnx:
-            line["ort_max_abs_diff"] = in_onnxruntime(folded, shrunk, captured)
-        line["status"], line["reason"] = verdict(line, proof.tolerance, shrunk.refused, expected, onnx)
+            line["ort_max_abs_diff"], scale = in_onnxruntime(folded, shrunk, captured)
+            line["output_scale"] = max(line["output_scale"], scale)
+        line["status"], line["reason"] = verdict(line, shrunk.refused, expected, onnx)
     except (CaptureError, RefusedError) as error:
         line["status"], line["reason"] = "refused", str(error)[:400]
     except LeanortError as error:
@@ -157,8 +201,9 @@ def shrink_one(entry: dict[str, Any], ratio: float, seed: int, onnx: bool) -> di
     return line
 
 
-def verdict(line: dict[str, Any], tolerance: float, refusals: Any, expected: Any, onnx: bool) -> tuple[str, str | None]:
+def verdict(line: dict[str, Any], refusals: Any, expected: Any, onnx: bool) -> tuple[str, str | None]:
     """Exact, or what is missing for it."""
+    tolerance = TOLERANCE * max(1.0, line["output_scale"])
     if line["control_diff"] is not None and not line["control_diff"] > CONTROL_FACTOR * tolerance:
         return "failed", f"the control differs by {line['control_diff']:.3g} only: the comparison proves nothing"
     if onnx and not line["ort_max_abs_diff"] <= tolerance:
@@ -211,8 +256,12 @@ def control(captured: Any, analysis: Any, removed: Any, inputs: Any) -> float | 
     return worst
 
 
-def in_onnxruntime(folded: Any, shrunk: Any, captured: Any) -> float:
-    """Largest difference between the folded model in torch and the shrunk one in onnxruntime, at two batch sizes."""
+def in_onnxruntime(folded: Any, shrunk: Any, captured: Any) -> tuple[float, float]:
+    """(largest difference, largest output) of the folded model in torch and the shrunk one in onnxruntime, at two
+    batch sizes.
+
+    Raises RefusedError where the batch is fixed, or where torch.onnx cannot translate the dense model either.
+    """
     import onnxruntime
     import torch
 
@@ -224,12 +273,17 @@ def in_onnxruntime(folded: Any, shrunk: Any, captured: Any) -> float:
         raise RefusedError("The model's own code fixes the batch size.", "It cannot be exported with a dynamic batch.")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(shrunk.program, (), str(path), dynamo=True, external_data=True, verbose=False)
+        try:
+            torch.onnx.export(shrunk.program, (), str(path), dynamo=True, external_data=True, verbose=False)
+        except Exception as error:
+            if translates(captured.program):
+                raise
+            raise RefusedError(f"torch.onnx cannot translate the dense model: {root(error)}", "") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        worst = 0.0
+        worst = scale = 0.0
         for batch in (1, 3):
             feed = small(captured, batch=batch, seed=batch)
             names = [i.name for i in session.get_inputs()]
@@ -246,7 +300,26 @@ def in_onnxruntime(folded: Any, shrunk: Any, captured: Any) -> float:
                     raise ValueError(f"an output of shape {tuple(x.shape)} is {y.shape} in onnxruntime")
                 if x.numel():
                     worst = max(worst, float((x.double() - torch.from_numpy(y).double()).abs().nan_to_num(1e9).max()))
-        return worst
+                    scale = max(scale, float(x.abs().max()))
+        return worst, scale
+
+
+def translates(program: Any) -> bool:
+    """Whether torch.onnx takes this program."""
+    import torch
+
+    try:
+        torch.onnx.export(program, (), dynamo=True, verbose=False)
+    except Exception:  # whatever it is, the shrunk program is not to blame
+        return False
+    return True
+
+
+def root(error: BaseException) -> str:
+    """First lines of the error that started the chain: the outer ones only say how far the exporter came."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:250]
 
 
 def row(line: dict[str, Any]) -> str:

@@ -138,7 +138,7 @@ def _explain(error: Exception) -> tuple[str, str]:
 
 
 def inline_contexts(program: ExportedProgram) -> ExportedProgram:
-    """`program` with the bodies of no-grad and disabled-autocast blocks put in line.
+    """`program` with the bodies of no-grad and disabled-autocast blocks put in line, and without what nobody uses.
 
     Both are wrappers without effect on an inference graph; any other higher-order operator stays, and is pinned.
     """
@@ -154,9 +154,10 @@ def inline_contexts(program: ExportedProgram) -> ExportedProgram:
             continue
         _inline(module.graph, node, getattr(module, body.target).graph, operands)
         changed = True
-    if not changed:
-        return program
     module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n))
+    if not changed:
+        module.recompile()
+        return program
     module.graph.lint()
     module.recompile()
     return inline_contexts(program)

@@ -18,10 +18,10 @@ from typing import Any
 from torch import nn
 
 from pipeline.errors import ModelError, UserError, nearest
-from pipeline.models.source import Origin, Size, accepted, file_hash, image_input, source_text
+from pipeline.models.source import Clip, Origin, Size, accepted, file_hash, image_input, source_text
 
 
-def origin_of_object(model: nn.Module, input_size: Size | None) -> Origin:
+def origin_of_object(model: nn.Module, input_size: Size | Clip | None) -> Origin:
     """Describe a module given as an object; later changes to it are not seen."""
     kept = copy.deepcopy(model)
     return Origin(
@@ -34,7 +34,11 @@ def origin_of_object(model: nn.Module, input_size: Size | None) -> Origin:
 
 
 def origin_of_callable(
-    call: Callable[..., nn.Module], spec: str, num_classes: int | None, input_size: Size | None, identity: str = ""
+    call: Callable[..., nn.Module],
+    spec: str,
+    num_classes: int | None,
+    input_size: Size | Clip | None,
+    identity: str = "",
 ) -> Origin:
     """Describe what `call` returns; it is given `num_classes` and `input_size` if it takes arguments of these names."""
     arguments = accepted(call, num_classes=num_classes, input_size=input_size)
@@ -46,7 +50,7 @@ def origin_of_callable(
     return Origin(make, image_input(input_size), identity or source_text(call), weigh_values=True)
 
 
-def origin_of_spec(spec: str, num_classes: int | None, input_size: Size | None) -> Origin:
+def origin_of_spec(spec: str, num_classes: int | None, input_size: Size | Clip | None) -> Origin:
     """Describe the model behind `file.py:callable` or `package.module:callable`."""
     call, identity = load_callable(spec, ModelError)
     return origin_of_callable(call, spec, num_classes, input_size, identity)

@@ -10,7 +10,7 @@ from urllib.error import URLError
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError, WeightsError, nearest
-from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Size
+from pipeline.models.source import DEFAULT_SIZE, Clip, Input, Origin, Pretrained, Size
 from pipeline.models.torchvision_import import torchvision
 
 CLIP_FRAMES = 16
@@ -22,7 +22,7 @@ def names() -> list[str]:
     return list(torchvision.models.list_models())
 
 
-def origin(name: str, num_classes: int | None, input_size: Size | None) -> Origin:
+def origin(name: str, num_classes: int | None, input_size: Size | Clip | None) -> Origin:
     """Describe the torchvision model `name`; raises ModelError with near names if there is none."""
     if name not in names():
         raise ModelError(
@@ -30,6 +30,8 @@ def origin(name: str, num_classes: int | None, input_size: Size | None) -> Origi
             nearest(name, names()) or "See torchvision.models.list_models(); or timm:NAME, hf:…, file.py:callable.",
         )
     is_video = name in torchvision.models.list_models(module=torchvision.models.video)
+    if input_size is not None and len(input_size) == 4 and not is_video:
+        raise ModelError(f"{name} takes images, not clips of shape {input_size}.", "Give channels, height and width.")
     size = input_size or DEFAULT_SIZE
 
     def make() -> nn.Module:
@@ -37,7 +39,7 @@ def origin(name: str, num_classes: int | None, input_size: Size | None) -> Origi
 
     def inputs(_model: nn.Module) -> tuple[Input, ...]:
         if is_video:
-            return (Input("input", (size[0], CLIP_FRAMES, *size[1:])),)
+            return (Input("input", size if len(size) == 4 else (size[0], CLIP_FRAMES, *size[1:])),)
         if name.startswith("raft"):  # optical flow compares two frames
             return Input("image1", size), Input("image2", size)
         return (Input("input", size),)
@@ -50,7 +52,7 @@ def origin(name: str, num_classes: int | None, input_size: Size | None) -> Origi
     )
 
 
-def _build(name: str, num_classes: int | None, input_size: Size | None) -> nn.Module:
+def _build(name: str, num_classes: int | None, input_size: Size | Clip | None) -> nn.Module:
     builder: Callable[..., nn.Module] = torchvision.models.get_model_builder(name)
     options = _options(name, builder, input_size)
     if num_classes is not None:
@@ -69,7 +71,7 @@ def _build(name: str, num_classes: int | None, input_size: Size | None) -> nn.Mo
     return builder(**options)
 
 
-def _options(name: str, builder: Callable[..., nn.Module], input_size: Size | None) -> dict[str, Any]:
+def _options(name: str, builder: Callable[..., nn.Module], input_size: Size | Clip | None) -> dict[str, Any]:
     """Arguments that give a plain, untrained, offline, quiet model with one output."""
     options: dict[str, Any] = {"weights": None}
     if "weights_backbone" in inspect.signature(builder).parameters:
@@ -78,7 +80,7 @@ def _options(name: str, builder: Callable[..., nn.Module], input_size: Size | No
         # The auxiliary classifiers only serve training; a stated init_weights silences a FutureWarning.
         options |= {"aux_logits": False, "init_weights": True}
     if input_size is not None and name.startswith("vit_"):
-        _, height, width = input_size
+        height, width = input_size[-2:]
         if height != width:
             raise ModelError(f"{name} takes square images only, not {height}x{width}.", "Set a square input_size.")
         options["image_size"] = height

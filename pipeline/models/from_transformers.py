@@ -5,6 +5,8 @@ Only classes that transformers itself ships are built: code that lies beside a c
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,77 +14,119 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_BACKBONE_MAPPING_NAMES,
+    MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
 from pipeline.errors import ModelError, WeightsError, nearest
 from pipeline.models.network import reachable
-from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Size, file_hash
+from pipeline.models.source import DEFAULT_SIZE, Clip, Input, Origin, Pretrained, Size, file_hash
 
 TOKENS = 16
 """Length of an example sentence, in tokens."""
 AUDIO_SAMPLES = 16_000
 """Length of an example recording: one second at 16 kHz, the rate of transformers' speech models."""
+AUDIO_FRAMES = 100
+"""Length of an example spectrogram: one second in the usual steps of 10 ms."""
+DEFAULT_FRAMES = 16
+"""Length of an example clip where the config names none."""
 
 _HUB = "huggingface.co"
 
 
-class _Logits(nn.Module):
-    """Runs a transformers model and returns the logits, or else its output tensors as a tuple."""
+class NamedInputs(nn.Module):
+    """Runs a transformers model on positional tensors, handed on by name; returns the logits, or else its output
+    tensors as a tuple.
+    """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
         self.net = net
+        self.names = names
 
-    def _run(self, **inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        out = self.net(**inputs, return_dict=True)
+    def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return logits (batch, classes), or the model's output tensors."""
+        out = self.net(**dict(zip(self.names, values, strict=True)), return_dict=True)
         if isinstance(getattr(out, "logits", None), Tensor):
             return out.logits  # type: ignore[no-any-return]
-        return tuple(value for value in out.to_tuple() if isinstance(value, Tensor))
+        return tuple(_tensors(out.to_tuple()))
 
 
-class ImageModel(_Logits):
-    """Takes images (batch, channels, height, width)."""
-
-    def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Return logits (batch, classes), or the model's output tensors."""
-        return self._run(pixel_values=pixel_values)
-
-
-class TextModel(_Logits):
-    """Takes token numbers and their mask, both (batch, tokens) int64."""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Return logits (batch, classes), or the model's output tensors."""
-        return self._run(input_ids=input_ids, attention_mask=attention_mask)
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples; caches and parts that were not asked for are left out."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
 
 
-class AudioModel(_Logits):
-    """Takes recordings (batch, samples)."""
+def wanted_inputs(net: nn.Module, config: Any, input_size: Sequence[int] | None) -> tuple[Input, ...]:
+    """What `net` is fed: tokens with their mask, tokens of a decoder, images, clips, sound or series, as far as its
+    forward names them. Empty where it takes none of these.
+    """
+    takes = inspect.signature(net.forward).parameters
+    main = str(net.main_input_name)
+    text = config.get_text_config()
+    vocabulary = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 2
+    found: list[Input] = []
+    if "input_ids" in takes:
+        found.append(Input("input_ids", (TOKENS,), "tokens", vocabulary))
+        if "attention_mask" in takes:
+            found.append(Input("attention_mask", (TOKENS,), "mask"))
+    if "bbox" in takes:  # boxes of words on a page, in thousandths of it: left, top <= right, bottom
+        found.append(Input("bbox", (TOKENS, 4), "mask"))
+    for name in ("pixel_values", "pixel_values_videos"):
+        if name in takes and (name == main or "pixel_values_videos" not in takes):
+            found.append(Input(name, _picture(config, input_size, video=name.endswith("videos"))))
+    if main in ("input_values", "input_features", "past_values") and main in takes:
+        found.append(Input(main, _signal(config, main)))
+    if config.is_encoder_decoder and "decoder_input_ids" in takes:
+        found.append(Input("decoder_input_ids", (TOKENS,), "tokens", vocabulary))
+    return tuple(found)
 
-    def forward(self, input_values: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Return logits (batch, classes), or the model's output tensors."""
-        return self._run(input_values=input_values)
+
+def _picture(config: Any, input_size: Sequence[int] | None, *, video: bool) -> tuple[int, ...]:
+    """Shape of an image (channels, height, width), or of a clip (frames, channels, height, width)."""
+    if input_size is not None and len(input_size) == 4:
+        channels, frames, *space = input_size
+        return (frames, channels, *space)
+    size = tuple(input_size) if input_size is not None else _image_size(config)
+    if not video and config.model_type not in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES:
+        return size
+    frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+    return (frames or DEFAULT_FRAMES, *size)
 
 
-_WRAPPERS: dict[str, type[_Logits]] = {
-    "pixel_values": ImageModel,
-    "input_ids": TextModel,
-    "input_values": AudioModel,
-}
+def _signal(config: Any, main: str) -> tuple[int, ...]:
+    """Shape of a recording, of its spectrogram in the order that the model takes it, or of a series."""
+    bins = getattr(config, "num_mel_bins", None)
+    if main == "past_values":
+        return config.context_length, config.num_input_channels
+    if main == "input_values":
+        if bins and hasattr(config, "max_length"):  # a spectrogram of fixed length
+            return config.max_length, bins
+        return (1, AUDIO_SAMPLES) if hasattr(config, "audio_channels") else (AUDIO_SAMPLES,)
+    if bins and hasattr(config, "max_source_positions") and not hasattr(config, "input_feat_per_channel"):
+        return bins, 2 * config.max_source_positions  # whisper: a convolution of stride two comes first
+    width = getattr(config, "input_feat_per_channel", None) or getattr(config, "feature_projection_input_dim", None)
+    return AUDIO_FRAMES, width or bins or 80
 
 
-def origin(name: str, num_classes: int | None, input_size: Size | None) -> Origin:
+def origin(name: str, num_classes: int | None, input_size: Size | Clip | None) -> Origin:
     """Describe the transformers model `name`; raises ModelError if its config is missing or needs code of its own."""
     config = _config(name)
     if num_classes is not None:
         config.num_labels = num_classes
-    if input_size is not None and hasattr(config, "image_size"):
-        _, height, width = input_size
-        config.image_size = height if height == width else [height, width]
-        config.num_channels = input_size[0]
+    if input_size is not None:
+        _set_size(config, input_size)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # keys and values for the next token: nobody asks for one here
     if getattr(config, "pad_token_id", 0) is None:
         config.pad_token_id = getattr(config, "eos_token_id", None) or 0  # decoders classify the last unpadded token
     architecture = _architecture(name, config)
@@ -90,22 +134,21 @@ def origin(name: str, num_classes: int | None, input_size: Size | None) -> Origi
     content = file_hash(path / "config.json" if path.is_dir() else path) if path.exists() else ""
 
     def make() -> nn.Module:
-        net = architecture(type(config).from_dict(config.to_dict()))
-        wrapper = _WRAPPERS.get(net.main_input_name)
-        if wrapper is None:
+        try:
+            net = architecture(type(config).from_dict(config.to_dict()))
+        except ImportError as error:  # transformers checks for optional packages when a model is built
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"hf:{name}: {reason}", "Install the package that it names.") from error
+        fed = wanted_inputs(net, config, input_size)
+        if not fed:
             raise ModelError(
-                f"hf:{name} takes {net.main_input_name}, which no wrapper here feeds.",
+                f"hf:{name} takes {net.main_input_name}, which nothing here feeds.",
                 "Wrap the model in a file of your own and give file.py:callable.",
             )
-        return wrapper(net)
+        return NamedInputs(net, tuple(one.name for one in fed))
 
     def inputs(model: nn.Module) -> tuple[Input, ...]:
-        if isinstance(model, TextModel):
-            text = getattr(config, "vocab_size", 2)
-            return (Input("input_ids", (TOKENS,), "tokens", text), Input("attention_mask", (TOKENS,), "mask"))
-        if isinstance(model, AudioModel):
-            return (Input("input_values", (AUDIO_SAMPLES,)),)
-        return (Input("pixel_values", input_size or _image_size(config)),)
+        return wanted_inputs(model.net, config, input_size)  # type: ignore[arg-type]
 
     return Origin(
         make,
@@ -146,13 +189,21 @@ def _config(name: str) -> Any:
 
 
 def _architecture(name: str, config: Any) -> Any:
-    """The class to build: the one the config names, else a classifier for its kind of input, else the bare model."""
+    """The class to build: the one the config names, else a classifier for its kind of input, else the bare model.
+
+    Encoder-decoders classify by looking for the end-of-sentence token, which cannot be exported: the bare model then.
+    """
     named = (getattr(config, "architectures", None) or [None])[0]
-    tables = (
+    text = {} if config.is_encoder_decoder else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    tables: tuple[Any, ...] = (
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
+        text,
         MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
         MODEL_MAPPING_NAMES,
+        MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+        MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES,
+        MODEL_FOR_BACKBONE_MAPPING_NAMES,
     )
     chosen: Any = named or next((table[config.model_type] for table in tables if config.model_type in table), None)
     chosen = chosen[0] if isinstance(chosen, list | tuple) else chosen
@@ -165,10 +216,28 @@ def _architecture(name: str, config: Any) -> Any:
     return architecture
 
 
+def _vision(config: Any) -> Any:
+    """The part of a config that says what images look like: its own `vision_config` where it has one."""
+    return getattr(config, "vision_config", None) or config
+
+
+def _set_size(config: Any, input_size: Sequence[int]) -> None:
+    """Write the size of an image (channels, height, width) or clip (channels, frames, height, width) in the config."""
+    vision = _vision(config)
+    channels, *frames, height, width = input_size
+    if hasattr(vision, "image_size"):
+        vision.image_size = height if height == width else [height, width]
+    if hasattr(vision, "num_channels"):
+        vision.num_channels = channels
+    if frames and hasattr(vision, "num_frames"):
+        vision.num_frames = frames[0]
+
+
 def _image_size(config: Any) -> Size:
-    size = getattr(config, "image_size", None) or DEFAULT_SIZE[1:]
+    vision = _vision(config)
+    size = getattr(vision, "image_size", None) or getattr(vision, "crop_size", None) or DEFAULT_SIZE[1:]
     height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
-    return getattr(config, "num_channels", 3), height, width
+    return getattr(vision, "num_channels", None) or 3, height, width
 
 
 def _pretrained(name: str, architecture: Any, config: Any, make: Any) -> Pretrained:

@@ -19,6 +19,9 @@ from pipeline.seeding import seeded
 Size = tuple[int, int, int]
 """Channels, height, width of one image."""
 
+Clip = tuple[int, int, int, int]
+"""Channels, frames, height, width of one clip, for video models."""
+
 DEFAULT_SIZE: Size = (3, 224, 224)
 """The size that torchvision and timm train at, used when neither the data nor the user names one."""
 
@@ -80,7 +83,7 @@ class ModelSource:
 
     spec: str
     num_classes: int | None
-    input_size: Size | None
+    input_size: Size | Clip | None
     seed: int
     inputs: tuple[Input, ...]
     fingerprint: str
@@ -88,7 +91,7 @@ class ModelSource:
 
     @classmethod
     def of(
-        cls, spec: str, origin: Origin, num_classes: int | None, input_size: Size | None, seed: int = 0
+        cls, spec: str, origin: Origin, num_classes: int | None, input_size: Size | Clip | None, seed: int = 0
     ) -> ModelSource:
         """Build the model once, to be sure that it can be built, and describe it."""
         model = _build(spec, origin, seed)
@@ -180,7 +183,7 @@ def accepted(call: Callable[..., object], **offered: object) -> dict[str, object
     return {k: v for k, v in offered.items() if v is not None and (takes_any or k in names)}
 
 
-def image_input(size: Size | None) -> Callable[[nn.Module], tuple[Input, ...]]:
-    """Describe a model that takes one float image tensor (batch, channels, height, width)."""
+def image_input(size: Size | Clip | None) -> Callable[[nn.Module], tuple[Input, ...]]:
+    """Describe a model that takes one float tensor of images (batch, channels, height, width) or clips."""
     inputs = (Input("input", size or DEFAULT_SIZE),)
     return lambda _model: inputs

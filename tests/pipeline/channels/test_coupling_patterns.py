@@ -615,6 +615,62 @@ class CrossAttentionPositions(nn.Module):
         return self.attention(x, y, y, need_weights=False)[0]
 
 
+@case(IMAGE, channel=16)
+class Reordered(Ends):
+    """Dimensions moved, matrices transposed, tensors stacked and expanded to one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x)).movedim(1, -1).mT.mT.movedim(-1, 1)
+        y = torch.tanh(self.other(x))
+        x = torch.stack([x, y], 2).sum(2)
+        x = F.channel_shuffle(x, 4)
+        return self.head(x * x.mean((2, 3), keepdim=True).expand_as(x))
+
+
+@case(IMAGE, channel=8)
+class Blocks(Ends):
+    """Windows cut out and put together again, extremes and spreads over space, samples on a grid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        x = F.fold(F.unfold(x, 2, stride=2), (8, 8), 2, stride=2)
+        x = x.unfold(2, 3, 1).mean(-1)
+        x = x * x.amax((2, 3), keepdim=True) * x.std((2, 3), keepdim=True)
+        at = torch.linspace(-0.9, 0.9, 4)
+        grid = torch.stack(torch.meshgrid(at, at, indexing="ij"), -1).expand(x.shape[0], 4, 4, 2)
+        return self.head(F.grid_sample(x, grid, align_corners=False))
+
+
+@case(IMAGE, channel=8)
+class Spectrum(Ends):
+    """A filter in the frequency domain, its complex weight kept as pairs of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(8, 8, 5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft2(torch.tanh(self.stem(x))) * torch.view_as_complex(self.filter)
+        return self.head(torch.fft.irfft2(spectrum, s=(8, 8)))
+
+
+@case((torch.randn(2, 12), torch.randn(2, 10)), neuron=14)
+class TwoFactors(nn.Module):
+    """A bilinear form of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 8), nn.Linear(10, 6)
+        self.both, self.head = nn.Bilinear(8, 6, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(torch.relu(self.both(torch.tanh(self.a(x)), torch.tanh(self.b(y)))))
+
+
 def check(name: str, experiment: Callable[..., Any]) -> None:
     """Everything that has to hold for one pattern."""
     build, inputs, kinds = CASES[name]
@@ -651,8 +707,17 @@ USED_BY = {
     "CrossAttention", "slice": "StridedSlice", "softmax": "WrittenOutAttention", "split_with_sizes": "Split",
     "squeeze": "Conv1d", "transpose": "WrittenOutAttention", "unbind": "FusedAttention", "unflatten":
     "CrossAttention", "unsqueeze": "WrittenOutAttention", "upsample_bilinear2d": "Resized", "view": "Unfold",
-    "zeros_like": "WrittenInPlace",
+    "zeros_like": "WrittenInPlace", "mT": "Reordered", "movedim": "Reordered", "stack": "Reordered",
+    "channel_shuffle": "Reordered", "expand_as": "Reordered", "col2im": "Blocks", "unfold": "Blocks", "amax": "Blocks",
+    "std": "Blocks", "grid_sampler": "Blocks", "fft_rfft2": "Spectrum", "view_as_complex": "Spectrum",
+    "bilinear": "TwoFactors", "zeros": "Lstm",
 }  # fmt: skip
+KEEPS_ALL = {"counted"}  # rules that only say that everything stays: there is no index to get wrong
+
+
+def test_every_rule_is_broken_once_below() -> None:
+    tried = {RULES[name].relate for name in USED_BY}
+    assert {r.relate.__name__ for r in RULES.values() if r.relate not in tried} == KEEPS_ALL
 
 
 def rolled(value: Any) -> Any:
