@@ -8,7 +8,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan test lint format zoo bench clean
+.PHONY: help setup deploy plan test test-long lint format zoo bench bench-huge clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,12 +35,18 @@ plan: $(STAMP) ## MODEL=resnet50 [...]: what deploy would do, and which channels
 zoo: $(STAMP) ## MODELS=models.json [RATIO=0.5 SEED=0 OUT=zoo.jsonl]: prune at random, shrink, prove, many models
 	$(BIN)/python benchmarks/zoo.py $(MODELS) --ratio $(or $(RATIO),0.5) --seed $(or $(SEED),0) --out $(or $(OUT),zoo.jsonl)
 
-bench: $(STAMP) ## the shrink engine against Torch-Pruning, interleaved
-	$(BIN)/python benchmarks/shrink_speed.py
+bench: $(STAMP) ## the shrink engine against Torch-Pruning, interleaved; growth over depth and width [ARGS=]
+	$(BIN)/python benchmarks/shrink_speed.py --sweep $(ARGS)
+
+bench-huge: $(STAMP) ## ViT-H/14: seconds and peak memory of analyse, mask and shrink
+	$(BIN)/python benchmarks/shrink_speed.py --models --huge
 
 # ---- the project -------------------------------------------------------------------------------------------------
 test: $(STAMP) ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-long: $(STAMP) ## [NETWORKS=2000]: many random networks, new ones each time, folded = shrunk
+	LEANORT_RANDOM_GRAPHS=$(or $(NETWORKS),2000) $(BIN)/python -m pytest tests/pipeline/channels/test_random_graphs.py
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

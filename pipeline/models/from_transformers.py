@@ -94,8 +94,7 @@ def wanted_inputs(net: nn.Module, config: Any, input_size: Sequence[int] | None)
 def _picture(config: Any, input_size: Sequence[int] | None, *, video: bool) -> tuple[int, ...]:
     """Shape of an image (channels, height, width), or of a clip (frames, channels, height, width)."""
     if input_size is not None and len(input_size) == 4:
-        channels, frames, *space = input_size
-        return (frames, channels, *space)
+        return (input_size[1], input_size[0], *input_size[2:])
     size = tuple(input_size) if input_size is not None else _image_size(config)
     if not video and config.model_type not in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES:
         return size
