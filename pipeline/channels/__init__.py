@@ -8,22 +8,24 @@ small    = shrink(folded, analysis, removed)
 proof    = prove(folded, small, inputs)
 """
 
-from pipeline.channels.capture import Captured, capture
+from pipeline.channels.capture import Captured, capture, small
 from pipeline.channels.decide import Analysis, Blocked, Cluster, Size, analyse
-from pipeline.channels.ledger import Ledger, Refusal
-from pipeline.channels.liveness import dead_groups
+from pipeline.channels.ledger import Fold, Ledger, Refusal
+from pipeline.channels.liveness import Liveness, dead_groups, liveness
 from pipeline.channels.macs import count_macs
 from pipeline.channels.recover import Trainable, with_weights
 from pipeline.channels.rewrite import Shrunk, shrink
 from pipeline.channels.trace import Policy
-from pipeline.channels.verify import Proof, prove, small
+from pipeline.channels.verify import Proof, prove
 
 __all__ = [
     "Analysis",
     "Blocked",
     "Captured",
     "Cluster",
+    "Fold",
     "Ledger",
+    "Liveness",
     "Policy",
     "Proof",
     "Refusal",
@@ -34,6 +36,7 @@ __all__ = [
     "capture",
     "count_macs",
     "dead_groups",
+    "liveness",
     "prove",
     "shrink",
     "small",

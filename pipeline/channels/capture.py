@@ -127,6 +127,21 @@ def _repeat(x: Any) -> Any:
     return x.repeat(times, *([1] * (x.dim() - 1)))[:EXAMPLE_BATCH].clone()
 
 
+def small(captured: Captured, batch: int = 2, seed: int = 0) -> tuple[Any, ...]:
+    """Random inputs like the example's (integers: the example's own), of `batch` samples where the batch is dynamic."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def like(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        part = x[:batch] if captured.dynamic_batch and x.dim() else x
+        if not part.dtype.is_floating_point:
+            return part
+        return torch.randn(part.shape, generator=draw, dtype=torch.float32).to(part.dtype)
+
+    return tuple(like(x) for x in captured.example)
+
+
 def _explain(error: Exception) -> tuple[str, str]:
     text = str(error).strip() or type(error).__name__
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)

@@ -32,12 +32,29 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Constant channels that went into a bias: `amounts` were added to `parameter`, one per index that it has left.
+
+    `node`, an `op`, is the reader whose bias it is. `created`: the dense model has no such parameter, it was put in.
+    `constants`: cluster name -> {group: the number that the reader saw in that channel}.
+    """
+
+    parameter: str
+    op: str
+    node: str
+    created: bool
+    amounts: tuple[float, ...]
+    constants: Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
 class Ledger:
     """One removal.
 
     `shapes`: tensor name -> shape before. `kept`: tensor name -> {dimension: kept indices}, only where something went.
     `groups`: cluster name -> groups that went. `frozen`: tensors computed from parameters once, new name -> what
     they stand for.
+    `folds`: constants of removed channels that went into biases.
     `dropped`: names of the dense state that the shrunk program no longer has. `rounded`: whether values that the
     dense graph computes on the fly (frozen weights, position tables) are stored, rounded to their own precision.
     """
@@ -47,6 +64,7 @@ class Ledger:
     groups: Mapping[str, tuple[int, ...]]
     rewrites: tuple[Rewrite, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    folds: tuple[Fold, ...] = ()
     frozen: Mapping[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     rounded: bool = False
@@ -71,6 +89,7 @@ class Ledger:
                 groups={n: tuple(int(i) for i in g) for n, g in data["groups"].items()},
                 rewrites=tuple(Rewrite(**r) for r in data["rewrites"]),
                 refusals=tuple(Refusal(**{**r, "groups": tuple(r["groups"])}) for r in data["refusals"]),
+                folds=tuple(_fold(f) for f in data.get("folds", ())),
                 frozen=dict(data["frozen"]),
                 dropped=tuple(data["dropped"]),
                 rounded=bool(data["rounded"]),
@@ -80,9 +99,12 @@ class Ledger:
                 f"This is not a {FORMAT} ledger ({error}).", "Use the ledger.json of a shrink."
             ) from error
 
-    def shrink_state(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def shrink_state(self, dense: Mapping[str, Tensor], *, constants: bool = True) -> dict[str, Tensor]:
         """A dense checkpoint of the same architecture, cut the same way (shapes are checked; values are the
         caller's to prove).
+
+        `constants`: add what constant channels gave to biases, as this removal did; a state that `restore_state` gave
+        has it in its biases already. Tensors of the shrunk program that stand for a computation (`frozen`) are not made.
         """
         shrunk: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
@@ -99,10 +121,19 @@ class Ledger:
             for dim, indices in self.kept.get(name, {}).items():
                 value = value.index_select(dim, torch.tensor(indices, dtype=torch.long))
             shrunk[name] = value
+        for fold in self.folds if constants else ():
+            amounts = torch.tensor(fold.amounts, dtype=torch.float64)
+            if not fold.created:
+                held = shrunk[fold.parameter]
+                shrunk[fold.parameter] = (held.to(torch.float64) + amounts).to(held.dtype)
         return shrunk
 
     def restore_state(self, shrunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A shrunk checkpoint at full size, zeros where channels went."""
+        """A shrunk checkpoint at full size, zeros where channels went.
+
+        It computes what the shrunk model does, constants included, as long as no bias had to be created for them
+        (`folds`): the dense architecture has no place for such a bias, and that alone is lost.
+        """
         dense: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
             if name in self.dropped or name not in shrunk:
@@ -126,8 +157,25 @@ class Ledger:
             if tensor == name or tensor.startswith(f"{name}.")
             for dim, indices in dims.items()
         }
+        mine = {c for c in (*self.groups, *(r.cluster for r in self.refusals)) if c.partition("@")[0] == name}
         return {
             "removed": removed,
-            "groups": {c: list(g) for c, g in self.groups.items() if c.partition("@")[0] == name},
-            "refused": [asdict(r) for r in self.refusals if r.cluster.partition("@")[0] == name],
+            "groups": {c: list(g) for c, g in self.groups.items() if c in mine},
+            "refused": [asdict(r) for r in self.refusals if r.cluster in mine],
+            "folded": [
+                asdict(f)
+                for f in self.folds
+                if f.parameter == name or f.parameter.rpartition(".")[0] == name or mine & set(f.constants)
+            ],
         }
+
+
+def _fold(data: Mapping[str, Any]) -> Fold:
+    return Fold(
+        parameter=str(data["parameter"]),
+        op=str(data["op"]),
+        node=str(data["node"]),
+        created=bool(data["created"]),
+        amounts=tuple(float(a) for a in data["amounts"]),
+        constants={str(c): {int(g): float(v) for g, v in groups.items()} for c, groups in data["constants"].items()},
+    )

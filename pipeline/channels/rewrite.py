@@ -17,14 +17,15 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 
 from pipeline.channels.capture import Captured
+from pipeline.channels.constants import Reader, Shift
 from pipeline.channels.cut import Cut
 from pipeline.channels.decide import Analysis, Removed
 from pipeline.channels.execute import execute, feeds_of, run_program
 from pipeline.channels.frozen import frozen_part
-from pipeline.channels.ledger import Ledger, Refusal
+from pipeline.channels.ledger import Fold, Ledger, Refusal
 from pipeline.channels.rules.table import base_name, bind, find
 from pipeline.channels.values import Flags, Value
-from pipeline.channels.verify import zero_check
+from pipeline.channels.verify import Shifts, zero_check
 from pipeline.errors import RefusedError
 
 aten = torch.ops.aten
@@ -45,29 +46,41 @@ class Shrunk:
         return run_program(self.program, inputs, None, dtype)
 
 
-def shrink(captured: Captured, analysis: Analysis, removed: Removed, *, check_zero: bool = True) -> Shrunk:
+def shrink(
+    captured: Captured,
+    analysis: Analysis,
+    removed: Removed,
+    *,
+    check_zero: bool = True,
+    refused: tuple[Refusal, ...] = (),
+) -> Shrunk:
     """`captured` without the groups flagged in `removed` (cluster name -> bool array, True = goes).
 
-    `analysis_of`: the captured model, its state folded (see `Captured.fold`). A group that is not exactly zero
-    where it is summed stays, and is listed in `refused`. `check_zero=False` is for the control experiment only: it
-    shows what the check is worth. Raises RefusedError where the graph cannot be edited.
+    `captured`: the analysed model, its state folded (see `Captured.fold`). A group that is zero where it is summed
+    goes; a group that is one constant goes where a bias can take it (`ledger.folds`); any other stays, and is listed in
+    `refused`. `refused`: refusals that were found before (see `liveness`), for the ledger. `check_zero=False` is for the
+    control experiment only: it shows what the check is worth. Raises RefusedError where the graph cannot be edited.
     """
     if captured.program.graph is not analysis.captured.program.graph:
         raise ValueError("the analysis is of another capture")
     gone = analysis.gone(removed)
-    refused: tuple[Refusal, ...] = ()
+    shifts: Shifts = {}
     if check_zero:
-        gone, refused = zero_check(captured, analysis, gone, removed)
-    return _Cutter(captured, analysis, gone).run(removed, refused)
+        gone, more, shifts = zero_check(captured, analysis, gone, removed)
+        refused = (*refused, *more)
+    return _Cutter(captured, analysis, gone, shifts).run(refused)
 
 
 class _Cutter:
     """One removal: new graph, new state, new signature."""
 
-    def __init__(self, captured: Captured, analysis: Analysis, gone: Flags) -> None:
+    def __init__(self, captured: Captured, analysis: Analysis, gone: Flags, shifts: Shifts) -> None:
         self.captured = captured
         self.analysis = analysis
         self.gone = gone
+        self.shifts = shifts
+        self.raised: dict[str, Tensor] = {}  # parameter -> what is added to its kept part
+        self.folds: list[Fold] = []
         self.trace = analysis.trace
         self.old: fx.Graph = captured.program.graph
         self.graph = fx.Graph()
@@ -77,9 +90,11 @@ class _Cutter:
         self.fakes: dict[Any, Tensor] = {}
         self.cut = Cut(gone, self.trace.values, self.trace.notes, self.graph, self.new_of, self._constant)
 
-    def run(self, removed: Removed, refused: tuple[Refusal, ...]) -> Shrunk:
+    def run(self, refused: tuple[Refusal, ...]) -> Shrunk:
         self._copy()
         self._edit()
+        for reader, shift in self.shifts.values():
+            self._fold(reader, shift)
         state, kept = self._slice()
         program = self._program(state)
         names = set(program.graph_signature.parameters) | set(program.graph_signature.buffers)
@@ -90,9 +105,10 @@ class _Cutter:
             groups=self._groups(),
             rewrites=tuple(self.cut.rewrites),
             refusals=refused,
+            folds=tuple(self.folds),
             frozen=self.frozen,
             dropped=tuple(n for n in shapes if n not in names),
-            rounded=any(t.dtype.is_floating_point for _, _, t in self.added),
+            rounded=bool(self.folds) or any(t.dtype.is_floating_point for _, _, t in self.added),
         )
         return Shrunk(program, ledger, refused, self.captured.example)
 
@@ -164,9 +180,10 @@ class _Cutter:
     def _constant(self, name: str, tensor: Tensor) -> fx.Node:
         return self._add(name, tensor, InputKind.BUFFER, None)
 
-    def _parameter(self, name: str, tensor: Tensor, source: fx.Node) -> fx.Node:
+    def _parameter(self, name: str, tensor: Tensor, source: fx.Node, *, computed: bool = True) -> fx.Node:
         node = self._add(name, tensor, InputKind.PARAMETER, source)
-        self.frozen[str(self.added[-1][1].target)] = source.name
+        if computed:
+            self.frozen[str(self.added[-1][1].target)] = source.name
         return node
 
     def _add(self, name: str, tensor: Tensor, kind: InputKind, source: fx.Node | None) -> fx.Node:
@@ -220,6 +237,67 @@ class _Cutter:
             user.replace_input_with(new, whole)
         self.new_of[node] = whole
 
+    def _fold(self, reader: Reader, shift: Shift) -> None:
+        """Give `reader` what the constant channels before it gave: in its bias, in one made for it, or in a sum."""
+        node, name = reader.node, base_name(reader.node.target)
+        out = self.trace.value(node)
+        dim = 1 if "conv" in name else len(out.shape) - (2 if shift.rows else 1)
+        keep = self.cut.keep(out.atoms[dim])
+        amount = shift.amount if keep is None else shift.amount[torch.from_numpy(np.flatnonzero(keep))]
+        if not bool((amount != 0).any()):
+            return
+        dtype = node.meta["val"].dtype
+        takes_bias = "bias" in bind(node)
+        bias = bind(node)["bias"] if takes_bias else None
+        own = self._own_parameter(bias, node)
+        created = own is None
+        if own is not None:
+            self.raised[own] = amount
+        elif takes_bias and bias is None:
+            added = self._parameter(f"{node.name}_bias", amount.to(dtype), node, computed=False)
+            self.cut.set(node, bias=added)
+        else:
+            wide = amount.to(dtype).reshape(-1, *[1] * (len(out.shape) - 1 - dim))
+            added = self._parameter(f"{node.name}_shift", wide, node, computed=False)
+            self.cut.replace(node, lambda new: self.cut.call(aten.add.Tensor, new, added), "plus folded constants")
+        self.folds.append(
+            Fold(
+                parameter=own if own is not None else str(self.added[-1][1].target),
+                op=name,
+                node=node.name,
+                created=created,
+                amounts=tuple(amount.tolist()),
+                constants=self._constants(reader, shift),
+            )
+        )
+
+    def _own_parameter(self, bias: Any, node: fx.Node) -> str | None:
+        """The name of a bias parameter that `node` alone uses, under one name."""
+        if not isinstance(bias, fx.Node) or bias.op != "placeholder" or set(bias.users) != {node}:
+            return None
+        signature = self.captured.program.graph_signature
+        name = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.get(bias.name)
+        if name is None:
+            return None
+        pointer = self.captured.program.state_dict[name].data_ptr()
+        same = [n for n, v in self.captured.program.state_dict.items() if v.data_ptr() == pointer and v.numel()]
+        return name if len(same) == 1 and len(self.captured.state[name].shape) == 1 else None
+
+    def _constants(self, reader: Reader, shift: Shift) -> dict[str, dict[int, float]]:
+        """Cluster -> {group: its constant}, of what went at this reader."""
+        atoms = self.trace.value(reader.source).atoms[reader.dim]
+        assert atoms is not None
+        of_class = {
+            int(c): float(v)
+            for c, v in zip(self.analysis.solution.class_of[atoms], shift.constants, strict=True)
+            if v != 0
+        }
+        found = {
+            name: {g: of_class[c] for g, c in enumerate(classes.tolist()) if c in of_class}
+            for name, classes in self.analysis.members.items()
+        }
+        return {name: groups for name, groups in found.items() if groups}
+
     # -- the state and the program ---------------------------------------------------------------------------------
 
     def _slice(self) -> tuple[dict[str, Tensor], dict[str, dict[int, tuple[int, ...]]]]:
@@ -240,6 +318,8 @@ class _Cutter:
                 small = tensor.detach()
                 for dim, places in indices.get(name, {}).items():
                     small = small.index_select(dim, places)
+                if name in self.raised:
+                    small = (small.to(torch.float64) + self.raised[name]).to(small.dtype)
                 floating = small.dtype.is_floating_point
                 cut_once[key] = torch.nn.Parameter(small, floating) if name in parameters else small
             state[name] = cut_once[key]

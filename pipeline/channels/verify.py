@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from pipeline.channels.capture import Captured
+from pipeline.channels.capture import Captured, small
+from pipeline.channels.constants import Reader, Shift, shifts, survey
 from pipeline.channels.decide import Analysis, Removed
 from pipeline.channels.execute import execute, feeds_of, run_program
 from pipeline.channels.ledger import Refusal
@@ -26,13 +27,20 @@ TOLERANCE_FLOAT64 = 1e-10
 FAR = 30.0
 
 
+Shifts = Mapping[fx.Node, tuple[Reader, Shift]]
+"""Reader -> what it has to add once constant channels before it are away."""
+
+NOT_ZERO = "not exactly zero where it is summed"
+
+
 def zero_check(
     captured: Captured, analysis: Analysis, gone: Flags, removed: Removed
-) -> tuple[Flags, tuple[Refusal, ...]]:
-    """`gone` without the classes that are not exactly zero where they are summed, and those as refusals.
+) -> tuple[Flags, tuple[Refusal, ...], Shifts]:
+    """`gone` without the classes that may not go, those as refusals, and what readers have to add for the others.
 
-    At every contraction, each index to be removed must be zero on one side. A parameter side is read off the
-    weights; only where that does not settle it is the graph run, once, and the other side looked at.
+    At every contraction, each index to be removed must be zero on one side, or a constant that a bias can take (see
+    `constants`). A parameter side is read off the weights; only where that does not settle it is the graph run, once,
+    and the other side looked at.
     """
     open_: dict[Contraction, Flags] = {}
     names = _parameters(captured)
@@ -44,29 +52,36 @@ def zero_check(
                 open_[contraction] = left
     if open_:
         _look(captured, open_)
-    bad = np.zeros(analysis.solution.reason_of.shape[0], np.bool_)
-    blame: dict[int, fx.Node] = {}
+    if not open_:
+        return gone, (), {}
+    class_of = analysis.solution.class_of
+    found = survey(captured, analysis.trace, class_of, open_)
+    why: dict[int, tuple[fx.Node, str]] = {}
     for contraction, left in open_.items():
-        for cls in np.unique(analysis.solution.class_of[contraction.atoms[left]]):
-            bad[cls] = True
-            blame.setdefault(int(cls), contraction.node)
-    if not bad.any():
-        return gone, ()
+        able, _, reasons = found.judge(contraction)
+        for at in np.flatnonzero(left & ~able):
+            cls = int(class_of[contraction.atoms[at]])
+            why.setdefault(cls, (contraction.node, reasons[at] or NOT_ZERO))
+    bad = np.zeros(analysis.solution.reason_of.shape[0], np.bool_)
+    bad[list(why)] = True
+    gone = gone & ~bad[class_of]
+    refusals = tuple(r for r in refusals_of(analysis, why) if r.cluster in removed)
+    return gone, refusals, shifts(found, open_, gone)
+
+
+def refusals_of(analysis: Analysis, why: Mapping[int, tuple[fx.Node, str]]) -> tuple[Refusal, ...]:
+    """Class -> (node, reason) as refusals, the groups of a cluster that share both in one."""
     refusals = []
     for name, classes in analysis.members.items():
-        if name in removed and bad[classes].any():
-            hit = np.flatnonzero(bad[classes])
-            node = blame[int(classes[hit[0]])]
-            refusals.append(
-                Refusal(
-                    name,
-                    tuple(int(i) for i in hit),
-                    base_name(node.target),
-                    node.name,
-                    "not exactly zero where it is summed",
-                )
-            )
-    return gone & ~bad[analysis.solution.class_of], tuple(refusals)
+        by_cause: dict[tuple[fx.Node, str], list[int]] = {}
+        for group, cls in enumerate(classes.tolist()):
+            if cls in why:
+                by_cause.setdefault(why[cls], []).append(group)
+        refusals += [
+            Refusal(name, tuple(groups), base_name(node.target), node.name, reason)
+            for (node, reason), groups in by_cause.items()
+        ]
+    return tuple(refusals)
 
 
 def _parameters(captured: Captured) -> dict[str, str]:
@@ -116,21 +131,6 @@ def _look(captured: Captured, open_: dict[Contraction, Flags]) -> None:
         execute(captured.program.graph, feeds_of(captured.program, _scales(captured), captured.state), watch=watch)
     for contraction in [c for c, left in open_.items() if not left.any()]:
         del open_[contraction]
-
-
-def small(captured: Captured, batch: int = 2, seed: int = 0) -> tuple[Any, ...]:
-    """Random inputs like the example's (integers: the example's own), of `batch` samples where the batch is dynamic."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def like(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        part = x[:batch] if captured.dynamic_batch and x.dim() else x
-        if not part.dtype.is_floating_point:
-            return part
-        return torch.randn(part.shape, generator=draw, dtype=torch.float32).to(part.dtype)
-
-    return tuple(like(x) for x in captured.example)
 
 
 def _scales(captured: Captured) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import torch
 
 from pipeline import channels
 from pipeline.artifacts import Folded, Pruned, Shrunk, WidthChange
-from pipeline.channels import Analysis, Ledger, analyse, capture, count_macs, dead_groups, prove
+from pipeline.channels import Analysis, Ledger, analyse, capture, count_macs, liveness, prove
 from pipeline.config import ShrinkSection
 from pipeline.data import Data
 from pipeline.models import ModelSource, example
@@ -28,8 +28,8 @@ def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: 
     model.load_state_dict(folded.weights())
     captured = capture(model, example(source))
     analysis = analyse(captured, policy_of(pruned.kinds))
-    dead = dead_groups(analysis, captured.state)
-    small = channels.shrink(captured, analysis, dead)
+    live = liveness(analysis, captured.state)
+    small = channels.shrink(captured, analysis, live.dead, refused=live.refusals)
     feeds = [channels.small(captured, seed=cfg.seed), (data.sample("calibration", REAL_SAMPLES),)]
     proof = prove(captured, small, feeds)
     torch.export.save(small.program, out / "shrunk.pt2")
@@ -74,7 +74,9 @@ def _statement(pruned: Pruned, folded: Folded, params: int, ledger: Ledger) -> s
     """What was removed, in words that claim no more than what happened."""
     if params < folded.params:
         groups = sum(len(gone) for gone in ledger.groups.values())
-        return f"{groups:,} channel groups are gone: {folded.params:,} parameters became {params:,}."
+        constants = sum(len(found) for fold in ledger.folds for found in fold.constants.values())
+        folded_in = f" {constants:,} constants of dead channels went into {len(ledger.folds):,} biases." if constants else ""
+        return f"{groups:,} channel groups are gone: {folded.params:,} parameters became {params:,}.{folded_in}"
     if pruned.method in ("unstructured", "2:4"):
         return (
             f"Nothing was removed: {folded.sparsity:.1%} of the weights are zero, but no whole channel is, and "
@@ -87,5 +89,5 @@ def _statement(pruned: Pruned, folded: Folded, params: int, ledger: Ledger) -> s
 def _kept_back(analysis: Analysis, ledger: Ledger) -> tuple[str, ...]:
     """Why what stays has to stay: operators that block channels, and groups that were dead yet could not go."""
     blocked = [f"{b.op} at {b.node}: {b.reason} ({b.params:,} parameters)" for b in analysis.blocked]
-    refused = [f"{len(r.groups)} groups of {r.cluster} at {r.node}: {r.reason}" for r in ledger.refusals]
+    refused = [f"{len(r.groups)} groups of {r.cluster}: {r.op} at {r.node}: {r.reason}" for r in ledger.refusals]
     return (*blocked, *refused)

@@ -53,6 +53,11 @@ def recurrent(t: Trace, node: fx.Node) -> Any:
                 if v.atoms[0] is not None:
                     t.product(node, v.atoms[0], (None, unit), (gates, size))
             t.tie(incoming, w_ih.atoms[1], node)
+            if layer == 0:
+                t.contract(node, [(source, len(x.shape) - 1), (weights[at], 1)])
+            else:
+                t.contract(node, [(weights[at], 1)])
+            t.contract(node, [(weights[at + 1], 1)])  # what a unit says to the other units of its layer
             t.reading(w_ih.atoms[1])
             t.reading(w_hh.atoms[1])
             units.append(unit)

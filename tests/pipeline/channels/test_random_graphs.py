@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from pipeline.channels import liveness, prove, shrink, small
+from pipeline.channels.dependence import follow
+from pipeline.channels.execute import execute, feeds_of
 
 NETWORKS_PER_EXAMPLE = 8
 EXAMPLES = -(-int(os.environ.get("LEANORT_RANDOM_GRAPHS", "200")) // NETWORKS_PER_EXAMPLE)
@@ -247,3 +251,34 @@ def test_folded_equals_shrunk(experiment: Callable[..., Any], many: list[Any], s
     model = Several([Network(recipe) for recipe in many])
     found = experiment(model, torch.randn(2, 3, SIZE, SIZE), seed=seed, ratio=ratio, dynamic_batch=seed == 0)
     assert found.proof.outputs == NETWORKS_PER_EXAMPLE
+    if seed % 3 == 1:
+        constants_are_constant_and_go_exactly(found, seed)
+
+
+def constants_are_constant_and_go_exactly(found: Any, seed: int) -> None:
+    """Zero scales and rows under live shifts: nothing that is called constant moves with the input, and what is
+    folded is exact.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    state = {n: v.detach().clone() for n, v in found.captured.state.items()}
+    for name, value in state.items():
+        if name.endswith("weight"):
+            value[torch.rand(len(value), generator=draw) < 0.4] = 0
+    folded = found.captured.with_state(state)
+    other: dict[fx.Node, Any] = {}
+    program = folded.program
+    execute(program.graph, feeds_of(program, small(folded, seed=seed + 1), state), dtype=torch.float64,
+            watch=lambda node, value: other.__setitem__(node, value))  # fmt: skip
+    writes = any("_(" in str(node.format_node()) for node in program.graph.nodes)
+    assert not writes, "a later write would change what is compared here"
+
+    def seen(node: fx.Node, value: Tensor, depends: Tensor) -> None:
+        if isinstance(other[node], Tensor):
+            same = torch.isclose(value, other[node], rtol=1e-9, atol=1e-9, equal_nan=True)
+            assert bool((same | depends).all()), f"{node} moves with the input"
+
+    follow(folded, seen)
+    live = liveness(found.analysis, state)
+    shrunk = shrink(folded, found.analysis, live.dead, refused=live.refusals)
+    prove(folded, shrunk, [small(folded, batch=3, seed=seed)])
+    assert {n: f.sum() for n, f in live.dead.items()} == {n: len(g) for n, g in shrunk.ledger.groups.items()}
