@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from pipeline import masks, models, runner
-from pipeline.channels import Analysis, Size, analyse, capture
+from pipeline.channels import Analysis, Blocked, Cluster, Layer, Size, analyse, capture, layers
 from pipeline.config import Config
+from pipeline.drawing import widths_svg
 from pipeline.runner import Step
 from pipeline.selection import Removed
 from pipeline.stages import s1_prune
 
+RATIOS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a ratio would leave. `megabytes`: the parameters' bytes / 10⁶; a file adds a few kilobytes of graph."""
+
+    ratio: float
+    params: int
+    macs: int
+    megabytes: float
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages, channel groups of the model as built, and what the recipe's ratio would leave."""
+    """Stages, channel groups of the model as built, and what the recipe's ratio would leave.
+
+    `expectations`: the recipe's ratio first, then a few others for comparison. `megabytes`: of the dense parameters.
+    """
 
     steps: list[Step]
     analysis: Analysis
     removed: Removed
     expected: Size
+    expectations: tuple[Expectation, ...]
+    megabytes: float
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer's width before and after, in dataflow order."""
+        return layers(self.analysis, self.removed)
+
+    def svg(self, title: str) -> str:
+        """The network as a drawing, widths before and after."""
+        first = self.expectations[0]
+        return widths_svg(
+            self.layers,
+            title,
+            f"at ratio {first.ratio:g}: parameters {self.analysis.params:,} → {first.params:,}, "
+            f"MACs {self.analysis.macs:,} → {first.macs:,}",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
@@ -28,9 +64,12 @@ class Plan:
             "stages": [asdict(step) for step in self.steps],
             "params": self.analysis.params,
             "macs": self.analysis.macs,
+            "megabytes": self.megabytes,
             "removable_share": self.analysis.removable_share,
+            "removable_macs_share": self.analysis.removable_macs_share,
             "expected_params": self.expected.params,
             "expected_macs": self.expected.macs,
+            "expected": [asdict(e) for e in self.expectations],
             "clusters": [
                 {
                     "name": c.name,
@@ -42,9 +81,8 @@ class Plan:
                 }
                 for c in self.analysis.clusters
             ],
-            "blocked": [
-                {"op": b.op, "node": b.node, "reason": b.reason, "params": b.params} for b in self.analysis.blocked
-            ],
+            "layers": [asdict(layer) for layer in self.layers],
+            "blocked": [asdict(block) for block in self.analysis.blocked],
         }
 
 
@@ -53,8 +91,104 @@ def plan(config: Config) -> Plan:
     source, _ = runner.sources(config.model, None, config)
     model = source.build()
     analysis = analyse(capture(model, models.example(source)), s1_prune.policy_of(config.prune.groups))
-    removed = s1_prune.choose_groups(
-        analysis, model.state_dict(), config.prune, config.prune.ratio, masks.maskable(model)
+    state, maskable = model.state_dict(), masks.maskable(model)
+    width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(1, sum(p.numel() for p in model.parameters()))
+
+    def at(ratio: float) -> tuple[Removed, Size]:
+        section = config.prune.model_copy(update={"ratio": ratio})
+        removed = s1_prune.choose_groups(analysis, state, section, ratio, maskable)
+        return removed, analysis.estimate(removed)
+
+    removed, expected = at(config.prune.ratio)
+    others = [(ratio, at(ratio)[1]) for ratio in RATIOS if ratio != config.prune.ratio]
+    return Plan(
+        steps=runner.plan(config.model, None, config),
+        analysis=analysis,
+        removed=removed,
+        expected=expected,
+        expectations=tuple(
+            Expectation(ratio, size.params, size.macs, size.params * width / 1e6)
+            for ratio, size in [(config.prune.ratio, expected), *others]
+        ),
+        megabytes=analysis.params * width / 1e6,
     )
-    steps = runner.plan(config.model, None, config)
-    return Plan(steps, analysis, removed, analysis.estimate(removed))
+
+
+# -- for people ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """Clusters that differ in their place only: `name` with the places in braces, how many, and one of them.
+
+    `ties`: modules whose parameters go along, written the same way; `kept`: groups that stay in each.
+    """
+
+    name: str
+    count: int
+    cluster: Cluster
+    kept: int
+    ties: str
+
+
+def outline(made: Plan) -> dict[str, list[Line]]:
+    """Module -> lines, in the model's order: what repeats from block to block is said once."""
+    alike: dict[tuple[Any, ...], list[Cluster]] = {}
+    for cluster in made.analysis.clusters:
+        kept = cluster.size - int(made.removed[cluster.name].sum())
+        key = (_block(cluster.name), _pattern(cluster.name), cluster.kind, cluster.size, kept, cluster.unit)
+        alike.setdefault(key, []).append(cluster)
+    found: dict[str, list[Line]] = {}
+    for (block, _, _, _, kept, _), members in alike.items():
+        tied = {_owner(name) for c in members for name, _ in c.labels} - {c.name.partition("@")[0] for c in members}
+        found.setdefault(block, []).append(
+            Line(braces([c.name for c in members]), len(members), members[0], kept, _joined(tied))
+        )
+    return found
+
+
+def kept_whole(blocked: Sequence[Blocked]) -> list[tuple[str, str, int, int]]:
+    """(operator and reason, one of the nodes, number of nodes, parameters), the most parameters first."""
+    merged: dict[str, list[Blocked]] = {}
+    for block in blocked:
+        merged.setdefault(f"{block.op}: {block.reason}", []).append(block)
+    rows = [(what, found[0].node, len(found), sum(b.params for b in found)) for what, found in merged.items()]
+    return sorted(rows, key=lambda row: -row[3])
+
+
+def braces(names: Sequence[str]) -> str:
+    """Names of one pattern as one: a.0.b, a.1.b, a.2.b -> a.{0-2}.b."""
+    split = [re.split(r"(\d+)", name) for name in names]
+    columns = [sorted(set(column), key=lambda part: (len(part), part)) for column in zip(*split, strict=True)]
+    return "".join(column[0] if len(column) == 1 else "{" + _ranges([int(n) for n in column]) + "}" for column in columns)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs = [
+        [n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), key=lambda item: item[1] - item[0])
+    ]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def _joined(names: Iterable[str], shown: int = 4) -> str:
+    """Names, those of one pattern as one, at most `shown` of them."""
+    patterns: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)][1::2]):
+        patterns.setdefault(_pattern(name), []).append(name)
+    parts = [braces(found) for found in patterns.values()]
+    return ", ".join(parts[:shown]) + (f" and {len(parts) - shown} more" if len(parts) > shown else "")
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _block(name: str) -> str:
+    """The module that a cluster is listed under: the name up to its first number that stands alone, or its parent."""
+    parts = name.split(".")
+    at = next((k for k, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: max(at, 1)]) if len(parts) > 1 else "(top)"

@@ -10,6 +10,7 @@ proof    = prove(folded, small, inputs)
 
 from pipeline.channels.capture import Captured, capture, small
 from pipeline.channels.decide import Analysis, Blocked, Cluster, Size, analyse
+from pipeline.channels.layers import Layer, layers
 from pipeline.channels.ledger import Fold, Ledger, Refusal
 from pipeline.channels.liveness import Liveness, dead_groups, liveness
 from pipeline.channels.macs import count_macs
@@ -24,6 +25,7 @@ __all__ = [
     "Captured",
     "Cluster",
     "Fold",
+    "Layer",
     "Ledger",
     "Liveness",
     "Policy",
@@ -36,6 +38,7 @@ __all__ = [
     "capture",
     "count_macs",
     "dead_groups",
+    "layers",
     "liveness",
     "prove",
     "shrink",

@@ -137,6 +137,19 @@ class Analysis:
             mask[(slice(None),) * slot.dim + (going,)] = False
         return masks
 
+    @property
+    def removable_macs_share(self) -> float:
+        """The part of all multiply-accumulates that are gone once every group is that may go, 0..1."""
+        classes = np.zeros(self.solution.reason_of.shape[0], np.bool_)
+        for members in self.members.values():
+            classes[members] = True
+        return 1.0 - self.size_without(classes[self.solution.class_of]).macs / max(self.macs, 1)
+
+    def why_kept(self, classes: Atoms) -> str:
+        """Why indices of these classes have to stay: the most frequent reason, with its operator and node."""
+        op, node, reason = _why(self.solution, classes)
+        return reason if op == "-" else f"{reason} ({op} at {node})"
+
     def estimate(self, removed: Removed) -> Size:
         """The exact size after the removal, without removing."""
         gone = self.gone(removed)
