@@ -12,7 +12,12 @@ from jinja2 import Environment, PackageLoader
 from pipeline.channels import Layer
 
 ROW, HEAD, FOOT = 15, 64, 14  # pixels
-NAME_COLUMN, BAR_COLUMN, LABEL_COLUMN, LANE = 6.3, 420, 110, 9  # per letter; at the widest layer; of the numbers; per tie
+NAME_COLUMN, BAR_COLUMN, LABEL_COLUMN, LANE = (
+    6.3,
+    420,
+    110,
+    9,
+)  # per letter; at the widest layer; of the numbers; per tie
 MARGIN = 12
 NARROWEST = 1.5  # a layer of one channel is still to be seen
 TIE_COLOURS = 6
@@ -75,7 +80,11 @@ def widths_svg(found: Sequence[Layer], title: str, caption: str = "") -> str:
     bands = _bands(found)
     width = max((tie.x for tie in ties), default=left + BAR_COLUMN + LABEL_COLUMN) + MARGIN
     environment = Environment(
-        loader=PackageLoader("pipeline"), autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=PackageLoader("pipeline"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     present = {layer.kind for layer in found}
     return environment.get_template("widths.svg.j2").render(

@@ -92,7 +92,9 @@ def plan(config: Config) -> Plan:
     model = source.build()
     analysis = analyse(capture(model, models.example(source)), s1_prune.policy_of(config.prune.groups))
     state, maskable = model.state_dict(), masks.maskable(model)
-    width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(1, sum(p.numel() for p in model.parameters()))
+    width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(
+        1, sum(p.numel() for p in model.parameters())
+    )
 
     def at(ratio: float) -> tuple[Removed, Size]:
         section = config.prune.model_copy(update={"ratio": ratio})
@@ -160,13 +162,13 @@ def braces(names: Sequence[str]) -> str:
     """Names of one pattern as one: a.0.b, a.1.b, a.2.b -> a.{0-2}.b."""
     split = [re.split(r"(\d+)", name) for name in names]
     columns = [sorted(set(column), key=lambda part: (len(part), part)) for column in zip(*split, strict=True)]
-    return "".join(column[0] if len(column) == 1 else "{" + _ranges([int(n) for n in column]) + "}" for column in columns)
+    return "".join(
+        column[0] if len(column) == 1 else "{" + _ranges([int(n) for n in column]) + "}" for column in columns
+    )
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    runs = [
-        [n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), key=lambda item: item[1] - item[0])
-    ]
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), key=lambda item: item[1] - item[0])]
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 

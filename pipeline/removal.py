@@ -6,20 +6,25 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from pipeline import manifest
+from pipeline import manifest, store
 from pipeline.artifacts import Pruned
 from pipeline.channels import Ledger
 from pipeline.errors import StoreError, UserError, nearest
-from pipeline.stages import s1_prune, s4_shrink, stage_name
+from pipeline.runner import stage_name
+from pipeline.stages import s1_prune, s4_shrink
 
 SHOWN = 24  # indices written out before a range is cut short
 
 
 @dataclass(frozen=True)
 class Removal:
-    """The ledger of a version, and what pruning chose. `blocked`: what could not go at all, with operator and reason."""
+    """The ledger of a version, and what pruning chose.
+
+    `chosen`: cluster -> groups. `blocked`: what could not go at all, with operator and reason.
+    """
 
     ledger: Ledger
     pruned: Pruned
@@ -112,14 +117,21 @@ class Removal:
 def read(version: Path) -> Removal:
     """The removal of a stored version, its files checked against the manifest. Raises StoreError where they differ."""
     made = manifest.read(version)
-    prune, shrink = version / stage_name(s1_prune.run), version / stage_name(s4_shrink.run)
-    files = [shrink / "ledger.json", shrink / "blocked.json", prune / "removed.json"]
-    sealed = {record.stage: record.files for record in made.stages}
-    for file in files:
-        if not file.is_file() or manifest.digest(file) != sealed[file.parent.name].get(file.name):
+    sealed = {f"{record.stage}/{name}": file.sha256 for record in made.stages for name, file in record.files.items()}
+
+    def text(stage: ModuleType, name: str) -> str:
+        place = f"{stage_name(stage)}/{name}"
+        file = version / place
+        if not file.is_file() or store.sha256(file) != sealed.get(place):
             raise StoreError(f"{file} is not what was sealed.", "Run `leanort verify` on the version.")
-    ledger, blocked, chosen = (file.read_text(encoding="utf-8") for file in files)
-    return Removal(Ledger.from_json(ledger), Pruned.load(prune), json.loads(chosen), json.loads(blocked))
+        return file.read_text(encoding="utf-8")
+
+    return Removal(
+        ledger=Ledger.from_json(text(s4_shrink, "ledger.json")),
+        pruned=Pruned.load(version / stage_name(s1_prune)),
+        chosen=json.loads(text(s1_prune, "removed.json")),
+        blocked=json.loads(text(s4_shrink, "blocked.json")),
+    )
 
 
 def spans(numbers: Sequence[int]) -> str:

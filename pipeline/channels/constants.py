@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from pipeline.channels.capture import Captured
 from pipeline.channels.dependence import follow
+from pipeline.channels.execute import feeds_of
 from pipeline.channels.rules.table import base_name, bind
 from pipeline.channels.trace import Contraction, Trace
 from pipeline.channels.values import Atoms, Flags, Value
@@ -59,10 +60,10 @@ class Reader:
 class Survey:
     """What one run showed.
 
-    `constant[(node, dim)]`: for every index its number, NaN where it is not one number. `fixed[(node, dim)]`: True where
-    no input has a part in the slice. `weights`: full-size values of the readers' weights. `mixed[class]`: the node at
-    which a class that was constant before stops being so. `fixed_classes`: classes that are constant, and not zero,
-    in at least one activation.
+    `constant[(node, dim)]`: for every index its number, NaN where it is not one number. `fixed[(node, dim)]`: True
+    where no input has a part in the slice. `weights`: full-size values of the readers' weights. `mixed[class]`: the
+    node at which a class that was constant before stops being so. `fixed_classes`: classes that are constant, and
+    not zero, in at least one activation.
     """
 
     trace: Trace
@@ -191,13 +192,11 @@ def _hidden(survey: Survey, reader: Reader, size: int) -> Flags:
         places = (space[d] + before[d] + after[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d]  # the last one
         taps = np.arange(kernel[d]) * dilation[d] - before[d]
         outside.append((taps < 0) | (taps + places * stride[d] >= space[d]))
-    touches = np.zeros(kernel, np.bool_)
-    for at in product(*map(range, kernel)):
-        touches[at] = any(outside[d][k] for d, k in enumerate(at))
+    touches = np.array([any(outside[d][k] for d, k in enumerate(at)) for at in product(*map(range, kernel))])
     inside = w.shape[1]
     groups = size // inside
     weighs = (w != 0).reshape(groups, -1, inside, *kernel).any(dim=1).numpy()  # [groups, inside, *kernel]
-    hidden: Flags = (weighs & touches).reshape(size, -1).any(axis=1)
+    hidden: Flags = (weighs & touches.reshape(kernel)).reshape(size, -1).any(axis=1)
     return hidden
 
 
@@ -210,14 +209,16 @@ def survey(captured: Captured, trace: Trace, class_of: Atoms, contractions: Iter
     for contraction in contractions:
         for reader in readers(contraction, trace):
             wanted.setdefault(reader.source, set()).add(reader.dim)
-            weight_of.setdefault(reader.weight, []).append(reader.node)
+            if reader.weight is not None:
+                weight_of.setdefault(reader.weight, []).append(reader.node)
     classes_at: dict[fx.Node, Flags] = {}  # activation -> which classes are constant in it
+    feeds = feeds_of(captured.program, captured.example, captured.state)  # weights as they are, not a wider copy
     summing = {contraction.node for contraction in trace.contractions}
     last = {source: user for user in captured.program.graph.nodes for source in user.all_input_nodes}
 
     def seen(node: fx.Node, value: Tensor, depends: Tensor) -> None:
         for reader in weight_of.get(node, ()):
-            found.weights[reader] = value.detach()
+            found.weights[reader] = feeds[node.name] if node.op == "placeholder" else value.detach()
         known = trace.values.get(node)
         if not isinstance(known, Value) or known.derived or value.dim() != len(known.shape):
             return

@@ -32,7 +32,7 @@ _ALONG = ("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumpr
 _REDUCE = ("mean", "sum", "amax", "amin", "var", "std", "prod", "logsumexp", "linalg_vector_norm", "norm")
 
 
-class _Unknown(Exception):
+class _Unknown(Exception):  # noqa: N818  # not an error: everything is taken to depend
     """No sharper answer than "everything depends"."""
 
 
@@ -44,9 +44,7 @@ def follow(captured: Captured, seen: Seen) -> None:
     graph = captured.program.graph
     inputs = set(captured.program.graph_signature.user_inputs)
     run = _Run(graph, inputs, seen, aliased=_writes_into_views(graph))
-    execute(
-        graph, feeds_of(captured.program, small(captured), captured.state), dtype=torch.float64, watch=run.step
-    )
+    execute(graph, feeds_of(captured.program, small(captured), captured.state), dtype=torch.float64, watch=run.step)
 
 
 @dataclass
@@ -55,9 +53,9 @@ class _Run:
     inputs: set[str]
     seen: Seen
     aliased: bool
-    values: dict[fx.Node, Any] = field(default_factory=dict)
-    depends: dict[fx.Node, Any] = field(default_factory=dict)
-    nonzero: dict[fx.Node, Any] = field(default_factory=dict)
+    values: dict[Any, Any] = field(default_factory=dict)
+    depends: dict[Any, Any] = field(default_factory=dict)
+    nonzero: dict[Any, Any] = field(default_factory=dict)
     dies: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,8 +91,8 @@ class _Run:
         if self.aliased:
             return everything
         if node.target is operator.getitem:
-            whole = self.depends.get(node.args[0])  # type: ignore[arg-type]
-            return whole[node.args[1]] if isinstance(whole, tuple) else everything
+            whole = self.depends.get(node.args[0])
+            return whole[int(node.args[1])] if isinstance(whole, tuple) else everything  # type: ignore[arg-type]
         if base_name(node.target).startswith(_RANDOM):
             return everything
         if not any(self._any(n) for n in node.all_input_nodes):
@@ -113,6 +111,13 @@ class _Run:
 
     def _any(self, node: fx.Node) -> bool:
         return any(isinstance(d, Tensor) and bool(d.any()) for d in _parts(self.depends.get(node)))
+
+    def mask(self, node: Any) -> Tensor:
+        """What depends in a tensor argument."""
+        found = self.depends[node]
+        if not isinstance(found, Tensor):
+            raise _Unknown
+        return found
 
     def fixed(self, node: Any) -> bool:
         """Whether nothing of an argument depends."""
@@ -163,7 +168,7 @@ def _answer(run: _Run, node: fx.Node, value: Any) -> Any:
     if name in _RULES:
         return _RULES[name](run, node, value)
     if name in _SAME:
-        return run.depends[node.args[0]]  # type: ignore[index]
+        return run.mask(node.args[0])
     if name in _MOVES:
         return _moved(run, node, value)
     if name in _POOLS:
@@ -188,7 +193,7 @@ def _moved(run: _Run, node: fx.Node, value: Any) -> Any:
     replace: dict[fx.Node, Tensor] = {}
     for source in tensors(node):
         if run.values[source].dtype.is_floating_point:
-            replace[source] = _number(run.depends[source])
+            replace[source] = _number(run.mask(source))
         elif not run.fixed(source):
             raise _Unknown
     out = _on_masks(run, node, replace)
@@ -198,16 +203,18 @@ def _moved(run: _Run, node: fx.Node, value: Any) -> Any:
 def _pooled(run: _Run, node: fx.Node, value: Any) -> Any:
     """Pooling and resizing by weights that are never negative; bicubic ones may cancel out."""
     source: Any = node.args[0]
-    if not isinstance(value, Tensor) or "bicubic" in str(node.target):
+    if "bicubic" in str(node.target):
         raise _Unknown
-    out: Tensor = _on_masks(run, node, {source: _number(run.depends[source])})
-    return out > 0
+    out = _on_masks(run, node, {source: _number(run.mask(source))})
+    if isinstance(out, Tensor):
+        return out > 0
+    return (out[0] > 0, *_like(value[1:], True))  # which place held the maximum is anyone's guess
 
 
 def _pointwise(run: _Run, node: fx.Node, value: Tensor) -> Tensor:
     found = torch.zeros(value.shape, dtype=torch.bool)
     for source in tensors(node):
-        found = found | run.depends[source]
+        found = found | run.mask(source)
     return found
 
 
@@ -215,7 +222,8 @@ def _multiplied(run: _Run, node: fx.Node, value: Tensor) -> Tensor:
     a, b = node.args[:2]
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return _pointwise(run, node, value)
-    return (run.depends[a] & run.nonzero[b]) | (run.nonzero[a] & run.depends[b])
+    found: Tensor = (run.mask(a) & run.nonzero[b]) | (run.nonzero[a] & run.mask(b))
+    return found
 
 
 def _number(mask: Tensor) -> Tensor:
@@ -226,7 +234,7 @@ def _convolution(run: _Run, node: fx.Node, value: Tensor) -> Tensor:
     a = bind(node)
     if not (run.fixed(a["weight"]) and run.fixed(a["bias"])):
         raise _Unknown
-    a |= {"input": _number(run.depends[a["input"]]), "weight": _number(run.nonzero[a["weight"]]), "bias": None}
+    a |= {"input": _number(run.mask(a["input"])), "weight": _number(run.nonzero[a["weight"]]), "bias": None}
     out: Tensor = node.target(**a)  # type: ignore[operator]
     return out > 0.5  # a count of ones, up to rounding
 
@@ -235,35 +243,35 @@ def _linear(run: _Run, node: fx.Node, value: Tensor) -> Tensor:
     a = bind(node)
     if not (run.fixed(a["weight"]) and run.fixed(a["bias"])):
         raise _Unknown
-    return torch.nn.functional.linear(_number(run.depends[a["input"]]), _number(run.nonzero[a["weight"]])) > 0.5
+    return torch.nn.functional.linear(_number(run.mask(a["input"])), _number(run.nonzero[a["weight"]])) > 0.5
 
 
 def _matrix_product(run: _Run, node: fx.Node, value: Tensor) -> Tensor:
     a, b = node.args[:2]
-    return _product(run, a, b, node.target)
+    return _product(run, a, b, node.target)  # type: ignore[arg-type]
 
 
-def _product(run: _Run, a: Any, b: Any, target: Any) -> Tensor:
-    left = target(_number(run.depends[a]), _number(run.nonzero[b]))
-    return (left + target(_number(run.nonzero[a]), _number(run.depends[b]))) > 0.5  # type: ignore[no-any-return]
+def _product(run: _Run, a: Any, b: Any, target: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    left = target(_number(run.mask(a)), _number(run.nonzero[b]))
+    return (left + target(_number(run.nonzero[a]), _number(run.mask(b)))) > 0.5
 
 
 def _addmm(run: _Run, node: fx.Node, value: Tensor) -> Tensor:
     bias, a, b = node.args[:3]
-    return run.depends[bias] | _product(run, a, b, torch.matmul)  # type: ignore[index]
+    return run.mask(bias) | _product(run, a, b, torch.matmul)
 
 
 def _einsum(run: _Run, node: fx.Node, value: Tensor) -> Tensor:
-    equation, operands = node.args[:2]
-    if len(operands) != 2:  # type: ignore[arg-type]
+    equation, operands = str(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
+    if len(operands) != 2:
         raise _Unknown
-    return _product(run, *operands, lambda a, b: torch.einsum(equation, a, b))  # type: ignore[misc]
+    return _product(run, operands[0], operands[1], lambda a, b: torch.einsum(equation, a, b))
 
 
 def _embedding(run: _Run, node: fx.Node, value: Tensor) -> Tensor:
     """A column that holds one number for every row gives that number whatever is looked up."""
     a = bind(node)
-    table = run.values[a["weight"]]
+    table: Tensor = run.values[a["weight"]]
     if not run.fixed(a["weight"]):
         raise _Unknown
     return (table.amax(0) != table.amin(0)).expand(value.shape)
@@ -277,14 +285,15 @@ def _per_channel(scale: Any, run: _Run, mask: Tensor, dim: int) -> Tensor:
         raise _Unknown
     shape = [1] * mask.dim()
     shape[dim] = -1
-    return mask & (run.values[scale] != 0).reshape(shape)
+    values: Tensor = run.values[scale]
+    return mask & (values != 0).reshape(shape)
 
 
 def _batch_norm(run: _Run, node: fx.Node, value: Any) -> Any:
     a = bind(node)
     if not isinstance(value, Tensor) or not run.fixed(a["bias"]):
         raise _Unknown
-    mask = run.depends[a["input"]]
+    mask = run.mask(a["input"])
     if a.get("training"):
         mask = _spread(mask, [d for d in range(mask.dim()) if d != 1])
     return _per_channel(a["weight"], run, mask, 1)
@@ -297,7 +306,7 @@ def _spread(mask: Tensor, dims: list[int]) -> Tensor:
 
 def _layer_norm(run: _Run, node: fx.Node, value: Any) -> Tensor:
     a = bind(node)
-    mask = run.depends[a["input"]]
+    mask = run.mask(a["input"])
     over = len(a["normalized_shape"])
     mask = _spread(mask, list(range(mask.dim() - over, mask.dim())))
     if not (run.fixed(a["weight"]) and run.fixed(a.get("bias"))):
@@ -307,7 +316,7 @@ def _layer_norm(run: _Run, node: fx.Node, value: Any) -> Tensor:
 
 def _group_norm(run: _Run, node: fx.Node, value: Any) -> Tensor:
     a = bind(node)
-    mask = run.depends[a["input"]]
+    mask = run.mask(a["input"])
     if not run.fixed(a["bias"]):
         raise _Unknown
     groups = mask.reshape(mask.shape[0], a["num_groups"], -1)
@@ -316,7 +325,7 @@ def _group_norm(run: _Run, node: fx.Node, value: Any) -> Tensor:
 
 def _instance_norm(run: _Run, node: fx.Node, value: Any) -> Tensor:
     a = bind(node)
-    mask = run.depends[a["input"]]
+    mask = run.mask(a["input"])
     if not run.fixed(a["bias"]):
         raise _Unknown
     return _per_channel(a["weight"], run, _spread(mask, list(range(2, mask.dim()))), 1)
@@ -325,7 +334,8 @@ def _instance_norm(run: _Run, node: fx.Node, value: Any) -> Tensor:
 def _attention(run: _Run, node: fx.Node, value: Tensor) -> Tensor:
     """Rows of a softmax sum to one: a value channel that is the same for every token comes out as it is."""
     a = bind(node)
-    mask, v = run.depends[a["value"]], run.values[a["value"]]
+    mask = run.mask(a["value"])
+    v: Tensor = run.values[a["value"]]
     varies = (v.amax(-2, keepdim=True) != v.amin(-2, keepdim=True)) | mask.any(-2, keepdim=True)
     if varies.shape[:-2] != value.shape[:-2] or not run.fixed(a["attn_mask"]):
         raise _Unknown
@@ -334,13 +344,13 @@ def _attention(run: _Run, node: fx.Node, value: Tensor) -> Tensor:
 
 def _along(run: _Run, node: fx.Node, value: Any) -> Tensor:
     a = bind(node)
-    mask = run.depends[a["self"]]
+    mask = run.mask(a["self"])
     return _spread(mask, [(a["dim"] if a["dim"] is not None else -1) % mask.dim()])
 
 
 def _reduced(run: _Run, node: fx.Node, value: Any) -> Tensor:
     a = bind(node)
-    mask = run.depends[a["self"]]
+    mask = run.mask(a["self"])
     if not isinstance(value, Tensor) or "dim" not in a:
         raise _Unknown
     dims = a["dim"]

@@ -104,7 +104,7 @@ class Ledger:
         caller's to prove).
 
         `constants`: add what constant channels gave to biases, as this removal did; a state that `restore_state` gave
-        has it in its biases already. Tensors of the shrunk program that stand for a computation (`frozen`) are not made.
+        has it in its biases already. Tensors that stand for a computation (`frozen`), or were created, are not made.
         """
         shrunk: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():

@@ -34,7 +34,7 @@ Slices = dict[tuple[str, int], npt.NDArray[np.bool_]]
 @dataclass(frozen=True)
 class Liveness:
     """`dead`: cluster name -> one flag per group, True = can go without any change of the output; clusters with
-    nothing dead are absent. `refusals`: groups that are constant, but not where it matters, with the node and the reason.
+    nothing dead are absent. `refusals`: groups that are constant but cannot go, with the node and the reason.
     """
 
     dead: dict[str, npt.NDArray[np.bool_]]
@@ -115,9 +115,7 @@ def _reading(analysis: Analysis) -> Flags:
     return read
 
 
-def _zero_slices(
-    analysis: Analysis, state: Mapping[str, Tensor], zero: Flags, unread: Flags | None = None
-) -> Slices:
+def _zero_slices(analysis: Analysis, state: Mapping[str, Tensor], zero: Flags, unread: Flags | None = None) -> Slices:
     """For every tensor and dimension, which slices are zero once classes of `zero` are left out.
 
     Classes of `unread` are left out as well where it is asked what a column reads for: they go, but are not zero.

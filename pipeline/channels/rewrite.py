@@ -58,8 +58,8 @@ def shrink(
 
     `captured`: the analysed model, its state folded (see `Captured.fold`). A group that is zero where it is summed
     goes; a group that is one constant goes where a bias can take it (`ledger.folds`); any other stays, and is listed in
-    `refused`. `refused`: refusals that were found before (see `liveness`), for the ledger. `check_zero=False` is for the
-    control experiment only: it shows what the check is worth. Raises RefusedError where the graph cannot be edited.
+    `refused`. `refused`: refusals that were found before (see `liveness`), for the ledger. `check_zero=False` is for
+    the control experiment only: it shows what the check is worth. Raises RefusedError where the graph cannot be edited.
     """
     if captured.program.graph is not analysis.captured.program.graph:
         raise ValueError("the analysis is of another capture")
@@ -136,7 +136,9 @@ class _Cutter:
             if sliced is not None:
                 self.new_of[node] = self._constant(f"{node.name}_kept", sliced)
                 continue
-            self.new_of[node] = self.graph.node_copy(node, self.new_of.__getitem__)
+            copied = self.new_of[node] = self.graph.node_copy(node, self.new_of.__getitem__)
+            if node.op == "placeholder":
+                copied.name = node.name  # the copy of one called after a builtin (`input`) would be renamed
 
     def _static(self, node: fx.Node) -> Tensor | None:
         """The kept part of a constant computed from nothing, where a part of it goes."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from pipeline.channels.capture import Captured, small
-from pipeline.channels.constants import Reader, Shift, shifts, survey
+from pipeline.channels.constants import Reader, Shift, Survey, shifts, survey
 from pipeline.channels.decide import Analysis, Removed
 from pipeline.channels.execute import execute, feeds_of, run_program
 from pipeline.channels.ledger import Refusal
 from pipeline.channels.rules.table import base_name
-from pipeline.channels.trace import Contraction
+from pipeline.channels.trace import Contraction, Trace
 from pipeline.channels.values import Flags
 from pipeline.errors import RefusedError
 
@@ -42,31 +42,45 @@ def zero_check(
     `constants`). A parameter side is read off the weights; only where that does not settle it is the graph run, once,
     and the other side looked at.
     """
-    open_: dict[Contraction, Flags] = {}
     names = _parameters(captured)
+    class_of = analysis.solution.class_of
+    found: Survey | None = None
+    why: dict[int, tuple[fx.Node, str]] = {}
+    while True:  # what is refused reads and is read again, so what counted on its going is asked once more
+        open_ = _open(captured, analysis, names, gone)
+        if open_:
+            _look(captured, open_)
+        if not open_:
+            break
+        found = found or survey(captured, analysis.trace, class_of, analysis.trace.contractions)
+        before = len(why)
+        for contraction, left in open_.items():
+            able, _, reasons = found.judge(contraction)
+            for at in np.flatnonzero(left & ~able):
+                cls = int(class_of[contraction.atoms[at]])
+                why.setdefault(cls, (contraction.node, reasons[at] or NOT_ZERO))
+        if len(why) == before:
+            break
+        bad = np.zeros(analysis.solution.reason_of.shape[0], np.bool_)
+        bad[list(why)] = True
+        gone = gone & ~bad[class_of]
+    refusals = tuple(r for r in refusals_of(analysis, why) if r.cluster in removed)
+    return gone, refusals, shifts(found, open_, gone) if found is not None else {}
+
+
+def _open(captured: Captured, analysis: Analysis, names: dict[str, str], gone: Flags) -> dict[Contraction, Flags]:
+    """Contractions with the indices that go although the weights alone do not show a zero there."""
+    open_: dict[Contraction, Flags] = {}
     for contraction in analysis.trace.contractions:
         going = gone[contraction.atoms]
-        if going.any():
-            left = going & ~_zero_in_weights(captured, names, contraction, going)
-            if left.any():
-                open_[contraction] = left
-    if open_:
-        _look(captured, open_)
-    if not open_:
-        return gone, (), {}
-    class_of = analysis.solution.class_of
-    found = survey(captured, analysis.trace, class_of, open_)
-    why: dict[int, tuple[fx.Node, str]] = {}
-    for contraction, left in open_.items():
-        able, _, reasons = found.judge(contraction)
-        for at in np.flatnonzero(left & ~able):
-            cls = int(class_of[contraction.atoms[at]])
-            why.setdefault(cls, (contraction.node, reasons[at] or NOT_ZERO))
-    bad = np.zeros(analysis.solution.reason_of.shape[0], np.bool_)
-    bad[list(why)] = True
-    gone = gone & ~bad[class_of]
-    refusals = tuple(r for r in refusals_of(analysis, why) if r.cluster in removed)
-    return gone, refusals, shifts(found, open_, gone)
+        if not going.any():
+            continue
+        left = going & ~_zero_in_weights(captured, names, contraction, going)
+        if left.any():  # rows that go as well read nothing any more
+            left &= ~_zero_in_weights(captured, names, contraction, left, analysis.trace, gone)
+        if left.any():
+            open_[contraction] = left
+    return open_
 
 
 def refusals_of(analysis: Analysis, why: Mapping[int, tuple[fx.Node, str]]) -> tuple[Refusal, ...]:
@@ -92,11 +106,25 @@ def _parameters(captured: Captured) -> dict[str, str]:
     }
 
 
-def _zero_in_weights(captured: Captured, names: dict[str, str], contraction: Contraction, going: Flags) -> Flags:
+def _zero_in_weights(
+    captured: Captured,
+    names: dict[str, str],
+    contraction: Contraction,
+    going: Flags,
+    trace: Trace | None = None,
+    gone: Flags | None = None,
+) -> Flags:
+    """Which indices of `going` are zero in a parameter; with `gone`, in what is left of its other dimensions."""
     zero = np.zeros(going.shape, np.bool_)
     for node, dim in contraction.sides:
         if node.op == "placeholder" and node.name in names:
-            zero[going] |= _zero_slices(captured.state[names[node.name]], dim, np.flatnonzero(going))
+            weight = captured.state[names[node.name]]
+            if trace is not None and gone is not None:
+                for d, atoms in enumerate(trace.value(node).atoms):
+                    if d != dim and atoms is not None and gone[atoms].any():
+                        weight = weight.detach().index_select(d, torch.from_numpy(np.flatnonzero(~gone[atoms])))
+            if weight.numel():
+                zero[going] |= _zero_slices(weight, dim, np.flatnonzero(going))
     return zero
 
 

@@ -16,8 +16,8 @@ from pipeline.cli.versions import print_release
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.channels import Analysis
     from pipeline.config import Config
+    from pipeline.planning import Plan
 
 
 def _recipe_options(command: Any) -> Any:  # decorates any click command
@@ -122,12 +122,21 @@ def deploy(start: str | None, until: str | None, quiet: bool, **options: Any) ->
 @main.command()
 @_recipe_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def plan(as_json: bool, **options: Any) -> None:
-    """Show what a deploy would run or reuse, which channel groups exist, and what blocks the rest. Writes nothing."""
+@click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Draw every layer's width into this file.")
+def plan(as_json: bool, svg: Path | None, **options: Any) -> None:
+    """Show what a deploy would run or reuse, which channel groups exist, what blocks the rest, and the size to expect.
+
+    Writes nothing but the drawing that --svg asks for.
+    """
     config = _config(**options)
     from pipeline import planning
 
     made = planning.plan(config)
+    if svg is not None:
+        try:
+            svg.write_text(made.svg(str(config.model)), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{svg} cannot be written ({error.strerror}).", "Give --svg another place.") from error
     if as_json:
         click.echo(json.dumps(made.to_json(), indent=2))
         return
@@ -138,25 +147,45 @@ def plan(as_json: bool, **options: Any) -> None:
     for step in made.steps:
         table.add_row(step.stage, step.action, step.reason)
     console.print(table)
-    console.print(_tree(made.analysis, made.removed))
-    console.print(
-        f"at ratio {config.prune.ratio:g}: parameters {made.analysis.params:,} -> {made.expected.params:,}, "
-        f"MACs {made.analysis.macs:,} -> {made.expected.macs:,}; "
-        f"{made.analysis.removable_share:.1%} of the parameters can go",
+    console.print(_tree(made))
+    console.print(_expected(made))
+    if svg is not None:
+        console.print(f"Every layer's width is drawn in {plain(str(svg))}.", highlight=False)
+
+
+def _tree(made: Plan) -> Tree:
+    """Channel groups by module, what repeats from block to block said once; then what stays."""
+    from pipeline import planning
+
+    analysis = made.analysis
+    tree = Tree(
+        f"{len(analysis.clusters)} widths can change; {analysis.removable_share:.1%} of the parameters and "
+        f"{analysis.removable_macs_share:.1%} of the MACs can go",
         highlight=False,
     )
-
-
-def _tree(analysis: Analysis, removed: Any) -> Tree:
-    tree = Tree(f"{len(analysis.clusters)} layers whose channels can go (width before -> after)")
-    for cluster in analysis.clusters:
-        after = cluster.size - int(removed[cluster.name].sum()) if cluster.name in removed else cluster.size
-        unit = f" x {cluster.unit} channels" if cluster.unit > 1 else ""
-        tied = sorted({name for name, _ in cluster.labels} - {cluster.name})
-        branch = tree.add(f"{plain(cluster.name)}  {cluster.kind}  {cluster.size} -> {after}{unit}")
-        shown = ", ".join(tied[:4]) + (f" and {len(tied) - 4} more" if len(tied) > 4 else "")
-        branch.add(f"[dim]ties {plain(shown)}[/]")
-    for block in analysis.blocked:
-        where = f"{plain(block.op)} at {plain(block.node)}"
-        tree.add(f"[yellow]kept[/] {where}: {plain(block.reason)} ({block.params:,} parameters)")
+    for block, lines in planning.outline(made).items():
+        branch = tree.add(f"[bold]{plain(block)}[/]")
+        for line in lines:
+            unit = f" of {line.cluster.unit} channels each" if line.cluster.unit > 1 else ""
+            times = f"  [dim]x {line.count}[/]" if line.count > 1 else ""
+            kind = line.cluster.kind.replace("_", " ")
+            name = plain(line.name)
+            leaf = branch.add(f"{name}  {kind}  {line.cluster.size} -> {line.kept}{unit}{times}", highlight=False)
+            if line.ties:
+                leaf.add(f"[dim]with {plain(line.ties)}[/]", highlight=False)
+    for what, node, count, params in planning.kept_whole(analysis.blocked):
+        places = plain(node) + (f" and {count - 1} more" if count > 1 else "")
+        tree.add(f"[yellow]stays[/] {plain(what)} ({params:,} parameters, at {places})", highlight=False)
     return tree
+
+
+def _expected(made: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("ratio")
+    for column in ("parameters", "MACs", "expected size"):
+        table.add_column(column, justify="right")
+    table.add_row("dense", f"{made.analysis.params:,}", f"{made.analysis.macs:,}", f"{made.megabytes:.3g} MB")
+    for at, row in enumerate(made.expectations):
+        ratio = f"[bold]{row.ratio:g}[/] (recipe)" if at == 0 else f"{row.ratio:g}"
+        table.add_row(ratio, f"{row.params:,}", f"{row.macs:,}", f"{row.megabytes:.3g} MB")
+    return table

@@ -72,6 +72,7 @@ def main() -> None:
     leanort deploy resnet50               the whole chain on the embedded data
     leanort deploy resnet50 --ratio 0.3   the same, gentler
     leanort show resnet50                 the figures of the newest version
+    leanort why resnet50 layer3.1.conv2   which of its channels went, and why
     leanort verify resnet50/v0001         every hash, back to the dense model
 
     \b

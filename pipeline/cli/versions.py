@@ -1,4 +1,4 @@
-"""Versions on disk: list, show, diff, verify."""
+"""Versions on disk: list, show, diff, verify, why."""
 
 from __future__ import annotations
 
@@ -122,6 +122,41 @@ def verify(version: str, out: Path) -> None:
     made = manifest.read(folder)
     count = len(made.files) + sum(len(record.files) for record in made.stages)
     click.echo(f"{folder}: {count} files as sealed; the shipped file leads back to the dense model.")
+
+
+@main.command()
+@click.argument("version", metavar="MODEL[/VERSION]")
+@click.argument("layer", required=False)
+@OUT
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def why(version: str, layer: str | None, out: Path, as_json: bool) -> None:
+    """Tell which channels of LAYER went, and why; and why others stayed. Without LAYER: every layer, one line each.
+
+    \b
+    leanort why resnet50 layer3.1.conv2
+    leanort why resnet50/v0002
+    """
+    from pipeline import removal, store
+
+    found = removal.read(store.resolve(out, version))
+    if layer is None:
+        rows = found.overview()
+        if as_json:
+            click.echo(json.dumps(rows, indent=2))
+            return
+        table = Table(box=None, pad_edge=False)
+        for column in ("layer", "outputs gone", "inputs gone", "biases given constants", "groups refused"):
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*(plain(str(value)) for value in row.values()))
+        Console().print(table)
+        return
+    answer = found.why(layer)
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    for line in found.sentences(layer):
+        click.echo(line)
 
 
 def print_release(release: Release) -> None:

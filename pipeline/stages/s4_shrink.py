@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipeline import channels
 from pipeline.artifacts import Folded, Pruned, Shrunk, WidthChange
-from pipeline.channels import Analysis, Ledger, analyse, capture, count_macs, liveness, prove
+from pipeline.channels import Analysis, Ledger, analyse, capture, count_macs, layers, liveness, prove
 from pipeline.config import ShrinkSection
 from pipeline.data import Data
+from pipeline.drawing import widths_svg
 from pipeline.models import ModelSource, example
 from pipeline.stages.s1_prune import policy_of
 from pipeline.stages.tables import write_table
@@ -52,6 +54,7 @@ def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: 
         for c in analysis.clusters
     )
     write_table(out / "widths.csv", widths)
+    (out / "widths.svg").write_text(_drawing(analysis, small.ledger, source.spec), encoding="utf-8")
     params = sum(p.numel() for p in {id(p): p for p in small.program.parameters()}.values())  # tied ones once
     return Shrunk(
         folder=out,
@@ -70,12 +73,20 @@ def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: 
     )
 
 
+def _drawing(analysis: Analysis, ledger: Ledger, title: str) -> str:
+    """Every layer's width before and after, as SVG."""
+    gone = {c.name: np.isin(np.arange(c.size), ledger.groups.get(c.name, ())) for c in analysis.clusters}
+    return widths_svg(layers(analysis, gone), title, "widths before and after; see ledger.json for the channels")
+
+
 def _statement(pruned: Pruned, folded: Folded, params: int, ledger: Ledger) -> str:
     """What was removed, in words that claim no more than what happened."""
     if params < folded.params:
         groups = sum(len(gone) for gone in ledger.groups.values())
         constants = sum(len(found) for fold in ledger.folds for found in fold.constants.values())
-        folded_in = f" {constants:,} constants of dead channels went into {len(ledger.folds):,} biases." if constants else ""
+        folded_in = (
+            f" {constants:,} constants of dead channels went into {len(ledger.folds):,} biases." if constants else ""
+        )
         return f"{groups:,} channel groups are gone: {folded.params:,} parameters became {params:,}.{folded_in}"
     if pruned.method in ("unstructured", "2:4"):
         return (

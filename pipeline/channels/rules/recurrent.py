@@ -24,9 +24,10 @@ def recurrent(t: Trace, node: fx.Node) -> Any:
         raise NoRule("a packed sequence")
     name = base_name(node.target)
     gates = {"lstm": 4, "gru": 3}.get(name, 1)
-    source = args[0]
+    source: Any = args[0]
     states = list(args[1]) if isinstance(args[1], (list, tuple)) else [args[1]]
-    weights, has_biases, layers = list(args[2]), bool(args[3]), int(args[4])  # type: ignore[arg-type]
+    weights: list[Any] = list(args[2])
+    has_biases, layers = bool(args[3]), int(args[4])  # type: ignore[arg-type]
     directions = 2 if args[7] else 1
     per = (4 if has_biases else 2) + (1 if len(weights) > layers * directions * (4 if has_biases else 2) else 0)
     if per % 2:

@@ -102,7 +102,7 @@ def test_a_constant_goes_into_the_bias_of_an_unpadded_reader(act: Callable[[Tens
     (fold,) = shrunk.ledger.folds
     seen = act(captured.state["norm.bias"][1].double())
     assert (fold.parameter, fold.op, fold.created) == ("b.bias", "conv2d", False)
-    assert fold.constants["a"][1] == pytest.approx(float(seen), abs=1e-12)
+    assert fold.constants["a"][1] == pytest.approx(float(seen.detach()), abs=1e-12)
     assert not (shrink(captured, analyse(captured), found.dead, check_zero=False).ledger.folds)
 
 
@@ -163,7 +163,8 @@ class Many(nn.Module):
         pooled = y.mean((2, 3))
         return (
             self.transposed(y), self.read(y), self.head(flat), pooled @ self.matrix,
-            self.tied(pooled), self.tied(pooled.square()), self.grouped(F.interpolate(y, scale_factor=2, mode="bilinear")),
+            self.tied(pooled), self.tied(pooled.square()),
+            self.grouped(F.interpolate(y, scale_factor=2, mode="bilinear")),
         )  # fmt: skip
 
 
@@ -175,7 +176,7 @@ def test_every_kind_of_reader_takes_a_constant() -> None:
         net.read[1].weight[3] = 0  # type: ignore[index, operator]
     captured = capture(net, (IMAGE,))
     found, shrunk = _shrunk(captured)
-    assert _dead(found) == {"a": [0, 4], "read.0": [3]}, [r for r in found.refusals]
+    assert _dead(found) == {"a": [0], "read.0": [3]}, "grouped ties places of both its groups: 0 with 4"
     folds = {f.parameter: f.created for f in shrunk.ledger.folds}
     assert {n: c for n, c in folds.items() if not n.startswith("leanort_")} == {
         "transposed.bias": False, "head.bias": False, "read.3.bias": False,
@@ -184,7 +185,9 @@ def test_every_kind_of_reader_takes_a_constant() -> None:
 
 
 def test_what_only_fed_a_constant_goes_with_it() -> None:
-    net = _lively(nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)))
+    net = _lively(
+        nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    )
     with torch.no_grad():
         net[3].weight[1] = 0  # type: ignore[index, operator]
         net[2].weight[[0, 2, 3], 4] = 0  # type: ignore[index, operator]  # only the constant's rows read this one
@@ -224,7 +227,7 @@ def test_norms_over_channels_and_products_of_activations_refuse_constants() -> N
     with torch.no_grad():
         for rows in (net.inp, net.q, net.v, net.proj):
             rows.weight[1] = 0
-    found, shrunk = _shrunk(capture(net.eval(), (torch.randn(2, 5, 3),)))
+    found, _ = _shrunk(capture(net.eval(), (torch.randn(2, 5, 3),)))
     assert _dead(found) == {"inp": [1], "v": [1]}, "rows of a softmax sum to one: a constant value stays one"
     assert {(r.cluster, r.op) for r in found.refusals} == {
         ("q", "scaled_dot_product_attention"), ("proj", "layer_norm"),
@@ -267,7 +270,8 @@ def test_the_ledger_repeats_folded_constants_and_maps_back() -> None:
     assert torch.allclose(captured.with_state(dense)(*feed), shrunk(*feed), atol=1e-5)
     once = ledger.shrink_state(dense, constants=False)
     assert all(torch.equal(once[n], again[n]) for n in again)
-    assert [f["parameter"] for f in ledger.why("a")["folded"]] == ["b.bias"] == [f["parameter"] for f in ledger.why("b")["folded"]]
+    for layer in ("a", "b"):
+        assert [f["parameter"] for f in ledger.why(layer)["folded"]] == ["b.bias"]
 
 
 def test_the_ledger_repeats_and_reverses_a_removal(experiment: Callable[..., Any]) -> None:

@@ -251,7 +251,7 @@ def test_folded_equals_shrunk(experiment: Callable[..., Any], many: list[Any], s
     model = Several([Network(recipe) for recipe in many])
     found = experiment(model, torch.randn(2, 3, SIZE, SIZE), seed=seed, ratio=ratio, dynamic_batch=seed == 0)
     assert found.proof.outputs == NETWORKS_PER_EXAMPLE
-    if seed % 3 == 1:
+    if seed == 1:
         constants_are_constant_and_go_exactly(found, seed)
 
 
