@@ -12,12 +12,7 @@ from jinja2 import Environment, PackageLoader
 from pipeline.channels import Layer
 
 ROW, HEAD, FOOT = 15, 64, 14  # pixels
-NAME_COLUMN, BAR_COLUMN, LABEL_COLUMN, LANE = (
-    6.3,
-    420,
-    110,
-    9,
-)  # per letter; at the widest layer; of the numbers; per tie
+LETTER, BAR_COLUMN, LABEL_COLUMN, LANE = 6.8, 420, 110, 9  # a name's letter; widest bar; its figures; one tie
 MARGIN = 12
 NARROWEST = 1.5  # a layer of one channel is still to be seen
 TIE_COLOURS = 6
@@ -62,7 +57,7 @@ def widths_svg(found: Sequence[Layer], title: str, caption: str = "") -> str:
     (tooltips). Dark and light follow the reader's setting.
     """
     widest = max((layer.before for layer in found), default=1)
-    left = MARGIN + NAME_COLUMN * max((len(layer.name) for layer in found), default=1) + 8
+    left = MARGIN + LETTER * max((len(layer.name) for layer in found), default=1) + 8
     scale = BAR_COLUMN / widest
     rows = [
         Row(
@@ -71,7 +66,7 @@ def widths_svg(found: Sequence[Layer], title: str, caption: str = "") -> str:
             y=HEAD + ROW * number,
             before=max(layer.before * scale, NARROWEST),
             after=max(layer.after * scale, NARROWEST),
-            label=f"{layer.before}" if layer.after == layer.before else f"{layer.before} → {layer.after}",
+            label=_label(layer),
             tip=_tip(layer),
         )
         for number, layer in enumerate(found)
@@ -100,6 +95,12 @@ def widths_svg(found: Sequence[Layer], title: str, caption: str = "") -> str:
         height=HEAD + ROW * len(rows) + FOOT,
         kinds=[(kind or "stays", words) for kind, words in KINDS.items() if kind in present],
     )
+
+
+def _label(layer: Layer) -> str:
+    if layer.kind is None:
+        return f"{layer.before} stays"
+    return f"{layer.before}" if layer.after == layer.before else f"{layer.before} → {layer.after}"
 
 
 def _tip(layer: Layer) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -92,9 +93,8 @@ def plan(config: Config) -> Plan:
     model = source.build()
     analysis = analyse(capture(model, models.example(source)), s1_prune.policy_of(config.prune.groups))
     state, maskable = model.state_dict(), masks.maskable(model)
-    width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(
-        1, sum(p.numel() for p in model.parameters())
-    )
+    elements = sum(p.numel() for p in model.parameters())
+    width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(1, elements)  # bytes of one parameter
 
     def at(ratio: float) -> tuple[Removed, Size]:
         section = config.prune.model_copy(update={"ratio": ratio})
@@ -134,18 +134,19 @@ class Line:
 
 
 def outline(made: Plan) -> dict[str, list[Line]]:
-    """Module -> lines, in the model's order: what repeats from block to block is said once."""
+    """Top module -> lines, in the model's order: what repeats from block to block is said once."""
     alike: dict[tuple[Any, ...], list[Cluster]] = {}
     for cluster in made.analysis.clusters:
         kept = cluster.size - int(made.removed[cluster.name].sum())
-        key = (_block(cluster.name), _pattern(cluster.name), cluster.kind, cluster.size, kept, cluster.unit)
-        alike.setdefault(key, []).append(cluster)
+        alike.setdefault((_pattern(cluster.name), cluster.kind, cluster.size, kept, cluster.unit), []).append(cluster)
     found: dict[str, list[Line]] = {}
-    for (block, _, _, _, kept, _), members in alike.items():
-        tied = {_owner(name) for c in members for name, _ in c.labels} - {c.name.partition("@")[0] for c in members}
-        found.setdefault(block, []).append(
-            Line(braces([c.name for c in members]), len(members), members[0], kept, _joined(tied))
-        )
+    for (_, _, _, kept, _), clusters in alike.items():
+        by_name = {c.name: c for c in clusters}
+        for name, members in together(list(by_name)):
+            tied = {_owner(n) for m in members for n, _ in by_name[m].labels} - {m.partition("@")[0] for m in members}
+            top, dot, _ = name.partition(".")
+            line = Line(name, len(members), by_name[members[0]], kept, _joined(tied))
+            found.setdefault(top if dot else "", []).append(line)
     return found
 
 
@@ -158,13 +159,20 @@ def kept_whole(blocked: Sequence[Blocked]) -> list[tuple[str, str, int, int]]:
     return sorted(rows, key=lambda row: -row[3])
 
 
-def braces(names: Sequence[str]) -> str:
-    """Names of one pattern as one: a.0.b, a.1.b, a.2.b -> a.{0-2}.b."""
-    split = [re.split(r"(\d+)", name) for name in names]
-    columns = [sorted(set(column), key=lambda part: (len(part), part)) for column in zip(*split, strict=True)]
-    return "".join(
-        column[0] if len(column) == 1 else "{" + _ranges([int(n) for n in column]) + "}" for column in columns
-    )
+def together(names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Names of one pattern in as few lines as say exactly these: a.0.b, a.1.b, a.2.b -> a.{0-2}.b, each with its names.
+
+    Where the numbers do not make a full grid (block 1 has 6 layers, block 2 has 12) there is one line per first number.
+    """
+    split = {name: re.split(r"(\d+)", name) for name in names}
+    columns = [sorted(set(column), key=lambda part: (len(part), part)) for column in zip(*split.values(), strict=True)]
+    if math.prod(len(column) for column in columns) == len(names):
+        spelt = (c[0] if len(c) == 1 else "{" + _ranges([int(n) for n in c]) + "}" for c in columns)
+        return [("".join(spelt), list(names))]
+    first = next(at for at, column in enumerate(columns) if len(column) > 1)
+    return [
+        line for part in columns[first] for line in together([name for name in names if split[name][first] == part])
+    ]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -173,11 +181,11 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _joined(names: Iterable[str], shown: int = 4) -> str:
-    """Names, those of one pattern as one, at most `shown` of them."""
+    """Names, those of one pattern together, at most `shown` of them."""
     patterns: dict[str, list[str]] = {}
-    for name in sorted(names, key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)][1::2]):
+    for name in sorted(names):
         patterns.setdefault(_pattern(name), []).append(name)
-    parts = [braces(found) for found in patterns.values()]
+    parts = [line for found in patterns.values() for line, _ in together(found)]
     return ", ".join(parts[:shown]) + (f" and {len(parts) - shown} more" if len(parts) > shown else "")
 
 
@@ -187,10 +195,3 @@ def _pattern(name: str) -> str:
 
 def _owner(name: str) -> str:
     return name.rpartition(".")[0] or name
-
-
-def _block(name: str) -> str:
-    """The module that a cluster is listed under: the name up to its first number that stands alone, or its parent."""
-    parts = name.split(".")
-    at = next((k for k, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    return ".".join(parts[: max(at, 1)]) if len(parts) > 1 else "(top)"

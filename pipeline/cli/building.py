@@ -159,12 +159,12 @@ def _tree(made: Plan) -> Tree:
 
     analysis = made.analysis
     tree = Tree(
-        f"{len(analysis.clusters)} widths can change; {analysis.removable_share:.1%} of the parameters and "
-        f"{analysis.removable_macs_share:.1%} of the MACs can go",
+        f"{len(analysis.clusters)} widths can change; {analysis.removable_share:.2%} of the parameters and "
+        f"{analysis.removable_macs_share:.2%} of the MACs can go",
         highlight=False,
     )
     for block, lines in planning.outline(made).items():
-        branch = tree.add(f"[bold]{plain(block)}[/]")
+        branch = tree.add(f"[bold]{plain(block)}[/]") if block else tree
         for line in lines:
             unit = f" of {line.cluster.unit} channels each" if line.cluster.unit > 1 else ""
             times = f"  [dim]x {line.count}[/]" if line.count > 1 else ""
