@@ -163,6 +163,23 @@ def test_list_show_and_diff_read_what_is_there(artifacts, version):
     assert "gate.max_size_ratio" in leanort(artifacts, "diff", "tiny/v0001", "tiny/v0002").stdout
 
 
+def test_a_person_can_ask_which_channels_of_a_layer_went_and_why(artifacts, version):
+    ledger = json.loads((version / "4-shrink" / "ledger.json").read_text())
+    gone = ledger["groups"]["blocks.0.conv1"]
+    told = json.loads(leanort(artifacts, "why", "tiny/v0001", "blocks.0.conv1", "--json").stdout)
+    assert told["removed"]["blocks.0.conv1.weight[0]"] == gone
+    assert told["cause"] == {"blocks.0.conv1": {"chosen by pruning": gone, "dead in the weights": []}}
+    said = leanort(artifacts, "why", "tiny/v0001", "blocks.0.conv1").stdout
+    assert f"blocks.0.conv1.weight[0] lost {len(gone)}" in said
+    assert "lowest norms" in said
+    overview = leanort(artifacts, "why", "tiny/v0001").stdout
+    assert f"{len(gone)} of 32" in overview
+    wrong = leanort(artifacts, "why", "tiny/v0001", "blocks.0.conv9")
+    assert wrong.returncode == 2
+    assert "Did you mean blocks.0.conv" in wrong.stderr
+    assert (version / "4-shrink" / "widths.svg").read_text().startswith("<svg")
+
+
 def test_plan_writes_nothing_and_names_groups(tmp_path):
     done = leanort(tmp_path / "none", "plan", f"{TINY}:build", "--input-size", "3,16,16", "--json")
     assert done.returncode == 0, done.stderr
