@@ -281,4 +281,5 @@ def constants_are_constant_and_go_exactly(found: Any, seed: int) -> None:
     live = liveness(found.analysis, state)
     shrunk = shrink(folded, found.analysis, live.dead, refused=live.refusals)
     prove(folded, shrunk, [small(folded, batch=3, seed=seed)])
-    assert {n: f.sum() for n, f in live.dead.items()} == {n: len(g) for n, g in shrunk.ledger.groups.items()}
+    if not any(flags.all() for flags in live.dead.values()):  # else one of them stays
+        assert {n: f.sum() for n, f in live.dead.items()} == {n: len(g) for n, g in shrunk.ledger.groups.items()}
