@@ -340,11 +340,31 @@ def solve(t: Trace) -> Solution:
             roles = None
         if not progress and still:
             roles = roles or _role_classes(t, c)
-            _choose(c, still[0], pins, roles, t.policy)
+            for p in _independent(c, still):
+                _choose(c, p, pins, roles, t.policy)
         waiting = still
     reason = np.where(c.reason == c.none, -1, c.reason)
     reason[c.class_of[PINNED]] = max(int(reason[c.class_of[PINNED]]), 0) if pins else 0
     return Solution(c.class_of, reason, tuple(pins))
+
+
+def _independent(c: _Classes, products: list[Product]) -> list[Product]:
+    """The first product of every set that hangs together by classes that may still go: one choice cannot touch another,
+    and the rounds do not grow with depth.
+    """
+    found = [
+        np.concatenate([c.class_of[a].reshape(-1) for a in (p.flat, *p.factors) if a is not None]) for p in products
+    ]
+    rows = np.repeat(np.arange(len(products)), [f.shape[0] for f in found])
+    classes = np.concatenate(found)
+    free = ~c.pinned(classes)
+    size = len(products) + c.reason.shape[0]
+    links = coo_matrix(
+        (np.ones(int(free.sum()), np.int8), (rows[free], len(products) + classes[free])), shape=(size, size)
+    )
+    _, label = connected_components(links, directed=False)
+    _, first = np.unique(label[: len(products)], return_index=True)
+    return [products[i] for i in np.sort(first)]
 
 
 def _settle(c: _Classes, p: Product, pins: list[Pin]) -> tuple[bool, list[tuple[Atoms, Atoms]], bool]:

@@ -284,21 +284,25 @@ def _clusters(
     for found in classes:
         in_state[found] = True
     allowed &= in_state
-    flat = np.concatenate(classes)
-    slot_of = np.repeat(np.arange(len(masked)), [c.shape[0] for c in classes])
-    live = allowed[flat]
-    pairs = np.unique(flat[live] * len(masked) + slot_of[live])
-    pair_class, pair_slot = pairs // len(masked), pairs % len(masked)
+    place = np.zeros(total, np.int64)
+    once = [_once(found[allowed[found]], place) for found in classes]
+    pair_class = np.concatenate(once)
+    pair_slot = np.repeat(np.arange(len(masked)), [c.shape[0] for c in once])
     # Classes with the same set of slots have the same sum of random 64-bit numbers (fixed seed).
     token = np.random.default_rng(0).integers(1, 2**63 - 1, len(masked), dtype=np.int64)
     signature = np.zeros(total, np.int64)
     np.add.at(signature, pair_class, token[pair_slot])
-    used = np.unique(pair_class)
-    keys, cluster_of = np.unique(signature[used], return_inverse=True)
+    in_pairs = np.zeros(total, np.bool_)
+    in_pairs[pair_class] = True
+    used = np.flatnonzero(in_pairs)
+    keys, first_of, cluster_of = np.unique(signature[used], return_index=True, return_inverse=True)
     number = np.full(total, -1, np.int64)
     number[used] = cluster_of.reshape(-1)
+    shown = np.zeros(total, np.bool_)  # one class of each cluster: its slots are those of them all
+    shown[used[first_of]] = True
+    of_shown = shown[pair_class]
     cluster_slots: list[list[int]] = [[] for _ in keys]
-    for k, s in sorted(set(zip(number[pair_class].tolist(), pair_slot.tolist(), strict=True))):
+    for k, s in zip(number[pair_class[of_shown]].tolist(), pair_slot[of_shown].tolist(), strict=True):
         cluster_slots[k].append(s)
     read = np.zeros(trace.count, np.bool_)
     for atoms in trace.reads:
@@ -346,6 +350,13 @@ def _clusters(
             )
         )
     return tuple(clusters), members, allowed
+
+
+def _once(classes: Atoms, place: Atoms) -> Atoms:
+    """Each of `classes` once, without sorting; `place` is a scratch array that any class can index."""
+    order = np.arange(classes.shape[0])
+    place[classes] = order
+    return classes[place[classes] == order]
 
 
 def _reads(slot: Slot, read: Flags, rank: Mapping[str, int]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -93,9 +94,11 @@ def counted(node: fx.Node) -> bool:
 
 def concrete(size: Any, batch: int) -> int:
     """A size as a number: symbols stand for the batch dimension, taken as `batch`."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
+    return size if isinstance(size, int) else _substituted(size.node.expr, batch)
+
+
+@lru_cache(maxsize=4096)
+def _substituted(expression: Any, batch: int) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
 
 

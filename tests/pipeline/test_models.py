@@ -75,6 +75,41 @@ def test_transformers_text_models_take_tokens_and_return_logits(tmp_path):
         assert models.check(source.build(), (ids, mask), 7).shape == (3, 7)
 
 
+def test_encoder_decoders_are_fed_both_sentences(tmp_path):
+    transformers.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    ).save_pretrained(tmp_path)
+    source = models.load(f"hf:{tmp_path}")
+    assert [one.name for one in source.inputs] == ["input_ids", "attention_mask", "decoder_input_ids"]
+    inputs = models.example(source, 2)
+    changed = (*inputs[:2], (inputs[2] + 1) % 50)
+    model = source.build()
+    with torch.no_grad():
+        assert not torch.equal(model(*inputs)[0], model(*changed)[0])
+
+
+def test_models_of_two_kinds_of_input_are_fed_both(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.CLIPConfig(
+        text_config={**sizes, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1},
+        vision_config={**sizes, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    ).save_pretrained(tmp_path)
+    source = models.load(f"hf:{tmp_path}", input_size=(3, 16, 16))
+    assert {one.name: one.shape for one in source.inputs} == {
+        "input_ids": (16,), "attention_mask": (16,), "pixel_values": (3, 16, 16)
+    }  # fmt: skip
+    with torch.no_grad():
+        outputs = source.build()(*models.example(source, 2))
+    assert {tuple(y.shape) for y in outputs} >= {(2, 2), (2, 8)}
+
+
+def test_clips_bring_their_own_length():
+    assert models.load("r3d_18", input_size=(3, 4, 32, 32)).inputs[0].shape == (3, 4, 32, 32)
+    with pytest.raises(ModelError, match="images, not clips"):
+        models.load("resnet18", input_size=(3, 4, 32, 32))
+
+
 def test_a_transformers_config_that_wants_its_own_code_is_refused_and_not_run(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}}')
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")

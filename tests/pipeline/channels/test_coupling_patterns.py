@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.channels import analyse, capture, shrink
 from pipeline.channels.rules import RULES, Rule
 from pipeline.channels.values import Value
 from pipeline.errors import LeanortError
@@ -784,3 +785,42 @@ def test_a_constant_that_is_not_rewritten_is_caught(
     monkeypatch.setitem(RULES, name, Rule(RULES[name].relate, None))
     with pytest.raises((AssertionError, LeanortError, RuntimeError, IndexError)):
         check(EDITED_IN[name], experiment)
+
+
+class Dormant(nn.Module):
+    """Channels that are zero for every input of the usual size, and alive far out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(12, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        nn.init.constant_(self.a.bias, -5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(F.relu(self.a(x))))
+
+
+def test_what_is_zero_near_the_origin_only_stays() -> None:
+    torch.manual_seed(0)
+    captured = capture(Dormant(), (torch.randn(2, 30, 12),))
+    analysis = analyse(captured)
+    shrunk = shrink(captured, analysis, {"a": np.arange(8) < 4})
+    assert [(r.cluster, r.groups) for r in shrunk.refused] == [("a", (0, 1, 2, 3))]
+
+
+class Idle(nn.Module):
+    """Computes a layer that nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.idle = nn.Linear(12, 8), nn.Linear(8, 3), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        self.idle(x)
+        return self.b(x)
+
+
+def test_what_nobody_reads_is_not_counted(experiment: Callable[..., Any]) -> None:
+    found = experiment(Idle(), torch.randn(2, 12))
+    assert found.analysis.params == 12 * 8 + 8 + 8 * 3 + 3
+    assert found.analysis.macs == 12 * 8 + 8 * 3
