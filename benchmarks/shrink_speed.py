@@ -1,7 +1,7 @@
 """Time and memory of analyse + shrink: `python benchmarks/shrink_speed.py [--against torch-pruning] [--huge]`.
 
 Interleaved: every repetition measures ours and the other on the same model before the next one starts; medians are
-shown.
+shown. Times are processor seconds of one thread, so that a busy machine does not count against anybody.
 `--sweep` shows that time grows linearly with depth and width; `--huge` does ViT-H/14 and its peak memory.
 Capturing (torch.export) is shown apart: it is PyTorch's, once per model, and no part of analyse + shrink.
 """
@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     titles = ("capture", "analyse", "shrink", "ours")
-    print(f"{'model':<24}" + "".join(f"{t:>9}" for t in titles) + f"{'Torch-Pruning':>15}{'ratio':>8}  (s, one thread)")
+    print(f"{'model':<24}" + "".join(f"{t:>9}" for t in titles) + f"{'Torch-Pruning':>15}{'ratio':>8}  (processor s)")
     for name in args.models:
         compare(name, args.repeat)
     if args.sweep:
@@ -54,21 +54,21 @@ def halves(analysis: channels.Analysis) -> dict[str, np.ndarray]:
 
 def ours(captured: channels.Captured) -> tuple[float, float]:
     """Seconds of (analyse, shrink); masking and folding between them are the pipeline's, and not counted."""
-    started = time.perf_counter()
+    started = time.process_time()
     analysis = channels.analyse(captured)
-    analysed = time.perf_counter() - started
+    analysed = time.process_time() - started
     removed = halves(analysis)
     folded = captured.fold(analysis.masks(removed))
-    started = time.perf_counter()
+    started = time.process_time()
     channels.shrink(folded, analysis, removed)
-    return analysed, time.perf_counter() - started
+    return analysed, time.process_time() - started
 
 
 def theirs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
     """Seconds for Torch-Pruning to build its graph and remove half of every layer; NaN where it fails."""
     import torch_pruning
 
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
         pruner = torch_pruning.pruner.MagnitudePruner(
@@ -79,16 +79,16 @@ def theirs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
             model(*inputs)
     except Exception:
         return float("nan")
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def compare(name: str, repeat: int) -> None:
     """One line: medians over interleaved repetitions."""
     source = load(name)
     inputs = example(source, batch=1)
-    started = time.perf_counter()
+    started = time.process_time()
     captured = channels.capture(source.build(), inputs)
-    capture = time.perf_counter() - started
+    capture = time.process_time() - started
     ours(captured)  # warm: the first call fills the table of operators
     rows = []
     for _ in range(repeat):
@@ -132,19 +132,19 @@ def sweep(repeat: int) -> None:
 
 
 def peak_above(work: Callable[[], object]) -> tuple[float, float]:
-    """(seconds, peak resident bytes above the start) of `work`."""
+    """(processor seconds, peak resident bytes above the start) of `work`."""
     process, done, peak = psutil.Process(), threading.Event(), [0]
     base = process.memory_info().rss
 
     def watch() -> None:
-        while not done.wait(0.01):
+        while not done.wait(0.02):
             peak[0] = max(peak[0], process.memory_info().rss - base)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
+    started = time.process_time()
     work()
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     done.set()
     watcher.join()
     return seconds, float(peak[0])

@@ -356,7 +356,8 @@ def _once(classes: Atoms, place: Atoms) -> Atoms:
     """Each of `classes` once, without sorting; `place` is a scratch array that any class can index."""
     order = np.arange(classes.shape[0])
     place[classes] = order
-    return classes[place[classes] == order]
+    kept: Atoms = classes[place[classes] == order]
+    return kept
 
 
 def _reads(slot: Slot, read: Flags, rank: Mapping[str, int]) -> bool:

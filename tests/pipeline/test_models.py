@@ -94,6 +94,7 @@ def test_models_of_two_kinds_of_input_are_fed_both(tmp_path):
         text_config={**sizes, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1},
         vision_config={**sizes, "image_size": 32, "patch_size": 16},
         projection_dim=8,
+        architectures=["CLIPModel"],
     ).save_pretrained(tmp_path)
     source = models.load(f"hf:{tmp_path}", input_size=(3, 16, 16))
     assert {one.name: one.shape for one in source.inputs} == {
