@@ -76,7 +76,7 @@ def _origin(
     try:
         return from_torchvision.origin(spec, num_classes, input_size), spec
     except ModelError as error:
-        if spec in from_timm.names():
+        if spec not in from_torchvision.names() and spec in from_timm.names():
             raise ModelError(f"torchvision has no model named {spec!r}.", f"timm has: timm:{spec}.") from error
         raise
 
