@@ -1,0 +1,83 @@
+"""The list of the zoo: what is wrong with it is said in one line, before anything runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "zoo.py"
+
+
+@pytest.fixture(name="zoo")
+def _zoo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("zoo", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[", "not JSON"),
+        ('{"model": "resnet18"}', "give a list"),
+        ('["resnet18"]', "entry 0"),
+        ('[{"model": "resnet18"}, {"model": 3}]', "entry 1"),
+        ('[{"model": "resnet18", "input": [3, 224]}]', r"input is \[3, 224\]"),
+        ('[{"model": "resnet18", "input": [3, 224, "x"]}]', "give \\[C, H, W\\]"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_named(zoo: ModuleType, tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "models.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=said):
+        zoo.read_entries(path)
+
+
+def test_images_clips_and_models_that_know_their_input_are_taken(zoo: ModuleType, tmp_path: Path) -> None:
+    entries = [{"model": "a", "input": [3, 8, 8]}, {"model": "b", "input": [3, 4, 8, 8]}, {"model": "hf:bert"}]
+    path = tmp_path / "models.json"
+    path.write_text(json.dumps(entries))
+    assert zoo.read_entries(path) == entries
+
+
+def line(zoo: ModuleType, **known: Any) -> dict[str, Any]:
+    known = {"model": "m", "status": "exact", "params_before": 9, "params_after": 5, "blocked": [], **known}
+    return {**dict.fromkeys(zoo.KEYS), **known}
+
+
+def test_ctrl_c_keeps_the_lines_that_were_done(
+    zoo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "models.json", tmp_path / "new" / "zoo.jsonl"
+    path.write_text('[{"model": "a"}, {"model": "b"}]')
+
+    def second_is_stopped(entry: dict[str, Any], _args: Any) -> dict[str, Any]:
+        if entry["model"] == "b":
+            raise KeyboardInterrupt
+        return line(zoo, model="a")
+
+    monkeypatch.setattr(zoo, "in_own_process", second_is_stopped)
+    monkeypatch.setattr(sys, "argv", ["zoo.py", str(path), "--out", str(out)])
+    assert zoo.main() == 130
+    assert [json.loads(text)["model"] for text in out.read_text().splitlines()] == ["a"]
+    assert "1 models: 1 exact" in capsys.readouterr().out
+
+
+def test_a_control_that_stays_close_proves_nothing(zoo: ModuleType) -> None:
+    class Expected:
+        params, macs = 5, 7
+
+    found = {"output_scale": 1.0, "ort_max_abs_diff": 1e-7, "macs_after": 7}
+    assert zoo.verdict(line(zoo, control_diff=1.0, **found), (), Expected, onnx=True) == ("exact", None)
+    assert zoo.verdict(line(zoo, control_diff=5e-5, **found), (), Expected, onnx=True)[0] == "failed"
+    found["ort_max_abs_diff"] = 2e-5
+    assert zoo.verdict(line(zoo, control_diff=1.0, **found), (), Expected, onnx=True)[0] == "failed"
