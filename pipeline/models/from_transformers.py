@@ -133,8 +133,10 @@ def origin(name: str, num_classes: int | None, input_size: Size | Clip | None) -
     content = file_hash(path / "config.json" if path.is_dir() else path) if path.exists() else ""
 
     def make() -> nn.Module:
+        own = type(config).from_dict(config.to_dict())
+        own._experts_implementation = "batched_mm"  # the other forms loop over data or use operators that ONNX lacks
         try:
-            net = architecture(type(config).from_dict(config.to_dict()))
+            net = architecture(own)
         except ImportError as error:  # transformers checks for optional packages when a model is built
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"hf:{name}: {reason}", "Install the package that it names.") from error

@@ -88,6 +88,18 @@ def test_encoder_decoders_are_fed_both_sentences(tmp_path):
         assert not torch.equal(model(*inputs)[0], model(*changed)[0])
 
 
+def test_mixtures_of_experts_are_plain_operators(tmp_path):
+    transformers.MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    source = models.load(f"hf:{tmp_path}")
+    program = torch.export.export(source.build(), models.example(source, 2))
+    called = {str(n.target).partition(".")[0] for n in program.graph.nodes if n.op == "call_function"}
+    assert "transformers" not in called
+    assert "aten" in called
+
+
 def test_models_of_two_kinds_of_input_are_fed_both(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     transformers.CLIPConfig(
