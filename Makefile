@@ -8,7 +8,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan test test-long lint format zoo bench bench-huge clean
+.PHONY: help setup deploy plan test test-long lint format zoo bench bench-huge bench-norms clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ bench: $(STAMP) ## the shrink engine against Torch-Pruning, interleaved; growth 
 
 bench-huge: $(STAMP) ## ViT-H/14: seconds and peak memory of analyse, mask and shrink
 	$(BIN)/python benchmarks/shrink_speed.py --models --huge
+
+bench-norms: $(STAMP) ## forms of a LayerNorm over removed channels in onnxruntime, alone and in whole models
+	$(BIN)/python benchmarks/norm_forms.py
 
 # ---- the project -------------------------------------------------------------------------------------------------
 test: $(STAMP) ## all tests

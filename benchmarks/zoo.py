@@ -265,7 +265,7 @@ def in_onnxruntime(folded: Any, shrunk: Any, captured: Any) -> tuple[float, floa
     import onnxruntime
     import torch
 
-    from pipeline.channels import small
+    from pipeline.channels import centre, small
     from pipeline.channels.verify import tensors_of
     from pipeline.errors import RefusedError
 
@@ -273,8 +273,9 @@ def in_onnxruntime(folded: Any, shrunk: Any, captured: Any) -> tuple[float, floa
         raise RefusedError("The model's own code fixes the batch size.", "It cannot be exported with a dynamic batch.")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
+        program = centre(shrunk.program).program
         try:
-            torch.onnx.export(shrunk.program, (), str(path), dynamo=True, external_data=True, verbose=False)
+            torch.onnx.export(program, (), str(path), dynamo=True, opset_version=23, external_data=True, verbose=False)
         except Exception as error:
             if translates(captured.program):
                 raise

@@ -163,6 +163,7 @@ class Exported(Artifact):
     outputs: tuple[str, ...]
     external_data: bool
     nodes: int
+    centred_norms: int
 
     @property
     def onnx(self) -> Path:

@@ -41,7 +41,7 @@ class BaselineSection(Section):
 
     weights: str = Field("auto", description="a .safetensors/.pt file, 'pretrained', 'train', or 'auto' = train here")
     train: Training = Field(None, description="how to train here; what is left out is chosen from the model")
-    opset: int = Field(20, ge=18, description="ONNX opset of the dense reference file")
+    opset: int = Field(23, ge=18, description="ONNX opset of the dense reference file")
     threads: int = Field(1, ge=1, description="onnxruntime threads for the dense latency")
     seed: int = 0
 
@@ -118,7 +118,9 @@ class ShrinkSection(Section):
 class ExportSection(Section):
     """Stage 5: ONNX."""
 
-    opset: int = Field(20, ge=18)
+    opset: int = Field(23, ge=18, description="from 23 on, norms over removed channels become one operator")
+    centre: bool = Field(True, description="store residual streams that lost channels centred, so that they do")
+    seed: int = 0
 
 
 class OptimizeSection(Section):

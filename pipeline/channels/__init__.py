@@ -9,6 +9,7 @@ proof    = prove(folded, small, inputs)
 """
 
 from pipeline.channels.capture import Captured, capture, small
+from pipeline.channels.centre import Centred, centre
 from pipeline.channels.decide import Analysis, Blocked, Cluster, Size, analyse
 from pipeline.channels.layers import Layer, layers
 from pipeline.channels.ledger import Fold, Ledger, Refusal
@@ -23,6 +24,7 @@ __all__ = [
     "Analysis",
     "Blocked",
     "Captured",
+    "Centred",
     "Cluster",
     "Fold",
     "Layer",
@@ -36,6 +38,7 @@ __all__ = [
     "Trainable",
     "analyse",
     "capture",
+    "centre",
     "count_macs",
     "dead_groups",
     "layers",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
@@ -338,7 +339,7 @@ class _Cutter:
         by_name = {s.arg.name: s for s in specs}
         self._order(by_name)
         ordered = [by_name[n.name] for n in self.graph.nodes if n.op == "placeholder" and n.name in placeholders]
-        outputs = _output_specs(signature, self.graph)
+        outputs = output_specs(signature, self.graph)
         used = {s.target for s in ordered if s.target is not None}
         state = {n: v for n, v in state.items() if n in used}
         constants = {n: v for n, v in program.constants.items() if n in used}
@@ -406,7 +407,7 @@ class _Cutter:
                 if old is not None and "val" in node.meta:
                     node.meta = {**node.meta, "val": self._smaller(mode, node.meta["val"], value)}
                 else:
-                    node.meta["val"] = _run_fake(mode, node)
+                    node.meta["val"] = run_fake(mode, node)
 
     def _smaller(self, mode: Any, val: Any, value: Any) -> Any:
         """A node's fake tensor(s) at the kept counts."""
@@ -440,11 +441,11 @@ def _fake(mode: Any, like: Tensor, shape: tuple[Any, ...]) -> Tensor:
     return fake
 
 
-def _run_fake(mode: Any, node: fx.Node) -> Any:
+def run_fake(mode: Any, node: fx.Node) -> Any:
     """The node on its operands' fake tensors: what a rewrite put in has its shape checked here."""
     args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), enable_python_dispatcher():  # padding would fix a free batch in C++
         try:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception as error:
@@ -454,7 +455,7 @@ def _run_fake(mode: Any, node: fx.Node) -> Any:
             ) from error
 
 
-def _output_specs(signature: ExportGraphSignature, graph: fx.Graph) -> list[Any]:
+def output_specs(signature: ExportGraphSignature, graph: fx.Graph) -> list[Any]:
     """The output specs, renamed after nodes that a rewrite put in the place of an output's node."""
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     specs = []

@@ -189,12 +189,15 @@ class Proof:
     outputs: int
 
 
-def prove(folded: Callable[..., Any], shrunk: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Proof:
+def prove(
+    folded: Callable[..., Any], shrunk: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], *, rounded: bool = False
+) -> Proof:
     """Compare two callables on `inputs`, in float32 and, where both can, in float64.
 
-    Tolerance: 1e-5·max(1, max|y|) in float32, 1e-10·max(1, max|y|) in float64. Raises RefusedError when it does
-    not hold, when an output is not finite in one of the two only, or when nothing was compared; names the first
-    node that differs where both sides are graphs of this package.
+    Tolerance: 1e-5·max(1, max|y|) in float32, 1e-10·max(1, max|y|) in float64, or 1e-5 there too where values are
+    stored that were computed (`rounded`, or the ledger says so). Raises RefusedError when it does not hold, when an
+    output is not finite in one of the two only, or when nothing was compared; names the first node that differs where
+    both sides are graphs of this package.
     """
     worst, scale, compared = difference(folded, shrunk, inputs)
     if not compared:
@@ -202,7 +205,7 @@ def prove(folded: Callable[..., Any], shrunk: Callable[..., Any], inputs: Sequen
     tolerance = TOLERANCE_FLOAT32 * max(1.0, scale)
     precise: float | None = None
     ledger = getattr(shrunk, "ledger", None)
-    rounded = ledger is not None and ledger.rounded  # some values are stored that float64 would compute anew
+    rounded |= ledger is not None and ledger.rounded  # some values are stored that float64 would compute anew
     tolerance_precise = (TOLERANCE_FLOAT32 if rounded else TOLERANCE_FLOAT64) * max(1.0, scale)
     if _has_float64(folded) and _has_float64(shrunk):
         precise, _, _ = difference(folded, shrunk, inputs, torch.float64)

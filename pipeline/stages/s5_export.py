@@ -1,4 +1,4 @@
-"""Write the shrunk program as ONNX: dynamic batch, checked, with its origin inside the file."""
+"""Write the shrunk program as ONNX: norms as one operator, dynamic batch, checked, with its origin inside the file."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from pathlib import Path
 from exporters import describe, to_onnx
 from pipeline import manifest, store
 from pipeline.artifacts import Artifact, Baseline, Exported, Finetuned, Folded, Pruned, Shrunk
+from pipeline.channels import Centred, centre, prove
 from pipeline.config import ExportSection
 from pipeline.data import Data
 from pipeline.models import ModelSource, example
+
+SAMPLES = 4
+# From this opset on ONNX has RMSNormalization; below it, the operator falls apart into seven small ones.
+RMS_OPSET = 23
 
 
 def run(
@@ -23,10 +28,15 @@ def run(
     folded: Folded,
     shrunk: Shrunk,
 ) -> Exported:
-    """Export `shrunk` to `model.onnx`; weights go beside it only above 2 GB. Raises ExportError."""
+    """Export `shrunk` to `model.onnx`; weights go beside it only above 2 GB.
+
+    Residual streams that lost channels are centred first (see `pipeline.channels.centre`), and that is proven here.
+    Raises ExportError; RefusedError where the centred program is not the same function.
+    """
+    centred = _centred(cfg, source, data, shrunk)
     history: tuple[Artifact, ...] = (baseline, pruned, finetuned, folded, shrunk)
     made = to_onnx(
-        shrunk.program(),
+        centred.program,
         out / "model.onnx",
         example=example(source),
         opset=cfg.opset,
@@ -50,7 +60,19 @@ def run(
         outputs=tuple(spec.name for spec in summary.outputs),
         external_data=bool(summary.external_files),
         nodes=sum(summary.operators.values()),
+        centred_norms=centred.norms,
     )
+
+
+def _centred(cfg: ExportSection, source: ModelSource, data: Data, shrunk: Shrunk) -> Centred:
+    plain = Centred(shrunk.program(), 0, 0, 0, 0)
+    if not cfg.centre or cfg.opset < RMS_OPSET:
+        return plain
+    centred = centre(plain.program)
+    if centred.norms:
+        feeds = [example(source, seed=cfg.seed), (data.sample("calibration", SAMPLES),)]
+        prove(plain, centred, feeds, rounded=True)
+    return centred
 
 
 def _recipe_digest(cfg: ExportSection, history: tuple[Artifact, ...]) -> str:

@@ -124,7 +124,8 @@ def run(
         ),
         Exported(
             folder=folders[5],
-            opset=20, onnx_bytes=24_455_000, inputs=("input",), outputs=("logits",), external_data=False, nodes=123
+            opset=20, onnx_bytes=24_455_000, inputs=("input",), outputs=("logits",), external_data=False, nodes=123,
+            centred_norms=0,
         ),
         Optimized(
             folder=folders[6],
