@@ -7,11 +7,12 @@ The rule, for every output tensor of every feed, element by element:
 where max|reference| runs over the whole tensor: float32 rounding grows with the size of what is summed, not with the
 size of the one number that comes out. With rtol = 0 the first term is the whole rule. There are no default tolerances.
 
-Where the caller can also run the function in float64 (`precise`), float32 rounding is measured instead of assumed: on a
-feed where the first model of the chain is itself off by r from its float64 result, two correct float32 models may
-differ by ROUNDING_MARGIN · r, so that much is allowed where it is more than the rule. Inputs of ±1000 are such feeds:
-clamps and norms bring the outputs back to order one, and the rounding of what lies between them with it. A feed on
-which float32 itself loses more than ROUNDING_CEILING · max(1, max|reference|) tells nothing, and fails.
+Where that does not hold and the caller can also run the function in float64 (`precise`), float32 rounding is measured
+instead of assumed: let r be how far the first model of the chain, and runs in which every number is shaken by one
+float32 rounding (`shaken`), come from the float64 result on this feed. Two correct float32 models may then differ by
+ROUNDING_MARGIN · r. Inputs of ±1000 are such feeds: clamps and norms bring the outputs back to order one, and the
+rounding of what lies between them with it. A feed on which float32 itself loses more than
+ROUNDING_CEILING · max(1, max|reference|) tells nothing, and fails.
 
 These fail whatever the tolerance: another shape, type or set of outputs; a NaN anywhere; an infinity that is not in
 both at the same place; integers or booleans that differ; a model that raises; and a comparison that could not have
@@ -32,7 +33,7 @@ from validators.errors import ValidationError
 from validators.feeds import Feed
 from validators.runners import Array, Runner
 
-# Either side of a comparison has its own rounding error, and another order of summation may double the one measured.
+# Either side of a comparison has its own rounding error, and an operator that sums has more than one rounding.
 ROUNDING_MARGIN = 4.0
 # Three decimal digits left: less is no comparison any more.
 ROUNDING_CEILING = 1e-3
@@ -118,12 +119,19 @@ def compare(reference: Runner, candidate: Runner, feeds: Sequence[Feed], *, atol
 
 
 def compare_chain(
-    runners: Sequence[Runner], feeds: Sequence[Feed], *, atol: float, rtol: float, precise: Runner | None = None
+    runners: Sequence[Runner],
+    feeds: Sequence[Feed],
+    *,
+    atol: float,
+    rtol: float,
+    precise: Runner | None = None,
+    shaken: Sequence[Runner] = (),
 ) -> ChainReport:
     """Compare each model with the next, so that a failure names the hop; every model runs every feed once.
 
-    `precise` computes the function of the first model in float64; without it, or where it fails, no rounding is
-    allowed beyond the rule.
+    `precise` computes the function of the first model in float64, `shaken` the same with every number shaken by a
+    random float32 rounding (Monte Carlo arithmetic, Parker 1997). They run where the rule does not hold; without
+    `precise`, or where it fails, the rule is all.
 
     Raises ValidationError for fewer than two models, or a tolerance that is negative or not finite.
     """
@@ -131,15 +139,19 @@ def compare_chain(
         raise ValidationError("A comparison needs two models.")
     if not all(math.isfinite(tolerance) and tolerance >= 0 for tolerance in (atol, rtol)):
         raise ValidationError(f"Tolerances must be finite and not negative (atol={atol}, rtol={rtol}).")
+    answers = [[_answer(runner, feed) for feed in feeds] for runner in runners]
+    measured: dict[str, dict[str, float]] = {}
     hops = []
-    before = [_answer(runners[0], feed) for feed in feeds]
-    roundings = [
-        _rounding(answer, _answer(precise, feed)) if precise else {} for answer, feed in zip(before, feeds, strict=True)
-    ]
-    for left, right in pairwise(runners):
-        after = [_answer(right, feed) for feed in feeds]
-        hops.append(_report(left.name, right.name, feeds, before, after, roundings, atol, rtol))
-        before = after
+    for (left, before), (right, after) in pairwise(zip(runners, answers, strict=True)):
+        report = _report(left.name, right.name, feeds, before, after, [{}] * len(feeds), atol, rtol)
+        loose = {entry.feed for entry in report.outputs if not entry.passed and entry.max_abs is not None}
+        if precise is not None and loose:
+            for feed, first in zip(feeds, answers[0], strict=True):
+                if feed.label in loose and feed.label not in measured:
+                    measured[feed.label] = _rounding(first, feed, precise, shaken)
+            roundings = [measured[feed.label] if feed.label in loose else {} for feed in feeds]
+            report = _report(left.name, right.name, feeds, before, after, roundings, atol, rtol)
+        hops.append(report)
     broken = next((hop for hop in hops if not hop.passed), None)
     return ChainReport(
         passed=broken is None,
@@ -257,18 +269,21 @@ def _answer(runner: Runner, feed: Feed) -> _Answer:
         return f"{runner.name} fails: {error}"
 
 
-def _rounding(answer: _Answer, truth: _Answer) -> dict[str, float]:
-    """Output name -> largest difference of a float32 answer from the float64 one, where both are finite and alike."""
-    if isinstance(answer, str) or isinstance(truth, str):
-        return {}
+def _rounding(first: _Answer, feed: Feed, precise: Runner, shaken: Sequence[Runner]) -> dict[str, float]:
+    """Output name -> largest difference from the float64 answer, of the first model and of the shaken ones."""
+    truth = _answer(precise, feed)
     found: dict[str, float] = {}
-    for name, value in answer.items():
-        exact = truth.get(name)
-        if exact is None or exact.shape != value.shape or not value.size or exact.dtype != np.float64:
-            continue
-        error = float(np.abs(value.astype(np.float64) - exact).max())
-        if math.isfinite(error):
-            found[name] = error
+    for answer in (first, *(_answer(runner, feed) for runner in shaken)):
+        if isinstance(answer, str) or isinstance(truth, str):
+            return {}
+        for name, value in answer.items():
+            exact = truth.get(name)
+            if exact is None or exact.shape != value.shape or not value.size or exact.dtype != np.float64:
+                return {}
+            error = float(np.abs(value.astype(np.float64) - exact).max())
+            if not math.isfinite(error):
+                return {}
+            found[name] = max(found.get(name, 0.0), error)
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 Watch = Callable[[fx.Node, Any], None]
+Change = Callable[[fx.Node, Any], Any]
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -30,12 +31,14 @@ def execute(
     *,
     dtype: torch.dtype | None = None,
     watch: Watch | None = None,
+    change: Change | None = None,
     only: Iterable[fx.Node] | None = None,
 ) -> tuple[Any, ...]:
     """The outputs of `graph` for placeholder values `feeds` (placeholder name -> value).
 
     `dtype`: every float32 tensor and every float32 constant of the graph takes this precision instead.
-    `watch(node, value)` sees each value as it is computed. `only`: run these nodes and stop (no outputs then).
+    `watch(node, value)` sees each value as it is computed; `change(node, value)`
+    gives what takes its place. `only`: run these nodes and stop (no outputs then).
     """
     wanted = None if only is None else set(only)
     dies = last_uses(graph)
@@ -67,6 +70,8 @@ def execute(
                 return tuple(fx.node.map_arg(node.args[0], values.__getitem__))
             else:
                 raise ValueError(f"a flat exported graph holds no {node.op} node ({node.name})")
+            if change is not None:
+                values[node] = change(node, values[node])
             if watch is not None:
                 watch(node, values[node])
             if wanted is None:
@@ -123,10 +128,11 @@ def run_program(
     state: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     watch: Watch | None = None,
+    change: Change | None = None,
 ) -> Any:
     """The program's outputs for `inputs` on `state` (its own by default), in `dtype` where given.
 
     One tensor where the program has one output, else a tuple.
     """
-    outputs = execute(program.graph, feeds_of(program, inputs, state), dtype=dtype, watch=watch)
+    outputs = execute(program.graph, feeds_of(program, inputs, state), dtype=dtype, watch=watch, change=change)
     return outputs[0] if len(outputs) == 1 else outputs

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from exporters import describe
 from pipeline.artifacts import Baseline, Exported, Folded, Hop, Optimized, Shrunk, Validated
 from pipeline.channels import Captured, capture
+from pipeline.channels.execute import run_program
 from pipeline.config import GateSection
 from pipeline.data import Data
 from pipeline.models import ModelSource, example
@@ -38,6 +39,8 @@ from validators import (
 
 BATCHES = (1, 3, 8)
 EVALUATION_BATCH = 64
+SHAKES = 3
+UNIT_ROUNDOFF = 2.0**-24  # of IEEE float32: half the distance between 1 and the next number
 
 
 def run(
@@ -53,10 +56,10 @@ def run(
     progress: Progress,
 ) -> Validated:
     """Measure everything, then judge it by the recipe's limits. Raises ValidationError when a model cannot be run."""
-    chain, precise = _chain(cfg, source, folded, shrunk, exported, optimized)
+    chain, (precise, *shaken) = _chain(cfg, source, folded, shrunk, exported, optimized)
     feeds = _feeds(cfg, chain[-1], data)
     progress.say(f"  parity of {len(chain)} models on {len(feeds)} feeds")
-    parity = compare_chain(chain, feeds, atol=cfg.parity, rtol=0.0, precise=precise)
+    parity = compare_chain(chain, feeds, atol=cfg.parity, rtol=0.0, precise=precise, shaken=shaken)
     dense, shipped = (
         OrtRunner(path, threads=cfg.threads, name=name)
         for name, path in (("dense", baseline.onnx), ("shipped", optimized.onnx))
@@ -111,25 +114,41 @@ def run(
 
 
 class _Precise:
-    """A captured model in float64: what float32 rounding costs on a feed is measured against it."""
+    """A captured model in float64: what float32 rounding costs on a feed is measured against it.
 
-    name = "folded in float64"
+    With a `seed`, every parameter and every intermediate is shaken by one float32 rounding on top.
+    """
 
-    def __init__(self, captured: Captured, like: Runner, outputs: Sequence[str]) -> None:
+    def __init__(self, captured: Captured, like: Runner, outputs: Sequence[str], seed: int | None = None) -> None:
+        self.name = "folded in float64" if seed is None else f"folded in float64, shaken {seed}"
         self.inputs, self.threads = like.inputs, like.threads
-        self._captured, self._outputs = captured, outputs
+        self._captured, self._outputs, self._seed = captured, outputs, seed
 
     def infer(self, feed: Mapping[str, Any]) -> dict[str, Any]:
         """Run once, every float32 of the graph in float64."""
-        found = self._captured(*(torch.tensor(feed[spec.name]) for spec in self.inputs), dtype=torch.float64)
+        draw = torch.Generator().manual_seed(self._seed or 0)
+        given = set(self._captured.program.graph_signature.user_inputs)
+
+        def shake(node: torch.fx.Node, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or value.dtype != torch.float64 or node.name in given:
+                return value
+            return value * (1 + UNIT_ROUNDOFF * (2 * torch.rand(value.shape, generator=draw) - 1))
+
+        found = run_program(
+            self._captured.program,
+            [torch.tensor(feed[spec.name]) for spec in self.inputs],
+            self._captured.state,
+            torch.float64,
+            change=None if self._seed is None else shake,
+        )
         tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
         return {name: tensor.numpy(force=True) for name, tensor in zip(self._outputs, tensors, strict=True)}
 
 
 def _chain(
     cfg: GateSection, source: ModelSource, folded: Folded, shrunk: Shrunk, exported: Exported, optimized: Optimized
-) -> tuple[list[Runner], Runner]:
-    """Folded, shrunk, exported, optimised, each to be compared with the one before it; and folded in float64."""
+) -> tuple[list[Runner], list[Runner]]:
+    """Folded, shrunk, exported, optimised, each compared with the one before it; and folded in float64, then shaken."""
     summary = describe(exported.onnx)
     names = [spec.name for spec in summary.inputs]
     outputs = [spec.name for spec in summary.outputs]
@@ -147,7 +166,8 @@ def _chain(
         OrtRunner(exported.onnx, threads=cfg.threads, optimize=False, name="exported"),
         OrtRunner(optimized.onnx, threads=cfg.threads, name="optimized"),
     ]
-    return chain, _Precise(capture(model, inputs), chain[0], outputs)
+    captured = capture(model, inputs)
+    return chain, [_Precise(captured, chain[0], outputs, seed) for seed in (None, *range(1, SHAKES + 1))]
 
 
 def _feeds(cfg: GateSection, shipped: Runner, data: Data) -> list[Feed]:

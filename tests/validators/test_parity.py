@@ -209,18 +209,21 @@ def shaky(x):
     return x + x.dtype.type(1000) - x.dtype.type(1000)
 
 
-def rounding_chain(function_runner, candidate, precise):
-    reference = function_runner(shaky, "reference")
+def rounding_chain(function_runner, candidate, precise, shaken=(), reference=shaky):
     feed = [Feed("any", {"input": np.linspace(-1, 1, 30, dtype=F32).reshape(10, 3)})]
-    truth = function_runner(lambda x: precise(x.astype(np.float64)), "float64")
-    other = function_runner(candidate, "candidate")
-    return compare_chain([reference, other], feed, atol=1e-6, rtol=0, precise=truth).hops[0]
+
+    def double(function, name):
+        return function_runner(lambda x: function(x.astype(np.float64)), name)
+
+    chain = [function_runner(reference, "reference"), function_runner(candidate, "candidate")]
+    runs = [double(function, f"shaken {k}") for k, function in enumerate(shaken)]
+    return compare_chain(chain, feed, atol=1e-6, rtol=0, precise=double(precise, "float64"), shaken=runs).hops[0]
 
 
 def test_rounding_that_float32_itself_shows_is_allowed(function_runner):
     hop = rounding_chain(function_runner, lambda x: x + F32(500) - F32(500), shaky)
     assert hop.passed
-    assert hop.max_abs > 1e-6 and hop.judged <= 1e-6  # the rule alone would have refused it
+    assert hop.max_abs > 1e-6 >= hop.judged  # the rule alone would have refused it
 
 
 def test_a_fault_beyond_measured_rounding_fails(function_runner):
@@ -229,15 +232,30 @@ def test_a_fault_beyond_measured_rounding_fails(function_runner):
     assert hop.judged > 1e-6
 
 
+def test_a_reference_that_is_exact_by_luck_is_shaken(function_runner):
+    """The reference shows no rounding on this feed, the shaken runs do: as much as they is allowed, and no more."""
+    shaken = [lambda x, e=e: x + e for e in (3e-7, -4e-7)]
+    for error, passed in ((1.5e-6, True), (1.7e-6, False)):
+        candidate = lambda x, e=error: x + F32(e)  # noqa: E731
+        hop = rounding_chain(function_runner, candidate, lambda x: x, shaken, reference=lambda x: x)
+        assert hop.passed is passed
+        assert (hop.judged <= 1e-6) is passed
+
+
 def test_without_rounding_the_rule_alone_holds(function_runner):
     """The reference is exact here, so float64 grants nothing: an error above atol fails, one below passes."""
     for error, passed in ((2e-6, False), (5e-7, True)):
-        exact = function_runner(lambda x: x, "reference")
-        wrong = function_runner(lambda x, e=error: x + F32(e), "candidate")
-        truth = function_runner(lambda x: x.astype(np.float64), "float64")
-        feed = [Feed("zeros", {"input": np.zeros((2, 3), F32)}), Feed("ones", {"input": np.ones((2, 3), F32)})]
-        hop = compare_chain([exact, wrong], feed, atol=1e-6, rtol=0, precise=truth).hops[0]
+        candidate = lambda x, e=error: x + F32(e)  # noqa: E731
+        hop = rounding_chain(function_runner, candidate, lambda x: x, reference=lambda x: x)
         assert hop.passed is passed
+
+
+def test_float64_runs_only_where_the_rule_does_not_hold(function_runner):
+    precise = function_runner(lambda x: x.astype(np.float64), "float64")
+    runners = [function_runner(lambda x: x, name) for name in "ab"]
+    feed = Feed("ones", {"input": np.ones((2, 3), F32)})
+    assert compare_chain(runners, [feed], atol=1e-6, rtol=0, precise=precise).passed
+    assert precise.calls == 0
 
 
 @pytest.mark.parametrize("truth", [lambda x: x[:1], lambda x: x.astype(F32), lambda x: x * np.nan])
@@ -247,7 +265,7 @@ def test_a_float64_model_that_does_not_fit_grants_nothing(function_runner, truth
 
 def test_a_feed_on_which_float32_loses_everything_fails(function_runner):
     """The float64 model disagrees by 1 %: whatever the reason, no comparison on this feed can be trusted."""
-    hop = rounding_chain(function_runner, shaky, lambda x: x * 1.01)
+    hop = rounding_chain(function_runner, lambda x: x + F32(1e-5), lambda x: x * 1.01)
     assert not hop.passed
     assert "nothing can be told" in hop.reasons[0]
     assert hop.judged == np.inf
