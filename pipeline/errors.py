@@ -7,7 +7,7 @@
     │   ├── WeightsError                      unreadable, unsafe or mismatched checkpoint, NaN
     │   ├── DataError                         empty, single-class, NaN, labels out of range
     │   └── VersionError                      no such model or version in the artifacts folder
-    ├── CaptureError                 exit 3   torch.export cannot capture the model
+    ├── CaptureError                 exit 3   torch.export cannot capture the model: scripted, quantised, data-dependent
     ├── RefusedError                 exit 3   channels cannot be removed without changing the output
     ├── MaskError                    exit 3   a weight that should be zero is not
     ├── TrainingError                exit 3   loss became NaN or infinite

@@ -6,8 +6,11 @@ The training IR (no decompositions) is kept: it is the smallest graph, and ONNX 
 from __future__ import annotations
 
 import inspect
+import logging
 import re
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,25 +81,51 @@ def capture(model: nn.Module, example: tuple[Any, ...], *, dynamic_batch: bool =
     Raises CaptureError(reason, line) where torch.export cannot follow the model (control flow that depends on data,
     scripted or quantised modules).
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError("The model is a TorchScript module.", "Give the eager nn.Module it was scripted from.")
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"The model is a {type(model).__name__}, not a torch.nn.Module.", "Give an nn.Module.")
-    quantised = [n for n, m in model.named_modules() if type(m).__module__.startswith("torch.ao.nn.quantized")]
-    if quantised:
-        raise CaptureError(
-            f"The model is quantised already (module '{quantised[0]}').", "Prune the float model, then quantise."
-        )
+    obstacle = unsupported(model)
+    if obstacle is not None:
+        raise CaptureError(*obstacle)
     was_training = model.training
     model.eval()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused operator hides q, k and v
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _silent():
             return _export(model, example, dynamic_batch)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         model.train(was_training)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """torch.export logs a page about what it then raises as an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+# Float stand-ins of torch.ao that a model written for quantisation holds; they quantise nothing by themselves.
+_FLOAT_STAND_INS = ("FloatFunctional", "FXFloatFunctional", "QuantStub", "DeQuantStub", "QuantWrapper")
+
+
+def unsupported(model: object) -> tuple[str, str] | None:
+    """Why `model` is of a kind that no exported graph of float weights can be made of, and what to do; else None."""
+    if not isinstance(model, nn.Module):
+        return f"The model is a {type(model).__name__}, not a torch.nn.Module.", "Give an nn.Module."
+    for name, module in model.named_modules():
+        place, kind = type(module).__module__, type(module).__name__
+        where = f"module '{name}', a {kind}" if name else kind
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"The model is a TorchScript module ({where}).", "Give the eager nn.Module it was scripted from."
+        if place.startswith("torch.ao.") and "quanti" in place and kind not in _FLOAT_STAND_INS:
+            return (
+                f"The model is quantised already, or prepared for it ({where}).",
+                "Prune the float model, then quantise.",
+            )
+    return None
 
 
 def _export(model: nn.Module, example: tuple[Any, ...], dynamic_batch: bool) -> Captured:
@@ -145,11 +174,18 @@ def small(captured: Captured, batch: int = 2, seed: int = 0) -> tuple[Any, ...]:
 def _explain(error: Exception) -> tuple[str, str]:
     text = str(error).strip() or type(error).__name__
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    lines = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
-    own = [m for m in lines if "site-packages/torch/" not in m[0]]
+    lines = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text) + _frames(error)
+    own = [m for m in lines if "site-packages/torch/" not in m[0] and m[0] != __file__]
     where = f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]} in {own[-1][2]}" if own else "the model's forward"
     reason = f"torch.export cannot capture the model ({type(error).__name__}: {first[:300]})."
     return reason, f"Look at {where}: control flow that depends on tensor values cannot be exported."
+
+
+def _frames(error: Exception) -> list[tuple[str, str, str]]:
+    """(file, line, function) of the Python code that ran into the error; only calls of a forward and what it calls."""
+    frames = [(f.filename, str(f.lineno), f.name) for f in traceback.extract_tb(error.__traceback__)]
+    first = next((k for k, (_, _, name) in enumerate(frames) if name == "forward"), len(frames))
+    return frames[first:]
 
 
 def inline_contexts(program: ExportedProgram) -> ExportedProgram:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pipeline.models import torchvision_import  # noqa: F401  # first, since timm and transformers import torchvision
 
 # isort: split
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -53,8 +53,12 @@ def _origin(
         return from_code.origin_of_object(spec, input_size), f"object:{type(spec).__name__}"
     if not isinstance(spec, str):
         if not callable(spec):
+            holds = isinstance(spec, Mapping) and any(isinstance(value, Tensor) for value in spec.values())
             raise ModelError(
-                f"A {type(spec).__name__} is not a model.", "Give a name, a torch.nn.Module or a callable."
+                f"A {type(spec).__name__} {'of tensors ' if holds else ''}is not a model.",
+                "Give the torch.nn.Module that these weights belong to, with the weights loaded."
+                if holds
+                else "Give a name, a torch.nn.Module or a callable that returns one.",
             )
         text = f"object:{getattr(spec, '__name__', type(spec).__name__)}"
         return from_code.origin_of_callable(spec, text, num_classes, input_size), text
@@ -111,6 +115,11 @@ def check(model: nn.Module, inputs: tuple[Tensor, ...], classes: int | None = No
         ) from error
     finally:
         model.train(was_training)
+    if isinstance(out, list) and out and isinstance(out[0], dict):
+        raise ModelError(
+            f"{name} returns one dict per sample, as detectors do: how many results it gives depends on the data.",
+            "Give a model whose output is one tensor of logits (batch, classes), such as the detector's backbone.",
+        )
     while not isinstance(out, Tensor):
         if not out or not isinstance(out, dict | tuple | list):
             raise ModelError(f"{name} returns {type(out).__name__}, not a tensor.", "Return logits (batch, classes).")

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.errors import ModelError, UserError, nearest
-from pipeline.models.source import Clip, Origin, Size, accepted, file_hash, image_input, source_text
+from pipeline.models.source import Clip, Origin, Size, accepted, file_hash, image_input, required, source_text
 
 
 def origin_of_object(model: nn.Module, input_size: Size | Clip | None) -> Origin:
@@ -42,6 +42,12 @@ def origin_of_callable(
 ) -> Origin:
     """Describe what `call` returns; it is given `num_classes` and `input_size` if it takes arguments of these names."""
     arguments = accepted(call, num_classes=num_classes, input_size=input_size)
+    missing = [name for name in required(call) if name not in arguments]
+    if missing:
+        raise ModelError(
+            f"{spec} wants {', '.join(missing)}: it does not build a model by itself.",
+            "Give a torch.nn.Module, or a callable that returns one (it may take num_classes and input_size).",
+        )
 
     def make() -> nn.Module:
         with user_code(spec, ModelError):

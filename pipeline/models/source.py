@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ModelError, WeightsError
+from pipeline.channels.capture import unsupported
+from pipeline.errors import CaptureError, ModelError, WeightsError
 from pipeline.seeding import seeded
 
 Size = tuple[int, int, int]
@@ -93,8 +94,14 @@ class ModelSource:
     def of(
         cls, spec: str, origin: Origin, num_classes: int | None, input_size: Size | Clip | None, seed: int = 0
     ) -> ModelSource:
-        """Build the model once, to be sure that it can be built, and describe it."""
+        """Build the model once, to be sure that it can be built, and describe it.
+
+        Raises CaptureError where it is scripted or quantised.
+        """
         model = _build(spec, origin, seed)
+        obstacle = unsupported(model)
+        if obstacle is not None:
+            raise CaptureError(*obstacle)
         digest = hashlib.sha256(repr((spec, num_classes, input_size, seed, origin.identity)).encode())
         digest.update(structure(model).encode())
         digest.update(own_code(model).encode())
@@ -181,6 +188,16 @@ def accepted(call: Callable[..., object], **offered: object) -> dict[str, object
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return {k: v for k, v in offered.items() if v is not None and (takes_any or k in names)}
+
+
+def required(call: Callable[..., object]) -> list[str]:
+    """Names of the arguments that `call` cannot do without."""
+    try:
+        parameters = inspect.signature(call).parameters.values()
+    except (ValueError, TypeError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
 
 
 def image_input(size: Size | Clip | None) -> Callable[[nn.Module], tuple[Input, ...]]:
