@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -107,11 +107,19 @@ def _apply(t: Trace, node: fx.Node) -> Any:
     if rule is None:
         return t.give_up(node, f"no rule for {name}")
     try:
-        return rule.relate(t, node)
+        return _as_batched(node, rule.relate(t, node))
     except NoRule as reason:
         return t.give_up(node, str(reason))
     except (ValueError, TypeError, IndexError, KeyError, StopIteration, AttributeError) as error:
         return t.give_up(node, f"no rule for this form of {name} ({type(error).__name__}: {error})")
+
+
+def _as_batched(node: fx.Node, value: Any) -> Any:
+    """Parameters repeated for every sample follow the inputs' batch: they cannot be computed once."""
+    val = node.meta["val"]
+    if isinstance(value, Value) and value.derived and not all(isinstance(s, int) for s in val.shape):
+        return replace(value, derived=False)
+    return value
 
 
 def _after_write(t: Trace, node: fx.Node) -> None:

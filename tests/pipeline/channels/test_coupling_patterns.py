@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.channels import analyse, capture, shrink
+from pipeline.channels import analyse, capture, prove, shrink, small
 from pipeline.channels.rules import RULES, Rule
 from pipeline.channels.values import Value
 from pipeline.errors import LeanortError
@@ -805,6 +805,25 @@ def test_what_is_zero_near_the_origin_only_stays() -> None:
     analysis = analyse(captured)
     shrunk = shrink(captured, analysis, {"a": np.arange(8) < 4})
     assert [(r.cluster, r.groups) for r in shrunk.refused] == [("a", (0, 1, 2, 3))]
+
+
+class PositionalGate(Ends):
+    """Scores computed from parameters alone, repeated for every sample before they are normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.table.expand(x.shape[0], -1, -1).softmax(1)
+        return self.head(torch.tanh(self.stem(x)) * scores.sum(-1)[..., None, None])
+
+
+def test_what_is_repeated_for_every_sample_is_not_computed_once(experiment: Callable[..., Any]) -> None:
+    found = experiment(PositionalGate(), *IMAGE)
+    assert found.shrunk.ledger.frozen == {}
+    for batch in (1, 4):
+        prove(found.folded, found.shrunk, [small(found.captured, batch=batch)])
 
 
 class Idle(nn.Module):
