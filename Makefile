@@ -8,7 +8,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan test test-long lint format zoo bench bench-huge bench-norms clean
+.PHONY: help setup deploy plan test test-long lint format zoo bench bench-huge bench-norms race bundle-versions clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,12 @@ bench-huge: $(STAMP) ## ViT-H/14: seconds and peak memory of analyse, mask and s
 
 bench-norms: $(STAMP) ## forms of a LayerNorm over removed channels in onnxruntime, alone and in whole models
 	$(BIN)/python benchmarks/norm_forms.py
+
+race: $(STAMP) ## MODEL=hf:bert [ARGS=]: every candidate of a randomly pruned model, proven and timed, no data needed
+	$(BIN)/python benchmarks/race.py $(MODEL) $(ARGS)
+
+bundle-versions: $(STAMP) ## BUNDLE=file.tar.gz [VERSIONS="1.23.2 1.31.1 1.32.0"]: its self-test under each onnxruntime
+	$(BIN)/python benchmarks/bundle_versions.py $(BUNDLE) $(VERSIONS)
 
 # ---- the project -------------------------------------------------------------------------------------------------
 test: $(STAMP) ## all tests

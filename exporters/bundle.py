@@ -1,94 +1,149 @@
-"""What ships: a folder with the model and the means to check it where it arrives.
+"""What ships: a folder with a model in one or more variants, and the means to check and serve it where it arrives.
 
-model.onnx (and model.onnx.data), golden.npz, manifest.json, selftest.py
+    model.*.onnx, *.ort   the variants        golden.npz    inputs, and what the trusted model answers
+    manifest.json         what all of it is   selftest.py   checks everything with onnxruntime and numpy alone
+    manifest.sha256       of manifest.json    serve.py      images in, JSON lines out
+
+Whatever comes out of `pack` is one file, the same bytes for the same folder; `unpack` takes nothing on trust.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+import onnxruntime as ort
+from pydantic import BaseModel, ConfigDict, Field
 
-from exporters import selftest
-from exporters.errors import ExportError
+from exporters import host
+from exporters.atomic import staged
+from exporters.errors import ExportError, first_line
 from exporters.summary import describe
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+FORMAT = 1
+_HERE = Path(__file__).parent
+_PROGRAMS = ("selftest.py", "serve.py")
+SELFTEST_SECONDS = 300.0
+
+
+class Variant(BaseModel):
+    """One file of the model: where it runs, what it must be loaded with, how far from the golden outputs it may be.
+
+    `tolerance` bounds |found − golden| / max(1, max|golden|), per output. `latency_ms` is what the builder measured at
+    batch 1, which the self-test compares with what it finds; None where nothing was measured.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    path: Path
+    portable: bool = True
+    isa: str = ""
+    session: dict[str, str] = Field(default_factory=dict)
+    tolerance: float
+    latency_ms: float | None = None
+
+
+class InputNote(BaseModel):
+    """One input as whoever feeds it must know it: `shape` with names for free sizes; floats are (raw − mean) / std."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
 
 class Bundle(BaseModel):
-    """A written bundle: its folder, and the sha256 of every file in it but the manifest."""
+    """A written bundle: its folder, the sha256 of every file but the manifest's two, and what its self-test found."""
 
     model_config = ConfigDict(frozen=True)
 
     path: Path
     sha256: dict[str, str]
+    report: dict[str, Any]
 
 
 def bundle(
-    model: Path,
+    variants: Sequence[Variant],
     folder: Path,
     *,
     golden_inputs: Mapping[str, Array],
     golden_outputs: Mapping[str, Array],
-    atol: float,
+    inputs: Sequence[InputNote],
+    labels: Sequence[str] = (),
+    threads: int = 1,
     metadata: Mapping[str, str],
 ) -> Bundle:
-    """Make the new `folder` from the ONNX file `model`, whole or not at all, and run its self-test once.
+    """Make the new `folder` from `variants`, whole or not at all, and run its self-test once.
 
-    `golden_outputs` are what a trusted model answers to `golden_inputs` (name -> array), such as the PyTorch model that
-    this file was made from; the self-test holds the file to |found − golden| ≤ atol · max(1, max|golden|) per output.
-    The file keeps its name when it has external weights, which name each other, and is called model.onnx otherwise.
+    `golden_outputs` are what a trusted model answers to `golden_inputs` (name -> array, samples first), such as the
+    PyTorch model that the files were made from. External weights come along. Files are linked where the disk allows it.
 
-    Raises ExportError when `folder` exists, the golden names are not the model's, or the self-test fails.
+    Raises ExportError when `folder` exists, names do not agree with the model's, a golden array holds NaN, two
+    variants need files of one name, or any variant fails the self-test on this machine.
     """
-    model, folder = Path(model), Path(folder)
-    summary = describe(model)
-    for kind, specs, golden in (("input", summary.inputs, golden_inputs), ("output", summary.outputs, golden_outputs)):
-        if {spec.name for spec in specs} != set(golden):
-            raise ExportError(
-                f"The golden {kind}s are {', '.join(golden) or 'none'}; the model has "
-                f"{', '.join(spec.name for spec in specs)}.",
-                f"Give one array per {kind}.",
-            )
-        for name, array in golden.items():
-            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-                raise ExportError(f"The golden {kind} {name} holds NaN or infinity.", "It could not be checked.")
+    folder = Path(folder)
+    if not variants:
+        raise ExportError("A bundle needs at least one variant.", "Give the shipped file.")
+    _check_golden(variants, golden_inputs, golden_outputs, inputs)
     if folder.exists():
         raise ExportError(f"{folder} exists.", "A bundle is never overwritten: give a new folder.")
     partial: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-        name = model.name if summary.external_files else "model.onnx"
-        shutil.copyfile(model, partial / name)
-        for data in summary.external_files:
-            shutil.copyfile(model.parent / data, partial / data)
-        shutil.copyfile(selftest.__file__, partial / "selftest.py")
-        arrays = {f"input_{i}": golden_inputs[key] for i, key in enumerate(golden_inputs)}
+        for variant in variants:
+            for name in (variant.path.name, *_beside(variant.path)):
+                if (partial / name).exists():
+                    raise ExportError(f"Two variants bring a file {name}.", "Rename one, and make it again.")
+                _link(variant.path.parent / name, partial / name)
+        for program in _PROGRAMS:
+            shutil.copyfile(_HERE / program, partial / program)
+        arrays = {f"input_{i}": golden_inputs[note.name] for i, note in enumerate(inputs)}
         arrays |= {f"output_{i}": golden_outputs[key] for i, key in enumerate(golden_outputs)}
         np.savez(partial / "golden.npz", **arrays)  # type: ignore[arg-type]  # the names are not savez's own
         sha256 = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
         manifest = {
-            "model": name,
-            "inputs": list(golden_inputs),
+            "format": FORMAT,
+            "onnxruntime": ort.__version__,
+            "host": {"isa": host.isa(), "cpu": host.cpu_name()},
+            "threads": threads,
+            "variants": [
+                {**variant.model_dump(mode="json", exclude={"path"}), "file": variant.path.name} for variant in variants
+            ],
+            "inputs": [note.model_dump(mode="json") for note in inputs],
             "outputs": list(golden_outputs),
-            "atol": atol,
-            "summary": summary.model_dump(mode="json"),
+            "dynamic": all(isinstance(note.shape[0], str) for note in inputs if note.shape),
+            "labels": list(labels),
             "metadata": dict(metadata),
-            "sha256": sha256,
+            "files": sha256,
         }
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _run_selftest(partial)
+        text = json.dumps(manifest, indent=2) + "\n"
+        (partial / "manifest.json").write_text(text, encoding="utf-8")
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        (partial / "manifest.sha256").write_text(f"{digest}  manifest.json\n", encoding="ascii")
+        report = check(partial)
+        broken = [f"{name}: {row['reason']}" for name, row in report["variants"].items() if row["status"] != "pass"]
+        if broken or not report["ok"]:
+            reason = "; ".join(broken) or report["reason"]
+            raise ExportError(f"The bundle's self-test fails: {reason}.", "Compare the file with the golden model.")
         partial.chmod(0o755)
         partial.rename(folder)
     except OSError as error:
@@ -97,17 +152,117 @@ def bundle(
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-    return Bundle(path=folder, sha256=sha256)
+    return Bundle(path=folder, sha256=sha256, report=report)
 
 
-def _run_selftest(folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-B", str(folder / "selftest.py")], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        lines = [line for line in (done.stdout + done.stderr).strip().splitlines() if line]
-        bad = next((line for line in lines if line.startswith("FAIL")), lines[-1] if lines else "no output")
-        raise ExportError(f"The bundle's self-test fails: {bad}", "Compare the file with the golden model.")
+def check(folder: Path) -> dict[str, Any]:
+    """What this project's own self-test says about the bundle in `folder`; no code of the bundle is run.
+
+    Raises ExportError when it gives no answer.
+    """
+    command = [sys.executable, "-B", str(_HERE / "selftest.py"), str(Path(folder).resolve())]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SELFTEST_SECONDS)
+        report: dict[str, Any] = json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError) as error:
+        raise ExportError(f"The self-test of {folder} gives no answer: {first_line(error)}.") from error
+    return report
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Write the bundle in `folder` to the new file `archive` (.tar.gz), the same bytes every time.
+
+    Raises ExportError when `archive` exists or cannot be written, or the bundle fails its self-test.
+    """
+    archive = Path(archive)
+    if archive.exists():
+        raise ExportError(f"{archive} exists.", "A bundle is never overwritten: give a new name.")
+    report = check(folder)
+    if not report["ok"]:
+        raise ExportError(f"The bundle in {folder} fails its self-test: {report['reason']}.", "Deploy again.")
+    name = archive.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
+    # No name and no time of packing in the header; weights hardly compress, so the fast level is enough.
+    with (
+        staged(archive) as scratch,
+        (scratch / archive.name).open("wb") as raw,
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for file in sorted(Path(folder).iterdir()):
+            entry = tarfile.TarInfo(f"{name}/{file.name}")
+            entry.size, entry.mode = file.stat().st_size, 0o644
+            with file.open("rb") as content:
+                tar.addfile(entry, content)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack the bundle `archive` into the new `folder`, whole or not at all.
+
+    Raises ExportError when it is no readable archive, or holds anything but plain files in one folder: a link, a
+    device, an absolute path, a path with "..".
+    """
+    archive, folder = Path(archive), Path(folder)
+    if folder.exists():
+        raise ExportError(f"{folder} exists.", "Give a new folder.")
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for entry in tar:
+                parts = entry.name.split("/")
+                if not entry.isfile() or len(parts) != 2 or not all(parts) or {".", ".."} & set(parts):
+                    raise ExportError(f"{archive} holds {entry.name}, which no bundle does.", "Do not use this file.")
+                content = tar.extractfile(entry)
+                assert content is not None
+                with (partial / parts[1]).open("xb") as file:
+                    shutil.copyfileobj(content, file)
+        partial.chmod(0o755)
+        partial.rename(folder)
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ExportError(f"{archive} cannot be unpacked: {first_line(error)}.", "Fetch it again.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_golden(
+    variants: Sequence[Variant],
+    golden_inputs: Mapping[str, Array],
+    golden_outputs: Mapping[str, Array],
+    inputs: Sequence[InputNote],
+) -> None:
+    names = {"input": {note.name for note in inputs}, "output": set(golden_outputs)}
+    for variant in variants:
+        if variant.path.suffix == ".onnx":
+            summary = describe(variant.path)
+            names = {"input": {s.name for s in summary.inputs}, "output": {s.name for s in summary.outputs}}
+            break
+    given = {"input": golden_inputs, "output": golden_outputs}
+    for kind, golden in given.items():
+        if names[kind] != set(golden):
+            raise ExportError(
+                f"The golden {kind}s are {', '.join(golden) or 'none'}; "
+                f"the model has {', '.join(sorted(names[kind]))}.",
+                f"Give one array per {kind}.",
+            )
+        for name, array in golden.items():
+            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                raise ExportError(f"The golden {kind} {name} holds NaN or infinity.", "It could not be checked.")
+    if names["input"] != {note.name for note in inputs}:
+        raise ExportError("The notes on the inputs name others than the model has.", "Give one note per input.")
+
+
+def _beside(model: Path) -> tuple[str, ...]:
+    """What a model file needs or brings: external weights, or the operators that a minimal build must have."""
+    if model.suffix == ".ort":
+        config = model.with_suffix(".required_operators.config")
+        return (config.name,) if config.is_file() else ()
+    return describe(model).external_files
+
+
+def _link(src: Path, dst: Path) -> None:
+    try:
+        os.link(src, dst)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(src, dst)
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""A model in 8-bit integers: static, QDQ, per channel, calibrated on real batches.
+"""A model in 8-bit integers: static, QDQ, per channel, calibrated on real batches; or dynamic, for MatMuls.
 
 On x86 CPUs without VNNI the product of two int8 pairs saturates in 16 bits, so weights keep to 7 bits there
 (`reduce_range`); onnxruntime's documentation on quantization says the same.
@@ -6,20 +6,22 @@ On x86 CPUs without VNNI the product of two int8 pairs saturates in 16 bits, so 
 
 from __future__ import annotations
 
+import io
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
+from onnxruntime.quantization import quantize_dynamic as quantize_dynamic_file
+from onnxruntime.quantization.calibrate import create_calibrator
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
+from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 from pydantic import BaseModel, ConfigDict
 
 from exporters import host
@@ -27,6 +29,7 @@ from exporters.atomic import staged
 from exporters.errors import ExportError, first_line
 from exporters.quiet import quiet
 from exporters.summary import OnnxSummary, describe
+from exporters.to_onnx import ONE_FILE_LIMIT
 from exporters.to_ort import load, session_options
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -41,17 +44,20 @@ _METHODS: dict[Calibration, CalibrationMethod] = {
 # DequantizeLinear has an axis, and with it one scale per channel, since this opset.
 OPSET_AT_LEAST = 13
 
+# Nodes with weights, whose quantisation can hurt; the others only pass integers on.
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
 # onnxruntime asks for a model that was simplified before, and reads this mark; `to_onnx` has simplified it.
 _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
 
 
 class QuantizedFile(BaseModel):
-    """A quantised model: where it lies, how its ranges were found, and what the tool had to say."""
+    """A quantised model: where it lies, how its ranges were found ("dynamic": while it runs), what the tool said."""
 
     model_config = ConfigDict(frozen=True)
 
     path: Path
-    calibration: Calibration
+    calibration: Calibration | Literal["dynamic"]
     batches: int
     reduce_range: bool
     isa: str
@@ -71,7 +77,7 @@ def quantize(
     exclude: Sequence[str] = (),
     operators: Sequence[str] | None = None,
 ) -> QuantizedFile:
-    """Write the float model `src` to `dst` with int8 weights per channel and uint8 activations, whole or not at all.
+    """Write the float model `src` to `dst` with int8 weights per channel and 8-bit activations, whole or not at all.
 
     `batches` (input name -> array) calibrate the activations' ranges; never take the test set. `reduce_range` keeps the
     weights to 7 bits; by default where this CPU lacks VNNI. Nodes named in `exclude` stay float; `operators` ("Conv",
@@ -84,46 +90,12 @@ def quantize(
     src, dst = Path(src), Path(dst)
     before = describe(src)
     reduced = not host.has_vnni() if reduce_range is None else reduce_range
-    model = onnx.load(src)
-    unknown = set(exclude) - {node.name for node in model.graph.node}
-    if unknown:
-        raise ExportError(f"{src.name} has no node {', '.join(sorted(unknown))}.", "Use the node names of the file.")
-    onnx.helper.set_model_props(model, {**before.metadata, _PREPARED[0]: _PREPARED[1]})
-    if before.opset < OPSET_AT_LEAST:
-        raise ExportError(
-            f"{src.name} has opset {before.opset}; int8 per channel needs {OPSET_AT_LEAST}.",
-            "Export with a higher one.",
-        )
-    reader = _Reader(batches)
-    with staged(dst) as folder, quiet("") as said:
-        part = folder / dst.name
-        try:
-            quantize_static(
-                model,
-                part,
-                reader,
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=list(operators) if operators else None,
-                per_channel=True,
-                reduce_range=reduced,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=list(exclude),
-                calibrate_method=_METHODS[calibration],
-            )
-        except (ExportError, OSError):
-            raise
-        except Exception as error:  # the calibration runs the model, which may raise anything
-            raise ExportError(
-                f"onnxruntime cannot quantise {src.name}: {first_line(error)}",
-                "Check that the calibration batches fit the model's inputs.",
-            ) from error
-        made = onnx.load(part)
-        if not any(node.op_type == "DequantizeLinear" for node in made.graph.node):
-            raise ExportError(f"Nothing in {src.name} can be quantised.", "Give a model with Conv, Gemm or MatMul.")
-        onnx.helper.set_model_props(made, {**before.metadata, "quantization": f"int8 qdq, {calibration}"})
-        part.write_bytes(made.SerializeToString(deterministic=True))
-        load(part, session_options(threads=1))
+    model = _prepared(src, before, exclude)
+    reader = _Reader(batches, before)
+    with quiet("") as said:
+        ranges = _ranges(model, src, reader, calibration, operators)
+        made = _with_ranges(model, src, ranges, reduced, exclude=exclude, operators=operators)
+    _write(made, dst, before, f"int8 qdq, {calibration}", "DequantizeLinear")
     return QuantizedFile(
         path=dst,
         calibration=calibration,
@@ -137,11 +109,194 @@ def quantize(
     )
 
 
-class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no type information
-    """Hands batches to onnxruntime, one by one, and counts them."""
+def quantize_dynamic(
+    src: Path, dst: Path, *, reduce_range: bool | None = None, exclude: Sequence[str] = ()
+) -> QuantizedFile:
+    """Write the float model `src` to `dst` with int8 weights in its MatMuls and Gemms, whole or not at all.
 
-    def __init__(self, batches: Iterable[Mapping[str, Array]]) -> None:
+    The activations' ranges are found while it runs, so nothing is calibrated; that pays where the matrices are large,
+    as in transformers. Arguments and errors as in `quantize`.
+    """
+    start = time.perf_counter()
+    src, dst = Path(src), Path(dst)
+    before = describe(src)
+    reduced = not host.has_vnni() if reduce_range is None else reduce_range
+    model = _prepared(src, before, exclude)
+    del model.graph.value_info[:]  # the tool transposes a Gemm's weight, and then trips over its old shape
+    with tempfile.TemporaryDirectory() as scratch, quiet("") as said:
+        part = Path(scratch) / dst.name
+        with _explained(src, "Give a model whose weights are float32."):
+            quantize_dynamic_file(
+                model,
+                part,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                per_channel=True,
+                reduce_range=reduced,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=list(exclude),
+                extra_options={"MatMulConstBOnly": True},
+            )
+        made = onnx.load(part)
+    _write(made, dst, before, "int8, dynamic", "DynamicQuantizeLinear")
+    return QuantizedFile(
+        path=dst,
+        calibration="dynamic",
+        batches=0,
+        reduce_range=reduced,
+        isa=host.isa(),
+        bytes_before=before.bytes,
+        summary=describe(dst),
+        seconds=time.perf_counter() - start,
+        warnings=tuple(dict.fromkeys(said)),
+    )
+
+
+def sensitivity(
+    src: Path,
+    *,
+    batches: Iterable[Mapping[str, Array]],
+    probe: Mapping[str, Array],
+    calibration: Calibration = "minmax",
+    reduce_range: bool | None = None,
+    step: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """How much each node's quantisation alone changes the outputs: node name -> relative error, the worst first.
+
+    One node after the other is quantised while all others stay float, and the model answers `probe`; the error is
+    ‖found − float‖ / ‖float‖ over all outputs. Raises ExportError as `quantize` does.
+    """
+    src = Path(src)
+    before = describe(src)
+    reduced = not host.has_vnni() if reduce_range is None else reduce_range
+    model = _prepared(src, before, ())
+    with quiet(""):
+        ranges = _ranges(model, src, _Reader(batches, before), calibration, None)
+        names = [node.name for node in model.graph.node if node.op_type in WEIGHTED and node.name]
+        wanted = _answers(model, src, probe)
+        scale = float(np.linalg.norm(wanted)) or 1.0
+        errors = {}
+        for number, name in enumerate(names, start=1):
+            alone = _with_ranges(model, src, ranges, reduced, only=[name])
+            error = float(np.linalg.norm(_answers(alone, src, probe) - wanted)) / scale
+            errors[name] = error if np.isfinite(error) else float("inf")
+            step(number, len(names))
+    return dict(sorted(errors.items(), key=lambda item: -item[1]))
+
+
+def _answers(model: onnx.ModelProto, src: Path, probe: Mapping[str, Array]) -> Array:
+    """All outputs of a model for one feed, flattened into one vector."""
+    with tempfile.TemporaryDirectory() as scratch:
+        part = Path(scratch) / "part.onnx"
+        _save(model, part)
+        session = load(part, session_options(threads=1))
+        with _explained(src, "Check that the calibration batches fit the model's inputs."):
+            outputs = session.run(None, dict(probe))
+    flat: Array = np.concatenate([np.asarray(array, np.float64).ravel() for array in outputs])
+    return flat
+
+
+def _prepared(src: Path, before: OnnxSummary, exclude: Sequence[str]) -> onnx.ModelProto:
+    if before.opset < OPSET_AT_LEAST:
+        raise ExportError(
+            f"{src.name} has opset {before.opset}; int8 per channel needs {OPSET_AT_LEAST}.",
+            "Export with a higher one.",
+        )
+    model = onnx.load(src)
+    unknown = set(exclude) - {node.name for node in model.graph.node}
+    if unknown:
+        raise ExportError(f"{src.name} has no node {', '.join(sorted(unknown))}.", "Use the node names of the file.")
+    onnx.helper.set_model_props(model, {**before.metadata, _PREPARED[0]: _PREPARED[1]})
+    return model
+
+
+def _types() -> tuple[QuantType, QuantType]:
+    """Activations and weights: uint8 × int8 is what x86 multiplies, int8 × int8 what NEON does."""
+    return (QuantType.QInt8 if host.isa() == "neon" else QuantType.QUInt8), QuantType.QInt8
+
+
+def _operators(operators: Sequence[str] | None) -> list[str]:
+    """The operators to quantise; by default all that onnxruntime can, as `quantize_static` has it."""
+    return sorted(operators or {*QLinearOpsRegistry, *QDQRegistry})
+
+
+def _ranges(
+    model: onnx.ModelProto, src: Path, reader: _Reader, calibration: Calibration, operators: Sequence[str] | None
+) -> Any:
+    """The range of every activation over the calibration batches, as onnxruntime's `TensorsData`."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _explained(src, "Check that the calibration batches fit the model's inputs."),
+    ):
+        part = Path(scratch) / "model.onnx"
+        _save(model, part)
+        calibrator = create_calibrator(
+            part,
+            _operators(operators),
+            augmented_model_path=str(Path(scratch) / "augmented.onnx"),
+            calibrate_method=_METHODS[calibration],
+        )
+        with redirect_stdout(io.StringIO()):  # the histogram methods print their progress
+            calibrator.collect_data(reader)
+            return calibrator.compute_data()
+
+
+def _with_ranges(
+    model: onnx.ModelProto,
+    src: Path,
+    ranges: Any,
+    reduced: bool,
+    *,
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    operators: Sequence[str] | None = None,
+) -> onnx.ModelProto:
+    """A quantised copy of `model`: what `quantize_static` does once the ranges are known."""
+    with _explained(src, "Give a float32 model."):
+        inferred = save_and_reload_model_with_shape_infer(model)
+        activation, weight = _types()
+        quantizer = QDQQuantizer(
+            inferred, True, reduced, weight, activation, ranges, list(only), list(exclude), _operators(operators), {}
+        )
+        quantizer.quantize_model()
+        return quantizer.model.model
+
+
+def _write(made: onnx.ModelProto, dst: Path, before: OnnxSummary, technique: str, mark: str) -> None:
+    """Save the quantised model, unless it lacks the operator `mark`, without which nothing was quantised."""
+    if not any(node.op_type == mark for node in made.graph.node):
+        raise ExportError(f"Nothing in {dst.name} can be quantised.", "Give a model with Conv, Gemm or MatMul.")
+    onnx.helper.set_model_props(made, {**before.metadata, "quantization": technique})
+    with staged(dst) as folder:
+        part = folder / dst.name
+        _save(made, part)
+        load(part, session_options(threads=1))
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    """Save a model; only what is too large for one file gets external weights, since that changes `model` itself."""
+    if model.ByteSize() > ONE_FILE_LIMIT:
+        onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
+    else:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+@contextmanager
+def _explained(src: Path, hint: str) -> Iterator[None]:
+    """Turn whatever onnxruntime's tools raise into one line; they run the model, which may raise anything."""
+    try:
+        yield
+    except (ExportError, OSError):
+        raise
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot quantise {src.name}: {first_line(error)}", hint) from error
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no type information
+    """Hands batches to onnxruntime, one by one, checks that they fit the model's inputs, and counts them."""
+
+    def __init__(self, batches: Iterable[Mapping[str, Array]], model: OnnxSummary) -> None:
         self.batches: Iterator[Mapping[str, Array]] = iter(batches)
+        self.shapes = {spec.name: spec.shape for spec in model.inputs}
         self.count = 0
 
     def get_next(self) -> dict[str, Array] | None:
@@ -151,7 +306,24 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships
             if not self.count:
                 raise ExportError("There are no calibration batches.", "Give at least one.")
             return None
+        if set(batch) != set(self.shapes):
+            raise ExportError(
+                f"Calibration batch {self.count} holds {', '.join(batch) or 'nothing'}; the model takes "
+                f"{', '.join(self.shapes)}.",
+                "Give one array per input.",
+            )
         for name, array in batch.items():
+            shape = self.shapes[name]
+            fits = len(shape) == array.ndim and all(
+                isinstance(size, str) or size == given for size, given in zip(shape, array.shape, strict=True)
+            )
+            if not fits:
+                raise ExportError(
+                    f"Calibration batch {self.count} has shape {array.shape} for {name}, which takes {shape}.",
+                    "Resize the calibration data to the model's input.",
+                )
+            if not array.size:
+                raise ExportError(f"Calibration batch {self.count} holds no samples for {name}.", "Leave it out.")
             if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
                 raise ExportError(f"Calibration batch {self.count} holds NaN or infinity in {name}.", "Clean the data.")
         self.count += 1

@@ -78,21 +78,25 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def external_files(model: onnx.ModelProto, path: Path) -> tuple[str, ...]:
-    """The names of the files beside `path` that hold its weights, sorted; a name that leaves the folder is refused."""
-    names = {
-        entry.value
-        for graph in _graphs(model.graph)
-        for tensor in graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    for name in names:
+    """The names of the files beside `path` that hold its weights, sorted.
+
+    Raises ExportError for a name that leaves the folder, a missing file, and one too short for what it should hold.
+    """
+    ends: dict[str, int] = {}
+    for graph in _graphs(model.graph):
+        for tensor in graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                entries = {entry.key: entry.value for entry in tensor.external_data}
+                end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+                ends[entries["location"]] = max(end, ends.get(entries["location"], 0))
+    for name, end in ends.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ExportError(f"{path} points to weights outside its folder ({name}).", "Do not use this file.")
         if not (path.parent / name).is_file():
             raise ExportError(f"{path} keeps its weights in {name}, which is missing.", f"Put {name} beside it.")
-    return tuple(sorted(names))
+        if (size := (path.parent / name).stat().st_size) < end:
+            raise ExportError(f"{path} needs {end} bytes of {name}, which has {size}.", f"Fetch {name} again.")
+    return tuple(sorted(ends))
 
 
 def operators(model: onnx.ModelProto) -> dict[str, int]:

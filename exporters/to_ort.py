@@ -7,19 +7,25 @@ blocked memory layout of this host's CPU, so the file is fast, or runs at all, o
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import onnx
 import onnxruntime as ort
+from onnxruntime.tools.ort_format_model.utils import create_config_from_models
 from pydantic import BaseModel, ConfigDict
 
 from exporters import host
 from exporters.atomic import staged
 from exporters.errors import ExportError, first_line
+from exporters.quiet import quiet
 from exporters.summary import OnnxSummary, describe, domains, read_graph
 
 Level = Literal["basic", "extended", "all"]
+
+# onnxruntime's session configuration key, names separated by ";" (onnxruntime_session_options_config_keys.h).
+DISABLE = "optimization.disable_specified_optimizers"
 
 LEVELS: dict[Level, ort.GraphOptimizationLevel] = {
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -61,12 +67,12 @@ class OrtFormatFile(BaseModel):
     seconds: float
 
 
-def optimize(src: Path, dst: Path, *, level: Level, threads: int) -> OptimizedFile:
+def optimize(src: Path, dst: Path, *, level: Level, threads: int, disabled: Sequence[str] = ()) -> OptimizedFile:
     """Write the ONNX model `src` to `dst` as onnxruntime optimises it for the CPU, whole or not at all.
 
-    The source's metadata is kept, and `onnxruntime.version`, `onnxruntime.level` and, when not portable,
-    `onnxruntime.isa` are added. External weights stay external, in `<dst>.data`. The written file is loaded once to see
-    that it can be.
+    The optimisers named in `disabled` do not run. The source's metadata is kept, and `onnxruntime.version`,
+    `onnxruntime.level` and, when not portable, `onnxruntime.isa` are added. External weights stay external, in
+    `<dst>.data`. The written file is loaded once to see that it can be.
 
     Raises ExportError when `src` is no ONNX model or onnxruntime cannot load or write it.
     """
@@ -79,7 +85,7 @@ def optimize(src: Path, dst: Path, *, level: Level, threads: int) -> OptimizedFi
         tags["onnxruntime.isa"] = host.isa()
     with staged(dst) as folder:
         part = folder / dst.name
-        options = session_options(threads)
+        options = session_options(threads, disabled)
         options.graph_optimization_level = LEVELS[level]
         options.optimized_model_filepath = str(part)
         if before.external_files:
@@ -88,7 +94,7 @@ def optimize(src: Path, dst: Path, *, level: Level, threads: int) -> OptimizedFi
             )
         load(src, options)
         _tag(part, {**before.metadata, **tags})
-        load(part, session_options(threads))
+        load(part, session_options(threads, disabled))
     if not before.external_files:
         (dst.parent / f"{dst.name}.data").unlink(missing_ok=True)
     after = describe(dst)
@@ -105,7 +111,7 @@ def optimize(src: Path, dst: Path, *, level: Level, threads: int) -> OptimizedFi
     )
 
 
-def to_ort_format(src: Path, dst: Path, *, level: Level, threads: int) -> OrtFormatFile:
+def to_ort_format(src: Path, dst: Path, *, level: Level, threads: int, disabled: Sequence[str] = ()) -> OrtFormatFile:
     """Write the ONNX model `src` to `dst`, whose name ends in .ort, for builds of onnxruntime without an ONNX parser.
 
     A portable `.ort` file can be much slower than the ONNX file that it came from (29 % were measured on a ResNet-50),
@@ -119,12 +125,12 @@ def to_ort_format(src: Path, dst: Path, *, level: Level, threads: int) -> OrtFor
     describe(src)
     with staged(dst) as folder:
         part = folder / dst.name
-        options = session_options(threads)
+        options = session_options(threads, disabled)
         options.graph_optimization_level = LEVELS[level]
         options.optimized_model_filepath = str(part)
         options.add_session_config_entry("session.save_model_format", "ORT")
         load(src, options)
-        load(part, session_options(threads))
+        load(part, session_options(threads, disabled))
     return OrtFormatFile(
         path=dst,
         level=level,
@@ -136,12 +142,37 @@ def to_ort_format(src: Path, dst: Path, *, level: Level, threads: int) -> OrtFor
     )
 
 
-def session_options(threads: int) -> ort.SessionOptions:
+def required_operators(model: Path, path: Path) -> None:
+    """Write to `path` which operators and types the `.ort` file `model` needs, for a custom build of onnxruntime.
+
+    The build's option is `--include_ops_by_config PATH --enable_reduced_operator_type_support`. Raises ExportError when
+    `model` is not in the `.ort` format.
+    """
+    with staged(path) as folder, quiet("ort_format_model"):
+        part = folder / path.name
+        try:
+            create_config_from_models([model], part, enable_type_reduction=True)
+        except (RuntimeError, ValueError) as error:
+            raise ExportError(
+                f"{model.name} cannot be read as .ort: {first_line(error)}", "Give a .ort file."
+            ) from error
+        lines = part.read_text(encoding="utf-8").replace(f"{model}", model.name)  # no folder of this machine
+        part.write_text(lines, encoding="utf-8")
+
+
+def session_config(disabled: Sequence[str]) -> dict[str, str]:
+    """The session configuration entries under which the optimisers named in `disabled` do not run."""
+    return {DISABLE: ";".join(disabled)} if disabled else {}
+
+
+def session_options(threads: int, disabled: Sequence[str] = ()) -> ort.SessionOptions:
     """Options for a quiet session with `threads` threads inside an operator and one operator at a time."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only; they arrive as exceptions too
+    for key, value in session_config(disabled).items():
+        options.add_session_config_entry(key, value)
     return options
 
 

@@ -171,31 +171,76 @@ class Exported(Artifact):
         return self.folder / "model.onnx"
 
 
-class Candidate(BaseModel):
-    """One file that onnxruntime optimised offline."""
+class CandidateLatency(BaseModel):
+    """One candidate's median in one race, and its ratio to the reference candidate with the 95 % interval."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: str
-    level: Literal["basic", "extended", "all"]
-    portable: bool
-    isa: str
-    onnx_bytes: int
-    operators_before: dict[str, int]
-    operators_after: dict[str, int]
+    threads: int
+    batch_size: int
+    median_ms: float
+    ratio: float
+    low: float
+    high: float
+
+
+class Candidate(BaseModel):
+    """One way to ship the model: how it was made, how it was proven, what it costs.
+
+    `outcome`: "passed" = proven, and timed; "failed" = could not be made or is not the same function; "skipped" = this
+    model or installation has none. `budget` is what it was proven by, at most `allowed` of it: float32 rounding
+    (`max_scaled`, the largest error over max(1, max|reference|)), or the accuracy on the calibration part
+    (`accuracy_drop_points`). `session` holds the session configuration entries that it must be loaded with. `file` is
+    "" where it was not kept. Sizes in bytes, `zstd_bytes` only where the zeros stayed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    technique: str = ""
+    outcome: Literal["passed", "failed", "skipped"]
+    reason: str = ""
+    file: str = ""
+    portable: bool = True
+    isa: str = ""
+    budget: Literal["rounding", "accuracy"] = "rounding"
+    allowed: float = 0.0
+    session: dict[str, str] = Field(default_factory=dict)
+    max_scaled: float | None = None
+    top1_agreement: float | None = None
+    accuracy_drop_points: float | None = None
+    bytes: int = 0
+    zstd_bytes: int | None = None
+    load_ms: float | None = None
+    peak_rss: int | None = None
+    latencies: tuple[CandidateLatency, ...] = ()
+    denormals: int = 0
+    operators: dict[str, int] = Field(default_factory=dict)
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 class Optimized(Artifact):
-    """The offline-optimised candidates, and which of them ships."""
+    """The candidates that raced, and which of them ships, and why. `statements` are what the user must know."""
 
     onnxruntime: str
     ships: str
+    shipped: str
+    proven: bool
+    why: str
+    operators_before: dict[str, int]
     candidates: tuple[Candidate, ...]
+    statements: tuple[str, ...]
 
     @property
     def onnx(self) -> Path:
         """The file that ships."""
         return self.folder / self.ships
+
+    @property
+    def winner(self) -> Candidate:
+        """The candidate that ships."""
+        return next(candidate for candidate in self.candidates if candidate.name == self.shipped)
 
 
 class Hop(BaseModel):

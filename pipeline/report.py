@@ -19,7 +19,17 @@ from xml.etree import ElementTree
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.artifacts import Artifact, Baseline, Optimized, Pruned, Shrunk, Validated, WidthChange
+from pipeline.artifacts import (
+    Artifact,
+    Baseline,
+    Candidate,
+    CandidateLatency,
+    Optimized,
+    Pruned,
+    Shrunk,
+    Validated,
+    WidthChange,
+)
 from pipeline.manifest import Manifest
 from validators import Check, Verdict
 
@@ -117,7 +127,7 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
     named: dict[str, Any] = {type(artifact).__name__.lower(): artifact for artifact in artifacts}
     shrunk, optimized, finetuned = named["shrunk"], named["optimized"], named["finetuned"]
     checks = [_judged(check) for check in named["validated"].verdict.checks]
-    shipped = next(file for file in optimized.candidates if file.file == optimized.ships)
+    shipped = optimized.winner
     return named | {
         "manifest": manifest,
         "verdict": named["validated"].verdict.outcome,
@@ -128,7 +138,8 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
         "shipped_sha256": _shipped_sha256(manifest, optimized),
         "widths": _widths(shrunk.widths),
         "sparsity": _sparsity(named["pruned"]),
-        "operators": _operators(shipped.operators_before, shipped.operators_after),
+        "operators": _operators(optimized.operators_before, shipped.operators) if shipped.operators else (),
+        "race": _race(optimized.candidates),
         "plots": _plots(finetuned.folder / HISTORY, finetuned.best_epoch),
         "seconds": sum(record.seconds for record in manifest.stages if record.stage not in manifest.reused),
     }
@@ -219,6 +230,33 @@ def _widths(changes: Iterable[WidthChange]) -> tuple[Bars, ...]:
         )
         charts.append(Bars(_KINDS.get(kind, kind), grouped(top), bars))
     return tuple(charts)
+
+
+def _race(candidates: Sequence[Candidate]) -> tuple[Bars, ...]:
+    """One chart per number of threads and batch size: the medians of those that were timed, beside the slowest."""
+    timed = [candidate for candidate in candidates if candidate.latencies]
+    charts = []
+    for number, setting in enumerate(timed[0].latencies if timed else ()):
+        top = max(candidate.latencies[number].median_ms for candidate in timed)
+        bars = tuple(
+            Bar(
+                name=candidate.name,
+                before=1.0,
+                after=candidate.latencies[number].median_ms / top,
+                figures=milliseconds(candidate.latencies[number].median_ms),
+                note=_relative(candidate.latencies[number], timed[0].name),
+            )
+            for candidate in timed
+        )
+        threads = f"{setting.threads} thread{'' if setting.threads == 1 else 's'}"
+        charts.append(Bars(f"Latency, {threads}, batch {setting.batch_size}", milliseconds(top), bars))
+    return tuple(charts)
+
+
+def _relative(latency: CandidateLatency, reference: str) -> str:
+    if latency.low == latency.high:
+        return "the reference"
+    return f"{ratio(latency.ratio)} of {reference} ({ratio(latency.low)} to {ratio(latency.high)})"
 
 
 def _sparsity(pruned: Pruned) -> Bars:

@@ -13,10 +13,10 @@ from typing import Any, TypeVar, get_type_hints
 
 from torch import nn
 
+from pipeline import bundling, manifest, models, report, store
 from pipeline import config as recipes
 from pipeline import data as datasets
-from pipeline import manifest, models, report, store
-from pipeline.artifacts import Artifact, Validated
+from pipeline.artifacts import Artifact, Exported, Optimized, Shrunk, Validated
 from pipeline.config import Config, Section
 from pipeline.data import Data
 from pipeline.errors import CaptureError, ConfigError, UserError, nearest
@@ -330,6 +330,10 @@ def _finish(
             host=manifest.host_facts(),
             git=manifest.git_facts(),
         )
+        if wires[Validated].verdict.outcome == "pass":
+            progress.say("  bundle: golden answers and self-test")
+            kinds = (Shrunk, Exported, Optimized, Validated)
+            bundling.write(partial / bundling.FOLDER, source, dataset, *(wires[kind] for kind in kinds))
         report.write(partial, made, artifacts)
         stages = tuple(record.stage for record in made.stages)
         outside = {n: f for n, f in manifest.record_files(partial).items() if n.partition("/")[0] not in stages}

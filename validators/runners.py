@@ -57,10 +57,19 @@ class OrtRunner:
     `threads` run inside an operator, one operator at a time. With more than one, the threads spin while a run lasts, as
     onnxruntime does by default, and stop when it ends (`session.force_spinning_stop`), so that one session's idle
     threads do not burn the cores that another one is being timed on. `optimize=False` runs the graph as it is in the
-    file. Raises ValidationError when onnxruntime cannot load the file.
+    file. `session` holds further session configuration entries. Raises ValidationError when onnxruntime cannot load the
+    file.
     """
 
-    def __init__(self, path: Path, *, threads: int, optimize: bool = True, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int,
+        optimize: bool = True,
+        name: str | None = None,
+        session: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = Path(path)
         self.name = name or self.path.name
         self.threads = threads
@@ -69,6 +78,8 @@ class OrtRunner:
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3  # errors only; they arrive as exceptions too
+        for key, value in (session or {}).items():
+            options.add_session_config_entry(key, value)
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:

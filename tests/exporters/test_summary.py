@@ -62,6 +62,11 @@ def test_missing_weights_are_named(tmp_path):
     )
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.data", size_threshold=0)
     assert describe(path).external_files == ("w.data",)
+    whole = (tmp_path / "w.data").read_bytes()
+    (tmp_path / "w.data").write_bytes(whole[:-1])
+    with pytest.raises(ExportError, match=f"needs {len(whole)} bytes of w.data, which has {len(whole) - 1}"):
+        describe(path)
+    (tmp_path / "w.data").write_bytes(whole)
     (tmp_path / "w.data").unlink()
     with pytest.raises(ExportError, match=r"w\.data, which is missing"):
         describe(path)

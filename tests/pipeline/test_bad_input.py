@@ -208,6 +208,8 @@ def test_a_disk_that_fills_up_in_the_middle_is_said_and_the_run_can_go_on(tmp_pa
         "finetune.train={epochs=1}",
         "--set",
         "gate.seconds=0.2",
+        "--set",
+        'optimize={candidates=["portable"], seconds=0.1}',
     ]
     words += [
         "--name",

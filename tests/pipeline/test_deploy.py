@@ -18,6 +18,7 @@ QUICK = [
     "--set", "baseline.train={epochs=4, lr=0.1}",
     "--set", "finetune.train={epochs=2, lr=0.02}",
     "--set", "gate.seconds=0.3",
+    "--set", 'optimize={candidates=["portable", "host"], seconds=0.2}',
     "--set", "gate.max_accuracy_drop_points=15.0",
     "--set", "gate.max_latency_ratio=5.0",
 ]  # fmt: skip

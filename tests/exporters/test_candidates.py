@@ -1,0 +1,169 @@
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+from exporters import (
+    CANDIDATES,
+    ExportError,
+    NotApplicable,
+    Source,
+    describe,
+    expected_attention,
+    fuse,
+    fused_attention,
+    isa,
+    make,
+    sensitivity,
+    to_onnx,
+)
+
+
+@pytest.fixture
+def source(exported, tiny_program, image, tmp_path):
+    return Source(
+        onnx=exported,
+        program=lambda: tiny_program,
+        example=(image,),
+        calibration=lambda: [{"input": image.numpy()}],
+        folder=tmp_path,
+    )
+
+
+def run(path, x):
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input": x})[0]
+
+
+ROUNDING = [name for name in CANDIDATES if not name.startswith("int8") and name not in ("fused", "legacy", "opset20")]
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_a_float_candidate_computes_the_same_and_says_what_it_is(source, tiny_net, image, name):
+    made = make(name, source)
+    np.testing.assert_allclose(run(made.path, image.numpy()), tiny_net(image).detach(), rtol=1e-5, atol=1e-5)
+    assert made.budget == "rounding"
+    assert made.bytes == made.path.stat().st_size
+    assert (made.portable, made.isa) == ((False, isa()) if "host" in name else (True, ""))
+    if made.path.suffix == ".onnx":
+        summary = describe(made.path)
+        assert summary.metadata["parent"] == "abc"
+        assert made.operators == summary.operators
+    if name.startswith("opset"):
+        assert summary.opset == int(name.removeprefix("opset"))
+
+
+@pytest.mark.parametrize("name", ["int8-minmax", "int8-entropy", "int8-dynamic"])
+def test_an_int8_candidate_is_close_smaller_in_kind_and_silent(source, tiny_net, image, name, capfd):
+    made = make(name, source)
+    wanted = tiny_net(image).detach().numpy()
+    error = np.abs(run(made.path, image.numpy()) - wanted).max()
+    assert 0 < error < 0.2 * np.abs(wanted).max()
+    assert made.budget == "accuracy"
+    assert capfd.readouterr().out == ""
+
+
+def test_the_ort_format_says_which_operators_a_minimal_build_must_have(source):
+    made = make("ort-portable", source)
+    lines = made.path.with_suffix(".required_operators.config").read_text()
+    assert "com.microsoft;1;FusedConv" in lines
+    assert 'Gemm{"inputs": {"0": ["float"]}}' in lines
+    assert str(source.folder) not in lines
+
+
+def test_what_a_model_or_an_installation_has_not_is_skipped_with_its_reason(source):
+    with pytest.raises(NotApplicable, match="opset 20 already"):
+        make("opset20", source)
+    with pytest.raises(NotApplicable, match="nothing to fuse"):
+        make("fused", source)
+    with pytest.raises(ExportError, match="There is no candidate int4"):
+        make("int4", source)
+
+
+def test_the_old_tools_run_in_a_process_of_their_own_and_their_failure_is_one_line(source, tmp_path, monkeypatch):
+    package = tmp_path / "onnxruntime_tools"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "optimizer.py").write_text(
+        "import shutil\nclass Made:\n    def __init__(self, path): self.path = path\n"
+        "    def save_model_to_file(self, to): shutil.copy(self.path, to)\n"
+        "def optimize_model(path, **options): return Made(path)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    made = make("legacy", source)
+    assert made.path.read_bytes() == source.onnx.read_bytes()
+    (package / "optimizer.py").write_text("raise RuntimeError('symbolic shape inference: Range')\n")
+    with pytest.raises(ExportError, match="onnxruntime-tools fails: RuntimeError: symbolic shape inference: Range"):
+        make("legacy", source)
+    assert not list(tmp_path.glob(".legacy*"))
+
+
+def test_the_node_that_quantisation_hurts_most_comes_first(tmp_path):
+    """Two layers; the second one's weights have one outlier per channel, which costs all others their precision."""
+    made = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]>
+        g (float[n, 16] input) => (float[n, 4] output) { a = MatMul (input, fine)  output = MatMul (a, rough) }"""
+    )
+    made.graph.node[0].name, made.graph.node[1].name = "fine_node", "rough_node"
+    rng = np.random.default_rng(0)
+    rough = rng.standard_normal((16, 4)).astype(np.float32)
+    rough[0] = 3000
+    fine = np.eye(16, dtype=np.float32)
+    fine[:, 0] = 0  # the outlier meets nothing but zeros
+    made.graph.initializer.extend(
+        [onnx.numpy_helper.from_array(fine, "fine"), onnx.numpy_helper.from_array(rough, "rough")]
+    )
+    onnx.save(made, tmp_path / "m.onnx")
+    feed = {"input": rng.standard_normal((8, 16)).astype(np.float32)}
+    found = sensitivity(tmp_path / "m.onnx", batches=[feed], probe=feed)
+    assert list(found) == ["rough_node", "fine_node"]
+    assert found["rough_node"] > 5 * found["fine_node"]
+
+
+def test_calibration_batches_that_are_none_or_do_not_fit_are_one_line(source, image):
+    from dataclasses import replace
+
+    for batches, words in (
+        ([], "no calibration batches"),
+        ([{"input": image.numpy()[:, :, :4]}], r"shape \(2, 3, 4, 8\) for input, which takes"),
+        ([{"input": image.numpy()[:0]}], "holds no samples"),
+        ([{"pixels": image.numpy()}], "holds pixels; the model takes input"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            make("int8-minmax", replace(source, calibration=lambda b=batches: b))
+    assert not [entry for entry in source.folder.iterdir() if "int8" in entry.name]
+
+
+class Attention(nn.Module):
+    """One self-attention of two heads: (N, 4, 16) -> the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2) + x
+
+
+def test_the_audit_counts_the_attentions_that_were_expected_and_those_that_are_one_operator(tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Attention(), nn.LayerNorm(16), Attention()).eval(), torch.randn(2, 4, 16)
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    assert expected_attention(program) == 2
+    counts = {}
+    for opset in (20, 23):
+        path = tmp_path / f"{opset}.onnx"
+        to_onnx(program, path, example=(x,), opset=opset, metadata={})
+        counts[opset] = fused_attention(describe(path).operators)
+        np.testing.assert_allclose(run(path, x.numpy()), net(x).detach(), rtol=1e-4, atol=1e-5)
+    assert counts == {20: 0, 23: 2}
+    made = fuse(tmp_path / "20.onnx", tmp_path / "fused.onnx")
+    np.testing.assert_allclose(run(made.path, x.numpy()), net(x).detach(), rtol=1e-4, atol=1e-5)
+    assert made.fused == {
+        name.removeprefix("com.microsoft:"): count
+        for name, count in made.summary.operators.items()
+        if name.startswith("com.microsoft:")
+    }

@@ -1,0 +1,244 @@
+"""The race of stage 6, with faults planted: what is wrong must never ship."""
+
+import json
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from exporters import candidates, describe, to_onnx
+from pipeline import data, models
+from pipeline.artifacts import Exported, Optimized, Pruned, Shrunk
+from pipeline.config import CandidateName, OptimizeSection
+from pipeline.data import Split
+from pipeline.progress import Progress
+from pipeline.stages import s6_optimize
+from validators import OrtRunner
+
+SIZE = (3, 8, 8)
+
+
+class Net(nn.Module):
+    """Three convolutions and a classifier; untrained."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.body = nn.Conv2d(16, 16, 3, padding=1)
+        self.tail = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.tail(self.body(self.stem(x).relu()).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+
+class Overflowing(Net):
+    """The same function, in numbers that overflow once onnxruntime has put the product into the convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem.weight.data *= 1e20
+        self.stem.bias.data *= 0
+        self.register_buffer("huge", torch.full((1, 16, 1, 1), 1e20))
+
+    def forward(self, x):
+        x = self.stem(x * 1e-20) * self.huge / 1e20
+        return self.head(self.tail(self.body(x.relu()).relu()).relu().mean((2, 3)))
+
+
+class Race:
+    """Stage 6 alone, on an untrained net whose own answers are the labels of the calibration part."""
+
+    def __init__(self, folder, make=Net, change=lambda net: None):
+        torch.manual_seed(0)
+        self.net = make().eval()
+        with torch.no_grad():
+            change(self.net)
+            digits = data.load("digits", input_size=SIZE)
+            images = torch.cat([x for x, _ in digits.batches("calibration")])
+            self.net.head.bias -= self.net(images).mean(0)  # so that every class is predicted
+            labels = self.net(images).argmax(1)
+        self.folder = folder
+        self.source = models.load(self.net, num_classes=10, input_size=SIZE)
+        self.data = replace(digits, calibration=Split(labels, digits.calibration.stream))
+        x = torch.randn(2, *SIZE)
+        program = torch.export.export(self.net, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+        for name in ("4-shrink", "5-export", "6-optimize"):
+            (folder / name).mkdir()
+        torch.export.save(program, folder / "4-shrink" / "shrunk.pt2")
+        to_onnx(program, folder / "5-export" / "model.onnx", example=(x,), opset=20, metadata={"parent": "abc"})
+        self.exported = folder / "5-export" / "model.onnx"
+
+    def run(self, *names, removed=True, **settings) -> Optimized:
+        made = s6_optimize.run(
+            OptimizeSection(candidates=names, seconds=0.05, **settings),
+            self.folder / "6-optimize",
+            self.source,
+            self.data,
+            Pruned.model_construct(zeros=10),
+            Shrunk.model_construct(folder=self.folder / "4-shrink", removed=removed),
+            Exported.model_construct(folder=self.folder / "5-export"),
+            Progress(),
+        ).save()
+        assert Optimized.load(made.folder) == made
+        return made
+
+    def answers_match(self, made: Optimized, atol=1e-4):
+        x = torch.randn(4, *SIZE)
+        found = OrtRunner(made.onnx, threads=1, session=made.winner.session).infer({"input": x.numpy()})
+        np.testing.assert_allclose(found["output"], self.net(x).detach(), rtol=0, atol=atol)
+
+
+def test_the_recipe_knows_every_candidate_and_no_other():
+    assert set(get_args(CandidateName)) == set(candidates.CANDIDATES)
+
+
+def rows(made):
+    return {row.name: row for row in made.candidates}
+
+
+def test_what_passed_is_timed_and_the_winner_and_its_reasons_are_written(tmp_path):
+    race = Race(tmp_path)
+    made = race.run("portable", "host", "opset23", "ort-portable", "fused", threads=(1, 2), batch_sizes=(1, 2))
+    table = rows(made)
+    assert table["fused"].outcome == "skipped"
+    for name in ("portable", "host", "opset23", "ort-portable"):
+        row = table[name]
+        assert row.outcome == "passed", row.reason
+        assert [(t.threads, t.batch_size) for t in row.latencies] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+        assert min(row.bytes, row.load_ms, row.peak_rss) > 0
+        assert row.max_scaled <= row.allowed == 1e-5
+    assert made.shipped in ("portable", "opset23")  # host is this CPU's, and .ort was not asked for
+    assert made.why.startswith(f"{made.shipped} ships: ")
+    assert any("portable .ort file takes" in statement for statement in made.statements)
+    race.answers_match(made)
+    assert json.loads((made.folder / "candidates.json").read_text())["shipped"] == made.shipped
+    assert "<svg" in (made.folder / "candidates.svg").read_text()
+    kept = {row.file for row in made.candidates if row.file}
+    assert {p.name for p in made.folder.glob("model.*") if "required" not in p.name} == kept
+    assert {table["portable"].file, table["host"].file, table["ort-portable"].file} <= kept
+
+
+def plant(monkeypatch, name, fault):
+    """Make a candidate smaller and faster than any other: it has no convolution at all."""
+
+    def wrong(name, source):
+        made = onnx.parser.parse_model(
+            f"""<ir_version: 9, opset_import: ["" : 18]>
+            g (float[n, 3, 8, 8] input) => (float[n, 10] output) {{
+                flat = Flatten (input)
+                cut = Slice (flat, zero, ten, one)
+                output = {"Mul (cut, nan)" if fault == "not a number" else "Relu (cut)"}
+            }}"""
+        )
+        values = {"zero": np.array([0]), "ten": np.array([10]), "one": np.array([1]), "nan": np.float32("nan")}
+        made.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in values.items())
+        path = source.folder / f"model.{name}.onnx"
+        if fault == "nothing":
+            path.write_bytes(b"")
+        else:
+            onnx.save(made, path)
+        return candidates.Made(
+            name=name, path=path, technique="a fault", budget="accuracy" if fault == "not a number" else "rounding",
+            portable=True, isa="", operators={}, bytes=1,
+        )  # fmt: skip
+
+    monkeypatch.setitem(candidates.CANDIDATES, name, wrong)
+
+
+@pytest.mark.parametrize("fault", ["another function", "nothing", "not a number"])
+def test_a_candidate_that_is_wrong_never_ships_however_fast_or_small(tmp_path, monkeypatch, fault):
+    plant(monkeypatch, "basic", fault)
+    made = Race(tmp_path).run("basic", "portable", prefer="size")
+    assert rows(made)["basic"].outcome == "failed"
+    assert rows(made)["basic"].reason
+    assert not rows(made)["basic"].latencies
+    assert made.shipped == "portable"
+    assert not (made.folder / "model.basic.onnx").exists()
+
+
+def test_when_nothing_is_proven_the_first_goes_on_marked_as_unproven_and_never_one_that_may_not_ship(
+    tmp_path, monkeypatch
+):
+    plant(monkeypatch, "portable", "another function")
+    made = Race(tmp_path).run("host", "portable")
+    assert rows(made)["host"].outcome == "passed"
+    assert not made.proven
+    assert made.shipped == "portable"
+    assert "unproven" in made.why
+    assert made.onnx.is_file()
+
+
+@pytest.mark.slow
+def test_an_optimiser_that_breaks_the_model_is_named_and_every_level_ships_without_it(tmp_path):
+    race = Race(tmp_path, Overflowing)
+    made = race.run("portable", "host", "basic")
+    for row in made.candidates:
+        assert row.outcome == "passed", row.reason
+        assert row.session == {"optimization.disable_specified_optimizers": "ConvMulFusion"}
+        assert any("made without ConvMulFusion" in note for note in row.notes)
+    assert any("ConvMulFusion breaks this model" in statement for statement in made.statements)
+    race.answers_match(made)
+    plain = OrtRunner(race.exported, threads=1).infer({"input": np.ones((1, *SIZE), np.float32)})["output"]
+    assert not np.isfinite(plain).all()  # the fault is real
+
+
+def outlier(net):
+    """One channel so large that the seven bits of the others' common activation range are gone."""
+    net.body.weight[0] *= 3000
+    net.tail.weight[:, 0] /= 3000
+
+
+def test_int8_that_costs_too_much_keeps_its_worst_nodes_in_float_until_the_budget_holds(tmp_path, monkeypatch):
+    race = Race(tmp_path, change=outlier)
+    with monkeypatch.context() as patch:
+        patch.setattr(s6_optimize, "_kept_in_float", lambda field, row, progress: row)
+        row = rows(race.run("portable", "int8-minmax", max_accuracy_drop_points=25.0))["int8-minmax"]
+    assert row.outcome == "failed"
+    assert "points of accuracy, 25 allowed" in row.reason
+    row = rows(race.run("portable", "int8-minmax", max_accuracy_drop_points=25.0))["int8-minmax"]
+    assert row.outcome == "passed", row.reason
+    assert row.accuracy_drop_points <= row.allowed == 25.0
+    assert any("in float for accuracy" in note for note in row.notes)
+    assert row.operators["DequantizeLinear"] > 0
+
+
+def test_int8_that_keeps_within_its_budget_is_judged_by_accuracy_and_not_by_rounding(tmp_path):
+    made = Race(tmp_path).run("portable", "int8-minmax", max_accuracy_drop_points=50.0, prefer="size")
+    row = rows(made)["int8-minmax"]
+    assert row.outcome == "passed", row.reason
+    assert row.budget == "accuracy"
+    assert row.max_scaled > 1e-5
+    assert made.shipped == "int8-minmax"  # the smallest
+
+
+def denormal(net):
+    net.body.weight[0, :8] = 1e-40
+
+
+def test_denormals_are_flushed_before_anything_is_made_and_the_effect_is_said(tmp_path):
+    race = Race(tmp_path, change=denormal)
+    made = race.run("portable", "opset18")
+    assert made.statements[0].startswith("72 of ")
+    assert "72 were set to zero" in made.statements[0]
+    for row in made.candidates:
+        assert (row.outcome, row.denormals) == ("passed", 0)
+    weights = [onnx.numpy_helper.to_array(t) for t in onnx.load(made.onnx).graph.initializer]
+    assert not any(((w != 0) & (np.abs(w) < 1e-38)).any() for w in weights if w.dtype == np.float32)
+    race.answers_match(made)
+    assert not list(made.folder.glob(".*"))
+
+
+def test_zeros_without_structure_are_said_to_buy_no_time_and_are_compressed(tmp_path):
+    def sparse(net):
+        net.body.weight[torch.rand_like(net.body.weight) < 0.9] = 0
+
+    made = Race(tmp_path, change=sparse).run("portable", removed=False)
+    assert 0 < made.winner.zstd_bytes < made.winner.bytes
+    assert any("zeros buy no CPU time" in statement for statement in made.statements)
+    assert describe(made.onnx).metadata["parent"] == "abc"
