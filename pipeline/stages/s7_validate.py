@@ -11,36 +11,35 @@ import torch
 from torch.utils import _pytree as pytree
 
 from exporters import describe
-from pipeline.artifacts import Baseline, Exported, Folded, Hop, Optimized, Shrunk, Validated
+from pipeline import measuring, policy
+from pipeline.artifacts import Baseline, Exported, Folded, Hop, Optimized, Promoted, Shrunk, Validated
 from pipeline.channels import Captured, capture
 from pipeline.channels.execute import run_program
 from pipeline.config import GateSection
 from pipeline.data import Data
 from pipeline.models import ModelSource, example
+from pipeline.pictures import pictured
 from pipeline.progress import Progress
 from validators import (
     Feed,
-    Limit,
-    Measured,
     OrtRunner,
     ParityReport,
     Runner,
     TorchRunner,
-    compare_accuracy,
+    ValidationError,
     compare_chain,
     edge_feeds,
-    evaluate,
-    judge,
-    measure,
-    race,
     random_feeds,
     real_feeds,
+    repro_pack,
 )
 
 BATCHES = (1, 3, 8)
-EVALUATION_BATCH = 64
 SHAKES = 3
 UNIT_ROUNDOFF = 2.0**-24  # of IEEE float32: half the distance between 1 and the next number
+# Test samples that only one of dense and shipped got right: the first few as pictures.
+FLIPPED = "flipped"
+PICTURES = 24
 
 
 def run(
@@ -53,63 +52,73 @@ def run(
     shrunk: Shrunk,
     exported: Exported,
     optimized: Optimized,
+    promoted: Promoted,
     progress: Progress,
 ) -> Validated:
-    """Measure everything, then judge it by the recipe's limits. Raises ValidationError when a model cannot be run."""
+    """Measure everything, then judge it by the recipe's policy. Raises ValidationError when a model cannot be run."""
     chain, (precise, *shaken) = _chain(cfg, source, folded, shrunk, exported, optimized)
     feeds = _feeds(cfg, chain[-1], data)
     progress.say(f"  parity of {len(chain)} models on {len(feeds)} feeds")
     parity = compare_chain(chain, feeds, atol=cfg.parity, rtol=0.0, precise=precise, shaken=shaken)
-    dense, shipped = (
-        OrtRunner(path, threads=cfg.threads, name=name)
-        for name, path in (("dense", baseline.onnx), ("shipped", optimized.onnx))
-    )
-    progress.say(f"  accuracy of the shipped file on {len(data.test)} test samples")
-    accuracy = compare_accuracy(
-        *(evaluate(r, data.batches("test", EVALUATION_BATCH)) for r in (dense, shipped)), seed=cfg.seed
-    )
-    progress.say(f"  latency, dense against shipped, {cfg.threads} thread(s), batch {cfg.batch_size}")
-    feed = random_feeds(shipped.inputs, seed=cfg.seed, batches=(cfg.batch_size,))[0]
-    latency = race({"dense": dense, "shipped": shipped}, feed, reference="dense", seconds=cfg.seconds, seed=cfg.seed)
-    before, after = (measure(r.path, feed, threads=cfg.threads) for r in (dense, shipped))
+    apart = _apart(cfg, out, parity.hops[-1], feeds, exported, optimized)
+    files = {"dense": baseline.onnx, "shipped": optimized.onnx}
+    if promoted.onnx is not None:
+        files["promoted"] = promoted.onnx
+    found = measuring.contest(cfg, files, data, progress)
     hops = tuple(_hop(report) for report in parity.hops)
-    drop = accuracy.drop.value
-    ratio = latency.runners["shipped"].ratio
-    metrics: dict[str, float | Measured | None] = {
-        **{f"parity {hop.reference} - {hop.candidate}": r.judged for hop, r in zip(hops, parity.hops, strict=True)},
-        "accuracy drop (points)": drop,
-        "latency (of dense)": ratio,
-        "file size (of dense)": after.bytes / before.bytes,
+    measurements = found.measurements | {
+        f"{policy.PARITY}{hop.reference} - {hop.candidate}": policy.exactly(report.judged)
+        for hop, report in zip(hops, parity.hops, strict=True)
     }
-    verdict = judge(metrics, _limits(cfg, hops))
+    counts = {"macs": shrunk.macs_after, "parameters": shrunk.params_after}
+    measurements |= {name: policy.exactly(count) for name, count in counts.items()}
+    others = {"dense": (baseline.macs, baseline.params), "promoted": (promoted.macs, promoted.params)}
+    for name in found.structure.keys() & others.keys():
+        macs, params = others[name]
+        measurements |= measuring.against(counts, {"macs": macs, "parameters": params}, name)
+    verdict, notes = policy.decide(
+        cfg,
+        measurements,
+        hops=[key for key in measurements if key.startswith(policy.PARITY)],
+        promoted=promoted.onnx is not None,
+    )
+    accuracy, latency = found.accuracy["dense"], found.latency
     for name, report in (("parity", parity), ("accuracy", accuracy), ("latency", latency), ("verdict", verdict)):
         (out / f"{name}.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    structure = {"dense": before.model_dump(mode="json"), "shipped": after.model_dump(mode="json")}
+    structure = {name: report.model_dump(mode="json") for name, report in found.structure.items()}
     for entry in structure.values():
         del entry["path"]
     (out / "structure.json").write_text(json.dumps(structure, indent=1) + "\n", encoding="utf-8")
+    pictures = pictured(data, [flip.sample for flip in accuracy.flipped[:PICTURES]])
+    for sample, picture in pictures.items():
+        (out / FLIPPED).mkdir(exist_ok=True)
+        picture.save(out / FLIPPED / f"{sample}.png")
     mine, reference = latency.runners["shipped"], latency.runners["dense"]
+    before, after = found.structure["dense"], found.structure["shipped"]
     return Validated(
         folder=out,
         verdict=verdict,
         hops=hops,
         dense_accuracy=accuracy.dense,
         accuracy=accuracy.shipped,
-        accuracy_drop_points=drop,
+        accuracy_drop_points=accuracy.drop.value,
         accuracy_drop_low=accuracy.drop.low,
         accuracy_drop_high=accuracy.drop.high,
         dense_latency_ms=reference.median_ms,
         latency_ms=mine.median_ms,
         latency_p95_ms=mine.p95_ms,
         latency_p99_ms=mine.p99_ms,
-        latency_ratio=ratio.value,
-        latency_ratio_low=ratio.low,
-        latency_ratio_high=ratio.high,
+        latency_ratio=mine.ratio.value,
+        latency_ratio_low=mine.ratio.low,
+        latency_ratio_high=mine.ratio.high,
         threads=cfg.threads,
         dense_bytes=before.bytes,
         bytes=after.bytes,
         dense_load_ms=before.load_ms,
         load_ms=after.load_ms,
+        measurements={key: policy.finite(value) for key, value in measurements.items()},
+        notes=(*notes, *apart, *found.notes),
+        promoted=promoted.version,
     )
 
 
@@ -180,13 +189,18 @@ def _feeds(cfg: GateSection, shipped: Runner, data: Data) -> list[Feed]:
     ]
 
 
-def _limits(cfg: GateSection, hops: tuple[Hop, ...]) -> list[Limit]:
-    return [
-        *(Limit(metric=f"parity {h.reference} - {h.candidate}", operator="<=", value=cfg.parity) for h in hops),
-        Limit(metric="accuracy drop (points)", operator="<=", value=cfg.max_accuracy_drop_points),
-        Limit(metric="latency (of dense)", operator="<=", value=cfg.max_latency_ratio),
-        Limit(metric="file size (of dense)", operator="<=", value=cfg.max_size_ratio),
-    ]
+def _apart(
+    cfg: GateSection, out: Path, hop: ParityReport, feeds: list[Feed], exported: Exported, optimized: Optimized
+) -> list[str]:
+    """Where the optimised graph parts from the exported one, if it does; a repro pack is written."""
+    if hop.passed or hop.worst is None or optimized.onnx.suffix != ".onnx":
+        return []
+    worst = next(feed for feed in feeds if feed.label == hop.worst.feed)
+    try:
+        found = repro_pack(exported.onnx, optimized.onnx, worst, out / "repro.zip", atol=cfg.parity)
+    except ValidationError as error:
+        return [f"{hop.candidate}: where it differs could not be found: {error}"]
+    return [f"{hop.candidate} {found.words}; see repro.zip" if found else f"{hop.candidate}: differs only once loaded"]
 
 
 def _hop(report: ParityReport) -> Hop:
