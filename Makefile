@@ -8,7 +8,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan test test-long lint format zoo bench bench-huge bench-norms race bundle-versions clean
+.PHONY: help setup deploy plan gate test test-long lint format zoo bench bench-huge bench-norms race bundle-versions alarms clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ deploy: $(STAMP) ## MODEL=resnet50 [DATA= WEIGHTS= RATIO= RECIPE= ARGS=]: the wh
 plan: $(STAMP) ## MODEL=resnet50 [...]: what deploy would do, and which channels can go
 	$(subst leanort deploy,leanort plan,$(DEPLOY))
 
+gate: $(STAMP) ## MODEL=resnet50 [POLICY=policy.toml]: judge the newest version again; exit code 0, 1 or 4
+	$(BIN)/leanort gate $(MODEL) $(if $(POLICY),--policy $(POLICY)) $(ARGS)
+
 # ---- measurements ------------------------------------------------------------------------------------------------
 zoo: $(STAMP) ## MODELS=models.json [RATIO=0.5 SEED=0 OUT=zoo.jsonl]: prune at random, shrink, prove, many models
 	$(BIN)/python benchmarks/zoo.py $(MODELS) --ratio $(or $(RATIO),0.5) --seed $(or $(SEED),0) --out $(or $(OUT),zoo.jsonl)
@@ -49,6 +52,9 @@ race: $(STAMP) ## MODEL=hf:bert [ARGS=]: every candidate of a randomly pruned mo
 
 bundle-versions: $(STAMP) ## BUNDLE=file.tar.gz [VERSIONS="1.23.2 1.31.1 1.32.0"]: its self-test under each onnxruntime
 	$(BIN)/python benchmarks/bundle_versions.py $(BUNDLE) $(VERSIONS)
+
+alarms: $(STAMP) ## [GATES=200]: how often the latency gate raises a false alarm, and misses a slow-down of 5 %
+	$(BIN)/python benchmarks/gate_alarms.py --gates $(or $(GATES),200)
 
 # ---- the project -------------------------------------------------------------------------------------------------
 test: $(STAMP) ## all tests

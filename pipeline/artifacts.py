@@ -7,6 +7,7 @@ only read. Accuracies are shares in 0..1, latencies milliseconds, sizes bytes, M
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -18,7 +19,7 @@ from torch.export import ExportedProgram
 from pipeline import masks, weights
 from pipeline.config import GroupSwitches
 from pipeline.masks import Sparsity
-from validators import Verdict
+from validators import Measured, Verdict
 
 FIGURES = "artifact.json"
 
@@ -244,13 +245,14 @@ class Optimized(Artifact):
 
 
 class Hop(BaseModel):
-    """Parity of two neighbours in the chain."""
+    """Parity of two neighbours in the chain; `judged` is False where reduced precision has a budget of its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     reference: str
     candidate: str
     passed: bool
+    judged: bool = True
     max_abs: float | None
     mean_abs: float | None
     max_rel: float | None
@@ -283,3 +285,17 @@ class Validated(Artifact):
     bytes: int
     dense_load_ms: float
     load_ms: float
+    measurements: dict[str, Measured | None] = Field({}, description="all that a policy can limit, by key")
+    notes: tuple[str, ...] = Field((), description="limits that were not judged, and disturbances of the measurement")
+    promoted: str = Field("", description="the version that was current when this one was measured")
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """The version that is current while another one is measured; without one, `version` is empty and `onnx` None."""
+
+    version: str = ""
+    onnx: Path | None = None
+    sha256: str = ""
+    macs: int | None = None
+    params: int | None = None

@@ -5,6 +5,8 @@ A stage receives its own section and nothing else, so its fingerprint covers exa
 
 from __future__ import annotations
 
+import hashlib
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +29,10 @@ class Section(BaseModel):
     """A part of the recipe: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def code(self) -> dict[str, str]:
+        """The user's own files that this section names -> their sha256, since they decide the result too."""
+        return {}
 
 
 class DataSection(Section):
@@ -170,17 +176,62 @@ class OptimizeSection(Section):
         return tuple(dict.fromkeys((*self.candidates, *(int8 if self.int8 else ()))))
 
 
-class GateSection(Section):
-    """Stage 7: limits, and how what they limit is measured."""
+class Rule(Section):
+    """A limit on one metric: as it is, or against the dense or the promoted model.
+
+    Against another model, accuracies count the points lost, further metrics what their mean lost, and everything else
+    is a ratio. A rule against the promoted version binds only once there is one.
+    """
+
+    metric: str = Field(description="one that the gate measures: accuracy, latency, latency_p99, file_size, ...")
+    against: Literal["dense", "promoted"] | None = None
+    max: float | None = None
+    min: float | None = None
+    level: Literal["required", "warn"] = "required"
+    by: Literal["value", "interval"] | None = Field(None, description="interval: all of it must be inside the limit")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Rule:
+        if self.max is None and self.min is None:
+            raise ValueError(f"the limit on {self.metric!r} has neither max nor min")
+        if any(value is not None and math.isnan(value) for value in (self.max, self.min)):
+            raise ValueError(f"the limit on {self.metric!r} is not a number")
+        return self
+
+
+class Policy(Section):
+    """What a release must reach; the gate section of a recipe, or a file of its own."""
 
     max_accuracy_drop_points: float = Field(1.0, description="accuracy of dense minus shipped, in points")
+    accuracy_by: Literal["value", "interval"] = Field(
+        "value", description="judge the measured drop, or its whole 95 % interval"
+    )
     max_latency_ratio: float = Field(1.0, gt=0, description="shipped over dense latency, medians")
     max_size_ratio: float = Field(1.0, gt=0, description="shipped over dense file size")
     parity: float = Field(1e-5, gt=0, description="|a-b| at most this times max(1, max|reference|), every hop")
+    limits: tuple[Rule, ...] = Field((), description="further limits")
+
+    @field_validator("max_accuracy_drop_points")
+    @classmethod
+    def _number(cls, value: float) -> float:
+        if math.isnan(value):
+            raise ValueError("is not a number")
+        return value
+
+
+class GateSection(Policy):
+    """Stage 7: limits, and how what they limit is measured."""
+
     threads: int = Field(1, ge=1, description="onnxruntime threads for the latency")
     batch_size: int = Field(1, ge=1, description="batch size for the latency")
-    seconds: float = Field(4.0, gt=0, description="time spent measuring latency")
+    seconds: float = Field(4.0, gt=0, description="time for measuring latency; less where it is decided earlier")
+    metrics: tuple[str, ...] = Field((), description="also: top5, cosine, spearman, path/to/file.py:callable")
     seed: int = 0
+
+    def code(self) -> dict[str, str]:
+        """The files of the user's own metrics -> their sha256."""
+        files = (Path(name.rpartition(":")[0]) for name in self.metrics if ":" in name)
+        return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
 
 
 class Config(Section):
@@ -237,6 +288,22 @@ def load(recipe: Path | None = None, settings: Mapping[str, Any] | None = None) 
         raise _explain(error) from None
 
 
+def load_policy(path: Path) -> Policy:
+    """A policy file: the keys of a recipe's gate section that are limits, at the top level.
+
+    Raises ConfigError as `load` does.
+    """
+    try:
+        return Policy.model_validate(_read(path, "policy"))
+    except ValidationError as error:
+        raise _explain(error, Policy, "policy") from None
+
+
+def with_policy(config: Config, policy: Policy) -> Config:
+    """The recipe with the limits of `policy` in place of its own; how they are measured stays."""
+    return config.model_copy(update={"gate": config.gate.model_copy(update=dict(policy))})
+
+
 def parse_setting(text: str) -> tuple[str, Any]:
     """`key.sub=value` -> (key, value); the value is read as TOML, and as plain text where it is not TOML.
 
@@ -251,13 +318,13 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return key.strip(), value
 
 
-def _read(recipe: Path) -> dict[str, Any]:
+def _read(recipe: Path, kind: str = "recipe") -> dict[str, Any]:
     try:
         return tomllib.loads(recipe.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{recipe} is not valid TOML: {error}.", "Mend that line.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The recipe {recipe} cannot be read: {error}.", "Check the path.") from None
+        raise ConfigError(f"The {kind} {recipe} cannot be read: {error}.", "Check the path.") from None
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -270,19 +337,18 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     values[leaf] = value
 
 
-def _explain(error: ValidationError) -> ConfigError:
+def _explain(error: ValidationError, root: type[Section] | None = None, kind: str = "recipe") -> ConfigError:
     """The first problem, as one line with the dotted key."""
     problem = error.errors()[0]
     where = [part for part in problem["loc"] if isinstance(part, str)]
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
-        return ConfigError(f"Unknown key {key!r} in the recipe.", _near_key(where))
+        return ConfigError(f"Unknown key {key!r} in the {kind}.", _near_key(where, root or Config))
     reason = problem["msg"].removeprefix("Value error, ")
     return ConfigError(f"{key}: {reason} (got {problem['input']!r}).", "See `leanort deploy --help` for the ranges.")
 
 
-def _near_key(where: Sequence[str]) -> str:
-    section: Any = Config
+def _near_key(where: Sequence[str], section: Any) -> str:
     for part in where[:-1]:
         section = _section(section.model_fields[part].annotation)
     known = list(section.model_fields)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline import manifest
-from pipeline.artifacts import Pruned, Shrunk, Validated
+from pipeline.artifacts import Optimized, Pruned, Shrunk, Validated
 from pipeline.runner import Release
 
 Change = tuple[str, str, str]
@@ -27,6 +27,9 @@ def _sources(first: Release, second: Release) -> list[Change]:
         made = release.manifest
         flat = {"model": made.model_fingerprint, "data": made.data_fingerprint, "commit": made.git.get("commit", "")}
         weights = next(r.files["weights.safetensors"].sha256 for r in made.stages if r.stage == "0-baseline")
+        shipped = next(r for r in made.stages if r.stage == "6-optimize").files[release[Optimized].ships].sha256
+        folded = next(r.files["weights.safetensors"].sha256 for r in made.stages if r.stage == "3-fold")
+        flat |= {"pruned weights": folded, "shipped file": shipped}
         tools = {f"tool {name}": version for name, version in made.tools.items()}
         return {k: v[:12] for k, v in {**flat, "dense weights": weights}.items()} | tools | made.host
 

@@ -11,12 +11,13 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exporters import host
@@ -70,6 +71,7 @@ class Manifest(_Plain):
     stages: tuple[StageRecord, ...]
     reused: dict[str, str] = Field(description="stage -> the version it was taken from")
     files: dict[str, FileRecord] = Field(description="files outside the stages: reports")
+    parents: dict[str, str] = Field({}, description="what this version came from, by digest")
     tools: dict[str, str]
     host: dict[str, str]
     git: dict[str, str]
@@ -130,8 +132,43 @@ def faults(version: Path) -> list[str]:
         for producer, wanted in record.inputs.items():
             if producer in made and made[producer] != wanted:
                 found.append(f"{record.stage} was built from another {producer} than the one in this version")
+    found += _parent_faults(version, manifest)
     if RECIPE in manifest.files and manifest.files[RECIPE].sha256 != manifest.recipe:
         found.append(f"{RECIPE} is not the recipe that was run")
+    return found
+
+
+def parents(stages: Iterable[StageRecord], data: str, recipe: str) -> dict[str, str]:
+    """What a version came from, by digest: dense weights and model, data, recipe, each stage in between."""
+    made = {record.stage: record for record in stages}
+    dense = made["0-baseline"].files
+    return {
+        "dense weights": dense["weights.safetensors"].sha256,
+        "dense model": dense["dense.onnx"].sha256,
+        "data": data,
+        "recipe": recipe,
+    }
+
+
+def _parent_faults(version: Path, manifest: Manifest) -> list[str]:
+    """Where the digests that a version names for its parents are not those of the files that are there."""
+    if not manifest.parents:
+        return []
+    found = [
+        f"{name} is not the one that this version names as its parent"
+        for name, wanted in parents(manifest.stages, manifest.data_fingerprint, manifest.recipe).items()
+        if manifest.parents.get(name) != wanted
+    ]
+    other = version.parent / manifest.parents.get("promoted version", "")
+    if other != version.parent and (other / MANIFEST).is_file():
+        digests = {f.sha256 for r in read(other).stages if r.stage == "6-optimize" for f in r.files.values()}
+        if manifest.parents.get("promoted model") not in digests:
+            found.append(f"{other.name} is not the version that this one was compared with")
+    exported = version / "5-export" / "model.onnx"
+    if exported.is_file():
+        metadata = {e.key: e.value for e in onnx.load(exported, load_external_data=False).metadata_props}
+        if metadata.get("leanort.dense_sha256") != manifest.parents.get("dense weights"):
+            found.append("5-export/model.onnx does not name the dense weights of this version")
     return found
 
 

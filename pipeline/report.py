@@ -1,23 +1,17 @@
 """What a version says to people and to CI: report.html, report.md, junit.xml and verdict.json.
 
 The HTML page is one file that needs no network and no script; its plots are inline SVG whose geometry is made here and
-drawn in templates/. Figures are rounded here and nowhere else, so that the page and the Markdown show the same ones.
-"""
+drawn in templates/."""
 
 from __future__ import annotations
 
+import base64
 import csv
-import functools
-import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.artifacts import (
     Artifact,
@@ -30,14 +24,16 @@ from pipeline.artifacts import (
     Validated,
     WidthChange,
 )
+from pipeline.figures import duration, grouped, milliseconds, percent, points, ratio, significant
 from pipeline.manifest import Manifest
-from validators import Check, Verdict
+from pipeline.outcome import JUNIT, MARKDOWN, VERDICT, judged, junit, reasons, verdict_json
+from pipeline.templating import markdown, page
+from validators import AccuracyComparison, LatencyReport
 
-HTML, MARKDOWN, JUNIT, VERDICT = "report.html", "report.md", "junit.xml", "verdict.json"
+HTML = "report.html"
 HISTORY = "history.csv"
+FLIPS = 24
 
-_SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
-_MINUS = "\N{MINUS SIGN}"
 _KINDS = {
     "channel": "Channels",
     "neuron": "Feed-forward neurons",
@@ -45,20 +41,6 @@ _KINDS = {
     "head_position": "Positions inside attention heads",
     "residual": "Residual streams",
 }
-_BOUNDS = {"<=": "at most", "<": "less than", ">=": "at least", ">": "more than", "==": "exactly"}
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One check as people read it: figures rounded so that what differs still looks different."""
-
-    name: str
-    outcome: str
-    required: bool
-    measured: str
-    interval: str
-    limit: str
-    words: str
 
 
 @dataclass(frozen=True)
@@ -101,17 +83,61 @@ class Plot:
     best: float | None
 
 
+@dataclass(frozen=True)
+class Strip:
+    """One model's latencies: 1st, 25th, 50th, 75th and 99th percentile in percent of the plot's width, and in words."""
+
+    name: str
+    marks: tuple[float, float, float, float, float]
+    median: str
+    p99: str
+    ratio: str
+
+
+@dataclass(frozen=True)
+class Strips:
+    """The latencies of every model that took part in the race, on one scale from 0 to `top`."""
+
+    rows: tuple[Strip, ...]
+    top: str
+    race: str
+
+
+@dataclass(frozen=True)
+class Flipped:
+    """A sample that exactly one of two models got right; `picture` is a PNG in base64, "" where there is none."""
+
+    sample: int
+    label: str
+    dense: str
+    shipped: str
+    lost: bool
+    picture: str
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class: its samples, and how many of them each model got right."""
+
+    label: str
+    samples: int
+    dense: float
+    shipped: float
+    change: str
+
+
 def write(folder: Path, manifest: Manifest, artifacts: Sequence[Artifact]) -> None:
     """Write report.html, report.md, junit.xml and verdict.json into `folder`.
 
     `artifacts` holds one artifact of every stage; a fine-tuning history is read from its own folder where there is one.
     """
     context = _context(manifest, artifacts)
+    checked: Validated = context["validated"]
     texts = {
-        HTML: _page().get_template("report.html.j2").render(context),
+        HTML: page().get_template("report.html.j2").render(context),
         MARKDOWN: markdown_summary(manifest, artifacts),
-        JUNIT: _junit(manifest, context["checks"]),
-        VERDICT: _verdict(manifest, context["validated"]),
+        JUNIT: junit(manifest.model, manifest.version, context["checks"], manifest.created),
+        VERDICT: verdict_json(manifest.model, manifest.version, checked.verdict, checked.notes, checked.measurements),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -119,20 +145,20 @@ def write(folder: Path, manifest: Manifest, artifacts: Sequence[Artifact]) -> No
 
 def markdown_summary(manifest: Manifest, artifacts: Sequence[Artifact]) -> str:
     """The report in a few lines of GitHub Markdown, to paste into a pull request."""
-    return _markdown().get_template("report.md.j2").render(_context(manifest, artifacts)) + "\n"
+    return markdown().get_template("report.md.j2").render(_context(manifest, artifacts)) + "\n"
 
 
 def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any]:
     """Everything that the templates show: each artifact under its type's name in lower case, and what is made of it."""
     named: dict[str, Any] = {type(artifact).__name__.lower(): artifact for artifact in artifacts}
     shrunk, optimized, finetuned = named["shrunk"], named["optimized"], named["finetuned"]
-    checks = [_judged(check) for check in named["validated"].verdict.checks]
+    checks = [judged(check) for check in named["validated"].verdict.checks]
     shipped = optimized.winner
     return named | {
         "manifest": manifest,
         "verdict": named["validated"].verdict.outcome,
         "checks": checks,
-        "reasons": _reasons(named["validated"].verdict, checks),
+        "reasons": reasons(named["validated"].verdict, checks),
         "summary": _summary(named["baseline"], shrunk, named["validated"]),
         "shipped": shipped,
         "shipped_sha256": _shipped_sha256(manifest, optimized),
@@ -140,6 +166,8 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
         "sparsity": _sparsity(named["pruned"]),
         "operators": _operators(optimized.operators_before, shipped.operators) if shipped.operators else (),
         "race": _race(optimized.candidates),
+        "latencies": _latencies(named["validated"].folder),
+        **_accuracy(named["validated"].folder),
         "plots": _plots(finetuned.folder / HISTORY, finetuned.best_epoch),
         "seconds": sum(record.seconds for record in manifest.stages if record.stage not in manifest.reused),
     }
@@ -163,35 +191,6 @@ def _summary(dense: Baseline, shrunk: Shrunk, checked: Validated) -> str:
     return f"{words[0][0].upper()}{', '.join(words)[1:]}."
 
 
-def _judged(check: Check) -> Judged:
-    """`check` in words; with as many digits as it takes to tell the measured value from the limit."""
-    name = check.limit.metric.replace("_", " ").capitalize()
-    required = check.limit.level == "required"
-    bound = _BOUNDS[check.limit.operator]
-    if check.measured is None:
-        limit = f"{bound} {significant(check.limit.value)}"
-        return Judged(name, check.outcome, required, "–", "", limit, f"{check.reason[:1].upper()}{check.reason[1:]}.")
-    known, wanted = (check.measured.value, check.measured.low, check.measured.high), check.limit.value
-    apart = [figure for figure in known if figure != wanted]
-    digits = next((d for d in range(3, 17) if all(significant(f, d) != significant(wanted, d) for f in apart)), 17)
-    value, low, high, limit = (significant(figure, digits) for figure in (*known, wanted))
-    interval = f"{low} to {high}" if low != high else ""
-    shown = f"{value} ({interval})" if interval else value
-    words = {
-        "pass": f"{name}: {shown}, as asked for ({bound} {limit}).",
-        "fail": f"{name}: {shown}, but {bound} {limit} is asked for.",
-        "inconclusive": f"{name}: {shown}; {bound} {limit} is asked for, and the measurement cannot tell.",
-    }
-    return Judged(name, check.outcome, required, value, interval, f"{bound} {limit}", words[check.outcome])
-
-
-def _reasons(verdict: Verdict, checks: Sequence[Judged]) -> list[str]:
-    """Why it is no pass, and the warnings; the verdict's own reasons where no single check is to blame."""
-    to_blame = [check.words for check in checks if check.required and check.outcome != "pass"]
-    warnings = [f"Warning: {check.words}" for check in checks if not check.required and check.outcome != "pass"]
-    return [*(to_blame or verdict.reasons), *warnings]
-
-
 def _shipped_sha256(manifest: Manifest, optimized: Optimized) -> str:
     """Digest of the file that ships; "" where the manifest does not list it."""
     files = (record.files.get(optimized.ships) for record in manifest.stages if record.stage.endswith("optimize"))
@@ -205,6 +204,69 @@ def _operators(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[tup
 
 
 # --- Plots ------------------------------------------------------------------------------------------------------------
+
+
+def _latencies(folder: Path) -> Strips | None:
+    """Every model's latencies, the dense one first; None where none were kept."""
+    path = folder / "latency.json"
+    if not path.is_file():
+        return None
+    race = LatencyReport.model_validate_json(path.read_text(encoding="utf-8"))
+    known = {name: runner for name, runner in race.runners.items() if len(runner.percentiles_ms) == 101}
+    if not known:
+        return None
+    top = max(runner.percentiles_ms[99] for runner in known.values())
+    rows = []
+    for name in sorted(known, key=("dense", "promoted", "shipped").index):
+        p1, p25, p50, p75, p99 = (known[name].percentiles_ms[i] for i in (1, 25, 50, 75, 99))
+        marks = (100 * p1 / top, 100 * p25 / top, 100 * p50 / top, 100 * p75 / top, 100 * p99 / top)
+        found = known["shipped"].ratios.get(name) if "shipped" in known else None
+        words = (
+            f"{significant(found.median.value)} ({significant(found.median.low)} to {significant(found.median.high)})"
+            if found
+            else ""
+        )
+        rows.append(Strip(name, marks, milliseconds(p50), milliseconds(p99), words))
+    count = f"{grouped(race.blocks)} blocks of {race.timed_per_block} inferences in {duration(race.seconds)}"
+    return Strips(tuple(rows), milliseconds(top), f"{count}, each interval at {percent(race.confidence)} confidence")
+
+
+def _accuracy(folder: Path) -> dict[str, Any]:
+    """Classes and flipped samples, as far as they were kept."""
+    path = folder / "accuracy.json"
+    if not path.is_file():
+        return {"classes": (), "flips": (), "flip_counts": (0, 0)}
+    found = AccuracyComparison.model_validate_json(path.read_text(encoding="utf-8"))
+    classes = tuple(
+        ClassRow(
+            str(label),
+            row.samples,
+            row.dense / row.samples,
+            row.shipped / row.samples,
+            points(100 * (row.shipped - row.dense) / row.samples),
+        )
+        for label, row in found.per_class.items()
+    )
+    flips = tuple(
+        Flipped(
+            sample=flip.sample,
+            label=str(flip.label),
+            dense=_called(flip.dense, flip.dense_confidence),
+            shipped=_called(flip.shipped, flip.shipped_confidence),
+            lost=flip.dense == flip.label,
+            picture=_base64(folder / "flipped" / f"{flip.sample}.png"),
+        )
+        for flip in found.flipped[:FLIPS]
+    )
+    return {"classes": classes, "flips": flips, "flip_counts": (found.lost, found.gained)}
+
+
+def _called(label: int, confidence: float | None) -> str:
+    return f"{label}" if confidence is None else f"{label}, {percent(confidence)}"
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode("ascii") if path.is_file() else ""
 
 
 def _widths(changes: Iterable[WidthChange]) -> tuple[Bars, ...]:
@@ -339,174 +401,8 @@ def _number(text: str | None) -> float:
         return math.nan
 
 
-# --- Figures ----------------------------------------------------------------------------------------------------------
-
-
-def significant(value: float, digits: int = 3) -> str:
-    """`value` with `digits` significant digits, never in exponent form between 0.001 and a million."""
-    if not math.isfinite(value):
-        return "not a number" if math.isnan(value) else f"{_MINUS if value < 0 else ''}∞"
-    if value == 0:
-        return "0"
-    if not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.{digits - 1}e}".replace("-", _MINUS, 1) if value < 0 else f"{value:.{digits - 1}e}"
-    rounded = float(f"{value:.{digits - 1}e}")
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
-    return f"{value:,.{decimals}f}".replace(",", _SPACE).replace("-", _MINUS)
-
-
-def percent(share: float | None) -> str:
-    """A share in 0..1 as percent; what is not quite nothing or everything never reads as 0.0 % or 100.0 %."""
-    if share is None:
-        return "–"
-    if not math.isfinite(share):
-        return significant(share)
-    if 0 < share < 0.0005:
-        return f"< 0.1{_SPACE}%"
-    if 0.9995 <= share < 1:
-        return f"> 99.9{_SPACE}%"
-    return f"{100 * share:.1f}{_SPACE}%".replace("-", _MINUS)
-
-
-def points(change: float) -> str:
-    """A signed change of a percentage, in points."""
-    if not math.isfinite(change):
-        return significant(change)
-    sign = "±" if abs(change) < 0.05 else "+" if change > 0 else _MINUS
-    return f"{sign}{abs(change):.1f}{_SPACE}points"
-
-
-def milliseconds(value: float) -> str:
-    """A latency in milliseconds."""
-    return f"{significant(value)}{_SPACE}ms"
-
-
-def size(count: int) -> str:
-    """A file size; 1 MB is a million bytes."""
-    return _scaled(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "B")
-
-
-def amount(count: int) -> str:
-    """A number of parameters or MACs, with the SI prefix as its unit."""
-    return _scaled(count, (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)), "").strip()
-
-
-def _scaled(count: int, units: Sequence[tuple[str, float]], smallest: str) -> str:
-    # 999 950 is 1.00 M, not 1 000 k: the unit is chosen after rounding.
-    rounded = float(f"{count:.2e}")
-    for unit, factor in units:
-        if rounded >= factor:
-            return f"{significant(count / factor)}{_SPACE}{unit}"
-    return f"{count}{_SPACE}{smallest}"
-
-
-def grouped(count: int) -> str:
-    """An exact count with its thousands apart."""
-    return f"{count:,}".replace(",", _SPACE)
-
-
-def ratio(part: float, whole: float = 1.0) -> str:
-    """Three digits of `part` over `whole`; "–" where there is no whole."""
-    return significant(part / whole) if whole else "–"
-
-
-def error(value: float | None) -> str:
-    """A numerical difference, in exponent form."""
-    if value is None:
-        return "–"
-    return f"{value:.1e}" if math.isfinite(value) and value else significant(value)
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as a person would say it."""
-    if seconds < 9.95:
-        return f"{seconds:.1f}{_SPACE}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}{_SPACE}s"
-    if whole < 3600:
-        return f"{whole // 60}{_SPACE}min {whole % 60}{_SPACE}s"
-    return f"{whole // 3600}{_SPACE}h {whole % 3600 // 60}{_SPACE}min"
-
-
 # What a training history is drawn as: title, how its figures are written, and part -> column.
 _HISTORY: Sequence[tuple[str, Callable[[float], str], Mapping[str, str]]] = (
     ("Loss", significant, {"training": "loss", "calibration": "calibration_loss"}),
     ("Accuracy", percent, {"training": "train_accuracy", "calibration": "calibration_accuracy"}),
 )
-
-_FILTERS: Mapping[str, Callable[..., str]] = {
-    made.__name__: made
-    for made in (significant, percent, points, milliseconds, size, amount, grouped, ratio, error, duration)
-}
-
-
-# --- Templates --------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _page() -> Environment:
-    return _environment(autoescape=True)
-
-
-@functools.cache
-def _markdown() -> Environment:
-    # Autoescape would write HTML entities; whatever a template inserts is escaped for Markdown instead.
-    return _environment(autoescape=False, finalize=_escape_markdown)
-
-
-def _environment(**options: Any) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("pipeline"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options
-    )
-    environment.filters.update(_FILTERS)
-    return environment
-
-
-def _escape_markdown(value: object) -> str:
-    """Text that GitHub shows as it is: no markup, no HTML, no table borders, nobody notified."""
-    text = " ".join(str(value).splitlines())
-    text = re.sub(r"([\\`*\[\]<>|~&])|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
-    return text.replace("@", "&#64;")
-
-
-# --- For machines -----------------------------------------------------------------------------------------------------
-
-
-def _verdict(manifest: Manifest, checked: Validated) -> str:
-    """The verdict as JSON; a figure that is not finite becomes null, which every parser can read."""
-    verdict = json.loads(checked.model_dump_json(include={"verdict"}))["verdict"]
-    return json.dumps({"model": manifest.model, "version": manifest.version, **verdict}, indent=2) + "\n"
-
-
-def _junit(manifest: Manifest, checks: Sequence[Judged]) -> str:
-    """JUnit XML: one test case per check.
-
-    An unmet limit is a failure and an undecided one an error; an unmet warning passes, its reason in the output, so
-    that CI is red exactly where the verdict is not a pass.
-    """
-    suite = ElementTree.Element("testsuite", name=f"leanort {manifest.model} {manifest.version}")
-    counts = {"tests": 0, "failures": 0, "errors": 0}
-    for check in checks:
-        case = ElementTree.SubElement(suite, "testcase", classname=f"leanort.{manifest.model}", name=check.name)
-        counts["tests"] += 1
-        if check.outcome == "pass":
-            continue
-        if check.required:
-            tag = "failure" if check.outcome == "fail" else "error"
-            counts[f"{tag}s"] += 1
-            ElementTree.SubElement(case, tag, message=check.words).text = check.words
-        else:
-            ElementTree.SubElement(case, "system-out").text = f"Warning: {check.words}"
-    suite.attrib |= {name: str(count) for name, count in counts.items()}
-    suite.set("timestamp", manifest.created.isoformat(timespec="seconds"))
-    for element in suite.iter():
-        element.attrib.update({name: _xml_text(value) for name, value in element.attrib.items()})
-        element.text = _xml_text(element.text) if element.text else None
-    ElementTree.indent(suite)
-    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
-
-
-def _xml_text(text: str) -> str:
-    """`text` without the characters that XML 1.0 cannot hold at all (section 2.2), such as NUL."""
-    return re.sub(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]", "\N{REPLACEMENT CHARACTER}", text)

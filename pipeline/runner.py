@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,17 +13,17 @@ from typing import Any, TypeVar, get_type_hints
 
 from torch import nn
 
-from pipeline import bundling, manifest, models, report, store
+from pipeline import bundling, manifest, measuring, models, promotion, report, store
 from pipeline import config as recipes
 from pipeline import data as datasets
-from pipeline.artifacts import Artifact, Exported, Optimized, Shrunk, Validated
+from pipeline.artifacts import Artifact, Exported, Optimized, Promoted, Shrunk, Validated
 from pipeline.config import Config, Section
 from pipeline.data import Data
 from pipeline.errors import CaptureError, ConfigError, UserError, nearest
 from pipeline.manifest import Manifest, StageRecord
 from pipeline.models import ModelSource
 from pipeline.progress import Progress
-from pipeline.stages import STAGES
+from pipeline.stages import STAGES, s4_shrink, s6_optimize
 
 A = TypeVar("A", bound=Artifact)
 
@@ -67,17 +67,20 @@ def deploy(
     *,
     start: str | None = None,
     until: str | None = None,
+    promote: bool = True,
     progress: Progress | None = None,
 ) -> Release | None:
     """Run the whole chain for one model and return the release; None when `until` stopped it before the end.
 
     `model` is a spec or a module, `data` a spec or data sets; both default to the recipe's. `start` names the first
-    stage that must run although it could be reused. A bad model, data set or recipe raises UserError before anything
+    stage that must run although it could be reused. A version whose gate has passed becomes the current one, unless
+    `promote` is False. A bad model, data set or recipe raises UserError before anything
     is written; a stage that fails raises its own error and leaves the stages before it for the next run to go on from.
     """
     progress = progress or Progress()
     config = config or Config()
     first, last = _range(start, until)
+    measuring.metrics(config.gate)
     source, dataset = sources(model, data, config)
     folder = config.artifacts / (config.name or folder_name(model))
     with store.locked(folder, lambda: progress.say(f"Another run is building {folder}; waiting for it to end.")):
@@ -88,12 +91,15 @@ def deploy(
         try:
             with store.disk_errors(folder):
                 for number, stage in enumerate(STAGES[: last + 1]):
+                    if Promoted in _wires(stage).values():
+                        wires[Promoted] = _promoted(folder, digests)
+                        digests["promoted"] = wires[Promoted].sha256
                     record, origin = _stage(stage, config, folder, wires, digests, number >= first, progress)
                     done.append((record, origin))
                 if last + 1 < len(STAGES):
                     progress.say(f"Stopped after {stage_name(STAGES[last])}; the same command without --until goes on.")
                     return None
-                return _finish(folder, partial, config, source, dataset, wires, done, progress)
+                return _finish(folder, partial, config, source, dataset, wires, done, promote, progress)
         except (UserError, CaptureError):
             if not any(manifest.read_stage(p) for p in partial.iterdir()):
                 store.remove(partial)
@@ -119,6 +125,8 @@ def plan(
     steps: list[Step] = []
     for stage in STAGES:
         name = stage_name(stage)
+        if Promoted in _wires(stage).values() and stage_name(s6_optimize) in digests:
+            digests["promoted"] = _promoted(folder, digests).sha256
         wanted = _fingerprint(stage, config, digests)
         if wanted is None:
             steps.append(Step(name, "run", "an earlier stage runs"))
@@ -139,6 +147,11 @@ def open_release(version: Path) -> Release:
     made = manifest.read(version)
     artifacts = tuple(_produces(stage).load(version / stage_name(stage)) for stage in STAGES)
     return Release(version, made, artifacts)
+
+
+def recipe(release: Release) -> Config:
+    """The recipe that a version was made from."""
+    return recipes.load(release.folder / manifest.RECIPE)
 
 
 def folder_name(model: object) -> str:
@@ -189,7 +202,30 @@ def _producer(kind: type) -> str | None:
         return "model"
     if kind is Data:
         return "data"
+    if kind is Promoted:
+        return "promoted"
     return next((stage_name(stage) for stage in STAGES if _produces(stage) is kind), None)
+
+
+def _promoted(folder: Path, digests: Mapping[str, str]) -> Promoted:
+    """What the version being built is compared with: the current one.
+
+    Where the current one ships the very same file, that would be no comparison: it is what that one was compared with.
+    """
+    current = store.current(folder)
+    optimize = stage_name(s6_optimize)
+    seen: set[str] = set()
+    while current is not None and current.name not in seen:
+        seen.add(current.name)
+        made = manifest.read(current)
+        record = next((record for record in made.stages if record.stage == optimize), None)
+        if record is not None and record.digest != digests[optimize]:
+            shipped, shrunk = Optimized.load(current / optimize), Shrunk.load(current / stage_name(s4_shrink))
+            digest = record.files[shipped.ships].sha256
+            return Promoted(current.name, shipped.onnx, digest, macs=shrunk.macs_after, params=shrunk.params_after)
+        before = made.parents.get("promoted version")
+        current = folder / before if before and folder / before in store.versions(folder) else None
+    return Promoted()
 
 
 def _fingerprint(stage: ModuleType, config: Config, digests: dict[str, str]) -> str | None:
@@ -197,7 +233,8 @@ def _fingerprint(stage: ModuleType, config: Config, digests: dict[str, str]) -> 
     producers = [name for name in map(_producer, _wires(stage).values()) if name is not None]
     if any(name not in digests for name in producers):
         return None
-    section = _section(stage, config).model_dump(mode="json")
+    cfg = _section(stage, config)
+    section = cfg.model_dump(mode="json") | cfg.code()
     return manifest.fingerprint(stage, section, {name: digests[name] for name in producers})
 
 
@@ -300,6 +337,7 @@ def _finish(
     dataset: Data,
     wires: dict[type, Any],
     done: list[tuple[StageRecord, str]],
+    promote: bool,
     progress: Progress,
 ) -> Release:
     """Write recipe, reports and manifest, and seal the version; a run that changed nothing returns the old one."""
@@ -326,6 +364,7 @@ def _finish(
             stages=tuple(record for record, _ in done),
             reused={record.stage: origin for record, origin in done if origin not in ("", store.PARTIAL)},
             files={},
+            parents=_parents([record for record, _ in done], dataset, store.sha256(partial / manifest.RECIPE), wires),
             tools=manifest.tools(),
             host=manifest.host_facts(),
             git=manifest.git_facts(),
@@ -340,9 +379,19 @@ def _finish(
         made = made.model_copy(update={"files": outside})
         (partial / manifest.MANIFEST).write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
         release = open_release(store.seal(folder, partial))
-    if release.passed:
-        store.point_current(folder, release.folder)
+    if release.passed and promote and store.current(folder) != release.folder:
+        if same is not None and promotion.rolled_back(same):
+            progress.say(f"{same.name} was rolled back; `leanort promote {folder.name}/{same.name}` makes it current.")
+        else:
+            promotion.promote(release.folder, reason="deployed")
     return release
+
+
+def _parents(records: list[StageRecord], dataset: Data, recipe: str, wires: dict[type, Any]) -> dict[str, str]:
+    """The digests that lead back from a version to what it was made from and compared with."""
+    compared: Promoted = wires[Promoted]
+    other = {"promoted version": compared.version, "promoted model": compared.sha256} if compared.version else {}
+    return manifest.parents(records, dataset.fingerprint, recipe) | other
 
 
 def _same_version(folder: Path, recipe: str, records: list[StageRecord]) -> Path | None:

@@ -4,7 +4,8 @@ artifacts/resnet50/
   .lock                 held while a version is being built
   .partial/             the version being built; a killed run leaves it, the next one goes on from it
   v0001/ v0002/ ...     complete versions
-  current -> v0002      the newest version whose gate has passed
+  current -> v0002      the promoted version
+releases.jsonl          what was promoted, rolled back and removed
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import shutil
 import stat
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from pipeline.errors import StoreError, VersionError, nearest
 
 PARTIAL = ".partial"
 CURRENT = "current"
+_DISCARDED = ".discarded."
 _VERSION = re.compile(r"v\d{4,}")
 
 
@@ -100,8 +103,7 @@ def current(folder: Path) -> Path | None:
 
 def point_current(folder: Path, version: Path) -> None:
     """Move `current` to `version` in one atomic step: a reader sees the old or the new one, never neither."""
-    spare = folder / f".{CURRENT}.{os.getpid()}"
-    spare.unlink(missing_ok=True)
+    spare = folder / f".{CURRENT}.{uuid.uuid4().hex}"
     spare.symlink_to(version.name, target_is_directory=True)
     spare.replace(folder / CURRENT)
     _sync(folder)
@@ -168,6 +170,19 @@ def seal(folder: Path, partial: Path) -> Path:
     final.chmod(0o555)
     _sync(folder)
     return final
+
+
+def discard(version: Path) -> None:
+    """Take a version away in one step: it is whole until then, and `sweep` frees its space afterwards."""
+    version.chmod(version.stat().st_mode | stat.S_IRWXU)
+    version.rename(version.with_name(f"{_DISCARDED}{version.name}.{uuid.uuid4().hex}"))
+    _sync(version.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Free the space of what was discarded, also by a run that was killed before it could."""
+    for leftover in folder.glob(f"{_DISCARDED}*"):
+        remove(leftover)
 
 
 def remove(folder: Path) -> None:

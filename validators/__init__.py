@@ -8,11 +8,21 @@ report = compare(a, b, random_feeds(a.inputs, seed=0), atol=1e-5, rtol=0)
 print(report.passed, report.max_abs, report.reasons)
 """
 
-from validators.accuracy import AccuracyComparison, AccuracyReport, compare_accuracy, evaluate
+from validators.accuracy import (
+    AccuracyComparison,
+    AccuracyReport,
+    Metric,
+    Similarity,
+    compare_accuracy,
+    evaluate,
+    similarity,
+    top_k,
+)
+from validators.divergence import Divergence, TensorStatistics, first_divergence, repro_pack
 from validators.errors import ValidationError
 from validators.feeds import Feed, edge_feeds, random_feeds, real_feeds
 from validators.gates import Check, Limit, Measured, Verdict, judge
-from validators.latency import LatencyReport, RunnerLatency, race
+from validators.latency import Bound, LatencyReport, Ratios, RunnerLatency, race
 from validators.parity import ChainReport, OutputParity, ParityReport, compare, compare_arrays, compare_chain
 from validators.runners import InputSpec, OrtRunner, Runner, TorchRunner
 from validators.structure import StructureReport, measure
@@ -20,19 +30,25 @@ from validators.structure import StructureReport, measure
 __all__ = [
     "AccuracyComparison",
     "AccuracyReport",
+    "Bound",
     "ChainReport",
     "Check",
+    "Divergence",
     "Feed",
     "InputSpec",
     "LatencyReport",
     "Limit",
     "Measured",
+    "Metric",
     "OrtRunner",
     "OutputParity",
     "ParityReport",
+    "Ratios",
     "Runner",
     "RunnerLatency",
+    "Similarity",
     "StructureReport",
+    "TensorStatistics",
     "TorchRunner",
     "ValidationError",
     "Verdict",
@@ -42,9 +58,13 @@ __all__ = [
     "compare_chain",
     "edge_feeds",
     "evaluate",
+    "first_divergence",
     "judge",
     "measure",
     "race",
     "random_feeds",
     "real_feeds",
+    "repro_pack",
+    "similarity",
+    "top_k",
 ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from scipy.stats import binomtest
+from scipy.special import softmax
+from scipy.stats import binomtest, rankdata
 
 from validators.errors import ValidationError
 from validators.gates import Measured
 from validators.runners import Array, Runner
+
+# One score per sample, higher is better: (output (N, ...), labels (N,)) -> (N,).
+Metric = Callable[[Array, Array], Array]
 
 
 class ClassAccuracy(BaseModel):
@@ -27,7 +31,8 @@ class AccuracyReport(BaseModel):
     """A classifier on a labelled set. `top1` is the share of right predictions, 0 to 1.
 
     `predictions` and `labels` hold one class index per sample, in the order of the set; a prediction from a row of
-    logits with a NaN is -1, which is never right.
+    logits with a NaN is -1, which is never right. `confidences` are the softmax of the predictions' logits, 0 to 1, and
+    `scores` what each further metric gave per sample.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,15 +43,39 @@ class AccuracyReport(BaseModel):
     per_class: dict[int, ClassAccuracy]
     predictions: tuple[int, ...]
     labels: tuple[int, ...]
+    confidences: tuple[float, ...] = ()
+    scores: dict[str, tuple[float, ...]] = {}
 
 
 class Flip(BaseModel):
-    """A sample that exactly one of two models got right: its index in the set, its label, and both predictions."""
+    """A sample that exactly one of two models got right: its index in the set, label, both predictions, how sure."""
 
     model_config = ConfigDict(frozen=True)
 
     sample: int
     label: int
+    dense: int
+    shipped: int
+    dense_confidence: float | None = None
+    shipped_confidence: float | None = None
+
+
+class ScoreComparison(BaseModel):
+    """A further metric of two models on the same samples: means, and dense minus shipped with its interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    dense: float
+    shipped: float
+    drop: Measured
+
+
+class ClassComparison(BaseModel):
+    """One class: its samples, and how many of them each model got right."""
+
+    model_config = ConfigDict(frozen=True)
+
+    samples: int
     dense: int
     shipped: int
 
@@ -69,17 +98,40 @@ class AccuracyComparison(BaseModel):
     lost: int
     gained: int
     flipped: tuple[Flip, ...]
+    per_class: dict[int, ClassComparison] = {}
+    scores: dict[str, ScoreComparison] = {}
 
 
-def evaluate(runner: Runner, batches: Iterable[tuple[Any, Any]], *, output: str | None = None) -> AccuracyReport:
+class Similarity(BaseModel):
+    """How alike two models' outputs are, sample by sample: means and smallest values, each -1 to 1."""
+
+    model_config = ConfigDict(frozen=True)
+
+    samples: int
+    cosine: float
+    cosine_min: float
+    spearman: float
+    spearman_min: float
+
+
+def evaluate(
+    runner: Runner,
+    batches: Iterable[tuple[Any, Any]],
+    *,
+    output: str | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+) -> AccuracyReport:
     """Run a classifier over `batches` of (x, y): inputs, batch first, and class indices (N,).
 
     `x` is an array or CPU tensor for the model's only input, or a mapping of input names to such. The logits are the
-    output called `output`, or the first; (N, classes). Raises ValidationError when there are no samples, shapes do not
-    fit, or a label is not a class of the model.
+    output called `output`, or the first; (N, classes). Each of `metrics` scores every sample besides.
+    Raises ValidationError when there are no samples, shapes do not
+    fit, a label is not a class of the model, or a metric does not give one number per sample.
     """
     predictions: list[Array] = []
     labels: list[Array] = []
+    confidences: list[Array] = []
+    scores: dict[str, list[Array]] = {name: [] for name in metrics or {}}
     for x, y in batches:
         label = np.asarray(y).astype(np.int64, casting="same_kind")
         outputs = runner.infer(_feed(runner, x))
@@ -97,6 +149,9 @@ def evaluate(runner: Runner, batches: Iterable[tuple[Any, Any]], *, output: str 
             )
         predictions.append(np.where(np.isnan(logits).any(1), -1, logits.argmax(1)))
         labels.append(label)
+        confidences.append(softmax(logits.astype(np.float64), axis=1).max(1))
+        for name, metric in (metrics or {}).items():
+            scores[name].append(_score(name, metric, logits, label))
     predicted = np.concatenate(predictions or [np.empty(0, np.int64)])
     truth = np.concatenate(labels or [np.empty(0, np.int64)])
     if not truth.size:
@@ -112,7 +167,68 @@ def evaluate(runner: Runner, batches: Iterable[tuple[Any, Any]], *, output: str 
         },
         predictions=tuple(predicted.tolist()),
         labels=tuple(truth.tolist()),
+        confidences=tuple(np.concatenate(confidences).tolist()),
+        scores={name: tuple(np.concatenate(parts).tolist()) for name, parts in scores.items()},
     )
+
+
+def top_k(k: int) -> Metric:
+    """Whether the label is among the `k` largest logits. A row with a NaN never is."""
+
+    def score(logits: Array, labels: Array) -> Array:
+        own = logits[np.arange(len(labels)), labels]
+        hit: Array = ((logits > own[:, None]).sum(1) < k) & ~np.isnan(logits).any(1)
+        return hit.astype(np.float64)
+
+    return score
+
+
+def similarity(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any, Any]]) -> Similarity:
+    """Compare the first outputs (N, ...) of two models, for embeddings: cosine and Spearman's rank correlation.
+
+    Raises ValidationError when there are no samples, shapes differ, or an output is not finite or constant.
+    """
+    cosines: list[Array] = []
+    ranks: list[Array] = []
+    for x, _ in batches:
+        left, right = (next(iter(r.infer(_feed(r, x)).values())) for r in (reference, candidate))
+        if left.shape != right.shape or left.ndim < 2:
+            raise ValidationError(f"Outputs of shape {left.shape} and {right.shape} cannot be compared row by row.")
+        rows = [array.reshape(len(array), -1).astype(np.float64) for array in (left, right)]
+        if not all(np.isfinite(row).all() for row in rows):
+            raise ValidationError("An output holds NaN or infinity.", "Look at the parity report.")
+        cosines.append(_cosine(*rows))
+        ranked = [rankdata(row, axis=1) for row in rows]
+        ranks.append(_cosine(*(row - row.mean(1, keepdims=True) for row in ranked)))
+    if not cosines or not sum(map(len, cosines)):
+        raise ValidationError("There are no samples to compare on.", "Give at least one batch.")
+    cosine, spearman = np.concatenate(cosines), np.concatenate(ranks)
+    return Similarity(
+        samples=len(cosine),
+        cosine=float(cosine.mean()),
+        cosine_min=float(cosine.min()),
+        spearman=float(spearman.mean()),
+        spearman_min=float(spearman.min()),
+    )
+
+
+def _cosine(left: Array, right: Array) -> Array:
+    """Cosine of each pair of rows."""
+    scale = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    if not scale.all():
+        raise ValidationError("An output is constant, so it has no direction to compare.")
+    result: Array = (left * right).sum(1) / scale
+    return result
+
+
+def _score(name: str, metric: Metric, logits: Array, labels: Array) -> Array:
+    found = np.asarray(metric(logits, labels), dtype=np.float64)
+    if found.shape != labels.shape:
+        raise ValidationError(
+            f"The metric {name} gave an array of shape {found.shape} for {len(labels)} samples.",
+            "It must return one number per sample.",
+        )
+    return found
 
 
 def compare_accuracy(
@@ -147,9 +263,44 @@ def compare_accuracy(
         lost=lost,
         gained=gained,
         flipped=tuple(
-            Flip(sample=int(i), label=int(truth[i]), dense=int(left[i]), shipped=int(right[i]))
+            Flip(
+                sample=int(i),
+                label=int(truth[i]),
+                dense=int(left[i]),
+                shipped=int(right[i]),
+                dense_confidence=dense.confidences[i] if dense.confidences else None,
+                shipped_confidence=shipped.confidences[i] if shipped.confidences else None,
+            )
             for i in np.flatnonzero(only_dense | only_shipped)
         ),
+        per_class={
+            label: ClassComparison(
+                samples=dense.per_class[label].samples,
+                dense=dense.per_class[label].correct,
+                shipped=shipped.per_class[label].correct,
+            )
+            for label in sorted(dense.per_class.keys() & shipped.per_class.keys())
+        },
+        scores={
+            name: _compare_scores(np.array(dense.scores[name]), np.array(shipped.scores[name]), seed, confidence)
+            for name in dense.scores.keys() & shipped.scores.keys()
+        },
+    )
+
+
+def _compare_scores(
+    dense: Array, shipped: Array, seed: int, confidence: float, resamples: int = 2000
+) -> ScoreComparison:
+    """Means of two models' scores per sample, and the paired percentile bootstrap of their difference."""
+    lost = dense - shipped
+    rng = np.random.default_rng(seed)
+    means = np.array([lost[rng.integers(0, len(lost), len(lost))].mean() for _ in range(resamples)])
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    value = float(lost.mean())
+    return ScoreComparison(
+        dense=float(dense.mean()),
+        shipped=float(shipped.mean()),
+        drop=Measured(value=value, low=min(value, float(low)), high=max(value, float(high))),
     )
 
 

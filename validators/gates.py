@@ -81,6 +81,11 @@ def judge(metrics: Mapping[str, float | Measured | None], limits: Sequence[Limit
     )
 
 
+def _resolution(metric: Measured) -> float:
+    """The smallest difference from the measured value that the interval excludes."""
+    return (metric.high - metric.low) / 2
+
+
 def _check(metric: float | Measured | None, limit: Limit) -> Check:
     bound = f"{limit.operator} {limit.value:g}"
     if metric is None:
@@ -100,6 +105,6 @@ def _check(metric: float | Measured | None, limit: Limit) -> Check:
     words: dict[Outcome, str] = {
         "pass": f"{shown} is {bound}",
         "fail": f"{shown} is not {bound}",
-        "inconclusive": f"{shown} may or may not be {bound}",
+        "inconclusive": f"{shown} may or may not be {bound}; a difference of {_resolution(metric):.2g} can be told",
     }
     return Check(limit=limit, measured=metric, outcome=outcome, reason=words[outcome])

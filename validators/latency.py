@@ -6,16 +6,24 @@ filled by another model, which a model that runs alone never does.
 
 Beside the time on the wall, which is what a user waits, stands the CPU time of the whole process: on a busy machine
 the second keeps its meaning when the first has lost it.
+
+Where the caller names bounds on ratios, sampling ends as soon as every interval lies on one side of its bound. Looking
+several times at growing data would raise the false alarms of a plain 95 % interval (Armitage et al. 1969), so the looks
+are few and share the error: each is made at confidence 1 - (1 - confidence) / looks (Bonferroni).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import psutil
 from pydantic import BaseModel, ConfigDict
 
 from validators.errors import ValidationError
@@ -33,12 +41,37 @@ BLOCKS_AT_LEAST = 10
 WARM_WITHIN = 0.05
 WARM_WINDOW = 3
 WARM_LIMIT = 30
+# Shares of the time budget after which it is looked whether the bounds are decided already, and the least blocks then.
+LOOKS = (0.25, 0.5, 0.75, 1.0)
+LOOK_BLOCKS = 20
+# Numbers that one step of the bootstrap may hold.
+CHUNK = 1 << 22
+# What is worth a warning: waiting for the CPU, and a clock that moved while the race ran, as shares.
+BUSY = 0.10
+DRIFT = 0.05
+CGROUP = Path("/sys/fs/cgroup/cpu.stat")
+
+
+class Ratios(BaseModel):
+    """One model's times over another's, of medians and of 99th percentiles, with their bootstrap intervals.
+
+    `detectable` is the smallest relative change of the median that this measurement tells from none: half the width of
+    its interval over its value. `cpu` is the ratio of medians of the process's CPU time.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    median: Measured
+    p99: Measured
+    cpu: Measured
+    detectable: float
 
 
 class RunnerLatency(BaseModel):
     """One model's times per inference in milliseconds, and its median against the reference's with the interval.
 
-    `cpu_median_ms` and `cpu_ratio` are the same of the process's CPU time, summed over its threads.
+    `cpu_median_ms` and `cpu_ratio` are the same of the process's CPU time, summed over its threads. `percentiles_ms`
+    are the 0th, 1st, ... 100th percentiles, `ratios` those against each of the other models.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -54,6 +87,18 @@ class RunnerLatency(BaseModel):
     ratio: Measured
     cpu_median_ms: float
     cpu_ratio: Measured
+    percentiles_ms: tuple[float, ...] = ()
+    ratios: dict[str, Ratios] = {}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A question to decide: is the ratio of two models' times below or above `value`? Of medians, or of p99s."""
+
+    runner: str
+    reference: str
+    value: float
+    of: str = "median"
 
 
 # Seconds on the wall and of CPU time for one inference.
@@ -61,7 +106,11 @@ _Times = tuple[float, float]
 
 
 class LatencyReport(BaseModel):
-    """A race. `cpus` are those that the process may run on; `load` is the system's one-minute load before and after."""
+    """A race. `cpus` are those that the process may run on; `load` is the system's one-minute load before and after.
+
+    `confidence` is that of each interval, `looks` how often the bounds were looked at, `decided` whether all of them
+    were; `warnings` says what disturbed the measurement: a busy machine, a drifting or throttled clock.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -75,6 +124,10 @@ class LatencyReport(BaseModel):
     cpus: tuple[int, ...]
     load: tuple[float, float]
     runners: dict[str, RunnerLatency]
+    looks: int = 1
+    decided: bool = False
+    pinned: int | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def race(
@@ -84,56 +137,139 @@ def race(
     reference: str,
     seconds: float,
     seed: int,
+    bounds: Sequence[Bound] = (),
     confidence: float = 0.95,
-    resamples: int = 1000,
+    resamples: int = 2000,
 ) -> LatencyReport:
-    """Time `runners` against each other on one feed for about `seconds`, warm-up not counted, at least ten blocks.
+    """Time `runners` against each other on one feed for at most `seconds`, warm-up not counted, at least ten blocks.
 
-    Each is warmed up until its times no longer fall. The interval of a ratio of medians is the percentile bootstrap
-    over blocks, both models' times of a block drawn together. Raises ValidationError when `reference` is not among the
-    runners or a model cannot run.
+    Each is warmed up until its times no longer fall. The interval of a ratio is the percentile bootstrap over blocks,
+    all models' times of a block drawn together. With `bounds`, it ends early once all of them are decided. One-thread
+    models run pinned to the CPU that was idlest. Raises ValidationError when `reference` or a bound names a model that
+    is not among the runners, or a model cannot run.
     """
-    if reference not in runners:
-        raise ValidationError(f"There is no runner {reference}; there are {', '.join(runners) or 'none'}.")
+    for name in (reference, *(n for bound in bounds for n in (bound.runner, bound.reference))):
+        if name not in runners:
+            raise ValidationError(f"There is no runner {name}; there are {', '.join(runners) or 'none'}.")
     rng = np.random.default_rng(seed)
     names = list(runners)
-    load = _load()
-    warmups = {name: _warm_up(runner, feed) for name, runner in runners.items()}
-    slowest = max(last for _, last in warmups.values())
-    timed = int(np.clip(TURN_SECONDS / slowest, TIMED, TIMED_LIMIT))
+    load, throttled = _load(), _throttled()
+    each = 1 - (1 - confidence) / len(LOOKS) if bounds else confidence
+    looks, decided = 0, False
     blocks: dict[str, list[list[_Times]]] = {name: [] for name in names}
     collecting = gc.isenabled()
-    gc.disable()
-    start = time.perf_counter()
-    try:
-        while len(blocks[reference]) < BLOCKS_AT_LEAST or time.perf_counter() - start < seconds:
-            for index in rng.permutation(len(names)):
-                runner = runners[names[index]]
-                _once(runner, feed)
-                blocks[names[index]].append([_once(runner, feed) for _ in range(timed)])
-    finally:
-        if collecting:
-            gc.enable()
-    spent = time.perf_counter() - start
-    times = {name: np.array(rows) for name, rows in blocks.items()}
-    count = len(blocks[reference])
-    draws = rng.integers(0, count, (resamples, count))
-    tails = ((1 - confidence) / 2, (1 + confidence) / 2)
+    with _pinned(runners.values()) as pinned:
+        warmups = {name: _warm_up(runner, feed) for name, runner in runners.items()}
+        slowest = max(last for _, last in warmups.values())
+        timed = int(np.clip(TURN_SECONDS / slowest, TIMED, TIMED_LIMIT))
+        gc.disable()
+        start = time.perf_counter()
+        try:
+            while len(blocks[reference]) < BLOCKS_AT_LEAST or time.perf_counter() - start < seconds:
+                for index in rng.permutation(len(names)):
+                    runner = runners[names[index]]
+                    _once(runner, feed)
+                    blocks[names[index]].append([_once(runner, feed) for _ in range(timed)])
+                spent = time.perf_counter() - start
+                if bounds and looks < len(LOOKS) - 1 and spent >= LOOKS[looks] * seconds:
+                    looks += 1
+                    if len(blocks[reference]) >= LOOK_BLOCKS:
+                        decided = _decided(bounds, _Draws(blocks, seed, resamples, each))
+                        if decided:
+                            break
+        finally:
+            if collecting:
+                gc.enable()
+        spent = time.perf_counter() - start
+    draws = _Draws(blocks, seed, resamples, each)
     return LatencyReport(
         reference=reference,
         feed=feed.label,
         seed=seed,
-        blocks=count,
+        blocks=len(blocks[reference]),
         timed_per_block=timed,
         seconds=spent,
-        confidence=confidence,
+        confidence=each,
         cpus=_cpus(),
         load=(load, _load()),
-        runners={
-            name: _latency(times[name], times[reference], draws, tails, runners[name].threads, warmups[name][0])
-            for name in names
-        },
+        runners={name: draws.latency(name, reference, runners[name].threads, warmups[name][0]) for name in names},
+        looks=looks + (not decided),
+        decided=decided or (bool(bounds) and _decided(bounds, draws)),
+        pinned=pinned,
+        warnings=_disturbances(draws.times, reference, runners, load, _throttled() - throttled),
     )
+
+
+class _Draws:
+    """The bootstrap: medians and 99th percentiles of every model over the same drawn blocks."""
+
+    def __init__(self, blocks: Mapping[str, list[list[_Times]]], seed: int, resamples: int, confidence: float) -> None:
+        self.times = {name: np.array(rows) for name, rows in blocks.items()}
+        self._tails = ((1 - confidence) / 2, (1 + confidence) / 2)
+        # A model may be faster than the CPU clock ticks.
+        self._tick = time.get_clock_info("process_time").resolution
+        count, timed, _ = next(iter(self.times.values())).shape
+        rng = np.random.default_rng(seed)
+        step = max(1, CHUNK // (count * timed))
+        drawn: dict[tuple[str, str], list[Array]] = {}
+        for first in range(0, resamples, step):
+            picks = rng.integers(0, count, (min(step, resamples - first), count))
+            for name, times in self.times.items():
+                wall = times[picks, :, 0].reshape(len(picks), -1)
+                median, p99 = np.quantile(wall, [0.5, 0.99], axis=1)
+                cpu = np.median(times[picks, :, 1].reshape(len(picks), -1), axis=1)
+                for of, values in (("median", median), ("p99", p99), ("cpu", cpu)):
+                    drawn.setdefault((name, of), []).append(values)
+        self._drawn = {key: np.concatenate(parts) for key, parts in drawn.items()}
+
+    def value(self, name: str, of: str) -> float:
+        """A statistic of one model's times, in seconds."""
+        times = self.times[name]
+        if of == "p99":
+            return float(np.quantile(times[..., 0], 0.99))
+        return float(np.median(times[..., 1 if of == "cpu" else 0]))
+
+    def ratio(self, name: str, other: str, of: str) -> Measured:
+        """The ratio of two models' statistics, with its interval."""
+        mine, theirs = self._drawn[name, of], self._drawn[other, of]
+        low, high = np.quantile(mine / np.maximum(theirs, self._tick), self._tails)
+        value = self.value(name, of) / max(self.value(other, of), self._tick)
+        return Measured(value=value, low=min(value, float(low)), high=max(value, float(high)))
+
+    def ratios(self, name: str, other: str) -> Ratios:
+        """All ratios of two models."""
+        median = self.ratio(name, other, "median")
+        return Ratios(
+            median=median,
+            p99=self.ratio(name, other, "p99"),
+            cpu=self.ratio(name, other, "cpu"),
+            detectable=(median.high - median.low) / 2 / median.value,
+        )
+
+    def latency(self, name: str, reference: str, threads: int, warmup: int) -> RunnerLatency:
+        """Statistics of one model's times."""
+        milliseconds = 1e3 * self.times[name][..., 0].ravel()
+        percentiles = np.quantile(milliseconds, np.linspace(0, 1, 101))
+        return RunnerLatency(
+            threads=threads,
+            warmup=warmup,
+            inferences=milliseconds.size,
+            min_ms=float(milliseconds.min()),
+            median_ms=float(np.median(milliseconds)),
+            mean_ms=float(milliseconds.mean()),
+            p95_ms=float(percentiles[95]),
+            p99_ms=float(percentiles[99]),
+            ratio=self.ratio(name, reference, "median"),
+            cpu_median_ms=1e3 * self.value(name, "cpu"),
+            cpu_ratio=self.ratio(name, reference, "cpu"),
+            percentiles_ms=tuple(percentiles.tolist()),
+            ratios={other: self.ratios(name, other) for other in self.times if other != name},
+        )
+
+
+def _decided(bounds: Sequence[Bound], draws: _Draws) -> bool:
+    ratios = [(bound, draws.ratio(bound.runner, bound.reference, bound.of)) for bound in bounds]
+    return all(ratio.high <= bound.value or ratio.low > bound.value for bound, ratio in ratios)
 
 
 def _once(runner: Runner, feed: Feed) -> _Times:
@@ -156,35 +292,59 @@ def _warm_up(runner: Runner, feed: Feed) -> tuple[int, float]:
     return len(times), float(np.median(times[-WARM_WINDOW:]))
 
 
-def _latency(
-    mine: Array, reference: Array, draws: Array, tails: Sequence[float], threads: int, warmup: int
-) -> RunnerLatency:
-    """Statistics of one model's times, (blocks, timed, 2) in seconds; `draws` are the bootstrap's block indices."""
-    milliseconds = 1e3 * mine[..., 0].ravel()
-    p95, p99 = np.quantile(milliseconds, [0.95, 0.99])
-    return RunnerLatency(
-        threads=threads,
-        warmup=warmup,
-        inferences=milliseconds.size,
-        min_ms=float(milliseconds.min()),
-        median_ms=float(np.median(milliseconds)),
-        mean_ms=float(milliseconds.mean()),
-        p95_ms=float(p95),
-        p99_ms=float(p99),
-        ratio=_ratio(mine[..., 0], reference[..., 0], draws, tails),
-        cpu_median_ms=1e3 * float(np.median(mine[..., 1])),
-        cpu_ratio=_ratio(mine[..., 1], reference[..., 1], draws, tails),
-    )
+def _disturbances(
+    times: Mapping[str, Array], reference: str, runners: Mapping[str, Runner], load: float, throttled: int
+) -> tuple[str, ...]:
+    """What disturbed the race, one line each; `times` are (blocks, timed, 2) in seconds."""
+    found = []
+    if all(runner.threads == 1 for runner in runners.values()):
+        wall, cpu = (sum(float(t[..., i].sum()) for t in times.values()) for i in (0, 1))
+        if wall > 0 and 1 - cpu / wall > BUSY:
+            found.append(f"the machine is busy: {1 - cpu / wall:.0%} of the time was spent waiting for the CPU")
+    if load > len(_cpus()):
+        found.append(f"the machine was busy before: load {load:.1f} on {len(_cpus())} CPUs")
+    per_block = np.median(times[reference][..., 0], axis=1)
+    third = max(1, len(per_block) // 3)
+    first, last = float(np.median(per_block[:third])), float(np.median(per_block[-third:]))
+    if len(per_block) >= BLOCKS_AT_LEAST and abs(last / first - 1) > DRIFT:
+        found.append(
+            f"the clock drifted: {reference} took {last / first - 1:+.0%} at the end (frequency, heat or load)"
+        )
+    if throttled > 0:
+        found.append(f"the CPU was throttled {throttled} times (quota of the container, or heat)")
+    return tuple(found)
 
 
-def _ratio(mine: Array, reference: Array, draws: Array, tails: Sequence[float]) -> Measured:
-    """The ratio of the medians of two models' times, (blocks, timed), with its bootstrap interval."""
-    # A model may be faster than the CPU clock ticks.
-    tick = time.get_clock_info("process_time").resolution
-    divisor = max(float(np.median(reference)), tick)
-    ratios = np.median(mine[draws], axis=(1, 2)) / np.maximum(np.median(reference[draws], axis=(1, 2)), tick)
-    low, high = np.quantile(ratios, tails)
-    return Measured(value=float(np.median(mine)) / divisor, low=float(low), high=float(high))
+def _throttled() -> int:
+    """How often this machine or container was throttled so far; 0 where nothing tells."""
+    count = 0
+    with contextlib.suppress(OSError, ValueError):
+        words = dict(line.split() for line in CGROUP.read_text().splitlines())
+        count += int(words.get("nr_throttled", 0))
+    for file in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
+        with contextlib.suppress(OSError, ValueError):
+            count += int(file.read_text())
+    return count
+
+
+@contextlib.contextmanager
+def _pinned(runners: Iterable[Runner]) -> Iterator[int | None]:
+    """Keep this thread on the CPU that is idlest now, where every runner computes on the calling thread alone."""
+    allowed = _cpus()
+    if not hasattr(os, "sched_setaffinity") or len(allowed) < 2 or any(runner.threads != 1 for runner in runners):
+        yield None
+        return
+    busy = psutil.cpu_percent(interval=0.05, percpu=True)
+    chosen = min(allowed, key=lambda cpu: busy[cpu] if cpu < len(busy) else 100.0)
+    try:
+        os.sched_setaffinity(0, {chosen})
+    except OSError:  # a sandbox may forbid it
+        yield None
+        return
+    try:
+        yield chosen
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def _cpus() -> tuple[int, ...]:

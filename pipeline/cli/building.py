@@ -67,7 +67,7 @@ def _config(
         "data.source": data,
         "baseline.weights": weights,
         "prune.ratio": ratio,
-        "data.input_size": _size(input_size),
+        "data.input_size": size(input_size),
         "name": name,
         "artifacts": out,
         "seed": seed,
@@ -79,21 +79,27 @@ def _config(
     return made
 
 
-def _size(text: str | None) -> list[int] | None:
+def size(text: str | None) -> tuple[int, int, int] | None:
+    """`C,H,W` as numbers. Raises ConfigError."""
     if text is None:
         return None
     parts = text.replace("x", ",").split(",")
     if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise ConfigError(f"--input-size {text!r} is not C,H,W.", "Write it like --input-size 3,224,224")
-    return [int(part) for part in parts]
+    channels, height, width = map(int, parts)
+    return channels, height, width
 
 
 @main.command()
 @_recipe_options
 @click.option("--from", "start", metavar="STAGE", help="Run again from this stage on, reusing only what is before it.")
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@click.option("--policy", type=click.Path(path_type=Path), help="A TOML file with limits, in place of the recipe's.")
+@click.option("--no-promote", is_flag=True, help="Leave `current` where it is, even when the gate passes.")
 @click.option("--quiet", is_flag=True, help="Print only the result.")
-def deploy(start: str | None, until: str | None, quiet: bool, **options: Any) -> int:
+def deploy(
+    start: str | None, until: str | None, policy: Path | None, no_promote: bool, quiet: bool, **options: Any
+) -> int:
     """Run the whole chain and seal a version.
 
     MODEL is a torchvision name (resnet50), timm:NAME, hf:FOLDER, path/to/file.py:callable or package.module:callable.
@@ -106,16 +112,22 @@ def deploy(start: str | None, until: str | None, quiet: bool, **options: Any) ->
     leanort deploy mynet.py:build --set prune.scope=global --set gate.max_latency_ratio=0.5
     """
     config = _config(**options)
-    from pipeline import runner
+    from pipeline import config as recipes
+    from pipeline import outcome, report, runner
     from pipeline.progress import Progress, TerminalProgress
 
+    if policy is not None:
+        config = recipes.with_policy(config, recipes.load_policy(policy))
     progress = Progress() if quiet else TerminalProgress()
-    release = runner.deploy(config.model, None, config, start=start, until=until, progress=progress)
+    release = runner.deploy(
+        config.model, None, config, start=start, until=until, promote=not no_promote, progress=progress
+    )
     if release is None:
         return 0
     from pipeline.artifacts import Validated
 
     print_release(release)
+    outcome.append_step_summary(report.markdown_summary(release.manifest, release.artifacts))
     return EXIT_CODES[release[Validated].verdict.outcome]
 
 

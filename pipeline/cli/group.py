@@ -73,6 +73,8 @@ def main() -> None:
     leanort deploy resnet50 --ratio 0.3   the same, gentler
     leanort show resnet50                 the figures of the newest version
     leanort why resnet50 layer3.1.conv2   which of its channels went, and why
+    leanort gate resnet50                 judge it again; also a file made elsewhere
+    leanort rollback resnet50             back to the version before
     leanort verify resnet50/v0001         every hash, back to the dense model
 
     \b

@@ -1,4 +1,4 @@
-"""Versions on disk: list, show, diff, verify, why."""
+"""Versions on disk: list, show, diff, verify, why; and which one is live: promote, rollback, gc."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.cli.group import OUT, main, plain
-from pipeline.errors import VersionError
+from pipeline.errors import LeanortError, StoreError, VersionError
 
 if TYPE_CHECKING:
     from pipeline.runner import Release
@@ -20,13 +20,24 @@ if TYPE_CHECKING:
 @main.command("list")
 @OUT
 @click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
-def list_(out: Path, as_json: bool) -> None:
+@click.option("--log", is_flag=True, help="What was promoted, rolled back and removed, by whom and why.")
+def list_(out: Path, as_json: bool, log: bool) -> None:
     """List every version: verdict, key figures, and which one is current (*)."""
     from pipeline import runner, store
     from pipeline.artifacts import Validated
 
+    if log:
+        _print_log(out, as_json)
+        return
+
+    def figures_of(version: Path) -> Validated | None:
+        try:
+            return runner.open_release(version)[Validated]
+        except (LeanortError, OSError, ValueError):  # one damaged version must not hide the others
+            return None
+
     rows = [
-        (folder.name, version.name, version == store.current(folder), runner.open_release(version)[Validated])
+        (folder.name, version.name, version == store.current(folder), figures_of(version))
         for folder in store.models(out)
         for version in store.versions(folder)
     ]
@@ -34,7 +45,8 @@ def list_(out: Path, as_json: bool) -> None:
         click.echo(
             json.dumps(
                 [
-                    {"model": m, "version": v, "current": c, **a.scalars(), "verdict": a.verdict.outcome}
+                    {"model": m, "version": v, "current": c}
+                    | ({**a.scalars(), "verdict": a.verdict.outcome} if a else {"verdict": "damaged"})
                     for m, v, c, a in rows
                 ]
             )
@@ -47,9 +59,13 @@ def list_(out: Path, as_json: bool) -> None:
     for column in ("model", "version", "verdict", "accuracy", "latency", "of dense", "size"):
         table.add_column(column)
     for model, version, is_current, figures in rows:
+        name = version + (" *" if is_current else "")
+        if figures is None:
+            table.add_row(model, name, "damaged")
+            continue
         table.add_row(
             model,
-            version + (" *" if is_current else ""),
+            name,
             figures.verdict.outcome,
             f"{figures.accuracy:.1%}",
             f"{figures.latency_ms:.3g} ms",
@@ -157,6 +173,78 @@ def why(version: str, layer: str | None, out: Path, as_json: bool) -> None:
         return
     for line in found.sentences(layer):
         click.echo(line)
+
+
+@main.command()
+@click.argument("version", metavar="MODEL/VERSION")
+@OUT
+@click.option("--force", is_flag=True, help="Although its gate has not passed. Logged, with the reason and your name.")
+@click.option("--reason", default="", help="Why; needed with --force.")
+def promote(version: str, out: Path, force: bool, reason: str) -> None:
+    """Make a version the current one, in one atomic step. Refused unless its gate has passed."""
+    from pipeline import promotion, store
+
+    folder = store.resolve(out, version)
+    before = promotion.promote(folder, forced=force, reason=reason)
+    now = f"{folder.parent.name}/{folder.name}"
+    click.echo(f"{now} is current already." if before == folder.name else f"{now} is current{_was(before)}.")
+
+
+@main.command()
+@click.argument("model")
+@OUT
+@click.option("--reason", default="", help="Why; goes into the log.")
+def rollback(model: str, out: Path, reason: str) -> None:
+    """Go back to the version that was current before, in one atomic step."""
+    from pipeline import promotion, store
+
+    before, now = promotion.rollback(store.resolve(out, model).parent, reason=reason)
+    click.echo(f"{model}/{now} is current{_was(before)}.")
+
+
+@main.command()
+@click.argument("model", required=False)
+@OUT
+@click.option("--keep", type=click.IntRange(0), default=5, show_default=True, help="How many of the newest stay.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+def gc(model: str | None, out: Path, keep: int, dry_run: bool) -> None:
+    """Remove old versions; never the current or the previous one, nor one that a version which stays was made from."""
+    from pipeline import promotion, store
+
+    folders = [store.resolve(out, model).parent] if model else store.models(out)
+    for folder in folders:
+        with store.locked(folder, lambda: click.echo("Another run is building here; waiting for it.", err=True)):
+            versions = promotion.removable(folder, keep)
+            names = ", ".join(version.name for version in versions) or "nothing"
+            if dry_run:
+                click.echo(f"{folder.name}: would remove {names}")
+            else:
+                freed = promotion.collect(folder, versions)
+                click.echo(f"{folder.name}: removed {names}, {freed / 1e6:.1f} MB freed")
+
+
+def _was(before: str) -> str:
+    return f"; it was {before}" if before else ""
+
+
+def _print_log(out: Path, as_json: bool) -> None:
+    from pipeline import journal
+
+    entries, faults = journal.read(out)
+    if as_json:
+        click.echo(json.dumps([entry.model_dump(mode="json") for entry in entries]))
+    else:
+        table = Table(box=None, pad_edge=False)
+        for column in ("when", "what", "version", "from", "verdict", "by", "why"):
+            table.add_column(column, overflow="fold")
+        for entry in entries:
+            what = f"{entry.action} --force" if entry.forced else entry.action
+            when = entry.time.strftime("%Y-%m-%d %H:%M:%S")
+            words = (f"{entry.model}/{entry.version}", entry.previous, entry.verdict, entry.by, entry.reason)
+            table.add_row(when, what, *map(plain, words))
+        Console().print(table)
+    if faults:
+        raise StoreError(f"The log in {out} was tampered with: {faults[0]}.", "Compare it with a backup.")
 
 
 def print_release(release: Release) -> None:

@@ -9,35 +9,35 @@ from pathlib import Path
 import torch
 
 from exporters import describe
-from pipeline.artifacts import Baseline, Candidate, Exported, Folded, Hop, Optimized, Shrunk, Validated
+from pipeline import measuring, policy
+from pipeline.artifacts import Baseline, Candidate, Exported, Folded, Hop, Optimized, Promoted, Shrunk, Validated
 from pipeline.channels import capture
 from pipeline.config import GateSection
 from pipeline.data import Data
 from pipeline.models import ModelSource, example
+from pipeline.pictures import pictured
 from pipeline.progress import Progress
 from pipeline.stages.precise import SEEDS, Precise
 from validators import (
     Feed,
-    Limit,
-    Measured,
     OrtRunner,
     ParityReport,
     Runner,
     TorchRunner,
+    ValidationError,
     compare_accuracy,
     compare_chain,
     edge_feeds,
     evaluate,
-    judge,
-    measure,
-    race,
     random_feeds,
     real_feeds,
+    repro_pack,
 )
 
 BATCHES = (1, 3, 8)
-EVALUATION_BATCH = 64
-PRECISION_LOSS = "accuracy lost to reduced precision (points)"
+# Test samples that only one of dense and shipped got right: the first few as pictures.
+FLIPPED = "flipped"
+PICTURES = 24
 
 
 def run(
@@ -50,72 +50,80 @@ def run(
     shrunk: Shrunk,
     exported: Exported,
     optimized: Optimized,
+    promoted: Promoted,
     progress: Progress,
 ) -> Validated:
-    """Measure everything, then judge it by the recipe's limits. Raises ValidationError when a model cannot be run."""
+    """Measure everything, then judge it by the recipe's policy. Raises ValidationError when a model cannot be run."""
     chain, (precise, *shaken) = _chain(cfg, source, folded, shrunk, exported, optimized)
     feeds = _feeds(cfg, chain[-1], data)
     progress.say(f"  parity of {len(chain)} models on {len(feeds)} feeds")
     parity = compare_chain(chain, feeds, atol=cfg.parity, rtol=0.0, precise=precise, shaken=shaken)
     winner = optimized.winner
-    dense = OrtRunner(baseline.onnx, threads=cfg.threads, name="dense")
-    shipped = OrtRunner(optimized.onnx, threads=cfg.threads, name="shipped", session=winner.session)
-    progress.say(f"  accuracy of the shipped file on {len(data.test)} test samples")
-    accuracy = compare_accuracy(
-        *(evaluate(r, data.batches("test", EVALUATION_BATCH)) for r in (dense, shipped)), seed=cfg.seed
-    )
-    progress.say(f"  latency, dense against shipped, {cfg.threads} thread(s), batch {cfg.batch_size}")
-    feed = random_feeds(shipped.inputs, seed=cfg.seed, batches=(cfg.batch_size,))[0]
-    latency = race({"dense": dense, "shipped": shipped}, feed, reference="dense", seconds=cfg.seconds, seed=cfg.seed)
-    before, after = (measure(r.path, feed, threads=cfg.threads) for r in (dense, shipped))
+    apart = _apart(cfg, out, parity.hops[-1], feeds, exported, optimized) if winner.budget == "rounding" else []
+    files = {"dense": baseline.onnx, "shipped": optimized.onnx}
+    if promoted.onnx is not None:
+        files["promoted"] = promoted.onnx
+    found = measuring.contest(cfg, files, data, progress, sessions={"shipped": winner.session})
     hops = (*(_hop(report) for report in parity.hops[:-1]), _last_hop(parity.hops[-1], winner))
-    drop = accuracy.drop.value
-    ratio = latency.runners["shipped"].ratio
-    metrics: dict[str, float | Measured | None] = {
-        **{f"parity {hop.reference} - {hop.candidate}": r.judged for hop, r in zip(hops, parity.hops, strict=True)},
-        "accuracy drop (points)": drop,
-        "latency (of dense)": ratio,
-        "file size (of dense)": after.bytes / before.bytes,
+    measurements = found.measurements | {
+        f"{policy.PARITY}{hop.reference} - {hop.candidate}": policy.exactly(report.judged)
+        for hop, report in zip(hops, parity.hops, strict=True)
+        if hop.judged
     }
-    limits = _limits(cfg, hops)
     if winner.budget == "accuracy":
-        last = f"parity {hops[-1].reference} - {hops[-1].candidate}"
-        limits = [limit for limit in limits if limit.metric != last]
-        limits.append(Limit(metric=PRECISION_LOSS, operator="<=", value=winner.allowed))
-        metrics[PRECISION_LOSS] = _precision_loss(cfg, data, exported, shipped) if hops[-1].passed else None
-    if not optimized.proven:
-        # Nothing vouches for it, whatever this stage's own inputs say.
-        limits.append(Limit(metric="proof in the race (1 = yes)", operator="==", value=1))
-        metrics["proof in the race (1 = yes)"] = 0.0
-    verdict = judge(metrics, limits)
+        beyond = _precision_loss(cfg, data, exported, optimized) - winner.allowed if hops[-1].passed else None
+        measurements[policy.BEYOND_BUDGET] = policy.exactly(beyond)
+    if not optimized.proven:  # nothing vouches for it, whatever this stage's own inputs say
+        measurements[policy.PROVEN] = policy.exactly(0.0)
+    counts = {"macs": shrunk.macs_after, "parameters": shrunk.params_after}
+    measurements |= {name: policy.exactly(count) for name, count in counts.items()}
+    others = {"dense": (baseline.macs, baseline.params), "promoted": (promoted.macs, promoted.params)}
+    for name in found.structure.keys() & others.keys():
+        macs, params = others[name]
+        measurements |= measuring.against(counts, {"macs": macs, "parameters": params}, name)
+    verdict, notes = policy.decide(
+        cfg,
+        measurements,
+        hops=[key for key in measurements if key.startswith(policy.PARITY)],
+        promoted=promoted.onnx is not None,
+    )
+    accuracy, latency = found.accuracy["dense"], found.latency
     for name, report in (("parity", parity), ("accuracy", accuracy), ("latency", latency), ("verdict", verdict)):
         (out / f"{name}.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    structure = {"dense": before.model_dump(mode="json"), "shipped": after.model_dump(mode="json")}
+    structure = {name: report.model_dump(mode="json") for name, report in found.structure.items()}
     for entry in structure.values():
         del entry["path"]
     (out / "structure.json").write_text(json.dumps(structure, indent=1) + "\n", encoding="utf-8")
+    pictures = pictured(data, [flip.sample for flip in accuracy.flipped[:PICTURES]])
+    for sample, picture in pictures.items():
+        (out / FLIPPED).mkdir(exist_ok=True)
+        picture.save(out / FLIPPED / f"{sample}.png")
     mine, reference = latency.runners["shipped"], latency.runners["dense"]
+    before, after = found.structure["dense"], found.structure["shipped"]
     return Validated(
         folder=out,
         verdict=verdict,
         hops=hops,
         dense_accuracy=accuracy.dense,
         accuracy=accuracy.shipped,
-        accuracy_drop_points=drop,
+        accuracy_drop_points=accuracy.drop.value,
         accuracy_drop_low=accuracy.drop.low,
         accuracy_drop_high=accuracy.drop.high,
         dense_latency_ms=reference.median_ms,
         latency_ms=mine.median_ms,
         latency_p95_ms=mine.p95_ms,
         latency_p99_ms=mine.p99_ms,
-        latency_ratio=ratio.value,
-        latency_ratio_low=ratio.low,
-        latency_ratio_high=ratio.high,
+        latency_ratio=mine.ratio.value,
+        latency_ratio_low=mine.ratio.low,
+        latency_ratio_high=mine.ratio.high,
         threads=cfg.threads,
         dense_bytes=before.bytes,
         bytes=after.bytes,
         dense_load_ms=before.load_ms,
         load_ms=after.load_ms,
+        measurements={key: policy.finite(value) for key, value in measurements.items()},
+        notes=(*notes, *apart, *found.notes),
+        promoted=promoted.version,
     )
 
 
@@ -154,13 +162,18 @@ def _feeds(cfg: GateSection, shipped: Runner, data: Data) -> list[Feed]:
     ]
 
 
-def _limits(cfg: GateSection, hops: tuple[Hop, ...]) -> list[Limit]:
-    return [
-        *(Limit(metric=f"parity {h.reference} - {h.candidate}", operator="<=", value=cfg.parity) for h in hops),
-        Limit(metric="accuracy drop (points)", operator="<=", value=cfg.max_accuracy_drop_points),
-        Limit(metric="latency (of dense)", operator="<=", value=cfg.max_latency_ratio),
-        Limit(metric="file size (of dense)", operator="<=", value=cfg.max_size_ratio),
-    ]
+def _apart(
+    cfg: GateSection, out: Path, hop: ParityReport, feeds: list[Feed], exported: Exported, optimized: Optimized
+) -> list[str]:
+    """Where the optimised graph parts from the exported one, if it does; a repro pack is written."""
+    if hop.passed or hop.worst is None or optimized.onnx.suffix != ".onnx":
+        return []
+    worst = next(feed for feed in feeds if feed.label == hop.worst.feed)
+    try:
+        found = repro_pack(exported.onnx, optimized.onnx, worst, out / "repro.zip", atol=cfg.parity)
+    except ValidationError as error:
+        return [f"{hop.candidate}: where it differs could not be found: {error}"]
+    return [f"{hop.candidate} {found.words}; see repro.zip" if found else f"{hop.candidate}: differs only once loaded"]
 
 
 def _last_hop(report: ParityReport, winner: Candidate) -> Hop:
@@ -170,13 +183,17 @@ def _last_hop(report: ParityReport, winner: Candidate) -> Hop:
         return hop
     comparable = report.max_scaled is not None
     reason = f"{winner.name} is judged by the accuracy that it costs, not by float rounding"
-    return hop.model_copy(update={"passed": comparable, "reasons": (reason,) if comparable else hop.reasons})
+    update = {"judged": False, "passed": comparable, "reasons": (reason,) if comparable else hop.reasons}
+    return hop.model_copy(update=update)
 
 
-def _precision_loss(cfg: GateSection, data: Data, exported: Exported, shipped: Runner) -> float:
+def _precision_loss(cfg: GateSection, data: Data, exported: Exported, optimized: Optimized) -> float:
     """Accuracy of the exported float file minus that of the shipped one on the test part, in points."""
-    float32 = OrtRunner(exported.onnx, threads=cfg.threads, name="exported")
-    reports = [evaluate(runner, data.batches("test", EVALUATION_BATCH)) for runner in (float32, shipped)]
+    runners = (
+        OrtRunner(exported.onnx, threads=cfg.threads, name="exported"),
+        OrtRunner(optimized.onnx, threads=cfg.threads, name="shipped", session=optimized.winner.session),
+    )
+    reports = [evaluate(runner, data.batches("test", measuring.EVALUATION_BATCH)) for runner in runners]
     return compare_accuracy(*reports, seed=cfg.seed).drop.value
 
 

@@ -9,7 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file
+
+from pipeline import store
+from pipeline.cli import main
 
 TINY = Path(__file__).with_name("tiny.py")
 STAGES = ["baseline", "prune", "finetune", "fold", "shrink", "export", "optimize", "validate"]
@@ -101,8 +105,6 @@ def test_original_weights_survive_under_the_masks_until_fold(version):
 def test_the_onnx_file_names_its_parents(version):
     import onnx
 
-    from pipeline import store
-
     entries = {e.key: e.value for e in onnx.load(version / "5-export" / "model.onnx").metadata_props}
     assert entries["leanort.dense_sha256"] == store.sha256(version / "0-baseline" / "weights.safetensors")
     assert {"leanort.version", "leanort.recipe_sha256", "leanort.sparsity", "leanort.data"} <= entries.keys()
@@ -179,6 +181,58 @@ def test_a_person_can_ask_which_channels_of_a_layer_went_and_why(artifacts, vers
     assert wrong.returncode == 2
     assert "Did you mean blocks.0.conv" in wrong.stderr
     assert (version / "4-shrink" / "widths.svg").read_text().startswith("<svg")
+
+
+def said(folder: Path, *words: str, code: int = 0) -> str:
+    """What a command prints, run in this process."""
+    result = CliRunner().invoke(main, [*words, "--out", str(folder)])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+def test_a_stored_version_is_judged_again_and_only_a_passed_one_is_promoted(artifacts, version, tmp_path):
+    deploy(artifacts, "--set", "gate.max_size_ratio=0.001")
+    loose, strict = tmp_path / "loose.toml", tmp_path / "strict.toml"
+    common = "max_accuracy_drop_points = 15.0\nmax_latency_ratio = 5.0\n"
+    loose.write_text(common)
+    strict.write_text(common + '[[limits]]\nmetric = "parameters"\nagainst = "dense"\nmax = 0.1\n')
+    began = time.perf_counter()
+    assert "fail tiny" in said(artifacts, "gate", "tiny/v0002", code=1).replace(f"{TINY}:build", "tiny")
+    said(artifacts, "gate", "tiny/v0002", "--policy", str(loose), "--report", str(tmp_path / "ci"))
+    assert json.loads((tmp_path / "ci" / "verdict.json").read_text())["outcome"] == "pass"
+    assert "Parameters (of dense)" in said(artifacts, "gate", "tiny/v0001", "--policy", str(strict), code=1)
+    assert time.perf_counter() - began < 10, "something was measured"
+    assert "verdict is fail" in said(artifacts, "promote", "tiny/v0002", code=2)
+    assert "v0002 is current; it was v0001" in said(
+        artifacts, "promote", "tiny/v0002", "--force", "--reason", "size is no matter here"
+    )
+    assert "v0001 is current; it was v0002" in said(artifacts, "rollback", "tiny")
+    log = json.loads(said(artifacts, "list", "--log", "--json"))
+    assert [(e["action"], e["version"], e["forced"]) for e in log] == [
+        ("promote", "v0001", False),
+        ("promote", "v0002", True),
+        ("rollback", "v0001", False),
+    ]
+    assert log[1]["reason"] == "size is no matter here"
+    assert "would remove nothing" in said(artifacts, "gc", "tiny", "--dry-run")
+
+
+def test_the_next_version_is_measured_against_the_promoted_one_and_names_it(artifacts, version):
+    limit = 'gate.limits=[{metric = "file_size", against = "promoted", max = 1.0}]'
+    done = deploy(artifacts, "--ratio", "0.25", "--set", limit)
+    assert done.returncode == 1, done.stderr + done.stdout
+    newest = sorted((artifacts / "tiny").glob("v*"))[-1]
+    assert figures(newest, "7-validate")["promoted"] == "v0001"
+    assert {"latency vs promoted", "accuracy vs promoted", "macs vs promoted"} <= set(
+        figures(newest, "7-validate")["measurements"]
+    )
+    assert "file size (of promoted)" in done.stdout
+    shipped = figures(version, "6-optimize")["ships"]
+    parents = manifest(newest)["parents"]
+    assert parents["promoted model"] == store.sha256(version / "6-optimize" / shipped)
+    assert parents["dense weights"] == store.sha256(version / "0-baseline" / "weights.safetensors")
+    assert said(artifacts, "verify", f"tiny/{newest.name}")
+    assert (artifacts / "tiny" / "current").resolve() == version.resolve()
 
 
 def test_plan_writes_nothing_and_names_groups(tmp_path):

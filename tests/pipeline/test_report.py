@@ -11,11 +11,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from pipeline import report
+from pipeline import figures, report
 from pipeline.artifacts import (
     Artifact,
     Baseline,
@@ -34,7 +36,18 @@ from pipeline.artifacts import (
 from pipeline.config import GroupSwitches
 from pipeline.manifest import FileRecord, Manifest, StageRecord
 from pipeline.masks import Sparsity
-from validators import Limit, Measured, Verdict, judge
+from validators import (
+    AccuracyReport,
+    LatencyReport,
+    Limit,
+    Measured,
+    Ratios,
+    RunnerLatency,
+    Verdict,
+    compare_accuracy,
+    judge,
+)
+from validators.accuracy import ClassAccuracy
 
 STAGES = ("0-baseline", "1-prune", "2-finetune", "3-fold", "4-shrink", "5-export", "6-optimize", "7-validate")
 SHA = "d51aa91f9d23149a7b1073a0dcd793e2c44895deb2d41a816c1b250524579884"
@@ -74,6 +87,52 @@ def judged(**changed: float | Measured | None) -> Verdict:
 
 def timed(milliseconds: float, ratio: float, low: float, high: float) -> CandidateLatency:
     return CandidateLatency(threads=2, batch_size=1, median_ms=milliseconds, ratio=ratio, low=low, high=high)
+
+
+def times(median: float, against: dict[str, float]) -> RunnerLatency:
+    """A model's latencies, skewed as real ones are."""
+    known = tuple(median * (0.9 + 0.1 * (p / 50) + (p > 90) * (p - 90) / 20) for p in range(101))
+    exact = Measured(value=1, low=1, high=1)
+    ratios = {
+        name: Ratios(
+            median=Measured(value=value, low=value - 0.01, high=value + 0.01), p99=exact, cpu=exact, detectable=0.01
+        )
+        for name, value in against.items()
+    }
+    return RunnerLatency(
+        threads=1, warmup=6, inferences=900, min_ms=known[0], median_ms=median, mean_ms=median, p95_ms=known[95],
+        p99_ms=known[99], ratio=exact, cpu_median_ms=median, cpu_ratio=exact, percentiles_ms=known, ratios=ratios,
+    )  # fmt: skip
+
+
+def keep_measurements(folder: Path) -> None:
+    """latency.json, accuracy.json and pictures of flipped samples, as the last stage leaves them."""
+    race = LatencyReport(
+        reference="dense", feed="random, batch 1", seed=0, blocks=180, timed_per_block=5, seconds=3.2,
+        confidence=0.9875, cpus=(0, 1), load=(0.5, 0.6),
+        runners={
+            "shipped": times(1.703, {"dense": 0.283, "promoted": 0.9}),
+            "promoted": times(1.9, {}),
+            "dense": times(6.02, {}),
+        },
+    )  # fmt: skip
+    (folder / "latency.json").write_text(race.model_dump_json())
+    labels = tuple(i % 4 for i in range(40))
+    wrong = {3, 7, 8, 21}
+    reports = [
+        AccuracyReport(
+            runner="r", samples=40, top1=0.9, labels=labels, confidences=(0.75,) * 40,
+            predictions=tuple((y + 1) % 4 if i in missed else y for i, y in enumerate(labels)),
+            per_class={
+                c: ClassAccuracy(samples=10, correct=10 - sum(labels[i] == c for i in missed)) for c in range(4)
+            },
+        )
+        for missed in ({21}, wrong - {21})
+    ]  # fmt: skip
+    (folder / "accuracy.json").write_text(compare_accuracy(*reports, seed=0).model_dump_json())
+    (folder / "flipped").mkdir(exist_ok=True)
+    for sample in wrong - {8}:
+        Image.fromarray(np.full((64, 64, 3), 8 * sample, np.uint8)).save(folder / "flipped" / f"{sample}.png")
 
 
 def run(
@@ -161,9 +220,11 @@ def run(
             dense_accuracy=0.9694, accuracy=0.9638, accuracy_drop_points=0.56, accuracy_drop_low=-0.3,
             accuracy_drop_high=1.4, dense_latency_ms=6.02, latency_ms=1.703, latency_p95_ms=1.78, latency_p99_ms=2.04,
             latency_ratio=0.283, latency_ratio_low=0.276, latency_ratio_high=0.291, threads=2, dense_bytes=94_112_233,
-            bytes=24_450_000, dense_load_ms=212.3, load_ms=57.1,
+            bytes=24_450_000, dense_load_ms=212.3, load_ms=57.1, promoted="v0002",
+            notes=("the machine is busy: 20% of the time was spent waiting for the CPU",),
         ),
     ]  # fmt: skip
+    keep_measurements(folders[7])
     if history is not None:
         (folder / "2-finetune" / "history.csv").write_text(history)
     records = tuple(
@@ -188,7 +249,7 @@ def written(folder: Path, **options: object) -> dict[str, str]:
 class Page(HTMLParser):
     """The page's visible text, its tags in order, every attribute, and whether each tag was closed in order."""
 
-    VOID = frozenset({"meta", "link", "br", "rect", "line", "polyline", "path"})
+    VOID = frozenset({"meta", "img", "link", "br", "rect", "line", "polyline", "path"})
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -234,6 +295,12 @@ def test_the_page_shows_every_figure(tmp_path):
         "2 threads",
         "24.4 MB", "0.260 of 94.1 MB dense", "loads in 57.1 ms, dense in 212 ms",
         "6.11 M", "0.260 of 23.5 M dense", "21.7 M", "0.259 of 83.9 M dense",
+        "dense 6.02 ms 9.32 ms 0.283 (0.273 to 0.293)", "promoted 1.90 ms 2.94 ms 0.900 (0.890 to 0.910)",
+        "Interleaved: 180 blocks of 5 inferences in 3.2 s, each interval at 98.8 % confidence",
+        "3 test samples were right before and are wrong now, 1 the other way.",
+        "sample 3: 3 dense 3, 75.0 % shipped 0, 75.0 %", "sample 21: 1 dense 2, 75.0 % shipped 1, 75.0 %",
+        "3 10 100.0 % 80.0 % −20.0 points",
+        "Note: the machine is busy", "Compared with v0002, the version that was current",
         "Accuracy drop, points ✓ pass 0.560 at most 1.00", "0.283 (0.276 to 0.291) at most 0.300",
         "layer2.conv 192 → 72 37.5 % stay", "layer0.conv.weight 25.0 % 9 216 of 36 864 weights, 16 of 64 channels",
         "17 458 163 of 23 528 522 weights to zero (74.2 %)",
@@ -260,12 +327,25 @@ def test_the_page_shows_every_figure(tmp_path):
         assert re.sub(r"\s", "", shown) in re.sub(r"\s", "", text), shown
 
 
+def test_a_version_without_kept_measurements_shows_no_empty_plot(tmp_path):
+    manifest, artifacts = run(tmp_path)
+    for name in ("latency.json", "accuracy.json"):
+        (tmp_path / "7-validate" / name).unlink()
+    report.write(tmp_path, manifest, artifacts)
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "Interleaved" not in text
+    assert "right before and are wrong now" not in text
+
+
 def test_the_page_fetches_nothing_and_runs_nothing(tmp_path):
     source = written(tmp_path)["report.html"]
     page = Page(source)
-    assert not {"script", "iframe", "img", "object", "embed", "form", "base"} & set(page.tags)
+    assert not {"script", "iframe", "object", "embed", "form", "base"} & set(page.tags)
     assert not re.search(r"https?:|@import|url\(|//[a-z]", source.lower())
-    assert [v for k, v in page.attributes if k in ("src", "href", "srcset", "action")] == ["data:,"]
+    sources = [v for k, v in page.attributes if k in ("src", "href", "srcset", "action")]
+    assert sources[0] == "data:,"
+    assert len(sources) == 4
+    assert all(source.startswith("data:image/png;base64,") for source in sources[1:])
     assert not [k for k, _ in page.attributes if k.startswith("on") or k == "style"]
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
 
@@ -463,33 +543,33 @@ def test_the_markdown_is_what_markdown_summary_returns_and_is_short(tmp_path):
 @pytest.mark.parametrize(
     ("made", "wanted"),
     [
-        (report.significant(0), "0"),
-        (report.significant(0.0999999), "0.100"),
-        (report.significant(-12.345), "−12.3"),
-        (report.significant(1234.5), "1 234"),
-        (report.significant(-3.2e-7), "−3.20e-07"),
-        (report.significant(math.nan), "not a number"),
-        (report.significant(-math.inf), "−∞"),
-        (report.percent(0.0001), "< 0.1 %"),
-        (report.percent(0.9999), "> 99.9 %"),
-        (report.percent(1.0), "100.0 %"),
-        (report.percent(0.0), "0.0 %"),
-        (report.percent(None), "–"),
-        (report.points(0.3), "+0.3 points"),
-        (report.points(-1.6), "−1.6 points"),
-        (report.points(-0.01), "±0.0 points"),
-        (report.size(999), "999 B"),
-        (report.size(999_960), "1.00 MB"),
-        (report.size(2_140_000_000), "2.14 GB"),
-        (report.amount(0), "0"),
-        (report.amount(4_089_000_000), "4.09 G"),
-        (report.ratio(1, 0), "–"),
-        (report.error(0.0), "0"),
-        (report.error(None), "–"),
-        (report.error(1.94e-6), "1.9e-06"),
-        (report.duration(0.04), "0.0 s"),
-        (report.duration(59.7), "1 min 0 s"),
-        (report.duration(3600 + 61), "1 h 1 min"),
+        (figures.significant(0), "0"),
+        (figures.significant(0.0999999), "0.100"),
+        (figures.significant(-12.345), "−12.3"),
+        (figures.significant(1234.5), "1 234"),
+        (figures.significant(-3.2e-7), "−3.20e-07"),
+        (figures.significant(math.nan), "not a number"),
+        (figures.significant(-math.inf), "−∞"),
+        (figures.percent(0.0001), "< 0.1 %"),
+        (figures.percent(0.9999), "> 99.9 %"),
+        (figures.percent(1.0), "100.0 %"),
+        (figures.percent(0.0), "0.0 %"),
+        (figures.percent(None), "–"),
+        (figures.points(0.3), "+0.3 points"),
+        (figures.points(-1.6), "−1.6 points"),
+        (figures.points(-0.01), "±0.0 points"),
+        (figures.size(999), "999 B"),
+        (figures.size(999_960), "1.00 MB"),
+        (figures.size(2_140_000_000), "2.14 GB"),
+        (figures.amount(0), "0"),
+        (figures.amount(4_089_000_000), "4.09 G"),
+        (figures.ratio(1, 0), "–"),
+        (figures.error(0.0), "0"),
+        (figures.error(None), "–"),
+        (figures.error(1.94e-6), "1.9e-06"),
+        (figures.duration(0.04), "0.0 s"),
+        (figures.duration(59.7), "1 min 0 s"),
+        (figures.duration(3600 + 61), "1 h 1 min"),
     ],
 )
 def test_figures_are_rounded_as_people_read_them(made, wanted):

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from validators import AccuracyReport, ValidationError, compare_accuracy, evaluate
+from validators import AccuracyReport, ValidationError, compare_accuracy, evaluate, similarity, top_k
+
+SHIFT = np.array([0, 0, 1], np.float32)
 
 
 def onehot_runner(function_runner, wrong=(), name="model"):
@@ -90,3 +92,54 @@ def test_different_samples_are_not_compared(function_runner, samples):
     runner = onehot_runner(function_runner)
     with pytest.raises(ValidationError, match="different samples"):
         compare_accuracy(evaluate(runner, samples), evaluate(runner, samples[::-1]), seed=0)
+
+
+def test_top_k_counts_the_label_among_the_largest_and_never_a_nan():
+    logits = np.array([[3, 2, 1, 0], [0, 1, 2, 3], [np.nan, 1, 2, 3]], np.float32)
+    labels = np.array([1, 1, 3])
+    assert top_k(1)(logits, labels).tolist() == [0, 0, 0]
+    assert top_k(2)(logits, labels).tolist() == [1, 0, 0]
+    assert top_k(3)(logits, labels).tolist() == [1, 1, 0]
+
+
+def test_further_metrics_are_scored_per_sample_and_compared_in_pairs(function_runner, samples):
+    metrics = {"double": lambda logits, labels: 2.0 * (logits.argmax(1) == labels)}
+    dense = evaluate(onehot_runner(function_runner), samples, metrics=metrics)
+    shipped = evaluate(onehot_runner(function_runner, wrong=(0, 1, 2)), samples, metrics=metrics)
+    result = compare_accuracy(dense, shipped, seed=0).scores["double"]
+    assert (result.dense, result.shipped, result.drop.value) == (2.0, 1.5, 0.5)
+    assert 0 <= result.drop.low < 0.5 < result.drop.high
+    with pytest.raises(ValidationError, match="one number per sample"):
+        evaluate(onehot_runner(function_runner), samples, metrics={"mean": lambda logits, labels: logits.mean()})
+
+
+def test_flips_carry_confidences_and_classes_are_counted_for_both(function_runner, samples):
+    dense = evaluate(onehot_runner(function_runner), samples)
+    shipped = evaluate(onehot_runner(function_runner, wrong=(4,)), samples)
+    result = compare_accuracy(dense, shipped, seed=0)
+    (flip,) = result.flipped
+    assert flip.dense_confidence == pytest.approx(np.e / (np.e + 3))
+    assert flip.shipped_confidence == pytest.approx(np.exp(9) / (np.exp(9) + 3))
+    assert {c: (n.samples, n.dense, n.shipped) for c, n in result.per_class.items()} == {
+        1: (4, 4, 4),
+        2: (4, 4, 3),
+        3: (4, 4, 4),
+    }
+
+
+def test_embeddings_are_compared_by_direction_and_by_rank(function_runner):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20, 3)).astype(np.float32)
+    batches = [(x[:15], None), (x[15:], None)]
+    same = similarity(function_runner(lambda x: x), function_runner(lambda x: 2 * x), batches)
+    assert (same.samples, same.cosine_min, same.spearman_min) == (20, pytest.approx(1), pytest.approx(1))
+    bent = similarity(function_runner(lambda x: x), function_runner(lambda x: x**3), batches)
+    assert bent.spearman_min == pytest.approx(1)
+    assert bent.cosine < 0.99
+    other = similarity(function_runner(lambda x: x), function_runner(lambda x: x + SHIFT), batches)
+    wanted = [stats.spearmanr(row, row + SHIFT).statistic for row in x]
+    assert other.spearman == pytest.approx(np.mean(wanted))
+    with pytest.raises(ValidationError, match="NaN"):
+        similarity(function_runner(lambda x: x), function_runner(lambda x: x * np.nan), batches)
+    with pytest.raises(ValidationError, match="no samples"):
+        similarity(function_runner(lambda x: x), function_runner(lambda x: x), [])

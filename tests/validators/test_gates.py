@@ -76,7 +76,7 @@ def test_a_failure_outweighs_an_inconclusive_check_which_outweighs_a_pass():
     assert judge(metrics, limits).outcome == "fail"
     verdict = judge(metrics, limits[:2])
     assert verdict.outcome == "inconclusive"
-    assert verdict.reasons == ("unsure = 1 [0, 2] may or may not be <= 1",)
+    assert verdict.reasons == ("unsure = 1 [0, 2] may or may not be <= 1; a difference of 1 can be told",)
 
 
 def test_a_limit_with_an_unknown_key_or_operator_is_refused():

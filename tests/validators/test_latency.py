@@ -1,11 +1,12 @@
 import gc
+import os
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from validators import Feed, LatencyReport, OrtRunner, ValidationError, latency, race
+from validators import Bound, Feed, LatencyReport, OrtRunner, ValidationError, latency, race
 
 FEED = Feed("f", {"input": np.zeros((1, 3), np.float32)})
 
@@ -161,3 +162,105 @@ def test_garbage_collection_is_on_again_even_after_a_failure(function_runner):
 def test_an_unknown_reference_is_refused(function_runner):
     with pytest.raises(ValidationError, match="no runner dense; there are a"):
         race({"a": function_runner(np.copy)}, FEED, reference="dense", seconds=0, seed=0)
+
+
+def test_a_clear_case_is_decided_early_and_an_unclear_one_uses_its_time(clock, function_runner):
+    rng = np.random.default_rng(0)
+    runners = {
+        name: clock.runner(function_runner, name, lambda base=base: base * (1 + 0.1 * rng.random()))
+        for name, base in (("a", 2e-3), ("b", 1e-3))
+    }
+
+    def raced(value):
+        return race(runners, FEED, reference="a", seconds=4, seed=0, bounds=[Bound("b", "a", value)])
+
+    clear = raced(0.6)
+    assert clear.decided
+    assert clear.seconds == pytest.approx(1, rel=0.1)
+    assert clear.confidence == pytest.approx(1 - 0.05 / 4)
+    unclear = raced(clear.runners["b"].ratio.value)
+    assert not unclear.decided
+    assert unclear.seconds == pytest.approx(4, rel=0.1)
+    assert 0 < unclear.runners["b"].ratios["a"].detectable < clear.runners["b"].ratios["a"].detectable
+
+
+def gates(clock, function_runner, slower, count):
+    """How many of `count` gates at 2.5 % pass a model that is slower by the share `slower`, on a noisy machine."""
+    rng = np.random.default_rng(1)
+
+    def noisy(base):
+        # Most inferences within a few percent, one in ten held up, and a load that comes and goes for all.
+        return lambda: (
+            base
+            * (1 + 0.05 * rng.random() + (rng.random() < 0.1) * rng.random())
+            * (1.5 if int(clock.now / 0.5) % 3 == 0 else 1)
+        )
+
+    runners = {"a": clock.runner(function_runner, "a", noisy(2e-3))}
+    runners["b"] = clock.runner(function_runner, "b", noisy(2e-3 * (1 + slower)))
+    passed = 0
+    for seed in range(count):
+        report = race(
+            runners, FEED, reference="a", seconds=4, seed=seed, bounds=[Bound("b", "a", 1.025)], resamples=400
+        )
+        passed += report.runners["b"].ratio.high <= 1.025
+    return passed
+
+
+def test_equal_models_pass_and_a_planted_slow_down_is_caught(clock, function_runner):
+    assert gates(clock, function_runner, 0.0, 30) >= 29
+    assert gates(clock, function_runner, 0.05, 30) <= 1
+
+
+def test_p99_is_compared_with_its_own_interval(clock, function_runner):
+    rng = np.random.default_rng(0)
+    tail = {"a": 2.0, "b": 4.0}
+    runners = {
+        name: clock.runner(function_runner, name, lambda extra=extra: 1e-3 * (1 + (rng.random() < 0.05) * extra))
+        for name, extra in tail.items()
+    }
+    ratios = race(runners, FEED, reference="a", seconds=3, seed=0).runners["b"].ratios["a"]
+    assert ratios.median.value == pytest.approx(1)
+    assert (ratios.p99.value, ratios.p99.low, ratios.p99.high) == pytest.approx((5 / 3, 5 / 3, 5 / 3))
+
+
+def test_a_busy_machine_a_drifting_clock_and_throttling_are_reported(clock, function_runner, tmp_path, monkeypatch):
+    (tmp_path / "cpu.stat").write_text("nr_periods 5\nnr_throttled 1\n")
+    monkeypatch.setattr(latency, "CGROUP", tmp_path / "cpu.stat")
+    monkeypatch.setattr(latency, "_load", lambda: 0.0)
+
+    def quiet():
+        return 1e-3
+
+    def waited():
+        clock.idle += 5e-4
+        return 1e-3
+
+    def drifting():
+        return 1e-3 * (1 + clock.now)
+
+    def throttling():
+        (tmp_path / "cpu.stat").write_text("nr_throttled 9\n")
+        return 1e-3
+
+    def said(spend):
+        clock.now = 0.0
+        runners = {"a": clock.runner(function_runner, "a", spend)}
+        return race(runners, FEED, reference="a", seconds=0.3, seed=0).warnings
+
+    assert said(quiet) == ()
+    assert "33% of the time was spent waiting" in said(waited)[0]
+    assert "drifted: a took +" in said(drifting)[0]
+    assert "throttled 8 times" in said(throttling)[0]
+    monkeypatch.setattr(latency, "_load", lambda: 1000.0)
+    assert "load 1000.0" in said(quiet)[0]
+
+
+def test_one_thread_is_pinned_while_it_is_timed_and_free_again_afterwards(function_runner):
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is nothing to choose from")
+    before, during = os.sched_getaffinity(0), []
+    runner = function_runner(lambda x: during.append(os.sched_getaffinity(0)) or x)
+    report = race({"a": runner}, FEED, reference="a", seconds=0, seed=0)
+    assert {frozenset(cpus) for cpus in during} == {frozenset({report.pinned})}
+    assert os.sched_getaffinity(0) == before

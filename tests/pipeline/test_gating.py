@@ -1,0 +1,157 @@
+"""`gate` and `check` on models made elsewhere: each way of doctoring one is caught, and the reason names it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import helper, numpy_helper
+
+from pipeline.cli import main
+
+CLASSES = 4
+RNG = np.random.default_rng(0)
+CENTRES = RNG.standard_normal((CLASSES, 3, 8, 8)).astype(np.float32)
+LOOSE = "max_accuracy_drop_points = 1.0\nmax_latency_ratio = 1.5\nmax_size_ratio = 1.5\n"
+
+
+def classifier(path: Path, weight: np.ndarray, *, slow: int = 0) -> Path:
+    """logits = flatten(x) @ weight, and `slow` products with a large identity that change nothing but the time."""
+    nodes = [helper.make_node("Flatten", ["input"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["logits_0"])]
+    tensors = [numpy_helper.from_array(weight, "w")]
+    if slow:
+        tensors.append(numpy_helper.from_array(np.float32(0), "zero"))
+        nodes.append(helper.make_node("MatMul", ["flat", "v"], ["wide_0"]))
+        tensors.append(numpy_helper.from_array(np.zeros((weight.shape[0], 64), np.float32), "v"))
+        tensors.append(numpy_helper.from_array(np.eye(64, dtype=np.float32), "i"))
+        for step in range(slow):
+            nodes.append(helper.make_node("MatMul", [f"wide_{step}", "i"], [f"wide_{step + 1}"]))
+        nodes.append(helper.make_node("ReduceSum", [f"wide_{slow}"], ["nothing"], keepdims=0))
+        nodes.append(helper.make_node("Add", ["logits_0", "nothing"], ["logits"]))
+    else:
+        nodes.append(helper.make_node("Identity", ["logits_0"], ["logits"]))
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", CLASSES])],
+        tensors,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A good model, its data, and a loose policy."""
+    labels = np.arange(240) % CLASSES
+    images = CENTRES[labels] + 0.3 * RNG.standard_normal((240, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=images, y=labels)
+    (tmp_path / "policy.toml").write_text(LOOSE)
+    weight = CENTRES.reshape(CLASSES, -1).T.copy()
+    classifier(tmp_path / "dense.onnx", weight)
+    return tmp_path, weight
+
+
+def leanort(*words: object, code: int) -> str:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.split())
+
+
+def gate(folder: Path, *words: object, code: int, size: str = "max_size_ratio = 1.5") -> str:
+    (folder / "policy.toml").write_text(LOOSE.replace("max_size_ratio = 1.5", size))
+    return leanort(
+        "gate", folder / "shipped.onnx", "--against", folder / "dense.onnx", "--data", f"npz:{folder / 'data.npz'}",
+        "--policy", folder / "policy.toml", "--seconds", 0.4, *words, code=code,
+    )  # fmt: skip
+
+
+def test_an_equal_model_passes_and_ci_gets_its_files(world, monkeypatch):
+    folder, weight = world
+    classifier(folder / "shipped.onnx", weight)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(folder / "summary.md"))
+    gate(folder, "--report", folder / "ci", "--equal-to", folder / "dense.onnx", "--metric", "cosine", code=0)
+    made = json.loads((folder / "ci" / "verdict.json").read_text())
+    assert made["outcome"] == "pass"
+    assert made["measurements"]["cosine"]["value"] == pytest.approx(1)
+    assert {"latency_p99 vs dense", "peak_memory", "cold_first_inference", "parameters vs dense"} <= set(
+        made["measurements"]
+    )
+    assert "testcase" in (folder / "ci" / "junit.xml").read_text()
+    assert (folder / "summary.md").read_text() == (folder / "ci" / "report.md").read_text() + "\n"
+
+
+def test_one_changed_weight_is_caught_by_parity(world):
+    folder, weight = world
+    weight[7, 2] += 1e-2
+    classifier(folder / "shipped.onnx", weight)
+    said = leanort("check", folder / "dense.onnx", folder / "shipped.onnx", "--seconds", 0.1, code=1)
+    assert "Parity dense.onnx - shipped.onnx" in said
+    assert "random, batch 1: logits" in said
+    assert "shipped.onnx first differs at logits_0, made by MatMul" in said
+    weight[7, 2] -= 1e-2
+    classifier(folder / "shipped.onnx", weight)
+    leanort("check", folder / "dense.onnx", folder / "shipped.onnx", "--seconds", 0.1, code=0)
+
+
+def test_a_slower_graph_is_caught_by_latency(world):
+    folder, weight = world
+    classifier(folder / "shipped.onnx", weight, slow=300)
+    assert "Latency (of dense)" in gate(folder, code=1, size="max_size_ratio = inf")
+
+
+def test_one_broken_class_is_caught_by_accuracy_and_named(world):
+    folder, weight = world
+    weight[:, 2] = -weight[:, 2]
+    classifier(folder / "shipped.onnx", weight)
+    said = gate(folder, code=1)
+    assert "Accuracy drop (points): 25.0" in said
+    assert "class 2 lost most" in said
+
+
+def test_two_swapped_labels_are_caught_and_named(world):
+    folder, weight = world
+    classifier(folder / "shipped.onnx", weight[:, [0, 3, 2, 1]])
+    said = gate(folder, code=1)
+    assert "Accuracy drop (points): 50.0" in said
+    assert "class 1 lost most" in said
+    assert "mostly called 3" in said
+
+
+def test_no_data_and_a_model_that_cannot_run_fail_and_never_pass(world):
+    folder, weight = world
+    classifier(folder / "shipped.onnx", weight)
+    words = ("gate", folder / "shipped.onnx", "--against", folder / "dense.onnx", "--seconds", 0.1)
+    assert "Accuracy drop (points) was not measured" in leanort(*words, code=1)
+    (folder / "shipped.onnx").write_bytes(b"not a model")
+    said = leanort(*words, code=1)
+    assert "not everything could be measured" in said
+    assert "cannot load" in said
+
+
+def test_what_is_given_wrongly_is_one_line(world):
+    folder, weight = world
+    dense = classifier(folder / "shipped.onnx", weight)
+    assert "--against" in leanort("gate", dense, code=2)
+    assert "no file" in leanort("gate", dense, "--against", folder / "none.onnx", code=2)
+    assert "no metric 'f1'" in leanort("check", dense, dense, "--metric", "f1", code=2)
+    assert "NAME=NUMBER" in leanort("check", dense, dense, "--size", "a", code=2)
+    assert "own measurements" in leanort("gate", "m/v0001", "--against", dense, "--out", folder, code=2)
+    assert "no version" in leanort("gate", "m/v0001", "--out", folder, code=2)
+
+
+def test_an_own_metric_is_limited_like_any_other(world):
+    folder, weight = world
+    classifier(folder / "shipped.onnx", weight)
+    (folder / "scores.py").write_text("def margin(logits, labels):\n    return logits.max(1) - logits.min(1)\n")
+    (folder / "own.toml").write_text(LOOSE + '[[limits]]\nmetric = "margin"\nmin = 1e9\n')
+    said = leanort(
+        "gate", folder / "shipped.onnx", "--against", folder / "dense.onnx", "--data", f"npz:{folder / 'data.npz'}",
+        "--policy", folder / "own.toml", "--seconds", 0.1, "--metric", f"{folder / 'scores.py'}:margin", code=1,
+    )  # fmt: skip
+    assert "Margin" in said
+    assert "at least" in said
