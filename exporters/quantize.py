@@ -95,7 +95,7 @@ def quantize(
     with quiet("") as said:
         ranges = _ranges(model, src, reader, calibration, operators)
         made = _with_ranges(model, src, ranges, reduced, exclude=exclude, operators=operators)
-    _write(made, dst, before, f"int8 qdq, {calibration}", "DequantizeLinear")
+    _write(made, src, dst, before, f"int8 qdq, {calibration}", "DequantizeLinear")
     return QuantizedFile(
         path=dst,
         calibration=calibration,
@@ -137,7 +137,7 @@ def quantize_dynamic(
                 extra_options={"MatMulConstBOnly": True},
             )
         made = onnx.load(part)
-    _write(made, dst, before, "int8, dynamic", "DynamicQuantizeLinear")
+    _write(made, src, dst, before, "int8, dynamic", "DynamicQuantizeLinear")
     return QuantizedFile(
         path=dst,
         calibration="dynamic",
@@ -261,10 +261,10 @@ def _with_ranges(
         return quantizer.model.model
 
 
-def _write(made: onnx.ModelProto, dst: Path, before: OnnxSummary, technique: str, mark: str) -> None:
+def _write(made: onnx.ModelProto, src: Path, dst: Path, before: OnnxSummary, technique: str, mark: str) -> None:
     """Save the quantised model, unless it lacks the operator `mark`, without which nothing was quantised."""
     if not any(node.op_type == mark for node in made.graph.node):
-        raise ExportError(f"Nothing in {dst.name} can be quantised.", "Give a model with Conv, Gemm or MatMul.")
+        raise ExportError(f"Nothing in {src.name} can be quantised.", "Give a model with Conv, Gemm or MatMul.")
     onnx.helper.set_model_props(made, {**before.metadata, "quantization": technique})
     with staged(dst) as folder:
         part = folder / dst.name
