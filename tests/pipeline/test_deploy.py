@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from pipeline import store
+from pipeline import measuring, store
 from pipeline.cli import main
 
 TINY = Path(__file__).with_name("tiny.py")
@@ -190,18 +190,17 @@ def said(folder: Path, *words: str, code: int = 0) -> str:
     return " ".join(result.output.split())
 
 
-def test_a_stored_version_is_judged_again_and_only_a_passed_one_is_promoted(artifacts, version, tmp_path):
+def test_a_stored_version_is_judged_again_and_only_a_passed_one_is_promoted(artifacts, version, tmp_path, monkeypatch):
     deploy(artifacts, "--set", "gate.max_size_ratio=0.001")
     loose, strict = tmp_path / "loose.toml", tmp_path / "strict.toml"
     common = "max_accuracy_drop_points = 15.0\nmax_latency_ratio = 5.0\n"
     loose.write_text(common)
     strict.write_text(common + '[[limits]]\nmetric = "parameters"\nagainst = "dense"\nmax = 0.1\n')
-    began = time.perf_counter()
+    monkeypatch.setattr(measuring, "contest", lambda *args, **kwargs: pytest.fail("something was measured"))
     assert "fail tiny" in said(artifacts, "gate", "tiny/v0002", code=1).replace(f"{TINY}:build", "tiny")
     said(artifacts, "gate", "tiny/v0002", "--policy", str(loose), "--report", str(tmp_path / "ci"))
     assert json.loads((tmp_path / "ci" / "verdict.json").read_text())["outcome"] == "pass"
     assert "Parameters (of dense)" in said(artifacts, "gate", "tiny/v0001", "--policy", str(strict), code=1)
-    assert time.perf_counter() - began < 10, "something was measured"
     assert "verdict is fail" in said(artifacts, "promote", "tiny/v0002", code=2)
     assert "v0002 is current; it was v0001" in said(
         artifacts, "promote", "tiny/v0002", "--force", "--reason", "size is no matter here"
