@@ -76,8 +76,10 @@ def test_a_control_that_stays_close_proves_nothing(zoo: ModuleType) -> None:
     class Expected:
         params, macs = 5, 7
 
-    found = {"output_scale": 1.0, "ort_max_abs_diff": 1e-7, "macs_after": 7}
+    found = {"output_scale": 1.0, "max_abs_diff": 1e-7, "ort_max_abs_diff": 1e-7, "macs_after": 7}
     assert zoo.verdict(line(zoo, control_diff=1.0, **found), (), Expected, onnx=True) == ("exact", None)
     assert zoo.verdict(line(zoo, control_diff=5e-5, **found), (), Expected, onnx=True)[0] == "failed"
+    rounded = found | {"max_abs_diff": 2e-5}
+    assert zoo.verdict(line(zoo, control_diff=1.0, **rounded), (), Expected, onnx=True)[0] == "failed"
     found["ort_max_abs_diff"] = 2e-5
     assert zoo.verdict(line(zoo, control_diff=1.0, **found), (), Expected, onnx=True)[0] == "failed"

@@ -240,6 +240,7 @@ def test_ctrl_c_ends_with_one_line_and_keeps_what_is_complete(tmp_path):
     process = subprocess.Popen(
         [*command, "--set", "finetune.train={epochs=500}", "--set", "baseline.train={epochs=1}"],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite run in the background ignores it
     )  # fmt: skip
     building = tmp_path / "tiny" / ".partial" / "2-finetune.building"
     deadline = time.monotonic() + 120
