@@ -57,8 +57,9 @@ alarms: $(STAMP) ## [GATES=200]: how often the latency gate raises a false alarm
 	$(BIN)/python benchmarks/gate_alarms.py --gates $(or $(GATES),200)
 
 # ---- the project -------------------------------------------------------------------------------------------------
+# One thread for each of the two workers: more would spin for a core that the other one has.
 test: $(STAMP) ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(STAMP) ## [NETWORKS=2000]: many random networks, new ones each time, folded = shrunk
 	LEANORT_RANDOM_GRAPHS=$(or $(NETWORKS),2000) $(BIN)/python -m pytest tests/pipeline/channels/test_random_graphs.py
