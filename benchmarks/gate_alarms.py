@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gates", type=int, default=200)
     parser.add_argument("--slower", type=float, default=0.05)
-    parser.add_argument("--seconds", type=float, default=1.6, help="time budget of one gate")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time budget of one gate, as in a recipe")
     parser.add_argument("--first", type=int, default=0, help="seed of the first gate")
     args = parser.parse_args()
     limit = 1 + args.slower / 2

@@ -53,17 +53,17 @@ def test_the_ratio_of_medians_lies_in_its_interval(clock, function_runner):
     rng = np.random.default_rng(0)
     runners = {
         "dense": clock.runner(function_runner, "dense", lambda: 4e-3 + 1e-3 * rng.random()),
-        "shipped": clock.runner(function_runner, "shipped", lambda: 1e-3 + 1e-3 * rng.random() ** 4),
+        "shipped": clock.runner(function_runner, "shipped", lambda: 1e-3 + 1e-3 * rng.random()),
     }
-    report = race(runners, FEED, reference="dense", seconds=1, seed=0)
+    report = race(runners, FEED, reference="dense", seconds=10, seed=0)
     shipped, dense = report.runners["shipped"], report.runners["dense"]
-    assert shipped.ratio.value == pytest.approx(shipped.median_ms / dense.median_ms)
-    assert shipped.ratio.value == pytest.approx((1 + 0.5**4) / 4.5, rel=0.05)
+    assert shipped.ratio.value == pytest.approx(shipped.median_ms / dense.median_ms, rel=0.03)
+    assert shipped.ratio.value == pytest.approx(1.5 / 4.5, rel=0.05)
     assert shipped.ratio.low < shipped.ratio.value < shipped.ratio.high
     assert dense.ratio.low == dense.ratio.value == dense.ratio.high == 1
-    assert 1 <= shipped.min_ms < shipped.median_ms < shipped.mean_ms < shipped.p95_ms < shipped.p99_ms < 2
+    assert 1 <= shipped.min_ms < shipped.median_ms < shipped.p95_ms < shipped.p99_ms < 2
     assert shipped.inferences == report.blocks * report.timed_per_block
-    assert report.seconds == pytest.approx(1, rel=0.1)
+    assert report.seconds == pytest.approx(10, rel=0.1)
     assert LatencyReport.model_validate_json(report.model_dump_json()) == report
 
 
@@ -119,7 +119,20 @@ def test_a_disturbance_that_hits_both_leaves_the_ratio(clock, function_runner):
 
     runners = {name: clock.runner(function_runner, name, disturbed(base)) for name, base in (("a", 2e-3), ("b", 1e-3))}
     ratio = race(runners, FEED, reference="a", seconds=3, seed=0).runners["b"].ratio
-    assert ratio.low <= 0.5 <= ratio.high
+    assert (ratio.low, ratio.value, ratio.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_a_clock_that_changes_between_blocks_cancels_where_pooled_medians_would_not(clock, function_runner):
+    # The machine halves its speed for just over half of the blocks: which of the two speeds a median meets is chance.
+    rng = np.random.default_rng(0)
+
+    def drifting(base):
+        return lambda: base * (1 + 0.02 * rng.random()) * (2 if clock.now > 1.0 else 1)
+
+    runners = {name: clock.runner(function_runner, name, drifting(base)) for name, base in (("a", 2e-3), ("b", 1.5e-3))}
+    ratio = race(runners, FEED, reference="a", seconds=3, seed=0).runners["b"].ratio
+    assert ratio.value == pytest.approx(0.75, rel=0.01)
+    assert ratio.high - ratio.low < 0.01
 
 
 def test_a_model_that_starts_slowly_is_warmed_up_first(clock, function_runner):
@@ -176,7 +189,7 @@ def test_a_clear_case_is_decided_early_and_an_unclear_one_uses_its_time(clock, f
 
     clear = raced(0.6)
     assert clear.decided
-    assert clear.seconds == pytest.approx(1, rel=0.1)
+    assert clear.seconds == pytest.approx(0.5, rel=0.1)
     assert clear.confidence == pytest.approx(1 - 0.05 / 4)
     unclear = raced(clear.runners["b"].ratio.value)
     assert not unclear.decided
