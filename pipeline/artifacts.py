@@ -245,7 +245,10 @@ class Optimized(Artifact):
 
 
 class Hop(BaseModel):
-    """Parity of two neighbours in the chain; `judged` is False where reduced precision has a budget of its own."""
+    """Parity of two neighbours in the chain, each figure that of its worst output and input.
+
+    `judged` is False where reduced precision has a budget of its own.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -258,35 +261,44 @@ class Hop(BaseModel):
     max_rel: float | None
     mean_rel: float | None
     top1_agreement: float | None
+    top5_agreement: float | None = None
+    ulp_p50: float | None = None
+    ulp_p99: float | None = None
+    cosine: float | None = None
     worst_feed: str
     feeds: int
     reasons: tuple[str, ...]
 
 
 class Validated(Artifact):
-    """The verdict on the shipped file, with every figure that it rests on."""
+    """The verdict on the shipped file, with every figure that it rests on; None is what could not be measured.
+
+    `crashed` names the validators that broke off, and why. Such a stage is run again rather than reused.
+    """
 
     verdict: Verdict
     hops: tuple[Hop, ...]
-    dense_accuracy: float
-    accuracy: float
-    accuracy_drop_points: float
-    accuracy_drop_low: float
-    accuracy_drop_high: float
-    dense_latency_ms: float
-    latency_ms: float
-    latency_p95_ms: float
-    latency_p99_ms: float
-    latency_ratio: float
-    latency_ratio_low: float
-    latency_ratio_high: float
+    dense_accuracy: float | None
+    accuracy: float | None
+    accuracy_drop_points: float | None
+    accuracy_drop_low: float | None
+    accuracy_drop_high: float | None
+    dense_latency_ms: float | None
+    latency_ms: float | None
+    latency_p95_ms: float | None
+    latency_p99_ms: float | None
+    latency_ratio: float | None
+    latency_ratio_low: float | None
+    latency_ratio_high: float | None
     threads: int
-    dense_bytes: int
-    bytes: int
-    dense_load_ms: float
-    load_ms: float
+    dense_bytes: int | None
+    bytes: int | None
+    dense_load_ms: float | None
+    load_ms: float | None
     measurements: dict[str, Measured | None] = Field({}, description="all that a policy can limit, by key")
     notes: tuple[str, ...] = Field((), description="limits that were not judged, and disturbances of the measurement")
+    complete: bool = Field(True, description="whether no validator broke off")
+    crashed: dict[str, str] = Field({}, description="validators that broke off, and why")
     promoted: str = Field("", description="the version that was current when this one was measured")
 
 

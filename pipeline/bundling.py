@@ -56,6 +56,11 @@ def write(
     inputs = random_feeds(program.inputs, seed=0, batches=(GOLDEN,))[0].arrays
     golden = {**inputs, names[0]: data.sample("test", GOLDEN).numpy()}
     answers = program.infer(golden)
+    measured = {
+        "accuracy": validated.accuracy,
+        "dense_accuracy": validated.dense_accuracy,
+        "latency_ratio": validated.latency_ratio,
+    }
     shipped = optimized.winner
     others = [row for row in optimized.candidates if row.outcome == "passed" and row.file and row is not shipped]
     return bundle(
@@ -71,9 +76,7 @@ def write(
             "leanort.model": source.spec,
             "leanort.version": manifest.project_version(),
             "leanort.ships": shipped.name,
-            "accuracy": f"{validated.accuracy:.6f}",
-            "dense_accuracy": f"{validated.dense_accuracy:.6f}",
-            "latency_ratio": f"{validated.latency_ratio:.6f}",
+            **{name: f"{value:.6f}" for name, value in measured.items() if value is not None},
         },
     )
 

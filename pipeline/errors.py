@@ -14,6 +14,7 @@
     └── StoreError                   exit 3   disk full, folder read-only, hash mismatch
 
 A gate that fails (exit 1) or cannot decide (exit 4) is a verdict, not an error: the version is written all the same.
+So is a validator that breaks off, whatever it raised: it fails the gate, with the reason.
 A message is one line that says what was wrong; `hint` is one line that says what to do next.
 """
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+NONE = "–"  # what was not measured
+
 SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
 MINUS = "\N{MINUS SIGN}"
 
 
-def significant(value: float, digits: int = 3) -> str:
+def significant(value: float | None, digits: int = 3) -> str:
     """`value` with `digits` significant digits, never in exponent form between 0.001 and a million."""
+    if value is None:
+        return NONE
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else f"{MINUS if value < 0 else ''}∞"
     if value == 0:
@@ -25,7 +29,7 @@ def significant(value: float, digits: int = 3) -> str:
 def percent(share: float | None) -> str:
     """A share in 0..1 as percent; what is not quite nothing or everything never reads as 0.0 % or 100.0 %."""
     if share is None:
-        return "–"
+        return NONE
     if not math.isfinite(share):
         return significant(share)
     if 0 < share < 0.0005:
@@ -35,22 +39,29 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.1f}{SPACE}%".replace("-", MINUS)
 
 
-def points(change: float) -> str:
+def points(change: float | None) -> str:
     """A signed change of a percentage, in points."""
+    if change is None:
+        return NONE
     if not math.isfinite(change):
         return significant(change)
     sign = "±" if abs(change) < 0.05 else "+" if change > 0 else MINUS
     return f"{sign}{abs(change):.1f}{SPACE}points"
 
 
-def milliseconds(value: float) -> str:
+def lost(drop: float | None) -> str:
+    """A drop of a percentage as the change that it is, in points."""
+    return NONE if drop is None else points(-drop)
+
+
+def milliseconds(value: float | None) -> str:
     """A latency in milliseconds."""
-    return f"{significant(value)}{SPACE}ms"
+    return NONE if value is None else f"{significant(value)}{SPACE}ms"
 
 
-def size(count: int) -> str:
+def size(count: int | None) -> str:
     """A file size; 1 MB is a million bytes."""
-    return _scaled(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "B")
+    return NONE if count is None else _scaled(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "B")
 
 
 def amount(count: int) -> str:
@@ -72,15 +83,15 @@ def grouped(count: int) -> str:
     return f"{count:,}".replace(",", SPACE)
 
 
-def ratio(part: float, whole: float = 1.0) -> str:
-    """Three digits of `part` over `whole`; "–" where there is no whole."""
-    return significant(part / whole) if whole else "–"
+def ratio(part: float | None, whole: float | None = 1.0) -> str:
+    """Three digits of `part` over `whole`; "–" where there is no part or no whole."""
+    return significant(part / whole) if whole and part is not None else NONE
 
 
 def error(value: float | None) -> str:
     """A numerical difference, in exponent form."""
     if value is None:
-        return "–"
+        return NONE
     return f"{value:.1e}" if math.isfinite(value) and value else significant(value)
 
 

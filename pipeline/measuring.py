@@ -6,8 +6,10 @@ The models are called "shipped" (the one that is judged), "dense" (what it was m
 
 from __future__ import annotations
 
+import contextlib
+import errno
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,18 +19,21 @@ from exporters import describe
 from pipeline import policy
 from pipeline.config import GateSection
 from pipeline.data import Data
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UserError
 from pipeline.models.from_code import load_callable
 from pipeline.progress import Progress
 from validators import (
     AccuracyComparison,
+    Feed,
     LatencyReport,
     Measured,
     Metric,
     OrtRunner,
     Similarity,
     StructureReport,
+    ValidationError,
     compare_accuracy,
+    count_macs,
     evaluate,
     measure,
     race,
@@ -36,26 +41,60 @@ from validators import (
     similarity,
     top_k,
 )
+from validators.errors import first_line
+from validators.runners import Array
 
 EVALUATION_BATCH = 64
 _SIMILARITIES = ("cosine", "spearman")
 
 
+class Crashes(dict[str, str]):
+    """What could not be measured -> why. A validator that breaks off measured nothing, and the others still run."""
+
+    @contextlib.contextmanager
+    def noted(self, validator: str) -> Iterator[None]:
+        """End the block at whatever it raises, and keep why.
+
+        What the user gave wrongly is raised on (UserError), and so is a disk that cannot be written to: neither says
+        anything about the model.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # models and metrics are other people's code
+            if isinstance(error, OSError) and error.errno in _NO_DISK:
+                raise
+            self.note(validator, error)
+
+    def note(self, validator: str, error: Exception) -> None:
+        """Keep why `validator` broke off: the first reason is the one that counts."""
+        kind = "" if isinstance(error, ValidationError) else f"{type(error).__name__}: "
+        self.setdefault(validator, f"{kind}{first_line(error)}")
+
+
+_NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 @dataclass(frozen=True)
 class Findings:
-    """What was measured: reports by the name of the other model, structures by model, and a policy's measurements."""
+    """What was measured: reports by the name of the other model, structures by model, and a policy's measurements.
 
-    latency: LatencyReport
-    structure: dict[str, StructureReport]
+    `crashed` names the validators that broke off, and why; what they would have measured is missing.
+    """
+
+    latency: LatencyReport | None = None
+    structure: dict[str, StructureReport] = field(default_factory=dict)
     accuracy: dict[str, AccuracyComparison] = field(default_factory=dict)
     similarity: dict[str, Similarity] = field(default_factory=dict)
     measurements: dict[str, Measured | None] = field(default_factory=dict)
+    crashed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader should know beside the figures: the class that lost most, and what disturbed the race."""
         lost = (worst_class(found) for name, found in self.accuracy.items() if name == "dense")
-        return (*(note for note in lost if note), *self.latency.warnings)
+        return (*(note for note in lost if note), *(self.latency.warnings if self.latency else ()))
 
 
 def worst_class(found: AccuracyComparison) -> str:
@@ -102,60 +141,124 @@ def contest(
 
     `sessions` holds session configuration entries by model, where one needs them.
 
-    Without `data` there is no accuracy. Raises ValidationError when a model cannot be run.
+    Without `data` there is no accuracy. Whatever breaks off is in the findings' `crashed`; only UserError and a full
+    disk are raised.
     """
-    runners = {
-        name: OrtRunner(path, threads=cfg.threads, name=name, session=(sessions or {}).get(name))
-        for name, path in files.items()
-    }
-    others = [name for name in runners if name != "shipped"]
-    scores, alike = metrics(cfg)
+    crashed = Crashes()
+    others = [name for name in files if name != "shipped"]
+    runners: dict[str, OrtRunner] = {}
+    for name, path in files.items():
+        with crashed.noted(f"session load of {name}"):
+            runners[name] = OrtRunner(path, threads=cfg.threads, name=name, session=(sessions or {}).get(name))
     found: dict[str, Measured | None] = {}
     accuracy: dict[str, AccuracyComparison] = {}
     similarities: dict[str, Similarity] = {}
-    if data is not None:
-        progress.say(f"  accuracy on {len(data.test)} test samples")
-        reports = {
-            name: evaluate(runner, data.batches("test", EVALUATION_BATCH), metrics=scores)
-            for name, runner in runners.items()
-        }
-        own = reports["shipped"]
-        found |= {"accuracy": policy.exactly(own.top1)}
-        found |= {name: policy.exactly(float(np.mean(values))) for name, values in own.scores.items()}
-        for name in others:
-            accuracy[name] = compare_accuracy(reports[name], own, seed=cfg.seed)
-            found[f"accuracy vs {name}"] = accuracy[name].drop
-            for metric, score in accuracy[name].scores.items():
-                factor = 100.0 if metric == "top5" else 1.0
-                found[f"{metric} vs {name}"] = _times(score.drop, factor)
-            if alike:
-                similarities[name] = similarity(
-                    runners[name], runners["shipped"], data.batches("test", EVALUATION_BATCH)
-                )
-        if "dense" in similarities:
-            made = similarities["dense"]
-            found |= {name: policy.exactly(getattr(made, name)) for name in alike}
+    latency: LatencyReport | None = None
+    structure: dict[str, StructureReport] = {}
+    if runners.keys() == files.keys():  # else nothing that compares them can be told
+        if data is not None:
+            with crashed.noted("accuracy"):
+                _accuracy(cfg, runners, data, progress, crashed, found, accuracy, similarities)
+        with crashed.noted("latency"):
+            latency = _latency(cfg, runners, progress, sizes)
+            mine = latency.runners["shipped"]
+            found |= {"latency": policy.exactly(mine.median_ms), "latency_p99": policy.exactly(mine.p99_ms)}
+            for name in others:
+                found[f"latency vs {name}"] = mine.ratios[name].median
+                found[f"latency_p99 vs {name}"] = mine.ratios[name].p99
+    for name, runner in runners.items():
+        with crashed.noted(f"size, load and memory of {name}"):
+            structure[name] = measure(files[name], _feed(cfg, runner, sizes), threads=cfg.threads)
+    costs = {name: _costs(report) for name, report in structure.items()}
+    if "shipped" in costs:
+        found |= {key: policy.exactly(value) for key, value in costs["shipped"].items()}
+        for name in costs:
+            if name != "shipped":
+                found |= against(costs["shipped"], costs[name], name)
+    return Findings(latency, structure, accuracy, similarities, found, crashed)
+
+
+def _accuracy(
+    cfg: GateSection,
+    runners: Mapping[str, OrtRunner],
+    data: Data,
+    progress: Progress,
+    crashed: Crashes,
+    found: dict[str, Measured | None],
+    accuracy: dict[str, AccuracyComparison],
+    similarities: dict[str, Similarity],
+) -> None:
+    """Evaluate every model on the test part and compare; into the last three arguments, as far as it goes."""
+    progress.say(f"  accuracy on {len(data.test)} test samples")
+    scores, alike = metrics(cfg)
+    guarded = {name: _guarded(name, metric, crashed) for name, metric in scores.items()}
+    reports = {
+        name: evaluate(runner, data.batches("test", EVALUATION_BATCH), metrics=guarded)
+        for name, runner in runners.items()
+    }
+    broken = {name for name in scores if _of_metric(name) in crashed}
+    reports = {
+        name: report.model_copy(update={"scores": {k: v for k, v in report.scores.items() if k not in broken}})
+        for name, report in reports.items()
+    }
+    others = [name for name in runners if name != "shipped"]
+    own = reports["shipped"]
+    found |= {"accuracy": policy.exactly(own.top1)}
+    found |= {name: policy.exactly(float(np.mean(values))) for name, values in own.scores.items()}
+    for name in others:
+        accuracy[name] = compare_accuracy(reports[name], own, seed=cfg.seed)
+        found[f"accuracy vs {name}"] = accuracy[name].drop
+        for metric, score in accuracy[name].scores.items():
+            factor = 100.0 if metric == "top5" else 1.0
+            found[f"{metric} vs {name}"] = _times(score.drop, factor)
+    for name in others if alike else ():
+        with crashed.noted(f"similarity to {name}"):
+            similarities[name] = similarity(runners[name], runners["shipped"], data.batches("test", EVALUATION_BATCH))
+    if "dense" in similarities:
+        found |= {name: policy.exactly(getattr(similarities["dense"], name)) for name in alike}
+
+
+def _of_metric(name: str) -> str:
+    return f"metric {name}"
+
+
+def _guarded(name: str, metric: Metric, crashed: Crashes) -> Metric:
+    """`metric`, but what it raises, or a score that is no number, is kept as its own crash: accuracy goes on."""
+
+    def score(outputs: Array, labels: Array) -> Array:
+        nothing = np.full(labels.shape, np.nan)
+        try:
+            made = np.asarray(metric(outputs, labels), dtype=np.float64)
+        except Exception as error:  # the user's own code
+            crashed.note(_of_metric(name), error)
+            return nothing
+        if made.shape != labels.shape:
+            wrong = f"it gave an array of shape {made.shape} for {len(labels)} samples"
+            crashed.note(_of_metric(name), ValidationError(wrong))
+            return nothing
+        if not np.isfinite(made).all():
+            crashed.note(_of_metric(name), ValidationError("it gave a score that is not a finite number"))
+        return made
+
+    return score
+
+
+def _latency(
+    cfg: GateSection, runners: Mapping[str, OrtRunner], progress: Progress, sizes: Mapping[str, int] | None
+) -> LatencyReport:
     progress.say(f"  latency of {', '.join(runners)}, {cfg.threads} thread(s), batch {cfg.batch_size}")
-    feed = random_feeds(runners["shipped"].inputs, seed=cfg.seed, batches=(cfg.batch_size,), sizes=sizes)[0]
-    latency = race(
+    return race(
         runners,
-        feed,
+        _feed(cfg, runners["shipped"], sizes),
         reference="dense" if "dense" in runners else "shipped",
         seconds=cfg.seconds,
         seed=cfg.seed,
         bounds=[b for b in policy.bounds(cfg, promoted="promoted" in runners) if b.reference in runners],
     )
-    structure = {name: measure(path, feed, threads=cfg.threads) for name, path in files.items()}
-    mine = latency.runners["shipped"]
-    found |= {"latency": policy.exactly(mine.median_ms), "latency_p99": policy.exactly(mine.p99_ms)}
-    for name in others:
-        found[f"latency vs {name}"] = mine.ratios[name].median
-        found[f"latency_p99 vs {name}"] = mine.ratios[name].p99
-    costs = {name: _costs(report) for name, report in structure.items()}
-    found |= {key: policy.exactly(value) for key, value in costs["shipped"].items()}
-    for name in others:
-        found |= against(costs["shipped"], costs[name], name)
-    return Findings(latency, structure, accuracy, similarities, found)
+
+
+def _feed(cfg: GateSection, runner: OrtRunner, sizes: Mapping[str, int] | None) -> Feed:
+    return random_feeds(runner.inputs, seed=cfg.seed, batches=(cfg.batch_size,), sizes=sizes)[0]
 
 
 def against(
@@ -177,9 +280,18 @@ def _costs(report: StructureReport) -> dict[str, float | None]:
     }
 
 
-def parameters(path: Path) -> int | None:
-    """How many weights an ONNX file holds; None for onnxruntime's own format."""
-    return None if path.suffix == ".ort" else describe(path).parameters
+def counts(
+    cfg: GateSection, name: str, path: Path, crashed: Crashes, *, sizes: Mapping[str, int] | None = None
+) -> dict[str, float | None]:
+    """How many weights the file of the model `name` holds, and multiply-accumulates per sample; None: not countable."""
+    found: dict[str, float | None] = {"parameters": None, "macs": None}
+    if path.suffix == ".ort":
+        return found
+    with crashed.noted(f"parameters of {name}"):
+        found["parameters"] = describe(path).parameters
+    with crashed.noted(f"MACs of {name}"):
+        found["macs"] = count_macs(path, _feed(cfg, OrtRunner(path, threads=cfg.threads), sizes))
+    return found
 
 
 def parse_sizes(given: Sequence[str]) -> dict[str, int]:

@@ -66,11 +66,13 @@ def decide(
     hops: Sequence[str],
     promoted: bool,
     given: Sequence[Rule] | None = None,
+    crashed: Mapping[str, str] | None = None,
 ) -> tuple[Verdict, tuple[str, ...]]:
     """Judge `measurements` by `policy`, or by the rules `given` in place of its own; and what was not judged, and why.
 
     `hops` are the keys of the parity comparisons that had to be made, so that one that is missing fails. Rules against
-    the promoted version are left out, and said to be, where there is none (`promoted` is False).
+    the promoted version are left out, and said to be, where there is none (`promoted` is False). `crashed` names the
+    validators that broke off, and why: whatever the policy limits, each is a fail.
     """
     limits = [Limit(metric=hop, operator="<=", value=policy.parity) for hop in hops]
     metrics: dict[str, Measured | None] = {hop: measurements.get(hop) for hop in hops}
@@ -96,7 +98,7 @@ def decide(
                 notes.append(f"{name}: the policy sets no limit ({operator} {value:g})")
             elif value is not None:
                 limits.append(Limit(metric=label, operator=operator, value=value, level=rule.level))
-    return judge(metrics, limits), tuple(notes)
+    return judge(metrics, limits, crashed=crashed), tuple(notes)
 
 
 def _sides(rule: Rule) -> tuple[tuple[Operator, float | None], ...]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.artifacts import (
     Artifact,
     Baseline,
@@ -33,6 +35,9 @@ from validators import AccuracyComparison, LatencyReport
 HTML = "report.html"
 HISTORY = "history.csv"
 FLIPS = 24
+# The plot of latencies: bins, and how many times the third quartile it reaches at most.
+BINS = 100
+STRETCH = 2.0
 
 _KINDS = {
     "channel": "Channels",
@@ -85,13 +90,18 @@ class Plot:
 
 @dataclass(frozen=True)
 class Strip:
-    """One model's latencies: 1st, 25th, 50th, 75th and 99th percentile in percent of the plot's width, and in words."""
+    """One model's latencies: how they are spread, as corners (x, y) in percent of the plot, and in words.
+
+    `middle` is where the median lies, in percent of the width; `beyond` says how many are slower than the plot is wide.
+    """
 
     name: str
-    marks: tuple[float, float, float, float, float]
+    outline: tuple[tuple[float, float], ...]
+    middle: float
     median: str
     p99: str
     ratio: str
+    beyond: str
 
 
 @dataclass(frozen=True)
@@ -178,16 +188,22 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
 
 def _summary(dense: Baseline, shrunk: Shrunk, checked: Validated) -> str:
     """The outcome in one sentence; a difference in speed is claimed only where the interval excludes 1."""
-    if checked.latency_ratio_high < 1:
-        speed = f"{significant(1 / checked.latency_ratio, 2)}× as fast as the dense model"
-    elif checked.latency_ratio_low > 1:
-        speed = f"slower than the dense model ({ratio(checked.latency_ratio)} of its latency)"
+    middle, low, high = checked.latency_ratio, checked.latency_ratio_low, checked.latency_ratio_high
+    if middle is None or low is None or high is None:
+        speed = "a speed that could not be measured"
+    elif high < 1:
+        speed = f"{significant(1 / middle, 2)}× as fast as the dense model"
+    elif low > 1:
+        speed = f"slower than the dense model ({ratio(middle)} of its latency)"
     else:
         speed = "no measurable difference in speed from the dense model"
-    words = [speed, f"{ratio(checked.bytes, checked.dense_bytes)} of its file size"]
+    words = [speed]
+    if checked.bytes is not None and checked.dense_bytes is not None:
+        words.append(f"{ratio(checked.bytes, checked.dense_bytes)} of its file size")
     if shrunk.params_after != dense.params:
         words.append(f"{ratio(shrunk.params_after, dense.params)} of its parameters")
-    words.append(f"{points(-checked.accuracy_drop_points)} of accuracy")
+    if checked.accuracy_drop_points is not None:
+        words.append(f"{points(-checked.accuracy_drop_points)} of accuracy")
     return f"{words[0][0].upper()}{', '.join(words)[1:]}."
 
 
@@ -215,20 +231,40 @@ def _latencies(folder: Path) -> Strips | None:
     known = {name: runner for name, runner in race.runners.items() if len(runner.percentiles_ms) == 101}
     if not known:
         return None
-    top = max(runner.percentiles_ms[99] for runner in known.values())
+    # On a busy machine the slowest hundredth is a hundred times the median; a scale for it would show nothing else.
+    top = max(min(runner.percentiles_ms[99], STRETCH * runner.percentiles_ms[75]) for runner in known.values())
     rows = []
     for name in sorted(known, key=("dense", "promoted", "shipped").index):
-        p1, p25, p50, p75, p99 = (known[name].percentiles_ms[i] for i in (1, 25, 50, 75, 99))
-        marks = (100 * p1 / top, 100 * p25 / top, 100 * p50 / top, 100 * p75 / top, 100 * p99 / top)
+        percentiles = known[name].percentiles_ms
+        p50, p99 = percentiles[50], percentiles[99]
+        outline, beyond = _spread(percentiles, top)
         found = known["shipped"].ratios.get(name) if "shipped" in known else None
         words = (
             f"{significant(found.median.value)} ({significant(found.median.low)} to {significant(found.median.high)})"
             if found
             else ""
         )
-        rows.append(Strip(name, marks, milliseconds(p50), milliseconds(p99), words))
+        shown = f"{percent(beyond)} beyond" if beyond > 0.015 else ""
+        rows.append(Strip(name, outline, 100 * p50 / top, milliseconds(p50), milliseconds(p99), words, shown))
     count = f"{grouped(race.blocks)} blocks of {race.timed_per_block} inferences in {duration(race.seconds)}"
     return Strips(tuple(rows), milliseconds(top), f"{count}, each interval at {percent(race.confidence)} confidence")
+
+
+def _spread(percentiles: Sequence[float], top: float) -> tuple[tuple[tuple[float, float], ...], float]:
+    """The histogram between 0 and `top` that belongs to the 0th, 1st, ... 100th percentiles, as the corners of its
+    outline, the fullest bin as high as the plot; and the share that lies above `top`.
+    """
+    edges = np.linspace(0, top, BINS + 1)
+    share = np.searchsorted(percentiles, edges, side="right") / len(percentiles)
+    inside = (edges > percentiles[0]) & (edges < percentiles[-1])
+    share[inside] = np.interp(edges[inside], percentiles, np.linspace(0, 1, len(percentiles)))
+    counts = np.diff(share)
+    heights = counts / max(counts.max(), 1e-9)
+    outline = [(0.0, 100.0)]
+    for number, height in enumerate(heights):
+        y = round(100 * (1 - float(height)), 1)
+        outline += [(100 * number / BINS, y), (100 * (number + 1) / BINS, y)]
+    return (*outline, (100.0, 100.0)), float(1 - share[-1])
 
 
 def _accuracy(folder: Path) -> dict[str, Any]:

@@ -245,7 +245,8 @@ def _candidates(folder: Path, name: str) -> list[Path]:
 
 def _matches(stage_folder: Path, fingerprint: str) -> bool:
     record = manifest.read_stage(stage_folder)
-    return record is not None and record.fingerprint == fingerprint
+    # What broke off may have had a reason that is gone by now.
+    return record is not None and record.fingerprint == fingerprint and record.metrics.get("complete", True) is True
 
 
 def _intact(stage_folder: Path) -> bool:

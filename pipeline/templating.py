@@ -9,11 +9,23 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.figures import amount, duration, error, grouped, milliseconds, percent, points, ratio, significant, size
+from pipeline.figures import (
+    amount,
+    duration,
+    error,
+    grouped,
+    lost,
+    milliseconds,
+    percent,
+    points,
+    ratio,
+    significant,
+    size,
+)
 
 _FILTERS: Mapping[str, Callable[..., str]] = {
     made.__name__: made
-    for made in (significant, percent, points, milliseconds, size, amount, grouped, ratio, error, duration)
+    for made in (significant, percent, points, lost, milliseconds, size, amount, grouped, ratio, error, duration)
 }
 
 

@@ -23,6 +23,7 @@ from validators.errors import ValidationError
 from validators.feeds import Feed, edge_feeds, random_feeds, real_feeds
 from validators.gates import Check, Limit, Measured, Verdict, judge
 from validators.latency import Bound, LatencyReport, Ratios, RunnerLatency, race
+from validators.macs import count_macs
 from validators.parity import ChainReport, OutputParity, ParityReport, compare, compare_arrays, compare_chain
 from validators.runners import InputSpec, OrtRunner, Runner, TorchRunner
 from validators.structure import StructureReport, measure
@@ -56,6 +57,7 @@ __all__ = [
     "compare_accuracy",
     "compare_arrays",
     "compare_chain",
+    "count_macs",
     "edge_feeds",
     "evaluate",
     "first_divergence",

@@ -1,7 +1,8 @@
 """Limits on what was measured, and the verdict.
 
-A metric that is missing, or not a finite number, fails. One that comes with an interval passes when the whole interval
-is within the limit, fails when all of it is outside, and is inconclusive when the limit lies inside it.
+A metric that is missing, or not a finite number, fails, and so does a validator that broke off. A metric that comes
+with an interval passes when the whole interval is within the limit, fails when all of it is outside, and is
+inconclusive when the limit lies inside it.
 """
 
 from __future__ import annotations
@@ -67,9 +68,18 @@ class Verdict(BaseModel):
     reasons: tuple[str, ...]
 
 
-def judge(metrics: Mapping[str, float | Measured | None], limits: Sequence[Limit]) -> Verdict:
-    """Judge `metrics` by `limits`. `reasons` holds one line for each required limit that did not pass."""
-    checks = tuple(_check(metrics.get(limit.metric), limit) for limit in limits)
+def judge(
+    metrics: Mapping[str, float | Measured | None],
+    limits: Sequence[Limit],
+    *,
+    crashed: Mapping[str, str] | None = None,
+) -> Verdict:
+    """Judge `metrics` by `limits`. `reasons` holds one line for each required limit that did not pass.
+
+    `crashed` names the validators that broke off, and why: each is a check of its own that failed, limited or not.
+    """
+    broken = [_broken(name, why) for name, why in (crashed or {}).items()]
+    checks = (*broken, *(_check(metrics.get(limit.metric), limit) for limit in limits))
     required = [check for check in checks if check.limit.level == "required"]
     if not required:
         return Verdict(outcome="fail", checks=checks, reasons=("there is no required limit, so nothing was judged",))
@@ -79,6 +89,11 @@ def judge(metrics: Mapping[str, float | Measured | None], limits: Sequence[Limit
         checks=checks,
         reasons=tuple(check.reason for check in required if check.outcome != "pass"),
     )
+
+
+def _broken(name: str, why: str) -> Check:
+    limit = Limit(metric=f"{name} was measured (1 = yes)", operator="==", value=1)
+    return Check(limit=limit, measured=None, outcome="fail", reason=f"{name} could not be measured: {why}")
 
 
 def _resolution(metric: Measured) -> float:

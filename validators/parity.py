@@ -47,7 +47,8 @@ class OutputParity(BaseModel):
     or ROUNDING_MARGIN · `rounding` where that is more; `rounding` is the measured float32 error of the first model.
     `telling` whether all zeros would have failed, or agreement is within atol · scale. `ulp_*` count the representable
     numbers between the two values (median, 99th percentile, largest). `cosine` is over the flattened tensors. `top1` is
-    the share of rows with the same largest element, for 2-D outputs. What cannot be computed is None.
+    the share of rows with the same largest element, `top5` of those with the same five, for 2-D outputs that have more
+    than as many columns. What cannot be computed is None.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -71,6 +72,7 @@ class OutputParity(BaseModel):
     ulp_max: float | None = None
     cosine: float | None = None
     top1: float | None = None
+    top5: float | None = None
 
 
 class ParityReport(BaseModel):
@@ -241,7 +243,14 @@ def _measured(
         ulp_max=None if ulps is None else float(ulps.max()),
         cosine=min(1.0, float(wanted @ found) / norms) if norms else None,
         top1=float((reference.argmax(1) == candidate.argmax(1)).mean()) if reference.ndim == 2 else None,
+        top5=_same_largest(reference, candidate, 5) if reference.ndim == 2 and reference.shape[1] > 5 else None,
     )
+
+
+def _same_largest(reference: Array, candidate: Array, k: int) -> float:
+    """The share of rows whose `k` largest elements are the same ones, in whatever order."""
+    left, right = (np.sort(np.argpartition(array, -k, axis=1)[:, -k:], axis=1) for array in (reference, candidate))
+    return float((left == right).all(axis=1).mean())
 
 
 _ORDERED = {2: np.int16, 4: np.int32, 8: np.int64}

@@ -124,6 +124,7 @@ def _judge_version(out: Path, target: str, limits: Policy | None, report: Path |
         checked.measurements,
         hops=[f"{policies.PARITY}{hop.reference} - {hop.candidate}" for hop in checked.hops if hop.judged],
         promoted=bool(checked.promoted),
+        crashed=checked.crashed,
     )
     found = checked.measurements
     return _tell(release.manifest.model, release.folder.name, verdict, notes, found, report)
@@ -145,7 +146,7 @@ def _judge_files(
     from pipeline.cli.building import size
     from pipeline.config import GateSection
     from pipeline.progress import TerminalProgress
-    from validators import OrtRunner, ValidationError, compare, edge_feeds, random_feeds
+    from validators import OrtRunner, compare, edge_feeds, random_feeds
 
     for path in (*files.values(), *([equal] if equal else [])):
         if not path.is_file():
@@ -163,10 +164,11 @@ def _judge_files(
     measurements: dict[str, Measured | None] = {}
     notes: list[str] = []
     hops: list[str] = []
-    try:
-        if equal is not None:
-            key = f"{policies.PARITY}{equal.name} - {files['shipped'].name}"
-            hops.append(key)
+    crashed = measuring.Crashes()
+    if equal is not None:
+        key = f"{policies.PARITY}{equal.name} - {files['shipped'].name}"
+        hops.append(key)
+        with crashed.noted("parity"):
             reference, candidate = (OrtRunner(path, threads=cfg.threads) for path in (equal, files["shipped"]))
             feeds = [
                 *random_feeds(candidate.inputs, seed=cfg.seed, sizes=sizes),
@@ -178,16 +180,18 @@ def _judge_files(
             if not found.passed and found.worst is not None and {equal.suffix, files["shipped"].suffix} == {".onnx"}:
                 worst = next(feed for feed in feeds if feed.label == found.worst.feed)
                 notes += _apart(equal, files["shipped"], worst, cfg.parity, report)
-        findings = measuring.contest(cfg, files, data, TerminalProgress(), sizes=sizes)
-        measurements |= findings.measurements
-        notes += findings.notes
-        weights = {name: measuring.parameters(path) for name, path in files.items()}
-        measurements["parameters"] = policies.exactly(weights["shipped"])
-        for name in weights.keys() - {"shipped"}:
-            measurements |= measuring.against({"parameters": weights["shipped"]}, {"parameters": weights[name]}, name)
-    except ValidationError as error:  # a validator that crashed measured nothing
-        notes.append(f"not everything could be measured: {error}")
-    verdict, left = policies.decide(cfg, measurements, hops=hops, promoted="promoted" in files, given=own)
+    findings = measuring.contest(cfg, files, data, TerminalProgress(), sizes=sizes)
+    crashed |= findings.crashed
+    measurements |= findings.measurements
+    notes += findings.notes
+    counts = {name: measuring.counts(cfg, name, path, crashed, sizes=sizes) for name, path in files.items()}
+    measurements |= {key: policies.exactly(count) for key, count in counts["shipped"].items()}
+    for name in counts:
+        if name != "shipped":
+            measurements |= measuring.against(counts["shipped"], counts[name], name)
+    verdict, left = policies.decide(
+        cfg, measurements, hops=hops, promoted="promoted" in files, given=own, crashed=crashed
+    )
     return _tell(subject, "", verdict, (*left, *notes), measurements, report)
 
 

@@ -67,10 +67,12 @@ def list_(out: Path, as_json: bool, log: bool) -> None:
             model,
             name,
             figures.verdict.outcome,
-            f"{figures.accuracy:.1%}",
-            f"{figures.latency_ms:.3g} ms",
-            f"{figures.latency_ratio:.2f}",
-            f"{figures.bytes / 1e6:.3g} MB",
+            *_shown(
+                ("{:.1%}", figures.accuracy),
+                ("{:.3g} ms", figures.latency_ms),
+                ("{:.2f}", figures.latency_ratio),
+                ("{:.3g} MB", _millions(figures.bytes)),
+            ),
         )
     Console().print(table)
 
@@ -247,6 +249,15 @@ def _print_log(out: Path, as_json: bool) -> None:
         raise StoreError(f"The log in {out} was tampered with: {faults[0]}.", "Compare it with a backup.")
 
 
+def _shown(*cells: tuple[str, *tuple[float | None, ...]]) -> list[str]:
+    """Each cell's figures in its form; a dash where one was not measured."""
+    return ["–" if None in figures else form.format(*figures) for form, *figures in cells]
+
+
+def _millions(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
+
+
 def print_release(release: Release) -> None:
     """The verdict and the headline figures."""
     from pipeline.artifacts import Baseline, Shrunk, Validated
@@ -258,21 +269,32 @@ def print_release(release: Release) -> None:
         table.add_column(column, justify="left")
     table.add_row(
         "accuracy",
-        f"{checked.dense_accuracy:.1%}",
-        f"{checked.accuracy:.1%}",
-        f"{0.0 - checked.accuracy_drop_points:+.1f} points",
+        *_shown(
+            ("{:.1%}", checked.dense_accuracy),
+            ("{:.1%}", checked.accuracy),
+            ("{:+.1f} points", None if checked.accuracy_drop_points is None else 0.0 - checked.accuracy_drop_points),
+        ),
     )
     table.add_row(
         "latency",
-        f"{checked.dense_latency_ms:.3g} ms",
-        f"{checked.latency_ms:.3g} ms",
-        f"x {checked.latency_ratio:.3f} ({checked.latency_ratio_low:.3f} to {checked.latency_ratio_high:.3f})",
+        *_shown(
+            ("{:.3g} ms", checked.dense_latency_ms),
+            ("{:.3g} ms", checked.latency_ms),
+            (
+                "x {:.3f} ({:.3f} to {:.3f})",
+                checked.latency_ratio,
+                checked.latency_ratio_low,
+                checked.latency_ratio_high,
+            ),
+        ),
     )
     table.add_row(
         "file size",
-        f"{checked.dense_bytes / 1e6:.3g} MB",
-        f"{checked.bytes / 1e6:.3g} MB",
-        f"x {checked.bytes / checked.dense_bytes:.3f}",
+        *_shown(
+            ("{:.3g} MB", _millions(checked.dense_bytes)),
+            ("{:.3g} MB", _millions(checked.bytes)),
+            ("x {:.3f}", checked.bytes / checked.dense_bytes if checked.bytes and checked.dense_bytes else None),
+        ),
     )
     table.add_row(
         "parameters", f"{dense.params:,}", f"{shrunk.params_after:,}", f"x {shrunk.params_after / dense.params:.3f}"

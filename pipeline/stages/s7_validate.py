@@ -19,6 +19,7 @@ from pipeline.pictures import pictured
 from pipeline.progress import Progress
 from pipeline.stages.precise import SEEDS, Precise
 from validators import (
+    ChainReport,
     Feed,
     OrtRunner,
     ParityReport,
@@ -53,32 +54,45 @@ def run(
     promoted: Promoted,
     progress: Progress,
 ) -> Validated:
-    """Measure everything, then judge it by the recipe's policy. Raises ValidationError when a model cannot be run."""
-    chain, (precise, *shaken) = _chain(cfg, source, folded, shrunk, exported, optimized)
-    feeds = _feeds(cfg, chain[-1], data)
-    progress.say(f"  parity of {len(chain)} models on {len(feeds)} feeds")
-    parity = compare_chain(chain, feeds, atol=cfg.parity, rtol=0.0, precise=precise, shaken=shaken)
+    """Measure everything, then judge it by the recipe's policy.
+
+    A validator that breaks off is a fail with its reason, and the others still run: a version is sealed either way.
+    """
+    crashed = measuring.Crashes()
     winner = optimized.winner
-    apart = _apart(cfg, out, parity.hops[-1], feeds, exported, optimized) if winner.budget == "rounding" else []
+    parity: ChainReport | None = None
+    apart: list[str] = []
+    with crashed.noted("parity"):
+        chain, (precise, *shaken) = _chain(cfg, source, folded, shrunk, exported, optimized)
+        feeds = _feeds(cfg, chain[-1], data)
+        progress.say(f"  parity of {len(chain)} models on {len(feeds)} feeds")
+        parity = compare_chain(chain, feeds, atol=cfg.parity, rtol=0.0, precise=precise, shaken=shaken)
+        if winner.budget == "rounding":
+            apart = _apart(cfg, out, parity.hops[-1], feeds, exported, optimized)
     files = {"dense": baseline.onnx, "shipped": optimized.onnx}
     if promoted.onnx is not None:
         files["promoted"] = promoted.onnx
     found = measuring.contest(cfg, files, data, progress, sessions={"shipped": winner.session})
-    hops = (*(_hop(report) for report in parity.hops[:-1]), _last_hop(parity.hops[-1], winner))
+    crashed |= found.crashed
+    reports = parity.hops if parity else ()
+    hops = (*(_hop(report) for report in reports[:-1]), *(_last_hop(report, winner) for report in reports[-1:]))
     measurements = found.measurements | {
         f"{policy.PARITY}{hop.reference} - {hop.candidate}": policy.exactly(report.judged)
-        for hop, report in zip(hops, parity.hops, strict=True)
+        for hop, report in zip(hops, reports, strict=True)
         if hop.judged
     }
     if winner.budget == "accuracy":
-        beyond = _precision_loss(cfg, data, exported, optimized) - winner.allowed if hops[-1].passed else None
-        measurements[policy.BEYOND_BUDGET] = policy.exactly(beyond)
+        measurements[policy.BEYOND_BUDGET] = None
+        with crashed.noted("accuracy lost to reduced precision"):
+            if hops and hops[-1].passed:
+                beyond = _precision_loss(cfg, data, exported, optimized) - winner.allowed
+                measurements[policy.BEYOND_BUDGET] = policy.exactly(beyond)
     if not optimized.proven:  # nothing vouches for it, whatever this stage's own inputs say
         measurements[policy.PROVEN] = policy.exactly(0.0)
     counts = {"macs": shrunk.macs_after, "parameters": shrunk.params_after}
     measurements |= {name: policy.exactly(count) for name, count in counts.items()}
     others = {"dense": (baseline.macs, baseline.params), "promoted": (promoted.macs, promoted.params)}
-    for name in found.structure.keys() & others.keys():
+    for name in files.keys() & others.keys():
         macs, params = others[name]
         measurements |= measuring.against(counts, {"macs": macs, "parameters": params}, name)
     verdict, notes = policy.decide(
@@ -86,43 +100,47 @@ def run(
         measurements,
         hops=[key for key in measurements if key.startswith(policy.PARITY)],
         promoted=promoted.onnx is not None,
+        crashed=crashed,
     )
-    accuracy, latency = found.accuracy["dense"], found.latency
+    accuracy, latency = found.accuracy.get("dense"), found.latency
     for name, report in (("parity", parity), ("accuracy", accuracy), ("latency", latency), ("verdict", verdict)):
-        (out / f"{name}.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        if report is not None:
+            (out / f"{name}.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
     structure = {name: report.model_dump(mode="json") for name, report in found.structure.items()}
     for entry in structure.values():
         del entry["path"]
     (out / "structure.json").write_text(json.dumps(structure, indent=1) + "\n", encoding="utf-8")
-    pictures = pictured(data, [flip.sample for flip in accuracy.flipped[:PICTURES]])
+    pictures = pictured(data, [flip.sample for flip in accuracy.flipped[:PICTURES]]) if accuracy else {}
     for sample, picture in pictures.items():
         (out / FLIPPED).mkdir(exist_ok=True)
         picture.save(out / FLIPPED / f"{sample}.png")
-    mine, reference = latency.runners["shipped"], latency.runners["dense"]
-    before, after = found.structure["dense"], found.structure["shipped"]
+    mine, reference = (latency.runners[name] if latency else None for name in ("shipped", "dense"))
+    before, after = (found.structure.get(name) for name in ("dense", "shipped"))
     return Validated(
         folder=out,
         verdict=verdict,
         hops=hops,
-        dense_accuracy=accuracy.dense,
-        accuracy=accuracy.shipped,
-        accuracy_drop_points=accuracy.drop.value,
-        accuracy_drop_low=accuracy.drop.low,
-        accuracy_drop_high=accuracy.drop.high,
-        dense_latency_ms=reference.median_ms,
-        latency_ms=mine.median_ms,
-        latency_p95_ms=mine.p95_ms,
-        latency_p99_ms=mine.p99_ms,
-        latency_ratio=mine.ratio.value,
-        latency_ratio_low=mine.ratio.low,
-        latency_ratio_high=mine.ratio.high,
+        dense_accuracy=accuracy and accuracy.dense,
+        accuracy=accuracy and accuracy.shipped,
+        accuracy_drop_points=accuracy and accuracy.drop.value,
+        accuracy_drop_low=accuracy and accuracy.drop.low,
+        accuracy_drop_high=accuracy and accuracy.drop.high,
+        dense_latency_ms=reference and reference.median_ms,
+        latency_ms=mine and mine.median_ms,
+        latency_p95_ms=mine and mine.p95_ms,
+        latency_p99_ms=mine and mine.p99_ms,
+        latency_ratio=mine and mine.ratio.value,
+        latency_ratio_low=mine and mine.ratio.low,
+        latency_ratio_high=mine and mine.ratio.high,
         threads=cfg.threads,
-        dense_bytes=before.bytes,
-        bytes=after.bytes,
-        dense_load_ms=before.load_ms,
-        load_ms=after.load_ms,
+        dense_bytes=before and before.bytes,
+        bytes=after and after.bytes,
+        dense_load_ms=before and before.load_ms,
+        load_ms=after and after.load_ms,
         measurements={key: policy.finite(value) for key, value in measurements.items()},
         notes=(*notes, *apart, *found.notes),
+        complete=not crashed,
+        crashed=dict(crashed),
         promoted=promoted.version,
     )
 
@@ -207,10 +225,18 @@ def _hop(report: ParityReport) -> Hop:
         max_rel=_worst(o.max_rel for o in report.outputs),
         mean_rel=_worst(o.mean_rel for o in report.outputs),
         top1_agreement=report.top1,
+        top5_agreement=_least(o.top5 for o in report.outputs),
+        ulp_p50=_worst(o.ulp_p50 for o in report.outputs),
+        ulp_p99=_worst(o.ulp_p99 for o in report.outputs),
+        cosine=_least(o.cosine for o in report.outputs),
         worst_feed=report.worst.feed if report.worst else "",
         feeds=len(report.feeds),
         reasons=report.reasons,
     )
+
+
+def _least(values: Iterable[float | None]) -> float | None:
+    return min((value for value in values if value is not None), default=None)
 
 
 def _worst(values: Iterable[float | None]) -> float | None:

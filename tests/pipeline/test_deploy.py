@@ -1,12 +1,15 @@
 """The whole chain as a user runs it: one command, real data, real stages, on a tiny net."""
 
+import html
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
@@ -14,6 +17,8 @@ from safetensors.torch import load_file
 
 from pipeline import measuring, store
 from pipeline.cli import main
+from pipeline.stages import s7_validate
+from validators import OrtRunner
 
 TINY = Path(__file__).with_name("tiny.py")
 STAGES = ["baseline", "prune", "finetune", "fold", "shrink", "export", "optimize", "validate"]
@@ -144,8 +149,6 @@ def test_a_changed_threshold_reruns_only_validation_and_a_failed_gate_exits_1(ar
 
 
 def test_verify_accepts_what_was_sealed_and_names_a_flipped_byte(artifacts, version, tmp_path):
-    import shutil
-
     assert leanort(artifacts, "verify", "tiny/v0001").returncode == 0
     copy = tmp_path / "tiny" / "v0001"
     shutil.copytree(version, copy)
@@ -285,3 +288,87 @@ def test_a_run_killed_between_epochs_goes_on_with_the_next_one(version, tmp_path
     assert "Resuming after epoch" in done.stderr
     resumed = tmp_path / "tiny" / ".partial" / "0-baseline" / "weights.safetensors"
     assert resumed.read_bytes() == (version / "0-baseline" / "weights.safetensors").read_bytes()
+
+
+def sealed(artifacts: Path, tmp_path: Path) -> Path:
+    """A copy of the folder with the passed version alone, to deploy into."""
+    copy = tmp_path / "artifacts"
+    shutil.copytree(artifacts / "tiny" / "v0001", copy / "tiny" / "v0001")
+    store.point_current(copy / "tiny", copy / "tiny" / "v0001")
+    return copy
+
+
+def crashed(folder: Path) -> tuple[Path, str]:
+    """The newest version below `folder`, whose gate broke off: sealed, verified, said to CI; and its reasons."""
+    newest = sorted((folder / "tiny").glob("v*"))[-1]
+    assert said(folder, "verify", f"tiny/{newest.name}")
+    made = json.loads((newest / "verdict.json").read_text())
+    assert (made["outcome"], made["exit_code"]) == ("fail", 1)
+    reasons = "\n".join(made["reasons"])
+    suite = ElementTree.parse(newest / "junit.xml").getroot()
+    assert int(suite.get("failures")) == len(made["reasons"])
+    page = html.unescape((newest / "report.html").read_text())
+    for line in made["reasons"]:
+        assert line[0].upper() + line[1:] in page
+    assert not (newest / "bundle").exists()
+    assert (folder / "tiny" / "current").resolve().name == "v0001"
+    assert "fail" in said(folder, "list")
+    said(folder, "show", "tiny")
+    assert "7-validate" in said(folder, "diff", "tiny/v0001", f"tiny/{newest.name}")
+    assert "could not be measured" in said(folder, "gate", f"tiny/{newest.name}", code=1)
+    return newest, reasons
+
+
+def test_an_own_metric_that_crashes_is_sealed_as_a_fail_and_tried_again_once_mended(artifacts, version, tmp_path):
+    folder = sealed(artifacts, tmp_path)
+    score = tmp_path / "score.py"
+    score.write_text("def margin(logits, labels):\n    raise RuntimeError('no such column')\n")
+    own = ["--set", f'gate.metrics=["{score}:margin"]']
+    shown = said(folder, "deploy", f"{TINY}:build", *QUICK, *own, code=1)
+    assert "metric margin could not be measured: RuntimeError: no such column" in shown
+    newest, reasons = crashed(folder)
+    assert reasons == "metric margin could not be measured: RuntimeError: no such column"
+    assert figures(newest, "7-validate")["accuracy"] > 0.5
+    steps = json.loads(said(folder, "plan", f"{TINY}:build", *QUICK, *own, "--json"))["stages"]
+    assert [step["stage"] for step in steps if step["action"] == "run"] == ["7-validate"]
+
+
+def test_a_session_that_cannot_be_loaded_is_sealed_as_a_fail(artifacts, version, tmp_path):
+    folder = sealed(artifacts, tmp_path)
+    live = folder / "tiny" / "v0001" / "6-optimize" / figures(version, "6-optimize")["ships"]
+    whole = live.read_bytes()
+    live.chmod(0o644)
+    live.write_bytes(b"not a model")
+    said(folder, "deploy", f"{TINY}:build", *QUICK, "--set", "gate.seed=3", "--from", "optimize", code=1)
+    live.write_bytes(whole)
+    newest, reasons = crashed(folder)
+    assert "session load of promoted could not be measured: onnxruntime" in reasons
+    assert figures(newest, "7-validate")["bytes"] > 0
+    assert figures(newest, "7-validate")["latency_ms"] is None
+
+
+def test_a_session_that_dies_while_it_runs_is_sealed_as_a_fail(artifacts, version, tmp_path, monkeypatch):
+    def infer(self: OrtRunner, feed: object) -> dict:
+        if self.name == "shipped":
+            raise RuntimeError("the kernel gave up")
+        return real(self, feed)
+
+    real = OrtRunner.infer
+    monkeypatch.setattr(OrtRunner, "infer", infer)
+    folder = sealed(artifacts, tmp_path)
+    said(folder, "deploy", f"{TINY}:build", *QUICK, "--set", "gate.seed=1", code=1)
+    newest, reasons = crashed(folder)
+    for what in ("accuracy", "latency"):
+        assert f"{what} could not be measured: RuntimeError: the kernel gave up" in reasons
+    assert "latency (of dense) was not measured" in reasons
+    assert figures(newest, "7-validate")["bytes"] > 0
+    assert not (newest / "7-validate" / "latency.json").exists()
+
+
+def test_parity_that_breaks_off_is_sealed_as_a_fail(artifacts, version, tmp_path, monkeypatch):
+    monkeypatch.setattr(s7_validate, "compare_chain", lambda *args, **kwargs: 1 / 0)
+    folder = sealed(artifacts, tmp_path)
+    said(folder, "deploy", f"{TINY}:build", *QUICK, "--set", "gate.seed=2", code=1)
+    newest, reasons = crashed(folder)
+    assert reasons == "parity could not be measured: ZeroDivisionError: division by zero"
+    assert figures(newest, "7-validate")["latency_ms"] > 0

@@ -81,6 +81,8 @@ def test_an_equal_model_passes_and_ci_gets_its_files(world, monkeypatch):
     assert {"latency_p99 vs dense", "peak_memory", "cold_first_inference", "parameters vs dense"} <= set(
         made["measurements"]
     )
+    assert made["measurements"]["macs"]["value"] == weight.size
+    assert made["measurements"]["macs vs dense"]["value"] == 1
     assert "testcase" in (folder / "ci" / "junit.xml").read_text()
     assert (folder / "summary.md").read_text() == (folder / "ci" / "report.md").read_text() + "\n"
 
@@ -101,7 +103,10 @@ def test_one_changed_weight_is_caught_by_parity(world):
 def test_a_slower_graph_is_caught_by_latency(world):
     folder, weight = world
     classifier(folder / "shipped.onnx", weight, slow=300)
-    assert "Latency (of dense)" in gate(folder, code=1, size="max_size_ratio = inf")
+    limits = 'max_size_ratio = inf\n[[limits]]\nmetric = "macs"\nagainst = "dense"\nmax = 1.0\n'
+    said = gate(folder, code=1, size=limits)
+    assert "Latency (of dense): " in said
+    assert "MACs (of dense): " in said
 
 
 def test_one_broken_class_is_caught_by_accuracy_and_named(world):
@@ -129,8 +134,9 @@ def test_no_data_and_a_model_that_cannot_run_fail_and_never_pass(world):
     assert "Accuracy drop (points) was not measured" in leanort(*words, code=1)
     (folder / "shipped.onnx").write_bytes(b"not a model")
     said = leanort(*words, code=1)
-    assert "not everything could be measured" in said
+    assert "Session load of shipped could not be measured: onnxruntime" in said
     assert "cannot load" in said
+    assert "Accuracy drop (points) was not measured" in said
 
 
 def test_what_is_given_wrongly_is_one_line(world):
@@ -155,3 +161,23 @@ def test_an_own_metric_is_limited_like_any_other(world):
     )  # fmt: skip
     assert "Margin" in said
     assert "at least" in said
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("raise RuntimeError('boom')", "RuntimeError: boom"),
+        ("return logits", "it gave an array of shape (48, 4) for 48 samples"),
+        ("return logits.max(1) * float('nan')", "it gave a score that is not a finite number"),
+    ],
+)
+def test_an_own_metric_that_breaks_off_fails_whatever_is_limited_and_the_rest_is_measured(world, body, why):
+    folder, weight = world
+    classifier(folder / "shipped.onnx", weight)
+    (folder / "scores.py").write_text(f"def margin(logits, labels):\n    {body}\n")
+    said = gate(folder, "--metric", f"{folder / 'scores.py'}:margin", "--report", folder / "ci", code=1)
+    assert f"Metric margin could not be measured: {why}" in said
+    made = json.loads((folder / "ci" / "verdict.json").read_text())
+    assert [line for line in made["reasons"] if "margin" not in line] == []
+    assert made["measurements"]["accuracy"]["value"] == 1
+    assert "margin" not in made["measurements"]

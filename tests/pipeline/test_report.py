@@ -212,6 +212,7 @@ def run(
             verdict=judged(), hops=(
                 Hop(reference="folded", candidate="shrunk", passed=True, max_abs=3.7e-6, mean_abs=4.1e-7,
                     max_rel=2.2e-5, mean_rel=1.1e-6, top1_agreement=0.9999, feeds=18, reasons=(),
+                    top5_agreement=0.99, ulp_p50=3.0, ulp_p99=41.0, cosine=1 - 2.2e-13,
                     worst_feed=f"large values, batch 3{text}"),
                 Hop(reference="shrunk", candidate="exported", passed=False, max_abs=None, mean_abs=None, max_rel=None,
                     mean_rel=None, top1_agreement=None, worst_feed="zeros, batch 1", feeds=18,
@@ -309,8 +310,9 @@ def test_the_page_shows_every_figure(tmp_path):
         "3 epochs in 1 min 36 s; epoch 2 was kept", "for its 95.8 % on the calibration part",
         "Loss training, 0.400 at the end epoch kept", "Accuracy calibration, 95.0 % at the end",
         "epoch 1 epoch 3",
-        "folded → shrunk ✓ pass 3.7e-06 4.1e-07 2.2e-05 1.1e-06 > 99.9 % 18 large values, batch 3",
-        "shrunk → exported ✕ fail – – – – – 18 zeros, batch 1", "output logits is not finite",
+        "folded → shrunk ✓ pass 3.7e-06 4.1e-07 2.2e-05 1.1e-06",
+        "3.00 41.0 2.2e-13 > 99.9 % 99.0 % 18 large values, batch 3",
+        "shrunk → exported ✕ fail – – – – – – – – – 18 zeros, batch 1", "output logits is not finite",
         "Masked to folded: 0 at most",
         "3.8e-06 at most ( 4.4e-15 in float64), tolerance 1.2e-04 for outputs up to 12.4",
         "portable ships: no other one is faster beyond doubt.", "The portable .ort file takes 1.29 times as long.",
@@ -325,6 +327,28 @@ def test_the_page_shows_every_figure(tmp_path):
         "onnxruntime 1.31.1, torch 2.13.0",
     ):  # fmt: skip
         assert re.sub(r"\s", "", shown) in re.sub(r"\s", "", text), shown
+
+
+def test_what_broke_off_leaves_no_empty_card_and_no_figure_of_nothing(tmp_path):
+    names = (
+        "dense_accuracy", "accuracy", "accuracy_drop_points", "accuracy_drop_low", "accuracy_drop_high",
+        "dense_latency_ms", "latency_ms", "latency_p95_ms", "latency_p99_ms", "latency_ratio", "latency_ratio_low",
+        "latency_ratio_high", "dense_bytes", "bytes", "dense_load_ms", "load_ms",
+    )  # fmt: skip
+    verdict = judge(MET, LIMITS, crashed={"latency": "RuntimeError: the kernel gave up"})
+    nothing = dict.fromkeys(names) | {"hops": (), "verdict": verdict}
+    manifest, artifacts = run(tmp_path, validated=nothing)
+    for kept in ("latency.json", "accuracy.json"):
+        (tmp_path / "7-validate" / kept).unlink()
+    report.write(tmp_path, manifest, artifacts)
+    source = (tmp_path / "report.html").read_text()
+    text = Page(source).text
+    assert "✕ Fail Latency could not be measured: RuntimeError: the kernel gave up." in text
+    assert "A speed that could not be measured, 0.260 of its parameters." in text
+    assert "✕ Not measured." in text
+    assert "None" not in text
+    assert source.count('class="big"') == 2  # parameters and MACs, which are counted, not measured
+    assert "| Latency | – | – | – of dense" in (tmp_path / "report.md").read_text().replace("\\", "")
 
 
 def test_a_version_without_kept_measurements_shows_no_empty_plot(tmp_path):
@@ -469,6 +493,19 @@ def test_bars_are_as_long_as_what_they_stand_for(tmp_path):
     source = written(tmp_path)["report.html"]
     row = source.partition("<code>layer1.conv</code>")[2].partition("</tr>")[0]
     assert re.findall(r'width="([\d.]+)"', row) == ["66.67", "25.0"]  # 128 and 48 of 192, the widest
+
+
+def test_latencies_are_drawn_as_often_as_they_occurred_whatever_the_slowest_took():
+    """Half of the inferences around 1 ms, half around 2 ms, and one in fifty hung for a second."""
+    half = [0.95 + 0.1 * i / 48 for i in range(49)]
+    percentiles = (*half, *(x + 1 for x in half), 2.06, 1000.0, 1000.0)
+    outline, beyond = report._spread(percentiles, 4.0)
+    assert (outline[0], outline[-1]) == ((0, 100), (100, 100))
+    assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y in outline)
+    filled = [x for x, y in outline if y < 90]
+    assert 23 <= min(filled) <= max(filled) <= 52
+    assert not [x for x in filled if 28 < x < 47]
+    assert 0.005 < beyond < 0.03
 
 
 def test_many_layers_are_folded_behind_one_plot_and_few_are_not(tmp_path):

@@ -54,6 +54,13 @@ def test_a_missing_metric_fails_and_is_named():
     assert verdict.checks[0].measured is None
 
 
+def test_a_validator_that_broke_off_fails_whatever_is_limited():
+    verdict = judge({"m": 1}, [Limit(metric="m", operator="<=", value=2)], crashed={"latency": "RuntimeError: boom"})
+    assert verdict.outcome == "fail"
+    assert verdict.reasons == ("latency could not be measured: RuntimeError: boom",)
+    assert judge({}, [], crashed={"latency": "boom"}).reasons == ("latency could not be measured: boom",)
+
+
 def test_no_required_limit_is_a_failure():
     assert judge({"m": 1}, []).outcome == "fail"
     assert judge({"m": 1}, [Limit(metric="m", operator="<=", value=2, level="warn")]).outcome == "fail"

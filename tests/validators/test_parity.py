@@ -82,6 +82,16 @@ def test_figures_are_what_they_say():
     assert result.cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
+def test_top5_asks_for_the_same_five_in_whatever_order():
+    reference = np.tile(np.arange(8.0), (4, 1)).astype(np.float32)
+    candidate = reference.copy()
+    candidate[0, [6, 7]] = candidate[0, [7, 6]]
+    candidate[1, 2] = 3.5
+    result = arrays(reference, candidate, atol=9.0)
+    assert (result.top1, result.top5) == (0.75, 0.75)
+    assert arrays(reference[:, :5], candidate[:, :5], atol=9.0).top5 is None
+
+
 def test_top1_counts_the_rows_that_agree():
     reference = F32([[1, 0], [1, 0], [0, 1], [0, 1]])
     assert arrays(reference, reference[[0, 2, 2, 3]], atol=2.0).top1 == 0.75
