@@ -31,7 +31,7 @@ deploy: $(STAMP) ## MODEL=resnet50 [DATA= WEIGHTS= RATIO= RECIPE= ARGS=]: the wh
 plan: $(STAMP) ## MODEL=resnet50 [...]: what deploy would do, and which channels can go
 	$(subst leanort deploy,leanort plan,$(DEPLOY))
 
-gate: $(STAMP) ## MODEL=resnet50 [POLICY=policy.toml]: judge the newest version again; exit code 0, 1 or 4
+gate: $(STAMP) ## MODEL=resnet50 [POLICY=policy.toml]: judge the newest version again; an error unless it passes
 	$(BIN)/leanort gate $(MODEL) $(if $(POLICY),--policy $(POLICY)) $(ARGS)
 
 # ---- measurements ------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from validators.feeds import Feed, edge_feeds, random_feeds, real_feeds
 from validators.gates import Check, Limit, Measured, Verdict, judge
 from validators.latency import Bound, LatencyReport, Ratios, RunnerLatency, race
 from validators.macs import count_macs
+from validators.matching import Trail, first_unmatched, onnx_trail, torch_trail
 from validators.parity import ChainReport, OutputParity, ParityReport, compare, compare_arrays, compare_chain
 from validators.runners import InputSpec, OrtRunner, Runner, TorchRunner
 from validators.structure import StructureReport, measure
@@ -51,6 +52,7 @@ __all__ = [
     "StructureReport",
     "TensorStatistics",
     "TorchRunner",
+    "Trail",
     "ValidationError",
     "Verdict",
     "compare",
@@ -61,12 +63,15 @@ __all__ = [
     "edge_feeds",
     "evaluate",
     "first_divergence",
+    "first_unmatched",
     "judge",
     "measure",
+    "onnx_trail",
     "race",
     "random_feeds",
     "real_feeds",
     "repro_pack",
     "similarity",
     "top_k",
+    "torch_trail",
 ]

@@ -86,9 +86,10 @@ class Divergence(BaseModel):
     def words(self) -> str:
         """One line."""
         after = f" (equal up to {self.agreed})" if self.agreed else ""
+        before = f", in the reference by {self.reference_node}" if self.reference_node != self.candidate_node else ""
         size = "not comparable" if self.max_abs is None else f"{self.max_abs:.3g} apart"
         return (
-            f"first differs at {self.tensor}, made by {self.candidate_node}{after}: {size}, "
+            f"first differs at {self.tensor}, made by {self.candidate_node}{before}{after}: {size}, "
             f"mean {_shown(self.reference.mean)} and {_shown(self.candidate.mean)}"
         )
 
@@ -112,24 +113,34 @@ def repro_pack(reference: Path, candidate: Path, feed: Feed, pack: Path, *, atol
         return None
     edge = search.agreeing(found.tensor)
     inputs = {name: search.value(0, name) for name in edge}
-    contents: dict[str, bytes] = {"repro.py": REPRO.encode(), "inputs.npz": _npz(inputs)}
+    contents: dict[str, bytes] = {"repro.py": REPRO.encode()}
     for side, name in enumerate(("reference", "candidate")):
         contents[f"{name}.onnx"] = _cut(search.models[side], inputs, found.tensor).SerializeToString()
     outputs = {name: search.value(side, found.tensor) for side, name in enumerate(("reference", "candidate"))}
-    contents["outputs.npz"] = _npz(outputs)
-    versions = {
+    contents["divergence.json"] = found.model_dump_json(indent=1).encode()
+    contents["versions.json"] = json.dumps(versions(), indent=1).encode()
+    write_pack(pack, contents, {"inputs": inputs, "outputs": outputs})
+    return found
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a repro pack depend on beside the models."""
+    return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "onnxruntime": ort.__version__,
         "onnx": onnx.__version__,
         "numpy": np.__version__,
     }
-    contents["divergence.json"] = found.model_dump_json(indent=1).encode()
-    contents["versions.json"] = json.dumps(versions, indent=1).encode()
+
+
+def write_pack(pack: Path, contents: Mapping[str, bytes], arrays: Mapping[str, Mapping[str, Array]]) -> None:
+    """Write the zip `pack`: `contents` by file name, and for each of `arrays` an .npz of that name."""
     with zipfile.ZipFile(pack, "w", zipfile.ZIP_DEFLATED) as file:
         for name, data in contents.items():
             file.writestr(name, data)
-    return found
+        for name, group in arrays.items():
+            file.writestr(f"{name}.npz", _npz(group))
 
 
 class _Search:
@@ -159,8 +170,8 @@ class _Search:
             tensor=name,
             reference_node=_node(self.makers[0][name]),
             candidate_node=_node(self.makers[1][name]),
-            reference=_statistics(left),
-            candidate=_statistics(right),
+            reference=statistics(left),
+            candidate=statistics(right),
             max_abs=float(np.abs(left.astype(np.float64) - right.astype(np.float64)).max()) if alike else None,
             tolerance=self._tolerance(left),
             agreed=self.shared[low] if low >= 0 else None,
@@ -290,7 +301,8 @@ def _cut(model: onnx.ModelProto, inputs: Mapping[str, Array], tensor: str) -> on
     )
 
 
-def _statistics(array: Array) -> TensorStatistics:
+def statistics(array: Array) -> TensorStatistics:
+    """A tensor in a few numbers."""
     numbers = array.astype(np.float64) if np.issubdtype(array.dtype, np.number) or array.dtype == bool else None
     finite = numbers[np.isfinite(numbers)] if numbers is not None else np.empty(0)
     made: Sequence[Any] = [finite.min(), finite.max(), finite.mean(), finite.std()] if finite.size else [None] * 4

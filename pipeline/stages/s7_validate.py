@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.export import ExportedProgram
 
 from exporters import describe
 from pipeline import measuring, policy
 from pipeline.artifacts import Baseline, Candidate, Exported, Folded, Hop, Optimized, Promoted, Shrunk, Validated
-from pipeline.channels import capture
+from pipeline.channels import Captured, capture
 from pipeline.config import GateSection
 from pipeline.data import Data
 from pipeline.models import ModelSource, example
@@ -25,19 +27,25 @@ from validators import (
     ParityReport,
     Runner,
     TorchRunner,
+    Trail,
     ValidationError,
     compare_accuracy,
     compare_chain,
     edge_feeds,
     evaluate,
+    first_unmatched,
+    onnx_trail,
     random_feeds,
     real_feeds,
     repro_pack,
+    torch_trail,
 )
 
 BATCHES = (1, 3, 8)
 # Test samples that only one of dense and shipped got right: the first few as pictures.
 FLIPPED = "flipped"
+# The first hop that failed, cut down to where it parts.
+REPRO = "repro.zip"
 PICTURES = 24
 
 
@@ -63,12 +71,12 @@ def run(
     parity: ChainReport | None = None
     apart: list[str] = []
     with crashed.noted("parity"):
-        chain, (precise, *shaken) = _chain(cfg, source, folded, shrunk, exported, optimized)
-        feeds = _feeds(cfg, chain[-1], data)
-        progress.say(f"  parity of {len(chain)} models on {len(feeds)} feeds")
-        parity = compare_chain(chain, feeds, atol=cfg.parity, rtol=0.0, precise=precise, shaken=shaken)
-        if winner.budget == "rounding":
-            apart = _apart(cfg, out, parity.hops[-1], feeds, exported, optimized)
+        chain = _chain(cfg, source, folded, shrunk, exported, optimized)
+        feeds = _feeds(cfg, chain.runners[-1], data)
+        progress.say(f"  parity of {len(chain.runners)} models on {len(feeds)} feeds")
+        precise, *shaken = chain.precise
+        parity = compare_chain(chain.runners, feeds, atol=cfg.parity, rtol=0.0, precise=precise, shaken=shaken)
+        apart = _apart(cfg, out, parity, feeds, chain, exported, optimized)
     files = {"dense": baseline.onnx, "shipped": optimized.onnx}
     if promoted.onnx is not None:
         files["promoted"] = promoted.onnx
@@ -145,21 +153,34 @@ def run(
     )
 
 
+@dataclass(frozen=True)
+class _Chain:
+    """Folded, shrunk, exported, optimised as runners, each compared with the one before it; the first two as graphs,
+    with their inputs' and outputs' names; and folded in float64, then shaken.
+    """
+
+    runners: Sequence[Runner]
+    precise: Sequence[Runner]
+    captured: Captured
+    small: ExportedProgram
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+
+
 def _chain(
     cfg: GateSection, source: ModelSource, folded: Folded, shrunk: Shrunk, exported: Exported, optimized: Optimized
-) -> tuple[list[Runner], list[Runner]]:
-    """Folded, shrunk, exported, optimised, each compared with the one before it; and folded in float64, then shaken."""
+) -> _Chain:
     summary = describe(exported.onnx)
     names = [spec.name for spec in summary.inputs]
     outputs = [spec.name for spec in summary.outputs]
     model = source.build()
     model.load_state_dict(folded.weights())
-    inputs = example(source)
+    inputs, small = example(source), shrunk.program()
     torch_runners = [
         TorchRunner(
             program, example=inputs, threads=torch.get_num_threads(), input_names=names, output_names=outputs, name=name
         )
-        for name, program in (("folded", model.eval()), ("shrunk", shrunk.program()))
+        for name, program in (("folded", model.eval()), ("shrunk", small))
     ]
     chain: list[Runner] = [
         *torch_runners,
@@ -167,7 +188,8 @@ def _chain(
         OrtRunner(optimized.onnx, threads=cfg.threads, name="optimized", session=optimized.winner.session),
     ]
     captured = capture(model, inputs)
-    return chain, [Precise(captured, chain[0], outputs, seed) for seed in SEEDS]
+    precise = [Precise(captured, chain[0], outputs, seed) for seed in SEEDS]
+    return _Chain(chain, precise, captured, small, names, outputs)
 
 
 def _feeds(cfg: GateSection, shipped: Runner, data: Data) -> list[Feed]:
@@ -181,17 +203,39 @@ def _feeds(cfg: GateSection, shipped: Runner, data: Data) -> list[Feed]:
 
 
 def _apart(
-    cfg: GateSection, out: Path, hop: ParityReport, feeds: list[Feed], exported: Exported, optimized: Optimized
+    cfg: GateSection,
+    out: Path,
+    parity: ChainReport,
+    feeds: list[Feed],
+    chain: _Chain,
+    exported: Exported,
+    optimized: Optimized,
 ) -> list[str]:
-    """Where the optimised graph parts from the exported one, if it does; a repro pack is written."""
-    if hop.passed or hop.worst is None or optimized.onnx.suffix != ".onnx":
+    """Where the first hop that failed parts, in one line, if one did; a repro pack is written."""
+    broken = next((at for at, hop in enumerate(parity.hops) if not hop.passed), None)
+    if broken is None or (hop := parity.hops[broken]).worst is None:
         return []
-    worst = next(feed for feed in feeds if feed.label == hop.worst.feed)
+    last = broken == len(parity.hops) - 1
+    if last and (optimized.winner.budget != "rounding" or optimized.onnx.suffix != ".onnx"):
+        return []
+    feed = next(feed for feed in feeds if feed.label == hop.worst.feed)
+    pack = out / REPRO
+
+    def trail(program: ExportedProgram, state: Mapping[str, torch.Tensor] | None = None) -> Trail:
+        return torch_trail(program, feed, inputs=chain.inputs, outputs=chain.outputs, state=state)
+
     try:
-        found = repro_pack(exported.onnx, optimized.onnx, worst, out / "repro.zip", atol=cfg.parity)
+        if last:
+            found = repro_pack(exported.onnx, optimized.onnx, feed, pack, atol=cfg.parity)
+        elif broken == 0:
+            before, after = trail(chain.captured.program, chain.captured.state), trail(chain.small)
+            found = first_unmatched(before, after, feed, atol=cfg.parity, cut=True, pack=pack)
+        else:
+            before, after = trail(chain.small), onnx_trail(exported.onnx, feed)
+            found = first_unmatched(before, after, feed, atol=cfg.parity, pack=pack)
     except ValidationError as error:
         return [f"{hop.candidate}: where it differs could not be found: {error}"]
-    return [f"{hop.candidate} {found.words}; see repro.zip" if found else f"{hop.candidate}: differs only once loaded"]
+    return [f"{hop.candidate} {found.words}; see {REPRO}" if found else f"{hop.candidate}: differs only once loaded"]
 
 
 def _last_hop(report: ParityReport, winner: Candidate) -> Hop:

@@ -8,14 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
 
+import onnx
 import pytest
+import torch
 from click.testing import CliRunner
+from onnx import numpy_helper
 from safetensors.torch import load_file
+from torch.export import ExportedProgram
 
 from pipeline import measuring, store
+from pipeline.artifacts import Exported, Shrunk
 from pipeline.cli import main
 from pipeline.stages import s7_validate
 from validators import OrtRunner
@@ -372,3 +378,49 @@ def test_parity_that_breaks_off_is_sealed_as_a_fail(artifacts, version, tmp_path
     newest, reasons = crashed(folder)
     assert reasons == "parity could not be measured: ZeroDivisionError: division by zero"
     assert figures(newest, "7-validate")["latency_ms"] > 0
+
+
+def test_a_weight_changed_in_the_shrunk_program_is_caught_and_its_layer_named(
+    artifacts, version, tmp_path, monkeypatch
+):
+    def program(self: Shrunk) -> ExportedProgram:
+        made = real(self)
+        with torch.no_grad():
+            made.state_dict["blocks.2.conv1.weight"][3, 2, 1, 1] += 1
+        return made
+
+    real = Shrunk.program
+    monkeypatch.setattr(Shrunk, "program", program)
+    folder = sealed(artifacts, tmp_path)
+    shown = said(folder, "deploy", f"{TINY}:build", *QUICK, "--set", "gate.seed=4", code=1)
+    assert "parity folded - shrunk" in shown
+    doctored(folder, "shrunk", "conv2d (blocks.2.conv1)", "conv2d (blocks.2.conv1)")
+
+
+def test_a_weight_changed_in_the_exported_file_is_caught_and_its_layer_named(artifacts, version, tmp_path, monkeypatch):
+    model = onnx.load(version / "5-export" / "model.onnx")
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == convolutions[2].input[1])
+    changed = numpy_helper.to_array(weight).copy()
+    changed[3, 2, 1, 1] += 1
+    weight.CopyFrom(numpy_helper.from_array(changed, weight.name))
+    onnx.save(model, tmp_path / "changed.onnx")
+    monkeypatch.setattr(Exported, "onnx", property(lambda self: tmp_path / "changed.onnx"))
+    folder = sealed(artifacts, tmp_path)
+    shown = said(folder, "deploy", f"{TINY}:build", *QUICK, "--set", "gate.seed=5", code=1)
+    assert "parity shrunk - exported" in shown
+    doctored(folder, "exported", "conv2d (blocks.0.conv2)", f"Conv {convolutions[2].name}")
+
+
+def doctored(folder: Path, candidate: str, reference_node: str, candidate_node: str) -> None:
+    """The newest version says where the hop to `candidate` parts, in its report and in a repro pack that runs."""
+    newest = sorted((folder / "tiny").glob("v*"))[-1]
+    note = next(n for n in figures(newest, "7-validate")["notes"] if n.startswith(f"{candidate} first differs at"))
+    assert candidate_node in note
+    assert note in html.unescape((newest / "report.html").read_text())
+    with zipfile.ZipFile(newest / "7-validate" / "repro.zip") as pack:
+        pack.extractall(folder / "repro")
+    found = json.loads((folder / "repro" / "divergence.json").read_text())
+    assert (found["reference_node"], found["candidate_node"]) == (reference_node, candidate_node)
+    done = subprocess.run([sys.executable, "repro.py"], cwd=folder / "repro", capture_output=True, text=True)
+    assert found["tensor"] in done.stdout, done.stderr
