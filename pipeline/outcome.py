@@ -68,10 +68,12 @@ def judged(check: Check) -> Judged:
     value, low, high, limit = (significant(figure, digits) for figure in (*known, wanted))
     interval = f"{low} to {high}" if low != high else ""
     shown = f"{value} ({interval})" if interval else value
+    told = significant((check.measured.high - check.measured.low) / 2, 2)
     words = {
         "pass": f"{name}: {shown}, as asked for ({bound} {limit}).",
         "fail": f"{name}: {shown}, but {bound} {limit} is asked for.",
-        "inconclusive": f"{name}: {shown}; {bound} {limit} is asked for, and the measurement cannot tell.",
+        "inconclusive": f"{name}: {shown}; {bound} {limit} is asked for, and the measurement cannot tell "
+        f"differences of less than {told}.",
     }
     return Judged(name, check.outcome, required, value, interval, f"{bound} {limit}", words[check.outcome])
 

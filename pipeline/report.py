@@ -271,7 +271,7 @@ def _accuracy(folder: Path) -> dict[str, Any]:
     """Classes and flipped samples, as far as they were kept."""
     path = folder / "accuracy.json"
     if not path.is_file():
-        return {"classes": (), "flips": (), "flip_counts": (0, 0)}
+        return {"classes": (), "flips": (), "flip_counts": (0, 0), "p_value": None}
     found = AccuracyComparison.model_validate_json(path.read_text(encoding="utf-8"))
     classes = tuple(
         ClassRow(
@@ -294,7 +294,7 @@ def _accuracy(folder: Path) -> dict[str, Any]:
         )
         for flip in found.flipped[:FLIPS]
     )
-    return {"classes": classes, "flips": flips, "flip_counts": (found.lost, found.gained)}
+    return {"classes": classes, "flips": flips, "flip_counts": (found.lost, found.gained), "p_value": found.p_value}
 
 
 def _called(label: int, confidence: float | None) -> str:

@@ -238,7 +238,7 @@ def _print_log(out: Path, as_json: bool) -> None:
     else:
         table = Table(box=None, pad_edge=False)
         for column in ("when", "what", "version", "from", "verdict", "by", "why"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", no_wrap=column in ("when", "verdict"))
         for entry in entries:
             what = f"{entry.action} --force" if entry.forced else entry.action
             when = entry.time.strftime("%Y-%m-%d %H:%M:%S")

@@ -298,7 +298,8 @@ def test_the_page_shows_every_figure(tmp_path):
         "6.11 M", "0.260 of 23.5 M dense", "21.7 M", "0.259 of 83.9 M dense",
         "dense 6.02 ms 9.32 ms 0.283 (0.273 to 0.293)", "promoted 1.90 ms 2.94 ms 0.900 (0.890 to 0.910)",
         "Interleaved: 180 blocks of 5 inferences in 3.2 s, each interval at 98.8 % confidence",
-        "3 test samples were right before and are wrong now, 1 the other way.",
+        "3 test samples were right before and are wrong now, 1 the other way",
+        "(exact McNemar test: p = 0.625).",
         "sample 3: 3 dense 3, 75.0 % shipped 0, 75.0 %", "sample 21: 1 dense 2, 75.0 % shipped 1, 75.0 %",
         "3 10 100.0 % 80.0 % −20.0 points",
         "Note: the machine is busy", "Compared with v0002, the version that was current",
@@ -534,7 +535,7 @@ def test_junit_is_red_exactly_where_the_verdict_is_no_pass(tmp_path):
     assert {k: suite.get(k) for k in ("tests", "failures", "errors")} == {"tests": "3", "failures": "1", "errors": "1"}
     accuracy, latency, load = suite.findall("testcase")
     assert accuracy.find("failure").get("message") == "Accuracy drop, points: 2.41, but at most 1.00 is asked for."
-    assert "the measurement cannot tell" in latency.find("error").text
+    assert "the measurement cannot tell differences of less than 0.010" in latency.find("error").text
     assert load.find("failure") is None and "Warning" in load.find("system-out").text
     good = ElementTree.fromstring(written(tmp_path)["junit.xml"])
     assert [len(case) for case in good.findall("testcase")] == [0, 0, 0]
@@ -676,9 +677,37 @@ def test_nothing_overlaps_or_sticks_out_in_a_browser(tmp_path, scheme, ground, l
     assert max(len(word) for word in Page(source).text.split()) > 40
     if CHROMIUM is None:
         return  # What follows is layout, which only a browser can tell.
+    widths = (360, 768, 1400)
+    faults, counts = seen(tmp_path, [(source, wide) for wide in widths], scheme)
+    assert faults == []
+    assert [wide for wide, _, _ in counts] == [*widths]
+    assert all(pieces > 150 and colour == ground for _, pieces, colour in counts)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_no_verdict_breaks_the_page_in_a_browser(tmp_path):
+    unsure = Measured(value=0.3, low=0.29, high=0.31)
+    broken = {"latency": f"RuntimeError: {'a very long word '.replace(' ', '_') * 5}", "accuracy": "boom"}
+    verdicts = {
+        "Fail": judged(accuracy=2.41, latency=0.5, load=1.2),
+        "Inconclusive": judged(latency=unsure),
+        "Crashed": judge({}, LIMITS, crashed=broken),
+    }
+    pages = []
+    for name, verdict in verdicts.items():
+        source = written(tmp_path / name, validated={"verdict": verdict})["report.html"]
+        assert ("Fail" if name == "Crashed" else name) in Page(source).text
+        pages += [(source, wide) for wide in (390, 1400)]
+    faults, counts = seen(tmp_path, pages, 1)
+    assert faults == []
+    assert len(counts) == len(pages)
+
+
+def seen(tmp_path: Path, pages: list[tuple[str, int]], scheme: int) -> tuple[list[str], list[tuple[int, int, str]]]:
+    """What a browser finds wrong with pages of these widths; and each one's width, pieces of text and background."""
     frames = "".join(
         f'<iframe style="width:{wide}px;height:900px;border:0" srcdoc="{html.escape(source)}"></iframe>'
-        for wide in (360, 768, 1400)
+        for source, wide in pages
     )
     wrapper = f"<!DOCTYPE html><body>{frames}<script>onload = () => {{ {MEASURE} }}</script>"
     (tmp_path / "wrapper.html").write_text(wrapper, encoding="utf-8")
@@ -689,6 +718,5 @@ def test_nothing_overlaps_or_sticks_out_in_a_browser(tmp_path, scheme, ground, l
     assert body, done.stdout[-500:]
     said = json.loads(html.unescape(body[1]))
     counts = [re.fullmatch(r"(\d+): measured (\d+) pieces of text on (.*)", line) for line in said]
-    assert [line for line, count in zip(said, counts, strict=True) if count is None] == []
-    assert [int(c[1]) for c in counts] == [360, 768, 1400]
-    assert all(int(c[2]) > 150 and c[3] == ground for c in counts)
+    faults = [line for line, count in zip(said, counts, strict=True) if count is None]
+    return faults, [(int(c[1]), int(c[2]), c[3]) for c in counts if c is not None]
