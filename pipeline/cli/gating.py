@@ -15,7 +15,8 @@ from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.config import Policy, Rule
-    from validators import Feed, Measured, Verdict
+    from pipeline.data import Data
+    from validators import Feed, Measured, OrtRunner, Verdict
 
 _POLICY = click.option("--policy", type=click.Path(path_type=Path), help="A TOML file with the limits.")
 _REPORT = click.option(
@@ -173,6 +174,7 @@ def _judge_files(
             feeds = [
                 *random_feeds(candidate.inputs, seed=cfg.seed, sizes=sizes),
                 *edge_feeds(candidate.inputs, seed=cfg.seed, sizes=sizes),
+                *(_real(candidate, data) if data is not None else ()),
             ]
             found = compare(reference, candidate, feeds, atol=cfg.parity, rtol=0.0)
             measurements[key] = policies.exactly(found.judged)
@@ -193,6 +195,18 @@ def _judge_files(
         cfg, measurements, hops=hops, promoted="promoted" in files, given=own, crashed=crashed
     )
     return _tell(subject, "", verdict, (*left, *notes), measurements, report)
+
+
+def _real(runner: OrtRunner, data: Data) -> list[Feed]:
+    """Test samples at every batch size that the model takes; none for a model that takes more than images."""
+    from validators import real_feeds
+    from validators.feeds import BATCHES
+
+    if len(runner.inputs) != 1:
+        return []
+    name, batch = runner.inputs[0].name, runner.inputs[0].shape[0]
+    batches = (batch,) if isinstance(batch, int) else BATCHES
+    return real_feeds({name: data.sample("test", max(batches)).numpy()}, batches=batches)
 
 
 def _apart(reference: Path, candidate: Path, feed: Feed, atol: float, report: Path | None) -> list[str]:
