@@ -24,6 +24,7 @@ from exporters.to_ort import (
     optimize,
     required_operators,
     session_config,
+    session_of,
     to_ort_format,
 )
 
@@ -63,6 +64,7 @@ __all__ = [
     "required_operators",
     "sensitivity",
     "session_config",
+    "session_of",
     "to_onnx",
     "to_ort_format",
     "unpack",

@@ -34,7 +34,7 @@ from exporters.fusions import fuse
 from exporters.quantize import Calibration, quantize, quantize_dynamic
 from exporters.summary import describe
 from exporters.to_onnx import to_onnx
-from exporters.to_ort import Level, optimize, required_operators, to_ort_format
+from exporters.to_ort import Level, optimize, required_operators, tag_session, to_ort_format
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Budget = Literal["rounding", "accuracy"]
@@ -91,7 +91,11 @@ def make(name: str, source: Source) -> Made:
     """
     if name not in CANDIDATES:
         raise ExportError(f"There is no candidate {name}.", f"There are {', '.join(CANDIDATES)}.")
-    return CANDIDATES[name](name, source)
+    made = CANDIDATES[name](name, source)
+    if source.disabled and made.path.suffix == ".onnx":  # the optimisers that loading runs would break it again
+        tag_session(made.path, source.disabled)
+        made = made.model_copy(update={"bytes": describe(made.path).bytes})
+    return made
 
 
 def _at_opset(opset: int) -> Builder:

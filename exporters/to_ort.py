@@ -27,6 +27,9 @@ Level = Literal["basic", "extended", "all"]
 # onnxruntime's session configuration key, names separated by ";" (onnxruntime_session_options_config_keys.h).
 DISABLE = "optimization.disable_specified_optimizers"
 
+# Metadata of a file that is to be loaded without these optimisers; names as above.
+DISABLED = "onnxruntime.disabled_optimizers"
+
 LEVELS: dict[Level, ort.GraphOptimizationLevel] = {
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -163,6 +166,27 @@ def required_operators(model: Path, path: Path) -> None:
 def session_config(disabled: Sequence[str]) -> dict[str, str]:
     """The session configuration entries under which the optimisers named in `disabled` do not run."""
     return {DISABLE: ";".join(disabled)} if disabled else {}
+
+
+def tag_session(path: Path, disabled: Sequence[str]) -> None:
+    """Write into the ONNX file at `path` without which optimisers it is to be loaded; `session_of` reads it."""
+    model = read_graph(path)
+    known = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {**known, DISABLED: ";".join(disabled)})
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def session_of(path: Path) -> dict[str, str]:
+    """The session configuration entries that the file at `path` asks for, if it is ONNX and asks for any.
+
+    Nothing else is taken over from a file that may come from anywhere. What cannot be read asks for nothing: whoever
+    loads it will say why.
+    """
+    try:
+        disabled = describe(Path(path)).metadata.get(DISABLED, "") if Path(path).suffix == ".onnx" else ""
+    except ExportError:
+        return {}
+    return session_config([name for name in disabled.split(";") if name])
 
 
 def session_options(threads: int, disabled: Sequence[str] = ()) -> ort.SessionOptions:

@@ -191,8 +191,9 @@ class Candidate(BaseModel):
     `outcome`: "passed" = proven, and timed; "failed" = could not be made or is not the same function; "skipped" = this
     model or installation has none. `budget` is what it was proven by, at most `allowed` of it: float32 rounding
     (`max_scaled`, the largest error over max(1, max|reference|)), or the accuracy on the calibration part
-    (`accuracy_drop_points`). `session` holds the session configuration entries that it must be loaded with. `file` is
-    "" where it was not kept. Sizes in bytes, `zstd_bytes` only where the zeros stayed.
+    (`accuracy_drop_points` against the shrunk model, `accuracy_drop_points_dense` against the dense one; the larger
+    counts), with the mean `cross_entropy` there in nats. `session` holds the session configuration entries that it must
+    be loaded with. `file` is "" where it was not kept. Sizes in bytes, `zstd_bytes` only where the zeros stayed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -210,6 +211,8 @@ class Candidate(BaseModel):
     max_scaled: float | None = None
     top1_agreement: float | None = None
     accuracy_drop_points: float | None = None
+    accuracy_drop_points_dense: float | None = None
+    cross_entropy: float | None = None
     bytes: int = 0
     zstd_bytes: int | None = None
     load_ms: float | None = None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exporters import describe
+from exporters import describe, session_of
 from pipeline import policy
 from pipeline.config import GateSection
 from pipeline.data import Data
@@ -139,17 +139,18 @@ def contest(
 ) -> Findings:
     """Measure the file "shipped" against the others. `sizes` gives dynamic dimensions other than the batch.
 
-    `sessions` holds session configuration entries by model, where one needs them.
+    `sessions` holds session configuration entries by model, where one needs others than its file asks for.
 
     Without `data` there is no accuracy. Whatever breaks off is in the findings' `crashed`; only UserError and a full
     disk are raised.
     """
     crashed = Crashes()
     others = [name for name in files if name != "shipped"]
+    entries = {name: (sessions or {}).get(name) or session_of(path) for name, path in files.items()}
     runners: dict[str, OrtRunner] = {}
     for name, path in files.items():
         with crashed.noted(f"session load of {name}"):
-            runners[name] = OrtRunner(path, threads=cfg.threads, name=name, session=(sessions or {}).get(name))
+            runners[name] = OrtRunner(path, threads=cfg.threads, name=name, session=entries[name])
     found: dict[str, Measured | None] = {}
     accuracy: dict[str, AccuracyComparison] = {}
     similarities: dict[str, Similarity] = {}
@@ -168,7 +169,8 @@ def contest(
                 found[f"latency_p99 vs {name}"] = mine.ratios[name].p99
     for name, runner in runners.items():
         with crashed.noted(f"size, load and memory of {name}"):
-            structure[name] = measure(files[name], _feed(cfg, runner, sizes), threads=cfg.threads)
+            feed = _feed(cfg, runner, sizes)
+            structure[name] = measure(files[name], feed, threads=cfg.threads, session=entries[name])
     costs = {name: _costs(report) for name, report in structure.items()}
     if "shipped" in costs:
         found |= {key: policy.exactly(value) for key, value in costs["shipped"].items()}

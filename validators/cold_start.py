@@ -1,4 +1,4 @@
-"""What a fresh process pays for a model: `python cold_start.py MODEL THREADS FEED.npz INPUT...` prints it as JSON.
+"""What a fresh process pays for a model, as JSON: `python cold_start.py MODEL THREADS SESSION FEED.npz INPUT...`
 
 Run as a program by `structure.measure`; imports nothing but what a deployment needs.
 """
@@ -28,8 +28,10 @@ def peak_bytes() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def main(model: str, threads: str, feed_file: str, *names: str) -> None:
+def main(model: str, threads: str, session_entries: str, feed_file: str, *names: str) -> None:
     """Load the model and run it once on the arrays arr_0, arr_1, ... of the file, in the order of the input `names`.
+
+    `session_entries` are further session configuration entries, as a JSON object.
 
     Prints peak memory before and after, in bytes, and the times of the load and of the first inference.
     """
@@ -37,6 +39,8 @@ def main(model: str, threads: str, feed_file: str, *names: str) -> None:
     options.intra_op_num_threads = int(threads)
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    for key, value in json.loads(session_entries).items():
+        options.add_session_config_entry(key, value)
     with np.load(feed_file, allow_pickle=False) as arrays:
         feed = {name: arrays[f"arr_{i}"] for i, name in enumerate(names)}
     before = peak_bytes()

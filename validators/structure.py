@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,18 +42,27 @@ class StructureReport(BaseModel):
     cold_first_ms: float
 
 
-def measure(path: Path, feed: Feed, *, threads: int, loads: int = 5, timeout: float = 300.0) -> StructureReport:
+def measure(
+    path: Path,
+    feed: Feed,
+    *,
+    threads: int,
+    loads: int = 5,
+    timeout: float = 300.0,
+    session: Mapping[str, str] | None = None,
+) -> StructureReport:
     """Measure the ONNX file at `path` with `feed` as its first input; at most `timeout` seconds in the fresh process.
 
-    Raises ValidationError when the file cannot be loaded or run.
+    `session` holds session configuration entries, where the file is to be loaded with some. Raises ValidationError when
+    the file cannot be loaded or run.
     """
     path = Path(path)
     times = []
     for _ in range(loads):
         start = time.perf_counter()
-        OrtRunner(path, threads=threads)
+        OrtRunner(path, threads=threads, session=session)
         times.append(time.perf_counter() - start)
-    fresh = _fresh_process(path, feed, threads, timeout)
+    fresh = _fresh_process(path, feed, threads, timeout, session or {})
     return StructureReport(
         path=path,
         threads=threads,
@@ -81,11 +91,14 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size + sum((path.parent / str(name)).stat().st_size for name in beside)
 
 
-def _fresh_process(path: Path, feed: Feed, threads: int, timeout: float) -> dict[str, float]:
+def _fresh_process(
+    path: Path, feed: Feed, threads: int, timeout: float, session: Mapping[str, str]
+) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         arrays = Path(folder) / "feed.npz"
         np.savez(arrays, *feed.arrays.values())
-        command = [sys.executable, cold_start.__file__, str(path.resolve()), str(threads), str(arrays), *feed.arrays]
+        fixed = [str(path.resolve()), str(threads), json.dumps(dict(session)), str(arrays)]
+        command = [sys.executable, cold_start.__file__, *fixed, *feed.arrays]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True)
         except subprocess.TimeoutExpired as error:

@@ -141,6 +141,7 @@ def _judge_files(
     options: Mapping[str, Any],
 ) -> int:
     """Measure files and judge them; whatever cannot be measured is missing, and so fails."""
+    from exporters import session_of
     from pipeline import data as datasets
     from pipeline import measuring
     from pipeline import policy as policies
@@ -170,7 +171,9 @@ def _judge_files(
         key = f"{policies.PARITY}{equal.name} - {files['shipped'].name}"
         hops.append(key)
         with crashed.noted("parity"):
-            reference, candidate = (OrtRunner(path, threads=cfg.threads) for path in (equal, files["shipped"]))
+            reference, candidate = (
+                OrtRunner(path, threads=cfg.threads, session=session_of(path)) for path in (equal, files["shipped"])
+            )
             feeds = [
                 *random_feeds(candidate.inputs, seed=cfg.seed, sizes=sizes),
                 *edge_feeds(candidate.inputs, seed=cfg.seed, sizes=sizes),

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
 import torch
 import zstandard
 from matplotlib.figure import Figure
+from scipy.special import log_softmax
 
 from exporters import (
     ExportError,
@@ -35,7 +36,7 @@ from exporters import (
     sensitivity,
     session_config,
 )
-from pipeline.artifacts import Candidate, CandidateLatency, Exported, Optimized, Pruned, Shrunk
+from pipeline.artifacts import Baseline, Candidate, CandidateLatency, Exported, Optimized, Pruned, Shrunk
 from pipeline.channels import Captured
 from pipeline.config import OptimizeSection
 from pipeline.data import Data
@@ -65,6 +66,7 @@ BATCHES = (1, 3)
 EVALUATION_BATCH = 64
 CALIBRATION_BATCH = 32
 PROBES = 32
+SURPRISE = "cross-entropy"
 LOADS = 3
 # What a bundle may hold beside the shipped file: the fastest proven one of each kind of machine.
 KEPT = (
@@ -89,6 +91,7 @@ def run(
     out: Path,
     source: ModelSource,
     data: Data,
+    baseline: Baseline,
     pruned: Pruned,
     shrunk: Shrunk,
     exported: Exported,
@@ -99,7 +102,7 @@ def run(
     Where no candidate that may ship is proven, the first one goes on unproven, and the gate fails it. Raises
     ExportError where not even that could be made.
     """
-    field = _Field.open(cfg, out, source, data, shrunk, exported)
+    field = _Field.open(cfg, out, source, data, baseline, shrunk, exported)
     rows: list[Candidate] = []
     with progress.bar("candidates", len(cfg.names) + 1) as move:
         for number, name in enumerate(cfg.names, start=1):
@@ -142,7 +145,8 @@ class _Field:
     reference: _Remembered
     feeds: list[Feed]
     input: str
-    accuracy: AccuracyReport | None
+    dense: Path
+    accuracies: dict[str, AccuracyReport]
     expected_attention: int
     precise: list[Precise]
     guilty: dict[str, tuple[str, ...]]
@@ -151,7 +155,14 @@ class _Field:
 
     @classmethod
     def open(
-        cls, cfg: OptimizeSection, out: Path, source: ModelSource, data: Data, shrunk: Shrunk, exported: Exported
+        cls,
+        cfg: OptimizeSection,
+        out: Path,
+        source: ModelSource,
+        data: Data,
+        baseline: Baseline,
+        shrunk: Shrunk,
+        exported: Exported,
     ) -> _Field:
         """The shrunk program as the reference, and the feeds: random, zeros and real samples."""
         summary = describe(exported.onnx)
@@ -186,7 +197,8 @@ class _Field:
                 *real_feeds({name: data.sample("calibration", max(BATCHES)).numpy()}, batches=BATCHES),
             ],
             input=name,
-            accuracy=None,
+            dense=baseline.onnx,
+            accuracies={},
             expected_attention=expected_attention(program),
             precise=[
                 Precise(Captured(program, inputs, program.state_dict), reference, outputs, seed) for seed in SEEDS
@@ -229,15 +241,17 @@ class _Field:
         pair = [self.reference, runner]
         return compare_chain(pair, self.feeds, atol=self.cfg.parity, rtol=0.0, precise=precise, shaken=shaken).hops[0]
 
-    def dense_accuracy(self) -> AccuracyReport:
-        """The shrunk model on the calibration part; evaluated once."""
-        if self.accuracy is None:
-            self.accuracy = self.evaluate(self.reference.runner)
-        return self.accuracy
+    def accuracy(self, name: Literal["dense", "shrunk"]) -> AccuracyReport:
+        """The dense or the shrunk model on the calibration part; evaluated once."""
+        if name not in self.accuracies:
+            runner = OrtRunner(self.dense, threads=1) if name == "dense" else self.reference.runner
+            self.accuracies[name] = self.evaluate(runner)
+        return self.accuracies[name]
 
     def evaluate(self, runner: Runner) -> AccuracyReport:
         """A classifier on the calibration part."""
-        return evaluate(runner, self.data.batches("calibration", EVALUATION_BATCH))
+        batches = self.data.batches("calibration", EVALUATION_BATCH)
+        return evaluate(runner, batches, metrics={SURPRISE: _surprise})
 
 
 class _Remembered:
@@ -253,6 +267,12 @@ class _Remembered:
         if id(feed) not in self._answers:
             self._answers[id(feed)] = (feed, self.runner.infer(feed))
         return self._answers[id(feed)][1]
+
+
+def _surprise(logits: Array, labels: Array) -> Array:
+    """Cross-entropy of each sample, in nats: finer than right or wrong, of which a small set has few."""
+    found: Array = -log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels]
+    return found
 
 
 def _calibration(data: Data, name: str, count: int) -> Iterator[Mapping[str, Array]]:
@@ -310,11 +330,20 @@ def _proven(field: _Field, made: Made, session: Mapping[str, str]) -> Candidate:
         return row.model_copy(update=figures)
     if parity.max_scaled is None:  # an output is missing, of another shape or type, or not a number
         return row.model_copy(update=figures | {"outcome": "failed", "reason": _unanswered(parity)})
-    drop = compare_accuracy(field.dense_accuracy(), field.evaluate(runner), seed=field.cfg.seed).drop.value
-    figures["accuracy_drop_points"] = drop
-    if drop > field.cfg.max_accuracy_drop_points:
-        allowed = field.cfg.max_accuracy_drop_points
-        figures |= {"outcome": "failed", "reason": f"loses {drop:.2f} points of accuracy, {allowed:g} allowed"}
+    found = field.evaluate(runner)
+    # Against the dense model too, as the gate will: what pruning lost is gone from the budget.
+    drops = {
+        name: compare_accuracy(field.accuracy(name), found, seed=field.cfg.seed).drop.value
+        for name in ("shrunk", "dense")
+    }
+    figures["accuracy_drop_points"] = drops["shrunk"]
+    figures["accuracy_drop_points_dense"] = drops["dense"]
+    figures["cross_entropy"] = float(np.mean(found.scores[SURPRISE]))
+    against = max(drops, key=lambda name: drops[name])
+    allowed = field.cfg.max_accuracy_drop_points
+    if drops[against] > allowed:
+        reason = f"loses {drops[against]:.2f} points of accuracy against the {against} model, {allowed:g} allowed"
+        figures |= {"outcome": "failed", "reason": reason}
     return row.model_copy(update=figures)
 
 
@@ -333,7 +362,7 @@ def _without_denormals(field: _Field, made: Made, session: Mapping[str, str]) ->
         return 0, ()
     before = OrtRunner(made.path, threads=1, session=session)
     scratch = made.path.with_name(f".{made.name}.flushed.onnx")
-    path, chosen = _flushed(made.path, scratch, before, field.feeds, field.cfg.parity)
+    path, chosen = _flushed(made.path, scratch, before, field.feeds, field.cfg.parity, session)
     if path is None:
         return found, (f"{found:,} denormal constants stay, since flushing changes the output",)
     # External weights keep the name that the graph knows them by.
@@ -346,12 +375,20 @@ def _safe_names(before: Path, after: Path) -> frozenset[str]:
     return frozenset(count_denormals(before).tensors.keys() - count_denormals(after).tensors.keys())
 
 
-def _flushed(src: Path, dst: Path, before: Runner, feeds: Sequence[Feed], atol: float) -> tuple[Path | None, int]:
+def _flushed(
+    src: Path,
+    dst: Path,
+    before: Runner,
+    feeds: Sequence[Feed],
+    atol: float,
+    session: Mapping[str, str] | None = None,
+) -> tuple[Path | None, int]:
     """`src` with as many of its denormals flushed as leave the answers alone: all, else tensor by tensor, else None."""
 
     def harmless(only: frozenset[str] | None) -> int:
         count = flush_denormals(src, dst, only=only).count
-        return count if compare(before, OrtRunner(dst, threads=1), feeds, atol=atol, rtol=0.0).passed else 0
+        after = OrtRunner(dst, threads=1, session=session)
+        return count if compare(before, after, feeds, atol=atol, rtol=0.0).passed else 0
 
     if count := harmless(None):
         return dst, count
@@ -455,7 +492,8 @@ def _raced(field: _Field, rows: Sequence[Candidate]) -> list[Candidate]:
     feed = random_feeds(field.reference.inputs, seed=cfg.seed, batches=cfg.batch_sizes[:1])[0]
     return [
         row.model_copy(
-            update=_weighed(folder / row.file, feed, cfg.threads[0]) | {"latencies": tuple(latencies[row.name])}
+            update=_weighed(folder / row.file, feed, cfg.threads[0], row.session)
+            | {"latencies": tuple(latencies[row.name])}
         )
         if row.name in latencies
         else row
@@ -463,9 +501,9 @@ def _raced(field: _Field, rows: Sequence[Candidate]) -> list[Candidate]:
     ]
 
 
-def _weighed(path: Path, feed: Feed, threads: int) -> dict[str, Any]:
+def _weighed(path: Path, feed: Feed, threads: int, session: Mapping[str, str]) -> dict[str, Any]:
     """Size, load time and peak memory, the latter in a fresh process."""
-    found = measure(path, feed, threads=threads, loads=LOADS)
+    found = measure(path, feed, threads=threads, loads=LOADS, session=session)
     return {"bytes": found.bytes, "load_ms": found.load_ms, "peak_rss": found.peak_rss}
 
 
@@ -473,7 +511,8 @@ def _choose(cfg: OptimizeSection, rows: Sequence[Candidate]) -> tuple[Candidate,
     """The candidate that ships, and a sentence that says why.
 
     The first allowed one ships unless another is faster beyond the race's doubt: the whole interval of its ratio,
-    averaged over the settings, is below that of the first. With `prefer = "size"` the smallest ships.
+    averaged over the settings, is below that of the first. Of several in reduced precision that are as fast as the
+    fastest, as far as the race can tell, the most accurate ships. With `prefer = "size"` the smallest ships.
     """
     allowed = [
         row
@@ -500,13 +539,24 @@ def _choose(cfg: OptimizeSection, rows: Sequence[Candidate]) -> tuple[Candidate,
     base = _mean([entry.ratio for entry in first.latencies])
     faster = [row for row in plain[1:] if _mean([entry.high for entry in row.latencies]) < base * _below(first)]
     winner = min(faster, key=lambda row: _mean([entry.ratio for entry in row.latencies]), default=first)
+    level = [row for row in faster if row.budget == "accuracy" and _as_fast(row, winner)]
+    if winner.budget == "accuracy":
+        winner = min(level, key=lambda row: (row.accuracy_drop_points or 0.0, row.cross_entropy or 0.0))
     count = f"{len(plain)} that may ship" if len(plain) > 1 else "those that may ship"
     if winner is first:
         others = "no other one is faster beyond doubt" if len(plain) > 1 else "it is the only one that passed and may"
         return winner, f"{winner.name} ships: {winner.latencies[0].median_ms:.3g} ms, and {others}."
     ratio = _mean([entry.ratio for entry in winner.latencies]) / base
     took = f"{winner.latencies[0].median_ms:.3g} ms, {ratio:.3f} of {first.name}"
+    if len(level) > 1 and winner.budget == "accuracy":
+        equals = f"{len(level)} candidates in reduced precision are as fast"
+        return winner, f"{winner.name} ships: {took}; {equals}, and this one is the most accurate."
     return winner, f"{winner.name} ships: {took}, the fastest of {count}."
+
+
+def _as_fast(row: Candidate, fastest: Candidate) -> bool:
+    """Whether the race leaves it open which of the two is faster: their intervals meet."""
+    return _mean([entry.low for entry in row.latencies]) <= _mean([entry.high for entry in fastest.latencies])
 
 
 def _below(first: Candidate) -> float:

@@ -86,6 +86,50 @@ def test_percentile_calibration_leaves_an_outlier_out_and_minmax_does_not(export
     assert input_scale(percentile.path) < 0.1
 
 
+def test_entropy_calibration_finds_a_range_of_its_own(exported, tmp_path):
+    """Between the two: an outlier does not stretch it over everything, and the bulk is not cut off."""
+    x = np.random.default_rng(0).standard_normal((2048, 3, 8, 8)).astype(np.float32)
+    x[7, 0, 0, 0] = 40
+    minmax, entropy = (
+        quantize(exported, tmp_path / f"{name}.onnx", batches=[{"input": x}], calibration=name)
+        for name in ("minmax", "entropy")
+    )
+    assert input_scale(minmax.path) == pytest.approx(45 / 255, rel=0.03)
+    assert 2 * 2.5 / 255 < input_scale(entropy.path) < 2 * 8 / 255
+
+
+@pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])
+def test_what_leaves_the_model_is_not_rounded(exported, batches, tmp_path, calibration):
+    """Rounded logits tie where the float ones are close; the answers take more values than 8 bits hold."""
+    made = quantize(exported, tmp_path / "q.onnx", batches=batches, calibration=calibration)
+    x = np.random.default_rng(1).standard_normal((512, 3, 8, 8)).astype(np.float32)
+    found = run(made.path, x)
+    assert found.shape == (512, run(exported, x).shape[1])
+    assert len(np.unique(found)) > 256
+    model = onnx.load(made.path)
+    assert [value.name for value in model.graph.output] == [value.name for value in onnx.load(exported).graph.output]
+    onnx.checker.check_model(model)
+
+
+def test_an_output_that_goes_on_into_the_model_keeps_its_integers(tmp_path, batches):
+    model = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]>
+        g (float[n, 3, 8, 8] input) => (float[n, 8, 8, 8] early, float[n, 8, 8, 8] late) {
+            early = Conv <pads = [1, 1, 1, 1]> (input, first)
+            late = Conv <pads = [1, 1, 1, 1]> (early, second)
+        }"""
+    )
+    rng = np.random.default_rng(0)
+    for name, channels in (("first", 3), ("second", 8)):
+        weight = rng.standard_normal((8, channels, 3, 3)).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+    onnx.save(model, tmp_path / "two.onnx")
+    made = quantize(tmp_path / "two.onnx", tmp_path / "q.onnx", batches=batches)
+    makers = {name: node.op_type for node in onnx.load(made.path).graph.node for name in node.output}
+    assert (makers["early"], makers["late"]) == ("DequantizeLinear", "Conv")
+    assert len(integer_weights(made.path)) == 2
+
+
 def test_what_the_tool_has_to_say_is_returned(exported, batches, tmp_path, capfd, monkeypatch):
     tool = module.create_calibrator
 

@@ -34,6 +34,15 @@ def test_memory_is_that_of_a_fresh_process_and_grows_with_the_model(linear_onnx)
     assert report.peak_rss - report.idle_rss > large.nbytes
 
 
+def test_session_entries_reach_both_processes(linear_onnx):
+    """An entry that onnxruntime refuses: when the file is loaded here, and in the fresh process too."""
+    refused = {"session.intra_op_thread_affinities": "nonsense"}
+    with pytest.raises(ValidationError, match="cannot load"):
+        measure(linear_onnx(), FEED, threads=2, loads=1, session=refused)
+    with pytest.raises(ValidationError, match="cannot run in a fresh process"):
+        measure(linear_onnx(), FEED, threads=2, loads=0, session=refused)
+
+
 def test_a_model_that_cannot_run_is_one_line(linear_onnx):
     with pytest.raises(ValidationError, match="cannot run in a fresh process") as caught:
         measure(linear_onnx(), Feed("f", {"input": np.zeros((1, 5), np.float32)}), threads=1, loads=1)

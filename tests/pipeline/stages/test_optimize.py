@@ -1,5 +1,6 @@
 """The race of stage 6, with faults planted: what is wrong must never ship."""
 
+import copy
 import json
 from dataclasses import replace
 from typing import get_args
@@ -10,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from exporters import candidates, describe, to_onnx
+from exporters import candidates, describe, session_of, to_onnx
 from pipeline import data, models
-from pipeline.artifacts import Exported, Optimized, Pruned, Shrunk
+from pipeline.artifacts import Baseline, Candidate, CandidateLatency, Exported, Optimized, Pruned, Shrunk
 from pipeline.config import CandidateName, OptimizeSection
 from pipeline.data import Split
 from pipeline.progress import Progress
@@ -52,9 +53,9 @@ class Overflowing(Net):
 
 
 class Race:
-    """Stage 6 alone, on an untrained net whose own answers are the labels of the calibration part."""
+    """Stage 6 alone, on an untrained net; `dense` makes of it the dense one, whose answers are the labels."""
 
-    def __init__(self, folder, make=Net, change=lambda net: None):
+    def __init__(self, folder, make=Net, change=lambda net: None, dense=lambda net: None):
         torch.manual_seed(0)
         self.net = make().eval()
         with torch.no_grad():
@@ -62,16 +63,19 @@ class Race:
             digits = data.load("digits", input_size=SIZE)
             images = torch.cat([x for x, _ in digits.batches("calibration")])
             self.net.head.bias -= self.net(images).mean(0)  # so that every class is predicted
-            labels = self.net(images).argmax(1)
+            self.images, whole = images, copy.deepcopy(self.net)
+            dense(whole)
+            labels = whole(images).argmax(1)
         self.folder = folder
         self.source = models.load(self.net, num_classes=10, input_size=SIZE)
         self.data = replace(digits, calibration=Split(labels, digits.calibration.stream))
         x = torch.randn(2, *SIZE)
         program = torch.export.export(self.net, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
-        for name in ("4-shrink", "5-export", "6-optimize"):
+        for name in ("0-baseline", "4-shrink", "5-export", "6-optimize"):
             (folder / name).mkdir()
         torch.export.save(program, folder / "4-shrink" / "shrunk.pt2")
         to_onnx(program, folder / "5-export" / "model.onnx", example=(x,), opset=20, metadata={"parent": "abc"})
+        to_onnx(whole, folder / "0-baseline" / "dense.onnx", example=(x,), opset=20, metadata={})
         self.exported = folder / "5-export" / "model.onnx"
 
     def run(self, *names, removed=True, **settings) -> Optimized:
@@ -80,6 +84,7 @@ class Race:
             self.folder / "6-optimize",
             self.source,
             self.data,
+            Baseline.model_construct(folder=self.folder / "0-baseline"),
             Pruned.model_construct(zeros=10),
             Shrunk.model_construct(folder=self.folder / "4-shrink", removed=removed),
             Exported.model_construct(folder=self.folder / "5-export"),
@@ -87,6 +92,10 @@ class Race:
         ).save()
         assert Optimized.load(made.folder) == made
         return made
+
+    def answers(self):
+        with torch.no_grad():
+            return self.net(self.images).argmax(1)
 
     def answers_match(self, made: Optimized, atol=1e-4):
         x = torch.randn(4, *SIZE)
@@ -182,6 +191,10 @@ def test_an_optimiser_that_breaks_the_model_is_named_and_every_level_ships_witho
         assert row.outcome == "passed", row.reason
         assert row.session == {"optimization.disable_specified_optimizers": "ConvMulFusion"}
         assert any("made without ConvMulFusion" in note for note in row.notes)
+        assert row.peak_rss > 0
+        assert (
+            not row.file or session_of(made.folder / row.file) == row.session
+        )  # so that `check` and `gate` load it as the race did
     assert any("ConvMulFusion breaks this model" in statement for statement in made.statements)
     race.answers_match(made)
     plain = OrtRunner(race.exported, threads=1).infer({"input": np.ones((1, *SIZE), np.float32)})["output"]
@@ -200,12 +213,51 @@ def test_int8_that_costs_too_much_keeps_its_worst_nodes_in_float_until_the_budge
         patch.setattr(s6_optimize, "_kept_in_float", lambda field, row, progress: row)
         row = rows(race.run("portable", "int8-minmax", max_accuracy_drop_points=25.0))["int8-minmax"]
     assert row.outcome == "failed"
-    assert "points of accuracy, 25 allowed" in row.reason
+    assert "points of accuracy against the shrunk model, 25 allowed" in row.reason
     row = rows(race.run("portable", "int8-minmax", max_accuracy_drop_points=25.0))["int8-minmax"]
     assert row.outcome == "passed", row.reason
     assert row.accuracy_drop_points <= row.allowed == 25.0
     assert any("in float for accuracy" in note for note in row.notes)
     assert row.operators["DequantizeLinear"] > 0
+
+
+def test_what_pruning_lost_is_gone_from_the_budget_of_int8(tmp_path):
+    def dense(net):
+        net.head.bias[0] += 0.02
+
+    race = Race(tmp_path, dense=dense)
+    lost = 100 * float((race.answers() != race.data.calibration.labels).float().mean())
+    assert lost > 5
+    row = rows(race.run("portable", "int8-minmax", max_accuracy_drop_points=lost - 2))["int8-minmax"]
+    assert row.outcome == "failed"
+    assert "points of accuracy against the dense model" in row.reason
+    assert row.accuracy_drop_points < lost - 2 < row.accuracy_drop_points_dense
+    row = rows(race.run("portable", "int8-minmax", max_accuracy_drop_points=lost + 3))["int8-minmax"]
+    assert row.outcome == "passed", row.reason
+
+
+def timed(name, ratio, drop=None, cross_entropy=None):
+    """A row that passed; its interval is 4 % wide."""
+    latency = CandidateLatency(
+        threads=1, batch_size=1, median_ms=ratio, ratio=ratio, low=ratio * 0.98, high=ratio * 1.02
+    )
+    return Candidate(
+        name=name, outcome="passed", file=f"model.{name}.onnx", budget="rounding" if drop is None else "accuracy",
+        bytes=1, latencies=(latency,), accuracy_drop_points=drop, accuracy_drop_points_dense=drop,
+        cross_entropy=cross_entropy,
+    )  # fmt: skip
+
+
+def test_of_int8_candidates_that_are_as_fast_as_each_other_the_most_accurate_ships():
+    portable, first = timed("portable", 1.0), timed("int8-minmax", 0.50, drop=0.7, cross_entropy=0.10)
+    choose = s6_optimize._choose
+    winner, why = choose(OptimizeSection(), [portable, first, timed("int8-entropy", 0.51, 0.0, 0.11)])
+    assert winner.name == "int8-entropy"
+    assert why.endswith("2 candidates in reduced precision are as fast, and this one is the most accurate.")
+    assert (
+        choose(OptimizeSection(), [portable, first, timed("int8-entropy", 0.51, 0.7, 0.09)])[0].name == "int8-entropy"
+    )
+    assert choose(OptimizeSection(), [portable, first, timed("int8-entropy", 0.60, 0.0, 0.01)])[0].name == "int8-minmax"
 
 
 def test_int8_that_keeps_within_its_budget_is_judged_by_accuracy_and_not_by_rounding(tmp_path):
