@@ -7,7 +7,9 @@ missed without a word: the audit counts what is there instead.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import onnx
@@ -49,7 +51,8 @@ def fuse(src: Path, dst: Path) -> FusedFile:
     src, dst = Path(src), Path(dst)
     before = describe(src)
     images = any(len(spec.shape) == 4 for spec in before.inputs)
-    with staged(dst) as folder, quiet("onnxruntime", "fusion_base", "") as said:
+    printed = io.StringIO()  # its shape inference prints where it gives up
+    with staged(dst) as folder, quiet("onnxruntime", "fusion_base", "") as said, redirect_stdout(printed):
         part = folder / dst.name
         try:
             # num_heads=0: each layer's own, read from its reshape. opt_level=0: nothing but these fusions.
@@ -74,6 +77,7 @@ def fuse(src: Path, dst: Path) -> FusedFile:
         for name, count in after.operators.items()
         if name not in before.operators and name.startswith("com.microsoft:")
     }
+    said += [line for line in printed.getvalue().splitlines() if line.strip()]
     return FusedFile(path=dst, fused=fused, notes=tuple(dict.fromkeys(said)), summary=after)
 
 

@@ -11,6 +11,7 @@ import json
 import platform
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_golden(folder: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The golden inputs and outputs by name. Raises Unfit when the file holds others than the manifest names."""
+    try:
+        with np.load(folder / "golden.npz", allow_pickle=False) as golden:
+            inputs = {entry["name"]: golden[f"input_{i}"] for i, entry in enumerate(manifest["inputs"])}
+            outputs = {name: golden[f"output_{i}"] for i, name in enumerate(manifest["outputs"])}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise Unfit(f"golden.npz does not match the manifest: {' '.join(str(error).split())[:200]}") from None
+    return inputs, outputs
+
+
 def open_variant(folder: Path, variant: dict[str, Any], threads: int) -> Any:
     """A session of one variant. Raises Unfit when it is not for this CPU or this onnxruntime cannot load it."""
     if not variant["portable"] and variant["isa"] != isa():
@@ -107,9 +119,7 @@ def check(folder: Path) -> tuple[dict[str, Any], Any]:
     report["variants"] = rows
     try:
         manifest = read_manifest(folder)
-        with np.load(folder / "golden.npz", allow_pickle=False) as golden:
-            inputs = {entry["name"]: golden[f"input_{i}"] for i, entry in enumerate(manifest["inputs"])}
-            outputs = {name: golden[f"output_{i}"] for i, name in enumerate(manifest["outputs"])}
+        inputs, outputs = read_golden(folder, manifest)
     except (Unfit, OSError, ValueError, KeyError) as error:
         report["reason"] = str(error)
         return report, None

@@ -172,6 +172,38 @@ def test_when_no_variant_passes_the_reason_is_one_line_and_the_exit_code_1(model
     assert "no variant passes on this device: plain: it is tuned for vax" in json.loads(done.stdout)["reason"]
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda arrays: arrays | {"output_0": arrays["output_0"] + 1}, "y differs from the golden output by"),
+        (lambda arrays: arrays | {"output_0": arrays["output_0"][:1]}, "y has shape"),
+        (lambda arrays: {"output_0": arrays["output_0"]}, "golden.npz does not match the manifest"),
+        (None, "golden.npz does not match the manifest"),
+    ],
+    ids=["values", "shape", "no input", "truncated"],
+)
+def test_a_golden_file_that_does_not_match_is_one_line(model, tmp_path, change, said):
+    """Its hash is right, so that it is not a matter of damage."""
+    made = make([variant(model())], tmp_path / "bundle")
+    golden = made.path / "golden.npz"
+    content = golden.read_bytes()
+    with np.load(golden) as arrays:
+        kept = dict(arrays)
+    golden.unlink()
+    if change is None:
+        golden.write_bytes(content[: len(content) // 2])
+    else:
+        np.savez(golden, **change(kept))
+    digest = hashlib.sha256(golden.read_bytes()).hexdigest()
+    reseal(made.path, lambda manifest: manifest["files"].update({"golden.npz": digest}))
+    done = run(made.path)
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (1, "", 1)
+    assert said in json.loads(done.stdout)["reason"]
+    with pytest.raises(ExportError, match="fails its self-test"):
+        pack(made.path, tmp_path / "x.tar.gz")
+    assert not (tmp_path / "x.tar.gz").exists()
+
+
 def test_the_selftest_knows_the_cpu_by_the_same_name_as_the_exporters():
     assert selftest.isa() == isa()
 

@@ -69,9 +69,13 @@ def test_nothing_is_printed(exported, tmp_path, capfd):
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_a_model_that_onnxruntime_cannot_load_is_one_line_and_leaves_nothing(exported, tmp_path, capfd):
+@pytest.mark.parametrize("lacking", ["opset", "operator"])
+def test_a_model_that_onnxruntime_cannot_load_is_one_line_and_leaves_nothing(exported, tmp_path, capfd, lacking):
     model = onnx.load(exported)
-    model.opset_import[0].version = 999
+    if lacking == "opset":
+        model.opset_import[0].version = 999
+    else:
+        next(node for node in model.graph.node if node.op_type == "Conv").op_type = "Convolve"
     future = tmp_path / "future.onnx"
     onnx.save(model, future)
     with pytest.raises(ExportError, match=r"cannot load future\.onnx") as caught:
