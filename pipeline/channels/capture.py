@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from pipeline.channels.execute import run_program
+from pipeline.channels.zeros import masked
 from pipeline.errors import CaptureError
 
 # An odd prime, so that no size of the model is taken for the batch when a view merges or splits dimensions.
@@ -59,9 +61,7 @@ class Captured:
         """
         folded: dict[str, Tensor] = {}
         for name, mask in masks.items():
-            kept = torch.as_tensor(mask)
-            value = self.state[name]
-            folded[name] = torch.where(kept, value, torch.zeros((), dtype=value.dtype))
+            folded[name] = masked(self.state[name], np.asarray(mask))
         return self.with_state(folded)
 
     def __call__(self, *inputs: Any, dtype: torch.dtype | None = None) -> Any:

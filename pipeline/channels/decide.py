@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,14 +128,17 @@ class Analysis:
         table) is masked like a parameter; running statistics are not.
         """
         gone = self.gone(removed)
-        masks: dict[str, npt.NDArray[np.bool_]] = {}
+        kept: dict[str, list[npt.NDArray[np.bool_]]] = {}
         for slot in self.slots:
             going = gone[slot.atoms]
-            if not slot.masked or not going.any():
-                continue
-            shape = tuple(self.captured.state[slot.name].shape)
-            mask = masks.setdefault(slot.name, np.full(shape, True))
-            mask[(slice(None),) * slot.dim + (going,)] = False
+            if slot.masked and going.any():
+                rank = self.captured.state[slot.name].dim()
+                kept.setdefault(slot.name, []).append((~going).reshape(-1, *[1] * (rank - 1 - slot.dim)))
+        masks: dict[str, npt.NDArray[np.bool_]] = {}
+        for name, flags in kept.items():
+            mask = functools.reduce(np.logical_and, flags)
+            shape = tuple(self.captured.state[name].shape)
+            masks[name] = mask if mask.shape == shape else np.array(np.broadcast_to(mask, shape))
         return masks
 
     @property

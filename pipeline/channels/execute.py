@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 Watch = Callable[[fx.Node, Any], None]
 Change = Callable[[fx.Node, Any], Any]
+Compute = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -32,13 +33,15 @@ def execute(
     dtype: torch.dtype | None = None,
     watch: Watch | None = None,
     change: Change | None = None,
+    compute: Compute | None = None,
     only: Iterable[fx.Node] | None = None,
 ) -> tuple[Any, ...]:
     """The outputs of `graph` for placeholder values `feeds` (placeholder name -> value).
 
     `dtype`: every float32 tensor and every float32 constant of the graph takes this precision instead.
     `watch(node, value)` sees each value as it is computed; `change(node, value)`
-    gives what takes its place. `only`: run these nodes and stop (no outputs then).
+    gives what takes its place. `compute(node, args, kwargs)` works a node's value out instead of its operator.
+    `only`: run these nodes and stop (no outputs then).
     """
     wanted = None if only is None else set(only)
     dies = last_uses(graph)
@@ -63,7 +66,7 @@ def execute(
                     kwargs = swap_dtype(kwargs, dtype)
                     if node.target is torch.ops.aten.rms_norm.default and (len(args) < 4 or args[3] is None):
                         args = (*(*args, None, None)[:3], torch.finfo(torch.float32).eps)
-                values[node] = node.target(*args, **kwargs)
+                values[node] = node.target(*args, **kwargs) if compute is None else compute(node, args, kwargs)
             elif node.op == "output":
                 if wanted is not None:
                     return ()

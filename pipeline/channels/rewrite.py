@@ -5,7 +5,7 @@ left.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,7 @@ class _Cutter:
         self.added: list[tuple[fx.Node, InputSpec, Tensor]] = []
         self.frozen: dict[str, str] = {}
         self.fakes: dict[Any, Tensor] = {}
+        self.runs: dict[Any, Any] = {}
         self.cut = Cut(gone, self.trace.values, self.trace.notes, self.graph, self.new_of, self._constant)
 
     def run(self, refused: tuple[Refusal, ...]) -> Shrunk:
@@ -117,7 +118,7 @@ class _Cutter:
         by_class = np.zeros(self.analysis.solution.reason_of.shape[0], np.bool_)
         by_class[self.analysis.solution.class_of[self.gone]] = True
         found = {n: np.flatnonzero(by_class[m]) for n, m in self.analysis.members.items()}
-        return {n: tuple(int(i) for i in g) for n, g in found.items() if g.size}
+        return {n: tuple(g.tolist()) for n, g in found.items() if g.size}
 
     # -- the graph -------------------------------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ class _Cutter:
                 self.new_of[node] = self._constant(f"{node.name}_kept", sliced)
                 continue
             copied = self.new_of[node] = self.graph.node_copy(node, self.new_of.__getitem__)
-            if node.op == "placeholder":
+            if node.op == "placeholder" and copied.name != node.name:
                 copied.name = node.name  # the copy of one called after a builtin (`input`) would be renamed
 
     def _static(self, node: fx.Node) -> Tensor | None:
@@ -400,14 +401,14 @@ class _Cutter:
                 tensor = state.get(targets[node.name] or "")
                 val = node.meta.get("val")
                 if tensor is not None and (not isinstance(val, Tensor) or val.shape != tensor.shape):
-                    node.meta["val"] = _fake(mode, tensor, tuple(tensor.shape))
+                    node.meta["val"] = self._fake_once(mode, tensor, tuple(tensor.shape))
             elif node.op == "call_function":
                 old = known.get(node)
                 value = self.trace.values.get(old) if old is not None else None
                 if old is not None and "val" in node.meta:
                     node.meta = {**node.meta, "val": self._smaller(mode, node.meta["val"], value)}
                 else:
-                    node.meta["val"] = run_fake(mode, node)
+                    node.meta["val"] = self._run_once(mode, node)
 
     def _smaller(self, mode: Any, val: Any, value: Any) -> Any:
         """A node's fake tensor(s) at the kept counts."""
@@ -427,12 +428,31 @@ class _Cutter:
             shape = (*shape[:d], val.shape[d] * self.cut.count(value.atoms[d], n) // n, *shape[d + 1 :])
         return self._fake_once(mode, val, shape)
 
+    def _run_once(self, mode: Any, node: fx.Node) -> Any:
+        """`run_fake`, once for all nodes that do the same to tensors of the same shapes: layers repeat."""
+        sources: list[Any] = [n.meta["val"] for n in node.all_input_nodes]
+        plain = all(type(v) is FakeTensor and v.is_contiguous() for v in sources)
+        if not plain or node.target._schema.is_mutable:  # type: ignore[union-attr]
+            return run_fake(mode, node)
+        place = {n: k for k, n in enumerate(node.all_input_nodes)}
+        shapes = tuple((v.dtype, _sizes(v.shape)) for v in sources)
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"operand {place[n]}")
+        key = (node.target, shapes, repr(arguments))
+        if key not in self.runs:
+            self.runs[key] = run_fake(mode, node)
+        return self.runs[key]
+
     def _fake_once(self, mode: Any, like: Tensor, shape: tuple[Any, ...]) -> Tensor:
         """`_fake`, shared between nodes of one shape: symbolic sizes make it slow."""
-        key = like.dtype, tuple(s if isinstance(s, int) else s.node.expr for s in shape)
+        key = like.dtype, _sizes(shape)
         if key not in self.fakes:
             self.fakes[key] = _fake(mode, like, shape)
         return self.fakes[key]
+
+
+def _sizes(shape: Sequence[Any]) -> tuple[Any, ...]:
+    """Sizes that can be compared: whole numbers, and the expressions of symbolic ones."""
+    return tuple(s if isinstance(s, int) else s.node.expr for s in shape)
 
 
 def _fake(mode: Any, like: Tensor, shape: tuple[Any, ...]) -> Tensor:

@@ -18,6 +18,7 @@ from pipeline.channels.ledger import Refusal
 from pipeline.channels.rules.table import base_name
 from pipeline.channels.trace import Contraction, Trace
 from pipeline.channels.values import Flags
+from pipeline.channels.zeros import without_zeros, zero_slices
 from pipeline.errors import RefusedError
 
 # Float32 rounding through a deep network; the same network in float64 must agree far more closely.
@@ -120,26 +121,14 @@ def _zero_in_weights(
     zero = np.zeros(going.shape, np.bool_)
     for node, dim in contraction.sides:
         if node.op == "placeholder" and node.name in names:
-            weight = captured.state[names[node.name]]
+            weight = captured.state[names[node.name]].detach()
             if trace is not None and gone is not None:
                 for d, atoms in enumerate(trace.value(node).atoms):
                     if d != dim and atoms is not None and gone[atoms].any():
-                        weight = weight.detach().index_select(d, torch.from_numpy(np.flatnonzero(~gone[atoms])))
+                        weight = weight.index_select(d, torch.from_numpy(np.flatnonzero(~gone[atoms])))
             if weight.numel():
-                zero[going] |= _zero_slices(weight, dim, np.flatnonzero(going))
+                zero |= going & zero_slices(weight, dim)
     return zero
-
-
-def _zero_slices(tensor: Tensor, dim: int, indices: Any) -> Any:
-    picked = tensor.detach().index_select(dim, torch.from_numpy(indices))
-    if not picked.numel():
-        return np.full(len(indices), True)
-    if dim % picked.dim():  # across dimension 0 first: the fast direction
-        low, high = picked.amin(0).movedim(dim % picked.dim() - 1, 0), picked.amax(0).movedim(dim % picked.dim() - 1, 0)
-    else:
-        low = high = picked
-    low, high = low.reshape(len(indices), -1).amin(1), high.reshape(len(indices), -1).amax(1)
-    return ((low == 0) & (high == 0)).numpy()
 
 
 def _look(captured: Captured, open_: dict[Contraction, Flags]) -> None:
@@ -152,13 +141,12 @@ def _look(captured: Captured, open_: dict[Contraction, Flags]) -> None:
     def watch(node: fx.Node, value: Any) -> None:
         for contraction, dim in watched.get(node, ()):
             left = open_[contraction]
-            indices = np.flatnonzero(left)
-            if indices.size:
-                zero = _zero_slices(torch.nan_to_num(value), dim, indices)  # 0·inf far out: the near sample decides
-                left[indices[zero]] = False
+            if left.any():
+                left &= ~zero_slices(torch.nan_to_num(value), dim)  # 0·inf far out: the near sample decides
 
     with torch.no_grad():
-        execute(captured.program.graph, feeds_of(captured.program, _scales(captured), captured.state), watch=watch)
+        feeds = feeds_of(captured.program, _scales(captured), captured.state)
+        execute(captured.program.graph, feeds, watch=watch, compute=without_zeros)
     for contraction in [c for c, left in open_.items() if not left.any()]:
         del open_[contraction]
 
