@@ -267,6 +267,7 @@ def in_onnxruntime(folded: Any, shrunk: Any, captured: Any) -> tuple[float, floa
     import onnxruntime
     import torch
 
+    from exporters.translatable import translatable
     from pipeline.channels import centre, small
     from pipeline.channels.verify import tensors_of
     from pipeline.errors import RefusedError
@@ -275,7 +276,7 @@ def in_onnxruntime(folded: Any, shrunk: Any, captured: Any) -> tuple[float, floa
         raise RefusedError("The model's own code fixes the batch size.", "It cannot be exported with a dynamic batch.")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        program = centre(shrunk.program).program
+        program = translatable(centre(shrunk.program).program)
         try:
             torch.onnx.export(program, (), str(path), dynamo=True, opset_version=23, external_data=True, verbose=False)
         except Exception as error:
@@ -311,8 +312,10 @@ def translates(program: Any) -> bool:
     """Whether torch.onnx takes this program."""
     import torch
 
+    from exporters.translatable import translatable
+
     try:
-        torch.onnx.export(program, (), dynamo=True, verbose=False)
+        torch.onnx.export(translatable(program), (), dynamo=True, verbose=False)
     except Exception:  # whatever it is, the shrunk program is not to blame
         return False
     return True

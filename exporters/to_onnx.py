@@ -29,6 +29,7 @@ from exporters.atomic import staged
 from exporters.errors import ExportError, first_line
 from exporters.quiet import quiet
 from exporters.summary import OnnxSummary, describe
+from exporters.translatable import translatable
 
 # A protobuf message ends at 2 GiB; what is left covers the graph around the weights.
 ONE_FILE_LIMIT = 2**31 - 2**26
@@ -103,7 +104,7 @@ def _capture(module: nn.Module, example: tuple[Tensor, ...], dynamic_batch: bool
 
 def _translate(program: ExportedProgram, opset: int) -> ir.Model:
     try:
-        made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+        made = torch.onnx.export(translatable(program), dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:  # translation runs third-party code for every operator
         raise ExportError(
             f"torch.onnx cannot translate the model: {first_line(_root(error))}",

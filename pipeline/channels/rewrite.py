@@ -335,6 +335,9 @@ class _Cutter:
         for _, spec, tensor in self.added:
             state[str(spec.target)] = torch.nn.Parameter(tensor) if spec.kind == InputKind.PARAMETER else tensor
         self._remove_dead()
+        for node in self.graph.nodes:
+            if node.target is aten.view.default:  # held by the strides of a kernel, and now another one may be chosen
+                node.target, node.args, node.kwargs = aten.reshape.default, (*node.args, *node.kwargs.values()), {}
         placeholders = {n.name for n in self.graph.nodes if n.op == "placeholder"}
         specs = [s for _, s, _ in self.added] + list(signature.input_specs)
         by_name = {s.arg.name: s for s in specs}

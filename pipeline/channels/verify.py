@@ -33,6 +33,10 @@ FAR = 30.0
 Shifts = Mapping[fx.Node, tuple[Reader, Shift]]
 """Reader -> what it has to add once constant channels before it are away."""
 
+# Operators whose values differ from run to run.
+RANDOM = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "multinomial",
+          "normal", "uniform", "exponential"}  # fmt: skip
+
 NOT_ZERO = "not exactly zero where it is summed"
 
 
@@ -207,6 +211,12 @@ def prove(
             if worst > tolerance and precise <= tolerance_precise:
                 tolerance = max(tolerance, ROUNDING_MARGIN * _float32_error(folded, inputs))
     if not worst <= tolerance or (precise is not None and not precise <= tolerance_precise):
+        drawn = _random(folded)
+        if drawn is not None:
+            raise RefusedError(
+                f"The model draws random numbers in evaluation ({drawn.target} at '{drawn.name}'): two runs differ.",
+                "Let the model take them as an input.",
+            )
         where = first_difference(folded, shrunk, inputs[0]) if precise is not None else None
         raise RefusedError(
             f"The shrunk model differs from the folded one by {worst:.3g} (float64: {precise}), not {tolerance:.3g}"
@@ -257,6 +267,13 @@ def first_difference(folded: Any, shrunk: Any, feed: tuple[Any, ...]) -> str | N
 
     run_program(folded.program, feed, getattr(folded, "state", None), torch.float64, watch=look)
     return found[0] if found else None
+
+
+def _random(model: Any) -> fx.Node | None:
+    """The first node of the model's graph that draws random numbers."""
+    program = getattr(model, "program", None)
+    nodes = program.graph.nodes if program is not None else ()
+    return next((n for n in nodes if n.op == "call_function" and base_name(n.target) in RANDOM), None)
 
 
 def _is_float(x: Any) -> bool:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.channels import analyse, capture, prove, shrink, small
+from pipeline.channels import Policy, analyse, capture, prove, shrink, small
 from pipeline.channels.rules import RULES, Rule
 from pipeline.channels.values import Value
-from pipeline.errors import LeanortError
+from pipeline.errors import LeanortError, RefusedError
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], dict[str, int]]] = {}
 IMAGE = (torch.randn(2, 3, 8, 8),)
@@ -843,3 +843,35 @@ def test_what_nobody_reads_is_not_counted(experiment: Callable[..., Any]) -> Non
     found = experiment(Idle(), torch.randn(2, 12))
     assert found.analysis.params == 12 * 8 + 8 + 8 * 3 + 3
     assert found.analysis.macs == 12 * 8 + 8 * 3
+
+
+class ViewedAttention(nn.Module):
+    """A view that only holds by the layout that attention's kernel writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.proj = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (3, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).view(-1, 6, 12))
+
+
+def test_a_view_does_not_count_on_the_layout_of_one_kernel(experiment: Callable[..., Any]) -> None:
+    found = experiment(ViewedAttention(), torch.randn(2, 6, 12), policy=Policy(heads=False), ratio=0.5, seed=3)
+    targets = [[n.target for n in one.program.graph.nodes] for one in (found.captured, found.shrunk)]
+    assert [torch.ops.aten.view.default in nodes for nodes in targets] == [True, False]
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu() + torch.rand_like(x))
+
+
+def test_a_model_that_draws_random_numbers_is_refused_by_that_name(experiment: Callable[..., Any]) -> None:
+    with pytest.raises(RefusedError, match=r"random numbers in evaluation \(aten.rand_like.default at 'rand_like'\)"):
+        experiment(Noisy(), torch.randn(2, 6, 12))

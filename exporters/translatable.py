@@ -1,0 +1,127 @@
+"""What torch.onnx takes only in one of several equal forms is brought into that form: views, attention's rank.
+
+A view holds by the strides that a kernel happened to choose, and torch.onnx works shapes out with other kernels: each
+becomes a reshape, of a tensor in order where it comes out of attention (torch.onnx makes views of reshapes before it
+takes attention apart). Attention is translated for [batch, heads, tokens, positions] alone: dimensions between the
+batch and the tokens are merged into one and taken apart again after it; without heads, one is put in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.export import ExportedProgram
+
+aten = torch.ops.aten
+_ATTENTION = aten.scaled_dot_product_attention.default
+_RESHAPES = {aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
+_MOVES = {aten.transpose.int, aten.permute.default, aten.contiguous.default}
+
+
+def translatable(program: ExportedProgram) -> ExportedProgram:
+    """`program` in forms that torch.onnx translates: the same function of the same tensors.
+
+    The program itself is not changed; without anything to change it is returned as it is.
+    """
+    graph = copy.deepcopy(program.graph)
+    changed = False
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten.view.default:
+            node.target, node.args, node.kwargs = aten.reshape.default, (*node.args, *node.kwargs.values()), {}
+            changed = True
+        if node.target in _RESHAPES:
+            changed |= _in_order(graph, node)
+        elif node.target is _ATTENTION:
+            changed |= _four_dimensional(graph, node)
+    if not changed:
+        return program
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=graph,
+        graph_signature=program.graph_signature,
+        state_dict=program.state_dict,
+        range_constraints=copy.copy(program.range_constraints),
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def _in_order(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether a copy in order, which costs nothing in ONNX, was put before a reshape of what attention gives."""
+    source: Any = node.args[0]
+    while source.target in _MOVES:
+        source = source.args[0]
+    if source.target is not _ATTENTION:
+        return False
+    with graph.inserting_before(node):
+        ordered = graph.call_function(aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format})
+    ordered.meta["val"] = _run(ordered)
+    node.args = (ordered, *node.args[1:])
+    return True
+
+
+def _four_dimensional(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether attention of another rank was put on four dimensions; it stays where its operands are broadcast."""
+    query, key, value = node.args[:3]
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    shapes = [n.meta["val"].shape for n in (query, key, value)]  # type: ignore[union-attr]
+    rank = len(shapes[0])
+    between = shapes[0][1:-2]
+    if rank in (2, 4) or node.kwargs.get("enable_gqa") or not _alike([shape[:-2] for shape in shapes]):
+        return False
+    if not all(isinstance(n, int) for n in between):
+        return False
+    if (
+        isinstance(mask, fx.Node)
+        and len(mask.meta["val"].shape) > 2
+        and not _alike([shapes[0][:-2], mask.meta["val"].shape[:-2]])
+    ):
+        return False
+
+    def put(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        new = graph.call_function(target, args, kwargs)
+        new.meta["val"] = _run(new)
+        return new
+
+    def merged(source: fx.Node) -> fx.Node:
+        if rank == 3:
+            return put(aten.unsqueeze.default, source, 1)
+        return put(aten.flatten.using_ints, source, 1, rank - 3)
+
+    with graph.inserting_before(node):
+        operands: list[Any] = [merged(n) for n in (query, key, value)]  # type: ignore[arg-type]
+        if isinstance(mask, fx.Node) and len(mask.meta["val"].shape) > 2:
+            mask = merged(mask)
+        options = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
+        attended = put(_ATTENTION, *operands, mask, *node.args[4:], **options)
+    # The node keeps its name, which the signature may list among the outputs.
+    node.kwargs = {}
+    if rank == 3:
+        node.target, node.args = aten.squeeze.dim, (attended, 1)
+    else:
+        node.target, node.args = aten.unflatten.int, (attended, 1, list(between))
+    return True
+
+
+def _alike(shapes: list[Any]) -> bool:
+    """Whether sizes are equal one by one; symbolic ones only where they are the same expression."""
+    plain = [tuple(s if isinstance(s, int) else s.node.expr for s in shape) for shape in shapes]
+    return all(p == plain[0] for p in plain)
+
+
+def _run(node: fx.Node) -> Any:
+    """The node's fake result."""
+    values = [n.meta["val"] for n in node.all_input_nodes]
+    args: Any = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+    kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
+    with values[0].fake_mode, torch.no_grad(), enable_python_dispatcher():  # else a free batch may be fixed
+        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,78 @@
+"""Forms that torch.onnx does not take are brought into ones that it does, without a change of the function."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim, export
+from torch.nn import functional as F
+
+from exporters import to_onnx
+from exporters.translatable import translatable
+
+
+class Attend(nn.Module):
+    """Attention over [batch, *between, tokens, positions]."""
+
+    def __init__(self, masked=False):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.masked = masked
+
+    def forward(self, q, k, v):
+        mask = torch.where(q[..., :1] > 0, 0.5, -0.5) * k[..., 0].unsqueeze(-2) if self.masked else None
+        return F.scaled_dot_product_attention(q * self.scale, k, v, attn_mask=mask)
+
+
+class Viewed(nn.Module):
+    """A view that holds only by the layout that one kernel of attention writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(12, 36)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = (x.sum(-1) > 0)[:, None, None] | torch.eye(6, dtype=torch.bool)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).view(-1, 6, 12)
+
+
+def exported(net, *inputs):
+    torch.manual_seed(0)
+    return export(net.eval(), inputs, dynamic_shapes=tuple({0: Dim.DYNAMIC} for _ in inputs))
+
+
+def check(program, inputs, path):
+    """onnxruntime gives the same for other batches."""
+    names = [str(name) for name in program.graph_signature.user_inputs]
+    to_onnx(program, path, example=(), opset=18, metadata={}, input_names=names)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    want = program.module()(*inputs).detach().numpy()
+    got = session.run(None, dict(zip(names, [x.numpy() for x in inputs], strict=True)))[0]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("between", [(), (3, 2), (2, 3, 2)], ids=str)
+def test_attention_of_any_rank(between, masked, tmp_path):
+    draw = [torch.randn(4, *between, 5, 8) for _ in range(3)]
+    program = exported(Attend(masked), *draw)
+    check(program, [x[:3] for x in draw], tmp_path / "model.onnx")
+    inner = translatable(program)
+    assert inner is not program
+    torch.testing.assert_close(inner.module()(*draw), program.module()(*draw))
+
+
+def test_four_dimensions_stay_as_they_are():
+    program = exported(Attend(), *[torch.randn(4, 3, 5, 8) for _ in range(3)])
+    assert translatable(program) is program
+
+
+def test_a_view_that_holds_by_its_strides(tmp_path):
+    x = torch.randn(4, 6, 12)
+    program = exported(Viewed(), x)
+    check(program, [x[:3]], tmp_path / "model.onnx")
+    kinds = [[n.target for n in one.graph.nodes] for one in (program, translatable(program))]
+    assert [torch.ops.aten.view.default in nodes for nodes in kinds] == [True, False]
+    assert [torch.ops.aten.clone.default in nodes for nodes in kinds] == [False, True]
