@@ -50,6 +50,9 @@ OPSET_AT_LEAST = 13
 BINS = 2048
 STRIDE = 16
 
+# onnxruntime knew the integers' operators at this opset years before it knew them at 23 (1.23 does not yet).
+OPSET_FOR_OLDER = 21
+
 # Nodes with weights, whose quantisation can hurt; the others only pass integers on.
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -100,7 +103,7 @@ def quantize(
     reader = _Reader(batches, before)
     with quiet("") as said:
         ranges = _ranges(model, src, reader, calibration, operators)
-        made = _with_ranges(model, src, ranges, reduced, exclude=exclude, operators=operators)
+        made = _for_older(_with_ranges(model, src, ranges, reduced, exclude=exclude, operators=operators))
     _write(made, src, dst, before, f"int8 qdq, {calibration}", "DequantizeLinear")
     return QuantizedFile(
         path=dst,
@@ -187,6 +190,21 @@ def sensitivity(
             errors[name] = error if np.isfinite(error) else float("inf")
             step(number, len(names))
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
+
+
+def _for_older(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model at the opset that older runtimes know too, where every operator in it exists there; else as it is."""
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    if opsets.keys() != {""} or opsets[""] <= OPSET_FOR_OLDER or model.ByteSize() > ONE_FILE_LIMIT:
+        return model
+    try:
+        for node in model.graph.node:
+            onnx.defs.get_schema(node.op_type, OPSET_FOR_OLDER, node.domain)
+        older = onnx.version_converter.convert_version(model, OPSET_FOR_OLDER)
+        onnx.checker.check_model(older)
+    except (onnx.defs.SchemaError, onnx.checker.ValidationError, RuntimeError):  # such as Attention, new in 23
+        return model
+    return older
 
 
 def _answers(model: onnx.ModelProto, src: Path, probe: Mapping[str, Array]) -> Array:
@@ -304,14 +322,18 @@ def _with_ranges(
             inferred, True, reduced, weight, activation, ranges, list(only), list(exclude), _operators(operators), {}
         )
         quantizer.quantize_model()
-        _leave_outputs_float(quantizer.model.model.graph)
+        _leave_outputs_float(quantizer.model.model.graph, model.graph)
         quantizer.model.topological_sort()  # as ONNX asks for, and onnxruntime does without
         made: onnx.ModelProto = quantizer.model.model
         return made
 
 
-def _leave_outputs_float(graph: onnx.GraphProto) -> None:
-    """Take away the rounding of what leaves the model: it saves no time, and a few hundred levels tie close logits."""
+def _leave_outputs_float(graph: onnx.GraphProto, before: onnx.GraphProto) -> None:
+    """Take away the rounding of what leaves the model: it saves no time, and a few hundred levels tie close logits.
+
+    `before` is the float graph. Where the rounding stands in for an operator of it, as for a last Relu, it stays.
+    """
+    operators = {name: node.op_type for node in before.node for name in node.output}
     makers = {name: node for node in graph.node for name in node.output}
     users = Counter(name for node in graph.node for name in node.input)
     for output in graph.output:
@@ -324,10 +346,15 @@ def _leave_outputs_float(graph: onnx.GraphProto) -> None:
         exact = there.input[0]
         if exact not in makers or users[exact] > 1:  # an input of the model, or used elsewhere too
             continue
+        if makers[exact].op_type != operators.get(output.name):
+            continue
         outputs = makers[exact].output
         outputs[list(outputs).index(exact)] = output.name
         graph.node.remove(there)
         graph.node.remove(back)
+        spare = {*there.input[1:], *back.input[1:]} - {name for node in graph.node for name in node.input}
+        for tensor in [tensor for tensor in graph.initializer if tensor.name in spare]:
+            graph.initializer.remove(tensor)  # onnxruntime warns of each that nothing uses
 
 
 def _write(made: onnx.ModelProto, src: Path, dst: Path, before: OnnxSummary, technique: str, mark: str) -> None:

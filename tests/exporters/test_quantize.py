@@ -111,6 +111,28 @@ def test_what_leaves_the_model_is_not_rounded(exported, batches, tmp_path, calib
     onnx.checker.check_model(model)
 
 
+@pytest.mark.parametrize(("operator", "opset"), [("Relu", 21), ("Swish", 24)])
+def test_older_runtimes_can_load_it_unless_an_operator_is_newer(tmp_path, batches, operator, opset):
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 24]>
+        g (float[n, 3, 8, 8] input) => (float[n, 8, 8, 8] output) {{
+            first = Conv <pads = [1, 1, 1, 1]> (input, w)
+            output = {operator} (first)
+        }}"""
+    )
+    weight = np.random.default_rng(0).standard_normal((8, 3, 3, 3)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(model, tmp_path / "m.onnx")
+    if operator == "Swish" and ort.__version__ < "1.25":
+        pytest.skip("this onnxruntime has no Swish")
+    made = quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", batches=batches)
+    assert made.summary.opset == opset
+    assert [value.name for value in onnx.load(made.path).graph.output] == ["output"]
+    x = batches[0]["input"]
+    wanted = run(tmp_path / "m.onnx", x)
+    assert np.abs(run(made.path, x) - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
 def test_an_output_that_goes_on_into_the_model_keeps_its_integers(tmp_path, batches):
     model = onnx.parser.parse_model(
         """<ir_version: 9, opset_import: ["" : 18]>
