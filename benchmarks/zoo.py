@@ -315,7 +315,7 @@ def translates(program: Any) -> bool:
     from exporters.translatable import translatable
 
     try:
-        torch.onnx.export(translatable(program), (), dynamo=True, verbose=False)
+        torch.onnx.export(translatable(program), (), dynamo=True, opset_version=23, verbose=False)
     except Exception:  # whatever it is, the shrunk program is not to blame
         return False
     return True

@@ -39,6 +39,7 @@ def translatable(program: ExportedProgram) -> ExportedProgram:
         if node.target in _RESHAPES:
             changed |= _in_order(graph, node)
         elif node.target is _ATTENTION:
+            changed |= _repeated(graph, node)
             changed |= _four_dimensional(graph, node)
     if not changed:
         return program
@@ -67,6 +68,23 @@ def _in_order(graph: fx.Graph, node: fx.Node) -> bool:
     ordered.meta["val"] = _run(ordered)
     node.args = (ordered, *node.args[1:])
     return True
+
+
+def _repeated(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether a single head of keys or values, broadcast over the query's, was written out for each of them."""
+    query, *others = node.args[:3]
+    shape = query.meta["val"].shape  # type: ignore[union-attr]
+    if len(shape) != 4 or not isinstance(shape[1], int) or node.kwargs.get("enable_gqa"):
+        return False
+    changed = False
+    for at, source in enumerate(others, start=1):
+        if shape[1] > 1 and source.meta["val"].shape[1] == 1:  # type: ignore[union-attr]
+            with graph.inserting_before(node):
+                wide = graph.call_function(aten.expand.default, (source, [-1, shape[1], -1, -1]))
+            wide.meta["val"] = _run(wide)
+            node.update_arg(at, wide)
+            changed = True
+    return changed
 
 
 def _four_dimensional(graph: fx.Graph, node: fx.Node) -> bool:

@@ -43,10 +43,10 @@ def exported(net, *inputs):
     return export(net.eval(), inputs, dynamic_shapes=tuple({0: Dim.DYNAMIC} for _ in inputs))
 
 
-def check(program, inputs, path):
+def check(program, inputs, path, opset=18):
     """onnxruntime gives the same for other batches."""
     names = [str(name) for name in program.graph_signature.user_inputs]
-    to_onnx(program, path, example=(), opset=18, metadata={}, input_names=names)
+    to_onnx(program, path, example=(), opset=opset, metadata={}, input_names=names)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     want = program.module()(*inputs).detach().numpy()
     got = session.run(None, dict(zip(names, [x.numpy() for x in inputs], strict=True)))[0]
@@ -62,6 +62,12 @@ def test_attention_of_any_rank(between, masked, tmp_path):
     inner = translatable(program)
     assert inner is not program
     torch.testing.assert_close(inner.module()(*draw), program.module()(*draw))
+
+
+def test_one_head_of_keys_and_values_for_all(tmp_path):
+    draw = [torch.randn(4, heads, 5, 8) for heads in (3, 1, 1)]
+    program = exported(Attend(), *draw)
+    check(program, [x[:3] for x in draw], tmp_path / "model.onnx", opset=23)
 
 
 def test_four_dimensions_stay_as_they_are():
