@@ -106,6 +106,8 @@ class Removal:
         for refusal in found["refused"]:
             at = f"{refusal['op']} at {refusal['node']}"
             lines.append(f"  {spans(refusal['groups'])} of {refusal['cluster']} stayed: {at}: {refusal['reason']}")
+        for cluster, groups in found["spared"].items():
+            lines.append(f"  {spans(groups)} of {cluster} stayed: without them a tensor would be empty")
         if not found["removed"]:
             lines.append("  Nothing went. What stays in this model, and why:")
             lines += [f"    {b['op']} at {b['node']}: {b['reason']} ({b['params']:,} parameters)" for b in self.blocked]

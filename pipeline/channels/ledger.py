@@ -52,8 +52,9 @@ class Ledger:
     """One removal.
 
     `shapes`: tensor name -> shape before. `kept`: tensor name -> {dimension: kept indices}, only where something went.
-    `groups`: cluster name -> groups that went. `frozen`: tensors computed from parameters once, new name -> what
-    they stand for.
+    `groups`: cluster name -> groups that went. `spared`: cluster name -> groups that were to go and stayed, because a
+    tensor would have become empty (half of a chunk, one input of a concatenation).
+    `frozen`: tensors computed from parameters once, new name -> what they stand for.
     `folds`: constants of removed channels that went into biases.
     `dropped`: names of the dense state that the shrunk program no longer has. `rounded`: whether values that the
     dense graph computes on the fly (frozen weights, position tables) are stored, rounded to their own precision.
@@ -68,6 +69,7 @@ class Ledger:
     frozen: Mapping[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     rounded: bool = False
+    spared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """JSON text, keys sorted, no code in it."""
@@ -93,6 +95,7 @@ class Ledger:
                 frozen=dict(data["frozen"]),
                 dropped=tuple(data["dropped"]),
                 rounded=bool(data["rounded"]),
+                spared={n: tuple(int(i) for i in g) for n, g in data.get("spared", {}).items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(
@@ -157,11 +160,13 @@ class Ledger:
             if tensor == name or tensor.startswith(f"{name}.")
             for dim, indices in dims.items()
         }
-        mine = {c for c in (*self.groups, *(r.cluster for r in self.refusals)) if c.partition("@")[0] == name}
+        named = (*self.groups, *self.spared, *(r.cluster for r in self.refusals))
+        mine = {c for c in named if c.partition("@")[0] == name}
         return {
             "removed": removed,
             "groups": {c: list(g) for c, g in self.groups.items() if c in mine},
             "refused": [asdict(r) for r in self.refusals if r.cluster in mine],
+            "spared": {c: list(g) for c, g in self.spared.items() if c in mine},
             "folded": [
                 asdict(f)
                 for f in self.folds

@@ -59,17 +59,31 @@ def shrink(
 
     `captured`: the analysed model, its state folded (see `Captured.fold`). A group that is zero where it is summed
     goes; a group that is one constant goes where a bias can take it (`ledger.folds`); any other stays, and is listed in
-    `refused`. `refused`: refusals that were found before (see `liveness`), for the ledger. `check_zero=False` is for
-    the control experiment only: it shows what the check is worth. Raises RefusedError where the graph cannot be edited.
+    `ledger.refusals`. The last of a dimension stays, too (`ledger.spared`). `refused`: refusals that were found before
+    (see `liveness`), for the ledger. `check_zero=False` is for the control experiment only: it shows what the check is
+    worth. Raises RefusedError where the graph cannot be edited.
     """
     if captured.program.graph is not analysis.captured.program.graph:
         raise ValueError("the analysis is of another capture")
     gone = analysis.gone(removed)
+    going = _by_cluster(analysis, gone)
+    spared = {
+        name: tuple(np.setdiff1d(np.flatnonzero(flags), going.get(name, ())).tolist())
+        for name, flags in removed.items()
+    }
     shifts: Shifts = {}
     if check_zero:
         gone, more, shifts = zero_check(captured, analysis, gone, removed)
         refused = (*refused, *more)
-    return _Cutter(captured, analysis, gone, shifts).run(refused)
+    return _Cutter(captured, analysis, gone, shifts).run(refused, {n: s for n, s in spared.items() if s})
+
+
+def _by_cluster(analysis: Analysis, gone: Flags) -> dict[str, tuple[int, ...]]:
+    """Cluster name -> the groups that are gone, where any is."""
+    by_class = np.zeros(analysis.solution.reason_of.shape[0], np.bool_)
+    by_class[analysis.solution.class_of[gone]] = True
+    found = {name: np.flatnonzero(by_class[members]) for name, members in analysis.members.items()}
+    return {name: tuple(groups.tolist()) for name, groups in found.items() if groups.size}
 
 
 class _Cutter:
@@ -92,7 +106,7 @@ class _Cutter:
         self.runs: dict[Any, Any] = {}
         self.cut = Cut(gone, self.trace.values, self.trace.notes, self.graph, self.new_of, self._constant)
 
-    def run(self, refused: tuple[Refusal, ...]) -> Shrunk:
+    def run(self, refused: tuple[Refusal, ...], spared: Mapping[str, tuple[int, ...]]) -> Shrunk:
         self._copy()
         self._edit()
         for reader, shift in self.shifts.values():
@@ -104,21 +118,16 @@ class _Cutter:
         ledger = Ledger(
             shapes=shapes,
             kept={n: k for n, k in kept.items() if n in names},
-            groups=self._groups(),
+            groups=_by_cluster(self.analysis, self.gone),
             rewrites=tuple(self.cut.rewrites),
             refusals=refused,
+            spared=spared,
             folds=tuple(self.folds),
             frozen=self.frozen,
             dropped=tuple(n for n in shapes if n not in names),
             rounded=bool(self.folds) or any(t.dtype.is_floating_point for _, _, t in self.added),
         )
         return Shrunk(program, ledger, refused, self.captured.example)
-
-    def _groups(self) -> dict[str, tuple[int, ...]]:
-        by_class = np.zeros(self.analysis.solution.reason_of.shape[0], np.bool_)
-        by_class[self.analysis.solution.class_of[self.gone]] = True
-        found = {n: np.flatnonzero(by_class[m]) for n, m in self.analysis.members.items()}
-        return {n: tuple(g.tolist()) for n, g in found.items() if g.size}
 
     # -- the graph -------------------------------------------------------------------------------------------------
 

@@ -101,4 +101,5 @@ def _kept_back(analysis: Analysis, ledger: Ledger) -> tuple[str, ...]:
     """Why what stays has to stay: operators that block channels, and groups that were dead yet could not go."""
     blocked = [f"{b.op} at {b.node}: {b.reason} ({b.params:,} parameters)" for b in analysis.blocked]
     refused = [f"{len(r.groups)} groups of {r.cluster}: {r.op} at {r.node}: {r.reason}" for r in ledger.refusals]
+    refused += [f"{len(g)} groups of {name}: a tensor would become empty" for name, g in ledger.spared.items()]
     return (*blocked, *refused)

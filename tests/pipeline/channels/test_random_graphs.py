@@ -283,5 +283,8 @@ def constants_are_constant_and_go_exactly(found: Any, seed: int) -> None:
     shrunk = shrink(folded, found.analysis, live.dead, refused=live.refusals)
     worst, scale, _ = difference(folded, shrunk, [small(folded, batch=3, seed=seed)], torch.float64)
     assert worst <= 1e-5 * max(1.0, scale), "float64; the biases themselves are kept in float32"
-    if not any(flags.all() for flags in live.dead.values()):  # else one of them stays
-        assert {n: f.sum() for n, f in live.dead.items()} == {n: len(g) for n, g in shrunk.ledger.groups.items()}
+    ledger = shrunk.ledger
+    for name, flags in live.dead.items():
+        went = (*ledger.groups.get(name, ()), *ledger.spared.get(name, ()))
+        assert sorted(went) == flags.nonzero()[0].tolist(), "what is dead goes, or is the last of a dimension"
+    assert set(ledger.groups) | set(ledger.spared) <= set(live.dead)
