@@ -62,7 +62,7 @@ test: $(STAMP) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(STAMP) ## [NETWORKS=2000]: many random networks, new ones each time, folded = shrunk
-	LEANORT_RANDOM_GRAPHS=$(or $(NETWORKS),2000) $(BIN)/python -m pytest tests/pipeline/channels/test_random_graphs.py
+	LEANORT_RANDOM_GRAPHS=$(or $(NETWORKS),2000) $(BIN)/python -m pytest --timeout 7200 tests/pipeline/channels/test_random_graphs.py
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
