@@ -29,6 +29,9 @@ def translatable(program: ExportedProgram) -> ExportedProgram:
     The program itself is not changed; without anything to change it is returned as it is.
     """
     graph = copy.deepcopy(program.graph)
+    for node, copied in zip(program.graph.nodes, graph.nodes, strict=True):
+        if copied.name != node.name:
+            copied.name = node.name  # the copy of one called after a builtin (`input`) is renamed; the signature is not
     changed = False
     for node in list(graph.nodes):
         if node.op != "call_function":

@@ -82,3 +82,19 @@ def test_a_view_that_holds_by_its_strides(tmp_path):
     kinds = [[n.target for n in one.graph.nodes] for one in (program, translatable(program))]
     assert [torch.ops.aten.view.default in nodes for nodes in kinds] == [True, False]
     assert [torch.ops.aten.clone.default in nodes for nodes in kinds] == [False, True]
+
+
+class Builtin(nn.Module):
+    """Its input is called like a builtin of Python, which a copied graph would rename."""
+
+    def forward(self, input):
+        return input.view(-1, 6).relu()
+
+
+def test_an_input_called_after_a_builtin_keeps_its_name():
+    x = torch.randn(2, 3, 2)
+    program = export(Builtin(), (x,))
+    changed = translatable(program)
+    assert changed is not program
+    assert [n.name for n in changed.graph.nodes] == [n.name for n in program.graph.nodes]
+    torch.testing.assert_close(changed.module()(x), Builtin()(x))
