@@ -57,9 +57,10 @@ alarms: $(STAMP) ## [GATES=200]: how often the latency gate raises a false alarm
 	$(BIN)/python benchmarks/gate_alarms.py --gates $(or $(GATES),200)
 
 # ---- the project -------------------------------------------------------------------------------------------------
-# One thread for each of the two workers: more would spin for a core that the other one has.
+# One thread for each of the two workers: more would spin for a core that the other one has. Files in their own order:
+# by number of tests, the few slow tests of the whole chain would come last, when one worker has nothing left to do.
 test: $(STAMP) ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(STAMP) ## [NETWORKS=2000]: many random networks, new ones each time, folded = shrunk
 	LEANORT_RANDOM_GRAPHS=$(or $(NETWORKS),2000) $(BIN)/python -m pytest --timeout 7200 tests/pipeline/channels/test_random_graphs.py
