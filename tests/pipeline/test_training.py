@@ -197,9 +197,9 @@ def test_wrong_settings_are_refused(wrong):
 @pytest.mark.parametrize(
     ("spec", "normed", "epochs", "again"),
     [
-        ("resnet18", True, 8, 4),
+        ("resnet18", True, 8, 6),
         ("mobilenet_v2", True, 16, 16),
-        ("timm:resnet18", True, 8, 4),
+        ("timm:resnet18", True, 8, 6),
         ("timm:vit_tiny_patch16_224", False, 20, 6),
     ],
 )
