@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 
 from validators.errors import ValidationError, first_line
 from validators.feeds import Feed
-from validators.runners import Array
+from validators.runners import Array, run_unoptimized
 
 REPRO = '''"""Run both subgraphs on the same inputs: `python repro.py` (needs numpy and onnxruntime)."""
 
@@ -238,12 +238,8 @@ def _run(model: onnx.ModelProto, name: str, arrays: Mapping[str, Array]) -> Arra
     probe.CopyFrom(model)
     del probe.graph.output[:]
     probe.graph.output.append(onnx.ValueInfoProto(name=name))
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
     try:
-        session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        found: Array = session.run([name], dict(arrays))[0]
+        found: Array = run_unoptimized(probe, [name], arrays)[0]
     except Exception as error:  # onnxruntime's exception classes share no base of their own
         raise ValidationError(f"{name} cannot be computed: {first_line(error)}") from error
     return found

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime as ort
 from onnx import helper, inliner
 
 from validators.errors import ValidationError, first_line
 from validators.feeds import Feed
+from validators.runners import run_unoptimized
 
 Shape = tuple[int, ...]
 _SUFFIX = "/leanort_shape"
@@ -113,13 +113,8 @@ def _shapes(model: onnx.ModelProto, path: Path, nodes: Sequence[onnx.NodeProto],
     for name in wanted:
         probe.graph.node.append(helper.make_node("Shape", [name], [name + _SUFFIX]))
         probe.graph.output.append(helper.make_tensor_value_info(name + _SUFFIX, onnx.TensorProto.INT64, None))
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
     try:
-        session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        found = session.run([name + _SUFFIX for name in wanted], dict(feed.arrays))
+        found = run_unoptimized(probe, [name + _SUFFIX for name in wanted], feed.arrays, folder=path.parent)
     except Exception as error:  # onnxruntime's exception classes share no base of their own
         raise ValidationError(f"{path}: its MACs cannot be counted: {first_line(error)}") from error
     return known | {name: tuple(int(n) for n in shape) for name, shape in zip(wanted, found, strict=True)}

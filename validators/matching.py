@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
@@ -26,7 +25,7 @@ from torch.export import ExportedProgram
 from validators.divergence import Divergence, statistics, versions, write_pack
 from validators.errors import ValidationError, first_line
 from validators.feeds import Feed
-from validators.runners import Array
+from validators.runners import Array, run_unoptimized
 
 REPRO = '''"""What both sides read and made where they part: `python repro.py` (needs numpy)."""
 
@@ -97,14 +96,7 @@ def onnx_trail(path: Path, feed: Feed) -> Trail:
         ends = [value.name for value in model.graph.output]
         del model.graph.output[:]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
-        )
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        values = dict(zip(names, session.run(names, dict(feed.arrays)), strict=True))
+        values = dict(zip(names, run_unoptimized(model, names, feed.arrays, folder=path.parent), strict=True))
     except Exception as error:  # the classes of onnx and onnxruntime share no base of their own
         raise ValidationError(f"{path} cannot be run node by node: {first_line(error)}") from error
     steps = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -20,6 +21,23 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # onnxruntime writes element types as in "tensor(float)"; those that numpy calls otherwise.
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}
+
+
+def run_unoptimized(
+    model: onnx.ModelProto, names: Sequence[str], arrays: Mapping[str, Array], *, folder: Path | None = None
+) -> list[Any]:
+    """The outputs `names` of a model in memory, run as it is; `folder` is where its external weights are, if any.
+
+    Raises whatever onnxruntime raises: its exception classes share no base of their own.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found: list[Any] = session.run(list(names), dict(arrays))
+    return found
 
 
 class InputSpec(BaseModel):
