@@ -2,10 +2,11 @@
 zoo.jsonl`.
 
 MODELS.json: [{"model": SPEC, "input": [C, H, W]}, ...]; SPEC as for `leanort deploy`; "input" is [C, T, H, W] for
-clips and may be left out where the model says itself what it takes. Every model runs in a process of its own, under a
-time and a memory limit: random weights, random norm parameters and statistics, random groups of every cluster masked,
-folded, shrunk, proved, exported to ONNX with a dynamic batch, run in onnxruntime at two batch sizes. One JSON line
-each, written as soon as it is known; a summary table at the end, also of what was done before Ctrl-C.
+clips, [T] for text and sound, [F, T] for spectrograms, and may be left out where the model says itself what it takes.
+Every model runs in a process of its own, under a time and a memory limit: random weights, random norm parameters and
+statistics, random groups of every cluster masked, folded, shrunk, proved, exported to ONNX with a dynamic batch, run in
+onnxruntime at two batch sizes. One JSON line each, written as soon as it is known; a summary table at the end, also of
+what was done before Ctrl-C.
 
 status: exact    differences within 1e-5·max(1, max|y|) in torch and in onnxruntime, and the control dwarfs that
         refused  the engine or torch.export said no, or torch.onnx cannot translate even the dense model; the reason
@@ -98,8 +99,8 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f'entry {at} is {json.dumps(entry)[:80]}; give {{"model": SPEC, "input": [C, H, W]}}')
         size = entry.get("input")
         whole = isinstance(size, list) and all(isinstance(n, int) and n > 0 for n in size)
-        if size is not None and not (whole and len(size) in (3, 4)):
-            raise ValueError(f"entry {at} ({entry['model']}): input is {size!r}; give [C, H, W], or [C, T, H, W]")
+        if size is not None and not (whole and len(size) in (1, 2, 3, 4)):
+            raise ValueError(f"entry {at} ({entry['model']}): input is {size!r}; give [C, H, W], [C, T, H, W] or [T]")
     return entries
 
 

@@ -1,14 +1,16 @@
-"""What torch.onnx takes only in one of several equal forms is brought into that form: views, attention's rank.
+"""What torch.onnx takes only in one of several equal forms is brought into that form: views, chunks, attention's rank.
 
 A view holds by the strides that a kernel happened to choose, and torch.onnx works shapes out with other kernels: each
 becomes a reshape, of a tensor in order where it comes out of attention (torch.onnx makes views of reshapes before it
 takes attention apart). Attention is translated for [batch, heads, tokens, positions] alone: dimensions between the
-batch and the tokens are merged into one and taken apart again after it; without heads, one is put in.
+batch and the tokens are merged into one and taken apart again after it; without heads, one is put in. Chunks of a
+dimension that depends on the batch become slices, since a split wants its sizes as numbers.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +43,8 @@ def translatable(program: ExportedProgram) -> ExportedProgram:
             changed = True
         if node.target in _RESHAPES:
             changed |= _in_order(graph, node)
+        elif node.target in (aten.chunk.default, aten.split.Tensor):
+            changed |= _sliced(graph, node)
         elif node.target is _ATTENTION:
             changed |= _repeated(graph, node)
             changed |= _four_dimensional(graph, node)
@@ -70,6 +74,34 @@ def _in_order(graph: fx.Graph, node: fx.Node) -> bool:
         ordered = graph.call_function(aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format})
     ordered.meta["val"] = _run(ordered)
     node.args = (ordered, *node.args[1:])
+    return True
+
+
+def _sliced(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether the pieces of a dimension of no fixed size were made slices."""
+    source: Any = node.args[0]
+    count: Any = node.args[1]  # of a chunk's pieces; for a split their size
+    dim: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    dim %= len(source.meta["val"].shape)
+    if isinstance(source.meta["val"].shape[dim], int) or any(u.target is not operator.getitem for u in node.users):
+        return False
+
+    def put(target: Callable[..., Any], *args: Any) -> fx.Node:
+        new = graph.call_function(target, args)
+        new.meta["val"] = _run(new)
+        return new
+
+    with graph.inserting_before(node):
+        size = count
+        if node.target is aten.chunk.default:  # every piece but the last has ceil(n / count)
+            whole = put(aten.sym_size.int, source, dim)
+            size = put(operator.floordiv, put(operator.add, whole, count - 1), count)
+        for piece in list(node.users):
+            at: Any = piece.args[1]
+            ends = [put(operator.mul, size, k) if isinstance(size, fx.Node) else size * k for k in (at, at + 1)]
+            # The piece keeps its name, which the signature may list among the outputs.
+            piece.target, piece.args = aten.slice.Tensor, (source, dim, *ends)
+    graph.erase_node(node)
     return True
 
 
@@ -144,5 +176,8 @@ def _run(node: fx.Node) -> Any:
     values = [n.meta["val"] for n in node.all_input_nodes]
     args: Any = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
-    with values[0].fake_mode, torch.no_grad(), enable_python_dispatcher():  # else a free batch may be fixed
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    if not tensors:  # arithmetic on sizes
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    with tensors[0].fake_mode, torch.no_grad(), enable_python_dispatcher():  # else a free batch may be fixed
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import ModelError
 from pipeline.models import from_code, from_timm, from_torchvision, from_transformers
-from pipeline.models.source import Clip, Input, ModelSource, Origin, Pretrained, Size
+from pipeline.models.source import Input, ModelSource, Origin, Pretrained, Shape, Size
 
-__all__ = ["Clip", "Input", "ModelSource", "Pretrained", "Size", "check", "example", "load"]
+__all__ = ["Input", "ModelSource", "Pretrained", "Shape", "Size", "check", "example", "load"]
 
 CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".onnx")
 
@@ -31,13 +31,13 @@ def load(
     spec: str | nn.Module | Callable[..., nn.Module] | ModelSource,
     *,
     num_classes: int | None = None,
-    input_size: Size | Clip | None = None,
+    input_size: Shape | None = None,
     seed: int = 0,
 ) -> ModelSource:
     """Find a model and describe it; nothing is downloaded.
 
-    `num_classes` and `input_size` (channels, height, width; frames after the channels for clips) are handed to the
-    library or the callable where it takes them; None leaves its own default. The weights are the initial ones, decided
+    `num_classes` and `input_size` (see `Shape`) are handed to the library or the callable where it takes them; None
+    leaves its own default. The weights are the initial ones, decided
     by `seed`. Raises ModelError, with the near names if there is no such model.
     """
     if isinstance(spec, ModelSource):
@@ -47,7 +47,7 @@ def load(
 
 
 def _origin(
-    spec: str | nn.Module | Callable[..., nn.Module], num_classes: int | None, input_size: Size | Clip | None
+    spec: str | nn.Module | Callable[..., nn.Module], num_classes: int | None, input_size: Shape | None
 ) -> tuple[Origin, str]:
     if isinstance(spec, nn.Module):
         return from_code.origin_of_object(spec, input_size), f"object:{type(spec).__name__}"

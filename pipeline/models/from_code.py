@@ -18,10 +18,10 @@ from typing import Any
 from torch import nn
 
 from pipeline.errors import ModelError, UserError, nearest
-from pipeline.models.source import Clip, Origin, Size, accepted, file_hash, image_input, required, source_text
+from pipeline.models.source import Origin, Shape, accepted, file_hash, image_input, required, source_text
 
 
-def origin_of_object(model: nn.Module, input_size: Size | Clip | None) -> Origin:
+def origin_of_object(model: nn.Module, input_size: Shape | None) -> Origin:
     """Describe a module given as an object; later changes to it are not seen."""
     kept = copy.deepcopy(model)
     return Origin(
@@ -37,7 +37,7 @@ def origin_of_callable(
     call: Callable[..., nn.Module],
     spec: str,
     num_classes: int | None,
-    input_size: Size | Clip | None,
+    input_size: Shape | None,
     identity: str = "",
 ) -> Origin:
     """Describe what `call` returns; it is given `num_classes` and `input_size` if it takes arguments of these names."""
@@ -56,7 +56,7 @@ def origin_of_callable(
     return Origin(make, image_input(input_size), identity or source_text(call), weigh_values=True)
 
 
-def origin_of_spec(spec: str, num_classes: int | None, input_size: Size | Clip | None) -> Origin:
+def origin_of_spec(spec: str, num_classes: int | None, input_size: Shape | None) -> Origin:
     """Describe the model behind `file.py:callable` or `package.module:callable`."""
     call, identity = load_callable(spec, ModelError)
     return origin_of_callable(call, spec, num_classes, input_size, identity)

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.errors import ModelError, WeightsError, nearest
 from pipeline.models.network import reachable
-from pipeline.models.source import DEFAULT_SIZE, Clip, Input, Origin, Pretrained, Size
+from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape
 
 
 def names() -> list[str]:
@@ -18,12 +18,12 @@ def names() -> list[str]:
     return list(timm.list_models())
 
 
-def origin(name: str, num_classes: int | None, input_size: Size | Clip | None) -> Origin:
+def origin(name: str, num_classes: int | None, input_size: Shape | None) -> Origin:
     """Describe the timm model `name`; raises ModelError with near names if there is none."""
     if not timm.is_model(name):
         raise ModelError(f"timm has no model named {name!r}.", nearest(name, names()) or "See timm.list_models().")
-    if input_size is not None and len(input_size) == 4:
-        raise ModelError(f"timm:{name} takes images, not clips of shape {input_size}.", "Give channels, height, width.")
+    if input_size is not None and len(input_size) != 3:
+        raise ModelError(f"timm:{name} takes images, not input of shape {input_size}.", "Give channels, height, width.")
 
     def inputs(model: nn.Module) -> tuple[Input, ...]:
         own_size = getattr(model, "default_cfg", {}).get("input_size", DEFAULT_SIZE)
@@ -37,7 +37,7 @@ def origin(name: str, num_classes: int | None, input_size: Size | Clip | None) -
     )
 
 
-def _create(name: str, num_classes: int | None, input_size: Size | Clip | None, pretrained: bool = False) -> nn.Module:
+def _create(name: str, num_classes: int | None, input_size: Shape | None, pretrained: bool = False) -> nn.Module:
     options: dict[str, Any] = {"pretrained": pretrained}
     if num_classes is not None:
         options["num_classes"] = num_classes
@@ -62,7 +62,7 @@ def _checked(name: str, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _pretrained(name: str, num_classes: int | None, input_size: Size | Clip | None) -> Pretrained:
+def _pretrained(name: str, num_classes: int | None, input_size: Shape | None) -> Pretrained:
     config = timm.get_pretrained_cfg(name)
     repository = config.hf_hub_id if config else None
     if config is None or not (repository or config.url):

@@ -10,7 +10,7 @@ from urllib.error import URLError
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError, WeightsError, nearest
-from pipeline.models.source import DEFAULT_SIZE, Clip, Input, Origin, Pretrained, Size
+from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape
 from pipeline.models.torchvision_import import torchvision
 
 CLIP_FRAMES = 16
@@ -22,7 +22,7 @@ def names() -> list[str]:
     return list(torchvision.models.list_models())
 
 
-def origin(name: str, num_classes: int | None, input_size: Size | Clip | None) -> Origin:
+def origin(name: str, num_classes: int | None, input_size: Shape | None) -> Origin:
     """Describe the torchvision model `name`; raises ModelError with near names if there is none."""
     if name not in names():
         raise ModelError(
@@ -30,8 +30,8 @@ def origin(name: str, num_classes: int | None, input_size: Size | Clip | None) -
             nearest(name, names()) or "See torchvision.models.list_models(); or timm:NAME, hf:…, file.py:callable.",
         )
     is_video = name in torchvision.models.list_models(module=torchvision.models.video)
-    if input_size is not None and len(input_size) == 4 and not is_video:
-        raise ModelError(f"{name} takes images, not clips of shape {input_size}.", "Give channels, height and width.")
+    if input_size is not None and len(input_size) != 3 and not (is_video and len(input_size) == 4):
+        raise ModelError(f"{name} takes images, not input of shape {input_size}.", "Give channels, height and width.")
     size = input_size or DEFAULT_SIZE
 
     def make() -> nn.Module:
@@ -52,7 +52,7 @@ def origin(name: str, num_classes: int | None, input_size: Size | Clip | None) -
     )
 
 
-def _build(name: str, num_classes: int | None, input_size: Size | Clip | None) -> nn.Module:
+def _build(name: str, num_classes: int | None, input_size: Shape | None) -> nn.Module:
     builder: Callable[..., nn.Module] = torchvision.models.get_model_builder(name)
     options = _options(name, builder, input_size)
     if num_classes is not None:
@@ -71,7 +71,7 @@ def _build(name: str, num_classes: int | None, input_size: Size | Clip | None) -
     return builder(**options)
 
 
-def _options(name: str, builder: Callable[..., nn.Module], input_size: Size | Clip | None) -> dict[str, Any]:
+def _options(name: str, builder: Callable[..., nn.Module], input_size: Shape | None) -> dict[str, Any]:
     """Arguments that give a plain, untrained, offline, quiet model with one output."""
     options: dict[str, Any] = {"weights": None}
     if "weights_backbone" in inspect.signature(builder).parameters:

@@ -25,10 +25,10 @@ from transformers.models.auto.modeling_auto import (
 
 from pipeline.errors import ModelError, WeightsError, nearest
 from pipeline.models.network import reachable
-from pipeline.models.source import DEFAULT_SIZE, Clip, Input, Origin, Pretrained, Size, file_hash
+from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape, Size, file_hash
 
 TOKENS = 16
-"""Length of an example sentence, in tokens."""
+"""Length of an example sentence in tokens, where none is given."""
 AUDIO_SAMPLES = 16_000
 """Length of an example recording: one second at 16 kHz, the rate of transformers' speech models."""
 AUDIO_FRAMES = 100
@@ -69,25 +69,30 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 def wanted_inputs(net: nn.Module, config: Any, input_size: Sequence[int] | None) -> tuple[Input, ...]:
     """What `net` is fed: tokens with their mask, tokens of a decoder, images, clips, sound or series, as far as its
     forward names them. Empty where it takes none of these.
+
+    `input_size`: of an image or a clip; one number is the length of a sentence or recording, two are a spectrogram.
     """
     takes = inspect.signature(net.forward).parameters
     main = str(net.main_input_name)
     text = config.get_text_config()
     vocabulary = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 2
+    length = input_size[0] if input_size is not None and len(input_size) == 1 else TOKENS
+    size = input_size if input_size is not None and len(input_size) > 2 else None
     found: list[Input] = []
     if "input_ids" in takes:
-        found.append(Input("input_ids", (TOKENS,), "tokens", vocabulary))
+        found.append(Input("input_ids", (length,), "tokens", vocabulary))
         if "attention_mask" in takes:
-            found.append(Input("attention_mask", (TOKENS,), "mask"))
+            found.append(Input("attention_mask", (length,), "mask"))
     if "bbox" in takes:  # boxes of words on a page, in thousandths of it: left, top <= right, bottom
-        found.append(Input("bbox", (TOKENS, 4), "mask"))
+        found.append(Input("bbox", (length, 4), "mask"))
     for name in ("pixel_values", "pixel_values_videos"):
         if name in takes and (name == main or "pixel_values_videos" not in takes):
-            found.append(Input(name, _picture(config, input_size, video=name.endswith("videos"))))
+            found.append(Input(name, _picture(config, size, video=name.endswith("videos"))))
     if main in ("input_values", "input_features", "past_values") and main in takes:
-        found.append(Input(main, _signal(config, main)))
+        given = tuple(input_size) if input_size is not None and len(input_size) < 3 else None
+        found.append(Input(main, given or _signal(config, main)))
     if config.is_encoder_decoder and "decoder_input_ids" in takes:
-        found.append(Input("decoder_input_ids", (TOKENS,), "tokens", vocabulary))
+        found.append(Input("decoder_input_ids", (length,), "tokens", vocabulary))
     return tuple(found)
 
 
@@ -117,12 +122,12 @@ def _signal(config: Any, main: str) -> tuple[int, ...]:
     return AUDIO_FRAMES, width or bins or 80
 
 
-def origin(name: str, num_classes: int | None, input_size: Size | Clip | None) -> Origin:
+def origin(name: str, num_classes: int | None, input_size: Shape | None) -> Origin:
     """Describe the transformers model `name`; raises ModelError if its config is missing or needs code of its own."""
     config = _config(name)
     if num_classes is not None:
         config.num_labels = num_classes
-    if input_size is not None:
+    if input_size is not None and len(input_size) > 2:
         _set_size(config, input_size)
     if getattr(config, "use_cache", False):
         config.use_cache = False  # keys and values for the next token: nobody asks for one here

@@ -20,8 +20,10 @@ from pipeline.seeding import seeded
 Size = tuple[int, int, int]
 """Channels, height, width of one image."""
 
-Clip = tuple[int, int, int, int]
-"""Channels, frames, height, width of one clip, for video models."""
+Shape = tuple[int, ...]
+"""Shape of one sample: an image (channels, height, width), a clip (channels, frames, height, width), or, for models
+from transformers, a sentence or recording (length,) or a spectrogram (as the model takes it).
+"""
 
 DEFAULT_SIZE: Size = (3, 224, 224)
 """The size that torchvision and timm train at, used when neither the data nor the user names one."""
@@ -84,7 +86,7 @@ class ModelSource:
 
     spec: str
     num_classes: int | None
-    input_size: Size | Clip | None
+    input_size: Shape | None
     seed: int
     inputs: tuple[Input, ...]
     fingerprint: str
@@ -92,7 +94,7 @@ class ModelSource:
 
     @classmethod
     def of(
-        cls, spec: str, origin: Origin, num_classes: int | None, input_size: Size | Clip | None, seed: int = 0
+        cls, spec: str, origin: Origin, num_classes: int | None, input_size: Shape | None, seed: int = 0
     ) -> ModelSource:
         """Build the model once, to be sure that it can be built, and describe it.
 
@@ -200,7 +202,7 @@ def required(call: Callable[..., object]) -> list[str]:
     return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
 
 
-def image_input(size: Size | Clip | None) -> Callable[[nn.Module], tuple[Input, ...]]:
+def image_input(size: Shape | None) -> Callable[[nn.Module], tuple[Input, ...]]:
     """Describe a model that takes one float tensor of images (batch, channels, height, width) or clips."""
     inputs = (Input("input", size or DEFAULT_SIZE),)
     return lambda _model: inputs

@@ -31,7 +31,7 @@ def _zoo() -> ModuleType:
         ('{"model": "resnet18"}', "give a list"),
         ('["resnet18"]', "entry 0"),
         ('[{"model": "resnet18"}, {"model": 3}]', "entry 1"),
-        ('[{"model": "resnet18", "input": [3, 224]}]', r"input is \[3, 224\]"),
+        ('[{"model": "resnet18", "input": [3, 0, 4]}]', r"input is \[3, 0, 4\]"),
         ('[{"model": "resnet18", "input": [3, 224, "x"]}]', "give \\[C, H, W\\]"),
     ],
 )
@@ -44,6 +44,7 @@ def test_a_list_that_cannot_be_read_is_named(zoo: ModuleType, tmp_path: Path, co
 
 def test_images_clips_and_models_that_know_their_input_are_taken(zoo: ModuleType, tmp_path: Path) -> None:
     entries = [{"model": "a", "input": [3, 8, 8]}, {"model": "b", "input": [3, 4, 8, 8]}, {"model": "hf:bert"}]
+    entries.append({"model": "hf:gpt2", "input": [32]})
     path = tmp_path / "models.json"
     path.write_text(json.dumps(entries))
     assert zoo.read_entries(path) == entries

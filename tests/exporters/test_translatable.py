@@ -38,6 +38,20 @@ class Viewed(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).view(-1, 6, 12)
 
 
+class Pairs(nn.Module):
+    """Two frames go through one layer as one batch, and are taken apart again: sizes that depend on the batch."""
+
+    def __init__(self, split):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.split = split
+
+    def forward(self, a, b):
+        both = self.fc(torch.cat([a, b]))
+        first, second = both.split(a.shape[0]) if self.split else both.chunk(2)
+        return torch.relu(first) - second
+
+
 def exported(net, *inputs):
     torch.manual_seed(0)
     return export(net.eval(), inputs, dynamic_shapes=tuple({0: Dim.DYNAMIC} for _ in inputs))
@@ -62,6 +76,12 @@ def test_attention_of_any_rank(between, masked, tmp_path):
     inner = translatable(program)
     assert inner is not program
     torch.testing.assert_close(inner.module()(*draw), program.module()(*draw))
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["chunk", "split"])
+def test_pieces_of_a_dimension_that_depends_on_the_batch(split, tmp_path):
+    program = exported(Pairs(split), torch.randn(4, 6), torch.randn(4, 6))
+    check(program, (torch.randn(3, 6), torch.randn(3, 6)), tmp_path / "pairs.onnx")
 
 
 def test_one_head_of_keys_and_values_for_all(tmp_path):

@@ -119,8 +119,25 @@ def test_models_of_two_kinds_of_input_are_fed_both(tmp_path):
 
 def test_clips_bring_their_own_length():
     assert models.load("r3d_18", input_size=(3, 4, 32, 32)).inputs[0].shape == (3, 4, 32, 32)
-    with pytest.raises(ModelError, match="images, not clips"):
+    with pytest.raises(ModelError, match="takes images"):
         models.load("resnet18", input_size=(3, 4, 32, 32))
+
+
+def test_sentences_and_spectrograms_of_a_given_length(tmp_path):
+    transformers.WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50, max_source_positions=20, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, architectures=["WhisperModel"],
+    ).save_pretrained(tmp_path / "sound")  # fmt: skip
+    source = models.load(f"hf:{tmp_path / 'sound'}", input_size=(80, 40))
+    assert source.inputs[0].shape == (80, 40)
+    models.check(source.build(), models.example(source, 2))
+    transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
+    ).save_pretrained(tmp_path / "text")  # fmt: skip
+    source = models.load(f"hf:{tmp_path / 'text'}", input_size=(9,))
+    assert [one.shape for one in source.inputs] == [(9,), (9,)]
+    models.check(source.build(), models.example(source, 2))
 
 
 def test_a_transformers_config_that_wants_its_own_code_is_refused_and_not_run(tmp_path):
