@@ -173,10 +173,10 @@ def _alike(shapes: list[Any]) -> bool:
 
 def _run(node: fx.Node) -> Any:
     """The node's fake result."""
-    values = [n.meta["val"] for n in node.all_input_nodes]
+    values: list[Any] = [n.meta["val"] for n in node.all_input_nodes]
     args: Any = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
-    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    tensors: list[Any] = [v for v in values if isinstance(v, torch.Tensor)]
     if not tensors:  # arithmetic on sizes
         return node.target(*args, **kwargs)  # type: ignore[operator]
     with tensors[0].fake_mode, torch.no_grad(), enable_python_dispatcher():  # else a free batch may be fixed
