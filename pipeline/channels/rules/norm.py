@@ -18,7 +18,7 @@ from torch import fx
 from pipeline.channels.cut import Cut
 from pipeline.channels.rules.layout import split_dim
 from pipeline.channels.rules.pointwise import pointwise
-from pipeline.channels.rules.table import bind, rule
+from pipeline.channels.rules.table import base_name, bind, rule
 from pipeline.channels.trace import Trace
 from pipeline.channels.values import Atoms, Flags, Value, both
 
@@ -299,21 +299,67 @@ def _reduced(t: Trace, node: fx.Node, x: Value, dims: list[int], keeps_zero: boo
 
 
 def edit_mean(c: Cut, node: fx.Node) -> None:
-    """The mean over n of which n' are left is n'/n times theirs."""
-    x = c.value(bind(node)["self"])
-    ratio = _ratio(c, x, _dims(bind(node), len(x.shape)))
-    if ratio != 1.0:
+    """The mean over n of which n' are left is n'/n times theirs; of squared deviations from the mean, what the absent
+    ones had is added: each was as far from the mean as zero is.
+    """
+    a = bind(node)
+    x = c.value(a["self"])
+    dims = _dims(a, len(x.shape))
+    ratio = _ratio(c, x, dims)
+    if ratio == 1.0:
+        return
+    if node not in c.notes:
         c.replace(node, lambda new: c.call(aten.mul.Tensor, new, ratio), f"mean·{ratio:.6g}")
+        return
+
+    def with_absent(new: fx.Node) -> fx.Node:
+        middle = c.new_of[c.notes[node]]
+        if not a.get("keepdim", False):
+            middle = c.call(aten.squeeze.dims, middle, dims)
+        absent = c.call(aten.mul.Tensor, c.call(aten.mul.Tensor, middle, middle), 1.0 - ratio)
+        return c.call(aten.add.Tensor, c.call(aten.mul.Tensor, new, ratio), absent)
+
+    c.replace(node, with_absent, f"variance with the original count (kept share {ratio:.6g})")
 
 
 @rule("mean", edit=edit_mean)
 def mean(t: Trace, node: fx.Node) -> Value:
-    """A mean over channels keeps the original count."""
+    """A mean over channels keeps the original count, also of squared deviations, as a norm written out takes it."""
     a = bind(node)
     x = t.value(a["self"])
     dims = _dims(a, len(x.shape))
-    over_channels(t, node, a["self"], dims)
-    return _reduced(t, node, x, dims)
+    found = _deviation(t, a["self"], dims)
+    if found is None:
+        over_channels(t, node, a["self"], dims)
+        return _reduced(t, node, x, dims)
+    source, t.notes[node] = found
+    over_channels(t, node, source, dims)
+    return _reduced(t, node, x, dims, keeps_zero=False)
+
+
+def _deviation(t: Trace, square: Any, dims: Sequence[int]) -> tuple[fx.Node, fx.Node] | None:
+    """(x, mean of x) where `square` is (x − mean of x)², the mean taken over `dims` and these kept with length one."""
+    name, inner = base_name(square.target), square.args
+    if not (name == "square" or (name == "pow" and inner[1] == 2) or (name == "mul" and inner[0] is inner[1])):
+        return None
+    difference: Any = inner[0]
+    if not isinstance(difference, fx.Node) or base_name(difference.target) != "sub" or difference.kwargs:
+        return None
+    x, middle = difference.args
+    if _in_place(square) or _in_place(difference) or not isinstance(x, fx.Node) or not isinstance(middle, fx.Node):
+        return None
+    mean_node: Any = middle
+    while base_name(mean_node.target) == "unsqueeze":
+        mean_node = mean_node.args[0]
+    if base_name(mean_node.target) != "mean" or mean_node.args[0] is not x:
+        return None
+    shape, rank = t.shape(middle), len(t.shape(x))
+    fits = len(shape) == rank and all(shape[d] == 1 for d in dims)
+    return (x, middle) if fits and sorted(_dims(bind(mean_node), rank)) == sorted(dims) else None
+
+
+def _in_place(node: fx.Node) -> bool:
+    return bool(node.target._schema.is_mutable)  # type: ignore[union-attr]
 
 
 def edit_var(c: Cut, node: fx.Node) -> None:

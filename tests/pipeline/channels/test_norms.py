@@ -30,7 +30,31 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "group of all": lambda: OverDim1(nn.GroupNorm(1, WIDTH)),
     "group of all, large eps": lambda: OverDim1(nn.GroupNorm(1, WIDTH, eps=0.5)),
     "groups": lambda: OverDim1(nn.GroupNorm(4, WIDTH)),
+    "written out, pow": lambda: WrittenOut("pow"),
+    "written out, product": lambda: WrittenOut("product"),
+    "written out over tokens too": lambda: WrittenOut("square"),
 }
+
+
+class WrittenOut(nn.Module):
+    """LayerNorm as people write it: squared deviations from the mean, in one of the usual ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(WIDTH)), nn.Parameter(torch.randn(WIDTH))
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "pow":
+            away = x - x.mean(-1, keepdim=True)
+            var = away.pow(2).mean(-1, keepdim=True)
+        elif self.way == "product":
+            away = x - x.mean(-1).unsqueeze(-1)
+            var = (away * away).mean(-1).unsqueeze(-1)
+        else:
+            away = x - x.mean((1, 2), keepdim=True)
+            var = torch.square(away).mean((1, 2), keepdim=True)
+        return away / torch.sqrt(var + 1e-5) * self.weight + self.bias
 
 
 class OverDim1(nn.Module):
@@ -72,8 +96,8 @@ class PostNorm(PreNorm):
 
 
 PRE = ("layer without shift", "layer without affine", "layer, large eps", "layer over tokens too", "rms, large eps",
-       "group of all, large eps")  # fmt: skip
-POST = ("layer", "rms", "groups")
+       "group of all, large eps", "written out, product", "written out over tokens too")  # fmt: skip
+POST = ("layer", "rms", "groups", "written out, pow")
 CASES = [*((PreNorm, name) for name in PRE), *((PostNorm, name) for name in POST)]
 X = torch.randn(2, 5, 6)
 
