@@ -3,9 +3,10 @@
 Solving: connected components over the ties; pins mark whole components; products are settled last, again and again:
   every factor pinned            -> pin the flat dimension
   the flat dimension pinned      -> pin the factors
-  two places along a factor tied -> that factor cannot shrink: pin it
+  two places of the flat dimension tied, that differ along one factor only -> tie them in that factor
+  all places of a factor tied    -> it cannot shrink: pin it
   exactly one factor free        -> tie the flat dimension to it along the others
-  two or more free               -> the policy chooses (heads or head positions; else the longer factor stays free).
+  two or more free               -> the policy chooses (heads or head positions; else the factor with more classes stays free).
 """
 
 from __future__ import annotations
@@ -406,13 +407,22 @@ def _settle(c: _Classes, p: Product, pins: list[Pin]) -> tuple[bool, list[tuple[
         shape[d] = sizes[d]
         spread = np.broadcast_to(factors[d].reshape(shape), sizes)  # type: ignore[union-attr]
         return True, [(flat.reshape(-1), np.ascontiguousarray(spread).reshape(-1))], False
+    ties: list[tuple[Atoms, Atoms]] = []
     for d in free:
-        ordered = np.sort(flat, axis=d)
-        if sizes[d] > 1 and (np.diff(ordered, axis=d) == 0).any():
+        mine = factors[d]
+        assert mine is not None
+        if (mine == mine[0]).all():  # all or nothing
             pins.append(Pin(np.zeros(0, np.int64), p.node, "its places are tied to one another"))
-            c.pin_classes(factors[d], len(pins) - 1)  # type: ignore[arg-type]
+            c.pin_classes(mine, len(pins) - 1)
             new = True
-    return False, [], new
+            continue
+        order = np.argsort(flat, axis=d, kind="stable")
+        ordered, place = np.moveaxis(np.take_along_axis(flat, order, axis=d), d, 0), np.moveaxis(mine[order], d, 0)
+        tied = (ordered[1:] == ordered[:-1]) & (place[1:] != place[:-1])
+        if tied.any():
+            ties.append((place[1:][tied], place[:-1][tied]))
+            new = True
+    return False, ties, new
 
 
 def _role_classes(t: Trace, c: _Classes) -> dict[str, Flags]:
@@ -433,7 +443,7 @@ def _choose(c: _Classes, p: Product, pins: list[Pin], roles: dict[str, Flags], p
         others = heads or [d for d in free if d not in positions]
         stay = others[0] if policy.heads else positions[0] if policy.head_positions else None
     else:
-        stay = max(free, key=lambda d: (p.sizes[d], -d))
+        stay = max(free, key=lambda d: (np.unique(factors[d]).size, -d))
     what = "the other factor of the view goes instead" if stay is not None else "the recipe keeps heads and positions"
     for d in free:
         if d != stay:

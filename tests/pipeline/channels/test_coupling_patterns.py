@@ -95,6 +95,21 @@ class DepthwiseMultiplier(Ends):
         return self.head(self.depthwise(self.stem(x)))
 
 
+@case(IMAGE, channel=8)
+class MultipliersInBranches(Ends):
+    """The second pair reads groups that the first has tied in twos."""
+
+    def __init__(self) -> None:
+        super().__init__(8, out=32)
+        self.a, self.b = nn.Conv2d(8, 16, 3, groups=8, padding=1), nn.Conv2d(8, 16, 1, groups=8)
+        self.c, self.d = nn.Conv2d(16, 32, 3, groups=16, padding=1), nn.Conv2d(16, 32, 1, groups=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(self.a(x) + self.b(x))
+        return self.head(self.c(x) + self.d(x))
+
+
 @case(IMAGE, channel=4)
 class Grouped(Ends):
     def __init__(self) -> None:
