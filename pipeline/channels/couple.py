@@ -6,7 +6,7 @@ Solving: connected components over the ties; pins mark whole components; product
   two places of the flat dimension tied, that differ along one factor only -> tie them in that factor
   all places of a factor tied    -> it cannot shrink: pin it
   exactly one factor free        -> tie the flat dimension to it along the others
-  two or more free               -> the policy chooses (heads or head positions; else the factor with more classes stays free).
+  two or more free               -> the policy chooses (heads or head positions; else the factor of most classes).
 """
 
 from __future__ import annotations

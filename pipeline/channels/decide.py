@@ -406,6 +406,10 @@ def _allows(policy: Policy, kind: Kind) -> bool:
     }[kind]
 
 
+# Reasons that hold in every model. An element stays where all its dimensions are fixed; the others tell more.
+_SPACE, _ROWS = "space", "rows are looked up by index"
+
+
 def _shares(
     captured: Captured, trace: Trace, slots: list[Slot], solution: Solution, allowed: Flags
 ) -> tuple[int, int, tuple[Blocked, ...]]:
@@ -429,7 +433,8 @@ def _shares(
         params += tensor.numel()
         removable += tensor.numel() - kept
         if kept:
-            key = reasons[0] if reasons else ("-", "-", "a single number")
+            told = sorted(reasons, key=lambda r: (r[2] == _ROWS, r[2] == _SPACE, r[0] == "output"))  # stable
+            key = (told or [("-", "-", "a single number")])[0]
             blocked[key] = blocked.get(key, 0) + kept
     return (
         params,

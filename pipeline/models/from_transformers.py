@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_BACKBONE_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
     MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
@@ -195,21 +198,26 @@ def _config(name: str) -> Any:
 
 
 def _architecture(name: str, config: Any) -> Any:
-    """The class to build: the one the config names, else a classifier for its kind of input, else the bare model.
+    """The class to build: the one the config names, else a classifier for its kind of input, else one that gives
+    logits over the vocabulary, else the bare model.
 
-    Encoder-decoders classify by looking for the end-of-sentence token, which cannot be exported: the bare model then.
+    Encoder-decoders classify by looking for the end-of-sentence token, which cannot be exported.
     """
     named = (getattr(config, "architectures", None) or [None])[0]
-    text = {} if config.is_encoder_decoder else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    both = config.is_encoder_decoder
+    text = {} if both else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     tables: tuple[Any, ...] = (
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
         text,
         MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if both else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES if both else {},
         MODEL_MAPPING_NAMES,
         MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
         MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES,
         MODEL_FOR_BACKBONE_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     )
     chosen: Any = named or next((table[config.model_type] for table in tables if config.model_type in table), None)
     chosen = chosen[0] if isinstance(chosen, list | tuple) else chosen

@@ -28,13 +28,31 @@ def pooled(t: Trace, node: fx.Node) -> Any:
     name = base_name(node.target)
     space = next(int(name[k - 1]) for k in range(len(name), 1, -1) if name[k - 1] in "123" and name[k : k + 1] == "d")
     lead = len(x.shape) - space
-    t.pin_value(x, node, "space", range(lead, len(x.shape)))
+    over = {lead + k for k in range(space) if not _passes(bind(node), k)}
+    t.pin_value(x, node, "space", sorted(over))
 
     def alike(val: Any) -> Value:
-        return Value(t.shape_of(val), (*x.atoms[:lead], *[None] * space), (*x.zeros[:lead], *[None] * space), x.derived)
+        atoms = [None if d in over else at for d, at in enumerate(x.atoms)]
+        zeros = [None if d in over else z for d, z in enumerate(x.zeros)]
+        return Value(t.shape_of(val), tuple(atoms), tuple(zeros), x.derived)
 
     val = node.meta["val"]
     return tuple(alike(v) for v in val) if isinstance(val, (tuple, list)) else alike(val)
+
+
+def _passes(a: dict[str, Any], k: int) -> bool:
+    """Whether a pooling's window is one wide in its `k`th dimension: it leaves every index as it is."""
+    if "kernel_size" not in a:
+        return False
+
+    def entry(name: str, default: int) -> int:
+        given = a.get(name)
+        if isinstance(given, int):
+            return given
+        return int(given[k if len(given) > 1 else 0]) if given else default
+
+    kernel = entry("kernel_size", 0)
+    return (kernel, entry("stride", kernel), entry("padding", 0)) == (1, 1, 0)
 
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")

@@ -95,6 +95,19 @@ class DepthwiseMultiplier(Ends):
         return self.head(self.depthwise(self.stem(x)))
 
 
+@case(TOKENS, neuron=8)
+class PooledOverTokensAlone(nn.Module):
+    """Tokens are pooled in an image's form, by windows one channel wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.into(x))[:, None]
+        return self.out(F.avg_pool2d(x, (2, 1), ceil_mode=True) + F.max_pool2d(x, (2, 1)))
+
+
 @case(IMAGE, channel=8)
 class MultipliersInBranches(Ends):
     """The second pair reads groups that the first has tied in twos."""
