@@ -217,7 +217,7 @@ def _architecture(name: str, config: Any) -> Any:
         MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
         MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES,
         MODEL_FOR_BACKBONE_MAPPING_NAMES,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     )
     chosen: Any = named or next((table[config.model_type] for table in tables if config.model_type in table), None)
     chosen = chosen[0] if isinstance(chosen, list | tuple) else chosen
