@@ -30,6 +30,7 @@ def translatable(program: ExportedProgram) -> ExportedProgram:
 
     The program itself is not changed; without anything to change it is returned as it is.
     """
+    _forget_pending(program)
     graph = copy.deepcopy(program.graph)
     for node, copied in zip(program.graph.nodes, graph.nodes, strict=True):
         if copied.name != node.name:
@@ -61,6 +62,15 @@ def translatable(program: ExportedProgram) -> ExportedProgram:
         constants=program.constants,
         verifiers=program.verifiers,
     )
+
+
+def _forget_pending(program: ExportedProgram) -> None:
+    """A translation leaves sizes read off data noted as pending, and the next one in this process stops at them."""
+    for node in program.graph.nodes:
+        env = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
+        if env is not None:
+            env.pending_fresh_unbacked_symbols.clear()
+            return
 
 
 def _in_order(graph: fx.Graph, node: fx.Node) -> bool:

@@ -417,6 +417,8 @@ class _Cutter:
             elif node.op == "call_function":
                 old = known.get(node)
                 value = self.trace.values.get(old) if old is not None else None
+                if "unbacked_bindings" in node.meta and value is None:
+                    continue  # a number read off data: running it again would give it another symbol
                 if old is not None and "val" in node.meta:
                     node.meta = {**node.meta, "val": self._smaller(mode, node.meta["val"], value)}
                 else:

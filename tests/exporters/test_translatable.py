@@ -52,6 +52,21 @@ class Pairs(nn.Module):
         return torch.relu(first) - second
 
 
+class Routed(nn.Module):
+    """Samples are sent to one of two layers: how many go where is read off the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.high = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        few = (x[:, 0] > 0).sum().item()
+        torch._check(few >= 0)
+        torch._check(few <= x.shape[0])
+        low, high = torch.split(x, [few, x.shape[0] - few])
+        return torch.cat([self.low(low), self.high(high)])
+
+
 def exported(net, *inputs):
     torch.manual_seed(0)
     return export(net.eval(), inputs, dynamic_shapes=tuple({0: Dim.DYNAMIC} for _ in inputs))
@@ -82,6 +97,12 @@ def test_attention_of_any_rank(between, masked, tmp_path):
 def test_pieces_of_a_dimension_that_depends_on_the_batch(split, tmp_path):
     program = exported(Pairs(split), torch.randn(4, 6), torch.randn(4, 6))
     check(program, (torch.randn(3, 6), torch.randn(3, 6)), tmp_path / "pairs.onnx")
+
+
+def test_sizes_read_off_data_can_be_translated_again(tmp_path):
+    program = exported(Routed(), torch.randn(4, 6))
+    for opset in (18, 20):
+        check(program, (torch.randn(3, 6),), tmp_path / "routed.onnx", opset)
 
 
 def test_one_head_of_keys_and_values_for_all(tmp_path):
