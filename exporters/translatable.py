@@ -4,7 +4,8 @@ A view holds by the strides that a kernel happened to choose, and torch.onnx wor
 becomes a reshape, of a tensor in order where it comes out of attention (torch.onnx makes views of reshapes before it
 takes attention apart). Attention is translated for [batch, heads, tokens, positions] alone: dimensions between the
 batch and the tokens are merged into one and taken apart again after it; without heads, one is put in. Chunks of a
-dimension that depends on the batch become slices, since a split wants its sizes as numbers.
+dimension that depends on the batch become slices, since a split wants its sizes as numbers. Zeros around a max pooling
+are written so that onnxruntime does not take them for its padding.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def translatable(program: ExportedProgram) -> ExportedProgram:
             changed = True
         if node.target in _RESHAPES:
             changed |= _in_order(graph, node)
+        elif node.target in (aten.pad.default, aten.constant_pad_nd.default):
+            changed |= _kept_from_fusion(node)
         elif node.target in (aten.chunk.default, aten.split.Tensor):
             changed |= _sliced(graph, node)
         elif node.target is _ATTENTION:
@@ -84,6 +87,25 @@ def _in_order(graph: fx.Graph, node: fx.Node) -> bool:
         ordered = graph.call_function(aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format})
     ordered.meta["val"] = _run(ordered)
     node.args = (ordered, *node.args[1:])
+    return True
+
+
+def _kept_from_fusion(node: fx.Node) -> bool:
+    """Whether zeros put around what a max pooling reads became negative zeros.
+
+    onnxruntime's Pad_Fusion (1.31) makes zeros the pooling's own padding, which is minus infinity there; it
+    knows zeros by their bytes (`onnxruntime/core/optimizer/pad_fusion.cc`), and -0.0 has others.
+    """
+    if not any("max_pool" in str(user.target) for user in node.users):
+        return False
+    if node.target is aten.constant_pad_nd.default:
+        mode, value = "constant", node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
+    else:
+        mode = str(node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant"))
+        value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+    if mode != "constant" or value:
+        return False
+    node.target, node.args, node.kwargs = aten.constant_pad_nd.default, (*node.args[:2], -0.0), {}
     return True
 
 

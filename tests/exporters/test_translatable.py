@@ -52,6 +52,17 @@ class Pairs(nn.Module):
         return torch.relu(first) - second
 
 
+class PaddedPool(nn.Module):
+    """Zeros around a max pooling of numbers below zero: its own padding would be minus infinity."""
+
+    def __init__(self, pad):
+        super().__init__()
+        self.conv, self.pad = nn.Conv2d(2, 2, 1), pad
+
+    def forward(self, x):
+        return F.max_pool2d(self.pad(-torch.exp(self.conv(x))), 3, stride=2)
+
+
 class Routed(nn.Module):
     """Samples are sent to one of two layers: how many go where is read off the data."""
 
@@ -103,6 +114,14 @@ def test_sizes_read_off_data_can_be_translated_again(tmp_path):
     program = exported(Routed(), torch.randn(4, 6))
     for opset in (18, 20):
         check(program, (torch.randn(3, 6),), tmp_path / "routed.onnx", opset)
+
+
+@pytest.mark.parametrize(
+    "pad", [nn.ZeroPad2d(1), nn.ConstantPad2d(1, 0.0), lambda x: F.pad(x, (1, 1, 1, 1))], ids=["zero", "value", "plain"]
+)
+def test_zeros_around_a_max_pooling_stay_zeros(pad, tmp_path):
+    program = exported(PaddedPool(pad), torch.randn(4, 2, 8, 8))
+    check(program, (torch.randn(3, 2, 8, 8),), tmp_path / "pool.onnx")
 
 
 def test_one_head_of_keys_and_values_for_all(tmp_path):
