@@ -5,7 +5,7 @@ becomes a reshape, of a tensor in order where it comes out of attention (torch.o
 takes attention apart). Attention is translated for [batch, heads, tokens, positions] alone: dimensions between the
 batch and the tokens are merged into one and taken apart again after it; without heads, one is put in. Chunks of a
 dimension that depends on the batch become slices, since a split wants its sizes as numbers. Zeros around a max pooling
-are written so that onnxruntime does not take them for its padding.
+are written so that onnxruntime does not take them for its padding, and `1.0 - mask` of whole numbers with its cast.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def translatable(program: ExportedProgram) -> ExportedProgram:
             changed |= _in_order(graph, node)
         elif node.target in (aten.pad.default, aten.constant_pad_nd.default):
             changed |= _kept_from_fusion(node)
+        elif node.target is aten.rsub.Scalar:
+            changed |= _promoted(graph, node)
         elif node.target in (aten.chunk.default, aten.split.Tensor):
             changed |= _sliced(graph, node)
         elif node.target is _ATTENTION:
@@ -106,6 +108,19 @@ def _kept_from_fusion(node: fx.Node) -> bool:
     if mode != "constant" or value:
         return False
     node.target, node.args, node.kwargs = aten.constant_pad_nd.default, (*node.args[:2], -0.0), {}
+    return True
+
+
+def _promoted(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether whole numbers that are taken from a fraction were made fractions first, as the operator does inside."""
+    source: Any = node.args[0]
+    dtype = node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        return False
+    with graph.inserting_before(node):
+        cast = graph.call_function(aten.to.dtype, (source, dtype))
+    cast.meta["val"] = _run(cast)
+    node.args = (cast, *node.args[1:])
     return True
 
 

@@ -63,6 +63,17 @@ class PaddedPool(nn.Module):
         return F.max_pool2d(self.pad(-torch.exp(self.conv(x))), 3, stride=2)
 
 
+class Inverted(nn.Module):
+    """A mask of whole numbers taken from one, as encoders do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.fc(x) + (1.0 - (x > 0).long()) * -3.5
+
+
 class Routed(nn.Module):
     """Samples are sent to one of two layers: how many go where is read off the data."""
 
@@ -122,6 +133,11 @@ def test_sizes_read_off_data_can_be_translated_again(tmp_path):
 def test_zeros_around_a_max_pooling_stay_zeros(pad, tmp_path):
     program = exported(PaddedPool(pad), torch.randn(4, 2, 8, 8))
     check(program, (torch.randn(3, 2, 8, 8),), tmp_path / "pool.onnx")
+
+
+def test_whole_numbers_taken_from_a_fraction(tmp_path):
+    program = exported(Inverted(), torch.randn(4, 6))
+    check(program, (torch.randn(3, 6),), tmp_path / "inverted.onnx")
 
 
 def test_one_head_of_keys_and_values_for_all(tmp_path):
