@@ -21,7 +21,8 @@ _PROBES = 64
 _answers: dict[tuple[Any, ...], bool] = {}
 
 
-@rule("<pointwise>", "type_as", "hardswish", "hardtanh", "nan_to_num", "where", "masked_fill", "copy", "fill", "lerp")
+@rule("<pointwise>", "type_as", "hardswish", "hardtanh", "nan_to_num", "where", "masked_fill", "copy", "fill", "zero",
+      "lerp")  # fmt: skip
 def pointwise(t: Trace, node: fx.Node) -> Value:
     """Broadcast: tie the operands index by index."""
     operands = tensors(node)

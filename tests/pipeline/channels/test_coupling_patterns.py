@@ -108,6 +108,22 @@ class PooledOverTokensAlone(nn.Module):
         return self.out(F.avg_pool2d(x, (2, 1), ceil_mode=True) + F.max_pool2d(x, (2, 1)))
 
 
+@case(TOKENS, head_position=8)
+class BiasZeroedInPart(nn.Module):
+    """Keys without a bias: the middle of a packed one is cleared at run time, as Swin V2 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(24, 12)), nn.Parameter(torch.randn(24))
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias.clone()
+        bias[8:16].zero_()
+        q, k, v = F.linear(x, self.weight, bias).chunk(3, dim=-1)
+        return self.out(F.scaled_dot_product_attention(q, k, v))
+
+
 @case(IMAGE, channel=8)
 class MultipliersInBranches(Ends):
     """The second pair reads groups that the first has tied in twos."""
