@@ -1,11 +1,12 @@
-"""What torch.onnx takes only in one of several equal forms is brought into that form: views, chunks, attention's rank.
+"""What torch.onnx or onnxruntime take only in one of several equal forms is brought into that form.
 
 A view holds by the strides that a kernel happened to choose, and torch.onnx works shapes out with other kernels: each
 becomes a reshape, of a tensor in order where it comes out of attention (torch.onnx makes views of reshapes before it
 takes attention apart). Attention is translated for [batch, heads, tokens, positions] alone: dimensions between the
-batch and the tokens are merged into one and taken apart again after it; without heads, one is put in. Chunks of a
-dimension that depends on the batch become slices, since a split wants its sizes as numbers. Zeros around a max pooling
-are written so that onnxruntime does not take them for its padding, and `1.0 - mask` of whole numbers with its cast.
+batch and the tokens are merged into one and taken apart again after it; without heads, one is put in; a mask gets a row
+for every query. Chunks of a dimension that depends on the batch become slices, since a split wants its sizes as
+numbers; `1.0 - mask` of whole numbers gets its cast. Zeros around a max pooling are written so that onnxruntime does
+not take them for its own padding.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def translatable(program: ExportedProgram) -> ExportedProgram:
             changed |= _sliced(graph, node)
         elif node.target is _ATTENTION:
             changed |= _repeated(graph, node)
+            changed |= _masked_each(graph, node)
             changed |= _four_dimensional(graph, node)
     if not changed:
         return program
@@ -167,6 +169,23 @@ def _repeated(graph: fx.Graph, node: fx.Node) -> bool:
             node.update_arg(at, wide)
             changed = True
     return changed
+
+
+def _masked_each(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether a mask of one row for all queries was written out for each: onnxruntime's Attention has no such mask."""
+    queries = node.args[0].meta["val"].shape[-2]  # type: ignore[union-attr]
+    mask: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    if not isinstance(mask, fx.Node) or not isinstance(queries, int) or queries == 1:
+        return False
+    rank = len(mask.meta["val"].shape)
+    rows = mask.meta["val"].shape[-2] if rank > 1 else queries
+    if not isinstance(rows, int) or rows != 1:
+        return False
+    with graph.inserting_before(node):
+        each = graph.call_function(aten.expand.default, (mask, [*[-1] * (rank - 2), queries, -1]))
+    each.meta["val"] = _run(each)
+    node.replace_input_with(mask, each)
+    return True
 
 
 def _four_dimensional(graph: fx.Graph, node: fx.Node) -> bool:

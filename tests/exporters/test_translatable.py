@@ -74,6 +74,18 @@ class Inverted(nn.Module):
         return self.fc(x) + (1.0 - (x > 0).long()) * -3.5
 
 
+class MaskedKeys(nn.Module):
+    """One mask of keys for all queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(12, 36)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(x[..., 0] > -1)[:, None, None])
+
+
 class Routed(nn.Module):
     """Samples are sent to one of two layers: how many go where is read off the data."""
 
@@ -138,6 +150,12 @@ def test_zeros_around_a_max_pooling_stay_zeros(pad, tmp_path):
 def test_whole_numbers_taken_from_a_fraction(tmp_path):
     program = exported(Inverted(), torch.randn(4, 6))
     check(program, (torch.randn(3, 6),), tmp_path / "inverted.onnx")
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_one_mask_of_keys_for_all_queries(opset, tmp_path):
+    program = exported(MaskedKeys(), torch.randn(4, 6, 12))
+    check(program, (torch.randn(3, 6, 12),), tmp_path / "masked.onnx", opset)
 
 
 def test_one_head_of_keys_and_values_for_all(tmp_path):
