@@ -167,7 +167,8 @@ class Analysis:
             if going:
                 left.setdefault(slot.name, list(self.captured.state[slot.name].shape))[slot.dim] -= going
         params = sum(math.prod(left.get(n, self.captured.state[n].shape)) for n in self.parameter_names)
-        params += self._frozen_difference(gone, left)
+        difference, once = self._frozen_difference(gone, left)
+        params += difference
         counts: dict[int, int] = {}
 
         def shape(node: fx.Node) -> tuple[int, ...]:
@@ -182,12 +183,12 @@ class Analysis:
                 counts[key] = int(atoms.shape[0] - gone[atoms].sum())
             return counts[key]
 
-        macs: int = sum(node_macs(n, shape) for n in self.trace.notes["<counted>"])
+        macs: int = sum(node_macs(n, shape) for n in self.trace.notes["<counted>"] if n not in once)
         return Size(params, macs // self.trace.notes["<batch>"])
 
-    def _frozen_difference(self, gone: Flags, left: Mapping[str, Sequence[int]]) -> int:
-        """Parameters that a computation done once puts in (its results), less those that nothing else uses
-        (its operands).
+    def _frozen_difference(self, gone: Flags, left: Mapping[str, Sequence[int]]) -> tuple[int, set[fx.Node]]:
+        """(parameters that a computation done once puts in, its results, less those that nothing else uses, its
+        operands; the nodes that are not run any more).
         """
         program = self.captured.program
 
@@ -202,12 +203,14 @@ class Analysis:
 
         _, edge = frozen_part(program.graph, self.trace, touched)
         if not edge:
-            return 0
-        used = {n.name for n in still_used(program.graph, edge) if n.op == "placeholder"}
+            return 0, set()
+        run = still_used(program.graph, edge)
+        used = {n.name for n in run if n.op == "placeholder"}
         names = {s.target for s in program.graph_signature.input_specs if s.arg.name in used}
         lost = [n for n in self.parameter_names if n not in names]
         put_in = sum(math.prod(kept(self.trace.values[n])) for n in edge)
-        return put_in - sum(math.prod(left.get(n, self.captured.state[n].shape)) for n in lost)
+        difference = put_in - sum(math.prod(left.get(n, self.captured.state[n].shape)) for n in lost)
+        return difference, {n for n in program.graph.nodes if n not in run or n in edge}
 
     @property
     def parameter_names(self) -> Sequence[str]:

@@ -13,7 +13,19 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.channels import Analysis, Captured, Policy, Proof, Shrunk, analyse, capture, prove, shrink, small
+from pipeline.channels import (
+    Analysis,
+    Captured,
+    Policy,
+    Proof,
+    Shrunk,
+    analyse,
+    capture,
+    count_macs,
+    prove,
+    shrink,
+    small,
+)
 from pipeline.channels.verify import difference
 
 
@@ -68,6 +80,7 @@ def experiment(
         held = {shrunk.program.state_dict[n].data_ptr(): shrunk.program.state_dict[n].numel()
                 for n in shrunk.program.graph_signature.parameters}  # fmt: skip
         assert sum(held.values()) == expected.params
+        assert count_macs(shrunk.program) == expected.macs
     careless = shrink(captured, analysis, removed, check_zero=False)
     control, _, _ = difference(captured, careless, feeds)
     return Experiment(captured, analysis, removed, folded, shrunk, proof, control)

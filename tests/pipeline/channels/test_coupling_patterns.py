@@ -124,6 +124,19 @@ class BiasZeroedInPart(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v))
 
 
+@case(TOKENS, neuron=16)
+class LayerOnATable(nn.Module):
+    """Relative positions as DeBERTa has them: a normalised table of parameters goes through a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Parameter(torch.randn(6, 8)), nn.LayerNorm(8)
+        self.into, self.place, self.out = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.into(x)) + self.place(self.norm(self.table)))
+
+
 @case(IMAGE, channel=8)
 class MultipliersInBranches(Ends):
     """The second pair reads groups that the first has tied in twos."""
