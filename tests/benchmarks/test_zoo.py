@@ -84,3 +84,28 @@ def test_a_control_that_stays_close_proves_nothing(zoo: ModuleType) -> None:
     assert zoo.verdict(line(zoo, control_diff=1.0, **rounded), (), Expected, onnx=True)[0] == "failed"
     found["ort_max_abs_diff"] = 2e-5
     assert zoo.verdict(line(zoo, control_diff=1.0, **found), (), Expected, onnx=True)[0] == "failed"
+
+
+DEAD_AT_FIRST = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sign = nn.Parameter(torch.zeros(1))  # drawn first, and above zero with seed 0
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        return torch.relu(-self.sign * self.b(torch.relu(self.a(x))).square())
+"""
+
+
+def test_weights_that_let_nothing_through_are_drawn_again(zoo: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(DEAD_AT_FIRST)
+    entry = {"model": f"{tmp_path / 'net.py'}:Net", "input": [3, 8, 8]}
+    found = zoo.shrink_one(entry, 0.5, 0, False)
+    assert (found["status"], found["reason"]) == ("exact", None)
+    assert found["output_scale"] > 0
+    zoo.DRAWS = 1
+    assert zoo.shrink_one(entry, 0.5, 0, False)["status"] == "failed"
