@@ -339,7 +339,7 @@ def mean(t: Trace, node: fx.Node) -> Value:
 
 def _deviation(t: Trace, square: Any, dims: Sequence[int]) -> tuple[fx.Node, fx.Node] | None:
     """(x, mean of x) where `square` is (x − mean of x)², the mean taken over `dims` and these kept with length one."""
-    name, inner = base_name(square.target), square.args
+    name, inner = base_name(square.target) if square.op == "call_function" else "", square.args
     if not (name == "square" or (name == "pow" and inner[1] == 2) or (name == "mul" and inner[0] is inner[1])):
         return None
     difference: Any = inner[0]

@@ -28,7 +28,8 @@ def pooled(t: Trace, node: fx.Node) -> Any:
     name = base_name(node.target)
     space = next(int(name[k - 1]) for k in range(len(name), 1, -1) if name[k - 1] in "123" and name[k : k + 1] == "d")
     lead = len(x.shape) - space
-    over = {lead + k for k in range(space) if not _passes(bind(node), k)}
+    indexed = "with_indices" in name  # they count through all of space
+    over = {lead + k for k in range(space) if indexed or not _passes(bind(node), k)}
     t.pin_value(x, node, "space", sorted(over))
 
     def alike(val: Any) -> Value:

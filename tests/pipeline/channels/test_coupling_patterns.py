@@ -108,6 +108,19 @@ class PooledOverTokensAlone(nn.Module):
         return self.out(F.avg_pool2d(x, (2, 1), ceil_mode=True) + F.max_pool2d(x, (2, 1)))
 
 
+@case(TOKENS, neuron=7)
+class PooledWithIndices(nn.Module):
+    """The same windows, but where the largest was is counted through the channels too: they stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.hidden, self.out = nn.Linear(12, 8), nn.Linear(8, 7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest, at = F.max_pool2d(self.into(x)[:, None], (2, 1), return_indices=True)
+        return self.out(torch.relu(self.hidden(largest + 0.1 * at)))
+
+
 @case(TOKENS, head_position=8)
 class BiasZeroedInPart(nn.Module):
     """Keys without a bias: the middle of a packed one is cleared at run time, as Swin V2 does."""
