@@ -1,4 +1,4 @@
-"""Time and memory of analyse + shrink: `python benchmarks/shrink_speed.py [--against torch-pruning] [--huge]`.
+"""Time and memory of analyse + shrink: `python benchmarks/shrink_speed.py [--models NAME ...] [--sweep] [--huge]`.
 
 Interleaved: every repetition measures ours and the other on the same model before the next one starts; medians are
 shown. Times are processor seconds of one thread, so that a busy machine does not count against anybody.
