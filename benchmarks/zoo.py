@@ -100,7 +100,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f'entry {at} is {json.dumps(entry)[:80]}; give {{"model": SPEC, "input": [C, H, W]}}')
         size = entry.get("input")
         whole = isinstance(size, list) and all(isinstance(n, int) and n > 0 for n in size)
-        if size is not None and not (whole and len(size) in (1, 2, 3, 4)):
+        if size is not None and not (whole and 1 <= len(size) <= 4):
             raise ValueError(f"entry {at} ({entry['model']}): input is {size!r}; give [C, H, W], [C, T, H, W] or [T]")
     return entries
 

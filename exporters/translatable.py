@@ -88,8 +88,7 @@ def _in_order(graph: fx.Graph, node: fx.Node) -> bool:
     if source.target is not _ATTENTION:
         return False
     with graph.inserting_before(node):
-        ordered = graph.call_function(aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format})
-    ordered.meta["val"] = _run(ordered)
+        ordered = _put(graph, aten.clone.default, node.args[0], memory_format=torch.contiguous_format)
     node.args = (ordered, *node.args[1:])
     return True
 
@@ -102,12 +101,7 @@ def _kept_from_fusion(node: fx.Node) -> bool:
     """
     if not any("max_pool" in str(user.target) for user in node.users):
         return False
-    if node.target is aten.constant_pad_nd.default:
-        mode, value = "constant", node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
-    else:
-        mode = str(node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant"))
-        value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    if mode != "constant" or value:
+    if (node.target is aten.pad.default and _argument(node, "mode") != "constant") or _argument(node, "value"):
         return False
     node.target, node.args, node.kwargs = aten.constant_pad_nd.default, (*node.args[:2], -0.0), {}
     return True
@@ -120,8 +114,7 @@ def _promoted(graph: fx.Graph, node: fx.Node) -> bool:
     if source.meta["val"].dtype == dtype:
         return False
     with graph.inserting_before(node):
-        cast = graph.call_function(aten.to.dtype, (source, dtype))
-    cast.meta["val"] = _run(cast)
+        cast = _put(graph, aten.to.dtype, source, dtype)
     node.args = (cast, *node.args[1:])
     return True
 
@@ -130,24 +123,17 @@ def _sliced(graph: fx.Graph, node: fx.Node) -> bool:
     """Whether the pieces of a dimension of no fixed size were made slices."""
     source: Any = node.args[0]
     count: Any = node.args[1]  # of a chunk's pieces; for a split their size
-    dim: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    dim %= len(source.meta["val"].shape)
+    dim = _argument(node, "dim") % len(source.meta["val"].shape)
     if isinstance(source.meta["val"].shape[dim], int) or any(u.target is not operator.getitem for u in node.users):
         return False
-
-    def put(target: Callable[..., Any], *args: Any) -> fx.Node:
-        new = graph.call_function(target, args)
-        new.meta["val"] = _run(new)
-        return new
-
     with graph.inserting_before(node):
         size = count
         if node.target is aten.chunk.default:  # every piece but the last has ceil(n / count)
-            whole = put(aten.sym_size.int, source, dim)
-            size = put(operator.floordiv, put(operator.add, whole, count - 1), count)
+            whole = _put(graph, aten.sym_size.int, source, dim)
+            size = _put(graph, operator.floordiv, _put(graph, operator.add, whole, count - 1), count)
         for piece in list(node.users):
             at: Any = piece.args[1]
-            ends = [put(operator.mul, size, k) if isinstance(size, fx.Node) else size * k for k in (at, at + 1)]
+            ends = [_put(graph, operator.mul, size, k) if isinstance(size, fx.Node) else size * k for k in (at, at + 1)]
             # The piece keeps its name, which the signature may list among the outputs.
             piece.target, piece.args = aten.slice.Tensor, (source, dim, *ends)
     graph.erase_node(node)
@@ -164,8 +150,7 @@ def _repeated(graph: fx.Graph, node: fx.Node) -> bool:
     for at, source in enumerate(others, start=1):
         if shape[1] > 1 and source.meta["val"].shape[1] == 1:  # type: ignore[union-attr]
             with graph.inserting_before(node):
-                wide = graph.call_function(aten.expand.default, (source, [-1, shape[1], -1, -1]))
-            wide.meta["val"] = _run(wide)
+                wide = _put(graph, aten.expand.default, source, [-1, shape[1], -1, -1])
             node.update_arg(at, wide)
             changed = True
     return changed
@@ -174,7 +159,7 @@ def _repeated(graph: fx.Graph, node: fx.Node) -> bool:
 def _masked_each(graph: fx.Graph, node: fx.Node) -> bool:
     """Whether a mask of one row for all queries was written out for each: onnxruntime's Attention has no such mask."""
     queries = node.args[0].meta["val"].shape[-2]  # type: ignore[union-attr]
-    mask: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    mask: Any = _argument(node, "attn_mask")
     if not isinstance(mask, fx.Node) or not isinstance(queries, int) or queries == 1:
         return False
     rank = len(mask.meta["val"].shape)
@@ -182,8 +167,7 @@ def _masked_each(graph: fx.Graph, node: fx.Node) -> bool:
     if not isinstance(rows, int) or rows != 1:
         return False
     with graph.inserting_before(node):
-        each = graph.call_function(aten.expand.default, (mask, [*[-1] * (rank - 2), queries, -1]))
-    each.meta["val"] = _run(each)
+        each = _put(graph, aten.expand.default, mask, [*[-1] * (rank - 2), queries, -1])
     node.replace_input_with(mask, each)
     return True
 
@@ -191,7 +175,7 @@ def _masked_each(graph: fx.Graph, node: fx.Node) -> bool:
 def _four_dimensional(graph: fx.Graph, node: fx.Node) -> bool:
     """Whether attention of another rank was put on four dimensions; it stays where its operands are broadcast."""
     query, key, value = node.args[:3]
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    mask: Any = _argument(node, "attn_mask")
     shapes = [n.meta["val"].shape for n in (query, key, value)]  # type: ignore[union-attr]
     rank = len(shapes[0])
     between = shapes[0][1:-2]
@@ -206,22 +190,17 @@ def _four_dimensional(graph: fx.Graph, node: fx.Node) -> bool:
     ):
         return False
 
-    def put(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        new = graph.call_function(target, args, kwargs)
-        new.meta["val"] = _run(new)
-        return new
-
     def merged(source: fx.Node) -> fx.Node:
         if rank == 3:
-            return put(aten.unsqueeze.default, source, 1)
-        return put(aten.flatten.using_ints, source, 1, rank - 3)
+            return _put(graph, aten.unsqueeze.default, source, 1)
+        return _put(graph, aten.flatten.using_ints, source, 1, rank - 3)
 
     with graph.inserting_before(node):
         operands: list[Any] = [merged(n) for n in (query, key, value)]  # type: ignore[arg-type]
         if isinstance(mask, fx.Node) and len(mask.meta["val"].shape) > 2:
             mask = merged(mask)
         options = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
-        attended = put(_ATTENTION, *operands, mask, *node.args[4:], **options)
+        attended = _put(graph, _ATTENTION, *operands, mask, *node.args[4:], **options)
     # The node keeps its name, which the signature may list among the outputs.
     node.kwargs = {}
     if rank == 3:
@@ -235,6 +214,21 @@ def _alike(shapes: list[Any]) -> bool:
     """Whether sizes are equal one by one; symbolic ones only where they are the same expression."""
     plain = [tuple(s if isinstance(s, int) else s.node.expr for s in shape) for shape in shapes]
     return all(p == plain[0] for p in plain)
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """The node's argument called `name` in its operator's schema, or its default."""
+    for at, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == name:
+            return node.args[at] if at < len(node.args) else node.kwargs.get(name, argument.default_value)
+    raise KeyError(name)
+
+
+def _put(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node at the insertion point, with its fake result."""
+    new = graph.call_function(target, args, kwargs)
+    new.meta["val"] = _run(new)
+    return new
 
 
 def _run(node: fx.Node) -> Any:

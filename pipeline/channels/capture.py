@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from pipeline.channels.execute import run_program
+from pipeline.channels.rules.table import writes
 from pipeline.channels.zeros import masked
 from pipeline.errors import CaptureError
 
@@ -205,18 +206,13 @@ def inline_contexts(program: ExportedProgram) -> ExportedProgram:
             continue
         _inline(module.graph, node, getattr(module, body.target).graph, operands)
         changed = True
-    module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n))
+    module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or writes(n))
     if not changed:
         module.recompile()
         return program
     module.graph.lint()
     module.recompile()
     return inline_contexts(program)
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
 
 
 def _inline(graph: fx.Graph, node: fx.Node, body: fx.Graph, operands: tuple[Any, ...]) -> None:

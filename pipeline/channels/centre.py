@@ -27,7 +27,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 
 from pipeline.channels.execute import run_program
 from pipeline.channels.rewrite import output_specs, run_fake
-from pipeline.channels.rules.table import base_name, bind
+from pipeline.channels.rules.table import base_name, bind, writes
 from pipeline.channels.streams import (
     GAIN,
     Norm,
@@ -314,8 +314,7 @@ class _Editor:
         signature = program.graph_signature
         inputs = set(signature.user_inputs)
         for node in reversed(list(self.graph.nodes)):
-            mutable = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
-            if not node.users and node.op != "output" and not mutable and node.name not in inputs:
+            if not node.users and node.op != "output" and not writes(node) and node.name not in inputs:
                 self.graph.erase_node(node)
         for node in self.graph.nodes:
             if node.op == "call_function" and (node in self.dirty or self.dirty.intersection(node.all_input_nodes)):

@@ -25,7 +25,7 @@ from torch.export.graph_signature import InputKind
 
 from pipeline.channels.capture import Captured
 from pipeline.channels.macs import concrete, example_batch
-from pipeline.channels.rules.table import base_name, bind, find
+from pipeline.channels.rules.table import base_name, bind, find, writes
 from pipeline.channels.shuffle import find_shuffles
 from pipeline.channels.trace import NoRule, Pin, Policy, Product, Trace
 from pipeline.channels.values import PINNED, Atoms, Flags, Value, opaque
@@ -125,8 +125,7 @@ def _as_batched(node: fx.Node, value: Any) -> Any:
 
 def _after_write(t: Trace, node: fx.Node) -> None:
     """An in-place operator changes its operand, and what that operand is a view of: forget that these were zero."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], fx.Node):
+    if not writes(node) or not node.args or not isinstance(node.args[0], fx.Node):
         return
     target: Any = node.args[0]
     result = t.values.get(node)
@@ -276,8 +275,7 @@ def _written_from_outside(graph: fx.Graph, static: Mapping[fx.Node, None]) -> se
     """Static nodes that an in-place operator fills with something that is not static, and what they are views of."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable or node in static or not node.args:
+        if not writes(node) or node in static or not node.args:
             continue
         target: Any = node.args[0]
         while isinstance(target, fx.Node) and target in static:

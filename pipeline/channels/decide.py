@@ -18,7 +18,7 @@ from pipeline.channels.couple import Slot, Solution, solve, walk
 from pipeline.channels.frozen import frozen_part, still_used
 from pipeline.channels.macs import count_macs, counted, node_macs
 from pipeline.channels.rules.table import base_name
-from pipeline.channels.trace import Policy, Trace
+from pipeline.channels.trace import ROWS, SPACE, Policy, Trace
 from pipeline.channels.values import PINNED, Atoms, Flags, Value
 from pipeline.errors import UserError, nearest
 
@@ -409,10 +409,6 @@ def _allows(policy: Policy, kind: Kind) -> bool:
     }[kind]
 
 
-# Reasons that hold in every model. An element stays where all its dimensions are fixed; the others tell more.
-_SPACE, _ROWS = "space", "rows are looked up by index"
-
-
 def _shares(
     captured: Captured, trace: Trace, slots: list[Slot], solution: Solution, allowed: Flags
 ) -> tuple[int, int, tuple[Blocked, ...]]:
@@ -436,8 +432,12 @@ def _shares(
         params += tensor.numel()
         removable += tensor.numel() - kept
         if kept:
-            told = sorted(reasons, key=lambda r: (r[2] == _ROWS, r[2] == _SPACE, r[0] == "output"))  # stable
-            key = (told or [("-", "-", "a single number")])[0]
+            # An element stays where all its dimensions are fixed: the least common of their reasons tells most.
+            key = min(
+                reasons,
+                key=lambda r: (r[2] == ROWS, r[2] == SPACE, r[0] == "output"),
+                default=("-", "-", "a single number"),
+            )
             blocked[key] = blocked.get(key, 0) + kept
     return (
         params,

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from pipeline.channels.capture import Captured, small
 from pipeline.channels.execute import execute, feeds_of, last_uses
 from pipeline.channels.rules import layout, pointwise, space
-from pipeline.channels.rules.table import RULES, base_name, bind, find, is_pointwise, tensors
+from pipeline.channels.rules.table import RULES, base_name, bind, find, is_pointwise, tensors, writes
 
 Seen = Callable[[fx.Node, Tensor, Tensor], None]
 """Called with (node, its value in float64, its `depends` mask) for every tensor of a run."""
@@ -135,8 +135,7 @@ def _like(value: Any, fill: bool) -> Any:
 
 
 def _is_write(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable and node.args and isinstance(node.args[0], fx.Node))
+    return writes(node) and bool(node.args) and isinstance(node.args[0], fx.Node)
 
 
 def _writes_into_views(graph: fx.Graph) -> bool:
@@ -146,7 +145,7 @@ def _writes_into_views(graph: fx.Graph) -> bool:
         schema = getattr(node.target, "_schema", None)
         if node.target is operator.getitem:
             return True
-        return schema is not None and not schema.is_mutable and any(a.alias_info for a in schema.arguments)
+        return schema is not None and not writes(node) and any(a.alias_info for a in schema.arguments)
 
     order = {node: k for k, node in enumerate(graph.nodes)}
     for node in graph.nodes:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from pipeline.channels.rules.table import writes
 from pipeline.channels.trace import Trace
 from pipeline.channels.values import Value
 
@@ -37,9 +38,7 @@ def frozen_part(graph: fx.Graph, trace: Trace, touched: Callable[[Any], bool]) -
 def still_used(graph: fx.Graph, edge: list[fx.Node]) -> set[fx.Node]:
     """The nodes that the outputs and the in-place writes need when the nodes of `edge` are given."""
     given = set(edge)
-    roots = [
-        n for n in graph.nodes if n.op == "output" or getattr(getattr(n.target, "_schema", None), "is_mutable", False)
-    ]
+    roots = [n for n in graph.nodes if n.op == "output" or writes(n)]
     used: set[fx.Node] = set()
     while roots:
         node = roots.pop()

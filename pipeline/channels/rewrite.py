@@ -24,7 +24,7 @@ from pipeline.channels.decide import Analysis, Removed
 from pipeline.channels.execute import execute, feeds_of, run_program
 from pipeline.channels.frozen import frozen_part
 from pipeline.channels.ledger import Fold, Ledger, Refusal
-from pipeline.channels.rules.table import base_name, bind, find
+from pipeline.channels.rules.table import base_name, bind, find, writes
 from pipeline.channels.values import Flags, Value
 from pipeline.channels.verify import Shifts, zero_check
 from pipeline.errors import RefusedError
@@ -374,8 +374,7 @@ class _Cutter:
         for node in reversed(list(self.graph.nodes)):
             if node.users or node.op == "output":
                 continue
-            schema = getattr(node.target, "_schema", None)
-            if node.op == "call_function" and schema is not None and schema.is_mutable:
+            if node.op == "call_function" and writes(node):
                 continue
             if node.op == "placeholder" and node.name in inputs:
                 continue
@@ -446,7 +445,7 @@ class _Cutter:
         """`run_fake`, once for all nodes that do the same to tensors of the same shapes: layers repeat."""
         sources: list[Any] = [n.meta["val"] for n in node.all_input_nodes]
         plain = all(type(v) is FakeTensor and v.is_contiguous() for v in sources)
-        if not plain or node.target._schema.is_mutable:  # type: ignore[union-attr]
+        if not plain or writes(node):
             return run_fake(mode, node)
         place = {n: k for k, n in enumerate(node.all_input_nodes)}
         shapes = tuple((v.dtype, _sizes(v.shape)) for v in sources)

@@ -15,6 +15,9 @@ from torch import Tensor, fx
 
 from pipeline.channels.values import PINNED, Atoms, Flags, Value, opaque
 
+SPACE, ROWS = "space", "rows are looked up by index"
+"""Reasons that hold in every model, and tell less than any other."""
+
 Role = Literal["head", "position", "residual"]
 
 

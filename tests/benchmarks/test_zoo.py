@@ -32,6 +32,7 @@ def _zoo() -> ModuleType:
         ('["resnet18"]', "entry 0"),
         ('[{"model": "resnet18"}, {"model": 3}]', "entry 1"),
         ('[{"model": "resnet18", "input": [3, 0, 4]}]', r"input is \[3, 0, 4\]"),
+        ('[{"model": "resnet18", "input": [1, 3, 4, 8, 8]}]', r"input is \[1, 3, 4, 8, 8\]"),
         ('[{"model": "resnet18", "input": [3, 224, "x"]}]', "give \\[C, H, W\\]"),
     ],
 )

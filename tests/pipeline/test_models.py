@@ -119,7 +119,7 @@ def test_models_of_two_kinds_of_input_are_fed_both(tmp_path):
 
 def test_clips_bring_their_own_length():
     assert models.load("r3d_18", input_size=(3, 4, 32, 32)).inputs[0].shape == (3, 4, 32, 32)
-    with pytest.raises(ModelError, match="takes images"):
+    with pytest.raises(ModelError, match="takes images, not input of shape"):
         models.load("resnet18", input_size=(3, 4, 32, 32))
 
 

@@ -16,7 +16,7 @@ from torch import fx
 from pipeline.channels.cut import Cut
 from pipeline.channels.rules.layout import merge_dims
 from pipeline.channels.rules.table import bind, rule
-from pipeline.channels.trace import NoRule, Trace
+from pipeline.channels.trace import ROWS, SPACE, NoRule, Trace
 from pipeline.channels.values import Atoms, Flags, Value, both, either
 
 
@@ -183,9 +183,9 @@ def embedding(t: Trace, node: fx.Node) -> Value:
     """Rows of a table picked by an integer: the rows stay, the columns are channels."""
     a = bind(node)
     w = t.value(a["weight"])
-    t.pin(w.atoms[0], node, "rows are looked up by index")
+    t.pin(w.atoms[0], node, ROWS)
     if a["indices"] in t.values:
-        t.pin_value(t.value(a["indices"]), node, "rows are looked up by index")
+        t.pin_value(t.value(a["indices"]), node, ROWS)
     lead = len(t.shape(node)) - 1
     return Value(
         t.shape(node),
@@ -215,8 +215,8 @@ def convolution(t: Trace, node: fx.Node) -> Value:
         raise NoRule("an input without a batch")
     transposed = "transpose" in str(node.target) or bool(a.get("transposed"))
     groups = a["groups"]
-    t.pin_value(w, node, "space", range(2, len(w.shape)))
-    t.pin_value(x, node, "space", range(2, len(x.shape)))
+    t.pin_value(w, node, SPACE, range(2, len(w.shape)))
+    t.pin_value(x, node, SPACE, range(2, len(x.shape)))
     into, out = (0, 1) if transposed else (1, 0)  # weight dims: [out, in/groups, ...], transposed [in, out/groups, ...]
     if groups == 1:
         t.contract(node, [(a["input"], 1), (a["weight"], into)])

@@ -17,7 +17,7 @@ from torch import fx
 
 from pipeline.channels.cut import Cut
 from pipeline.channels.rules.table import bind, rule
-from pipeline.channels.trace import NoRule, Trace
+from pipeline.channels.trace import SPACE, NoRule, Trace
 from pipeline.channels.values import PINNED, Atoms, Flags, Value, both, opaque
 
 aten = torch.ops.aten
@@ -632,7 +632,7 @@ def pixel_shuffle(t: Trace, node: fx.Node) -> Value:
     """[*, C·r·r, H, W] -> [*, C, H·r, W·r]."""
     x, shape = t.value(node.args[0]), t.shape(node)
     r = bind(node)["upscale_factor"]
-    t.pin_value(x, node, "space", [len(shape) - 2, len(shape) - 1])
+    t.pin_value(x, node, SPACE, [len(shape) - 2, len(shape) - 1])
     d = len(shape) - 3
     factors, zeros = split_dim(t, node, x.atoms[d], x.zeros[d], [shape[d], r, r])
     for f in factors[1:]:
@@ -652,7 +652,7 @@ def pixel_unshuffle(t: Trace, node: fx.Node) -> Value:
     """[*, C, H·r, W·r] -> [*, C·r·r, H, W]."""
     x, shape = t.value(node.args[0]), t.shape(node)
     r = bind(node)["downscale_factor"]
-    t.pin_value(x, node, "space", [len(shape) - 2, len(shape) - 1])
+    t.pin_value(x, node, SPACE, [len(shape) - 2, len(shape) - 1])
     d = len(shape) - 3
     atoms, zeros = merge_dims(t, node, [x.atoms[d], None, None], [x.zeros[d], None, None], [x.shape[d], r, r])
     return Value(shape, (*x.atoms[:d], atoms, None, None), (*x.zeros[:d], zeros, None, None), x.derived)
@@ -689,7 +689,7 @@ def channel_shuffle(t: Trace, node: fx.Node) -> Value:
 def im2col(t: Trace, node: fx.Node) -> Value:
     """[B, C, H, W] -> [B, C·k·k, L]."""
     x, shape = t.value(node.args[0]), t.shape(node)
-    t.pin_value(x, node, "space", [2, 3])
+    t.pin_value(x, node, SPACE, [2, 3])
     block = math.prod(bind(node)["kernel_size"])
     atoms, zeros = merge_dims(t, node, [x.atoms[1], None], [x.zeros[1], None], [x.shape[1], block])
     return Value(shape, (x.atoms[0], atoms, None), (x.zeros[0], zeros, None), x.derived)
@@ -699,7 +699,7 @@ def im2col(t: Trace, node: fx.Node) -> Value:
 def col2im(t: Trace, node: fx.Node) -> Value:
     """[B, C·k·k, L] -> [B, C, H, W], overlaps summed."""
     x, shape = t.value(node.args[0]), t.shape(node)
-    t.pin_value(x, node, "space", [2])
+    t.pin_value(x, node, SPACE, [2])
     block = math.prod(bind(node)["kernel_size"])
     factors, zeros = split_dim(t, node, x.atoms[1], x.zeros[1], [shape[1], block])
     t.pin(factors[1], node, "a place inside the block")

@@ -18,8 +18,8 @@ from torch import fx
 from pipeline.channels.cut import Cut
 from pipeline.channels.rules.layout import split_dim
 from pipeline.channels.rules.pointwise import pointwise
-from pipeline.channels.rules.table import base_name, bind, rule
-from pipeline.channels.trace import Trace
+from pipeline.channels.rules.table import base_name, bind, rule, writes
+from pipeline.channels.trace import SPACE, Trace
 from pipeline.channels.values import Atoms, Flags, Value, both
 
 aten = torch.ops.aten
@@ -74,7 +74,7 @@ def instance_norm(t: Trace, node: fx.Node) -> Value:
     """Each channel of each sample by itself; statistics run over space."""
     a = bind(node)
     x = t.value(a["input"])
-    t.pin_value(x, node, "space", range(2, len(x.shape)))
+    t.pin_value(x, node, SPACE, range(2, len(x.shape)))
     atoms = x.atoms[1]
     for k in ("running_mean", "running_var"):
         if a[k] is not None:
@@ -150,10 +150,14 @@ def centre_and_scale(c: Cut, source: Any, dims: list[int], ratio: float, eps: fl
 
 
 def _spread(c: Cut, centred: fx.Node, mean: fx.Node, dims: list[int], ratio: float, eps: float) -> fx.Node:
-    square = c.call(aten.mean.dim, c.call(aten.mul.Tensor, centred, centred), dims, True)
-    absent = c.call(aten.mul.Tensor, c.call(aten.mul.Tensor, mean, mean), 1.0 - ratio)
-    var = c.call(aten.add.Tensor, c.call(aten.mul.Tensor, square, ratio), absent)
+    var = _with_absent(c, c.call(aten.mean.dim, c.call(aten.mul.Tensor, centred, centred), dims, True), mean, ratio)
     return c.call(aten.add.Tensor, var, eps) if eps else var
+
+
+def _with_absent(c: Cut, square: fx.Node, mean: fx.Node, ratio: float) -> fx.Node:
+    """The mean squared deviation `square` of the share that is left, with that of the rest: each as far as zero is."""
+    absent = c.call(aten.mul.Tensor, c.call(aten.mul.Tensor, mean, mean), 1.0 - ratio)
+    return c.call(aten.add.Tensor, c.call(aten.mul.Tensor, square, ratio), absent)
 
 
 @rule("layer_norm", edit=edit_layer_norm)
@@ -257,7 +261,7 @@ def group_norm(t: Trace, node: fx.Node) -> Value:
     a = bind(node)
     x = t.value(a["input"])
     groups = a["num_groups"]
-    t.pin_value(x, node, "space", range(2, len(x.shape)))
+    t.pin_value(x, node, SPACE, range(2, len(x.shape)))
     atoms = x.atoms[1]
     if atoms is not None:
         inside = x.shape[1] // groups
@@ -298,28 +302,30 @@ def _reduced(t: Trace, node: fx.Node, x: Value, dims: list[int], keeps_zero: boo
     return y if keeps_zero else Value(y.shape, y.atoms, (None,) * len(shape), y.derived)
 
 
-def edit_mean(c: Cut, node: fx.Node) -> None:
-    """The mean over n of which n' are left is n'/n times theirs; of squared deviations from the mean, what the absent
-    ones had is added: each was as far from the mean as zero is.
-    """
+def _reduction(c: Cut, node: fx.Node) -> tuple[dict[str, Any], list[int], float]:
+    """Arguments and dimensions of a reduction, and the share of what it runs over that is left."""
     a = bind(node)
     x = c.value(a["self"])
     dims = _dims(a, len(x.shape))
-    ratio = _ratio(c, x, dims)
+    return a, dims, _ratio(c, x, dims)
+
+
+def edit_mean(c: Cut, node: fx.Node) -> None:
+    """The mean over n of which n' are left is n'/n times theirs; of squared deviations from the mean, what the absent
+    ones had is added.
+    """
+    a, dims, ratio = _reduction(c, node)
     if ratio == 1.0:
         return
     if node not in c.notes:
         c.replace(node, lambda new: c.call(aten.mul.Tensor, new, ratio), f"mean·{ratio:.6g}")
         return
 
-    def with_absent(new: fx.Node) -> fx.Node:
+    def build(new: fx.Node) -> fx.Node:
         middle = c.new_of[c.notes[node]]
-        if not a.get("keepdim", False):
-            middle = c.call(aten.squeeze.dims, middle, dims)
-        absent = c.call(aten.mul.Tensor, c.call(aten.mul.Tensor, middle, middle), 1.0 - ratio)
-        return c.call(aten.add.Tensor, c.call(aten.mul.Tensor, new, ratio), absent)
+        return _with_absent(c, new, middle if a.get("keepdim") else c.call(aten.squeeze.dims, middle, dims), ratio)
 
-    c.replace(node, with_absent, f"variance with the original count (kept share {ratio:.6g})")
+    c.replace(node, build, f"variance with the original count (kept share {ratio:.6g})")
 
 
 @rule("mean", edit=edit_mean)
@@ -328,13 +334,12 @@ def mean(t: Trace, node: fx.Node) -> Value:
     a = bind(node)
     x = t.value(a["self"])
     dims = _dims(a, len(x.shape))
-    found = _deviation(t, a["self"], dims)
-    if found is None:
-        over_channels(t, node, a["self"], dims)
-        return _reduced(t, node, x, dims)
-    source, t.notes[node] = found
+    source = a["self"]
+    found = _deviation(t, source, dims)
+    if found is not None:
+        source, t.notes[node] = found
     over_channels(t, node, source, dims)
-    return _reduced(t, node, x, dims, keeps_zero=False)
+    return _reduced(t, node, x, dims, keeps_zero=found is None)
 
 
 def _deviation(t: Trace, square: Any, dims: Sequence[int]) -> tuple[fx.Node, fx.Node] | None:
@@ -346,7 +351,7 @@ def _deviation(t: Trace, square: Any, dims: Sequence[int]) -> tuple[fx.Node, fx.
     if not isinstance(difference, fx.Node) or base_name(difference.target) != "sub" or difference.kwargs:
         return None
     x, middle = difference.args
-    if _in_place(square) or _in_place(difference) or not isinstance(x, fx.Node) or not isinstance(middle, fx.Node):
+    if writes(square) or writes(difference) or not isinstance(x, fx.Node) or not isinstance(middle, fx.Node):
         return None
     mean_node: Any = middle
     while base_name(mean_node.target) == "unsqueeze":
@@ -358,18 +363,12 @@ def _deviation(t: Trace, square: Any, dims: Sequence[int]) -> tuple[fx.Node, fx.
     return (x, middle) if fits and sorted(_dims(bind(mean_node), rank)) == sorted(dims) else None
 
 
-def _in_place(node: fx.Node) -> bool:
-    return bool(node.target._schema.is_mutable)  # type: ignore[union-attr]
-
-
 def edit_var(c: Cut, node: fx.Node) -> None:
     """Variance, standard deviation, or variance and mean with the original count."""
-    a = bind(node)
-    x = c.value(a["self"])
-    dims = _dims(a, len(x.shape))
-    ratio = _ratio(c, x, dims)
+    a, dims, ratio = _reduction(c, node)
     if ratio == 1.0:
         return
+    x = c.value(a["self"])
     n = math.prod(x.shape[d] for d in dims)
     correction = a["correction"] if "correction" in a else int(bool(a.get("unbiased", True)))
     bessel = n / (n - (1 if correction is None else correction))

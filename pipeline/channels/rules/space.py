@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from pipeline.channels.rules.table import base_name, bind, rule
-from pipeline.channels.trace import Trace
+from pipeline.channels.trace import SPACE, Trace
 from pipeline.channels.values import Value
 
 _SPACE = {"1d": 1, "2d": 2, "3d": 3, "bilinear": 2, "linear": 1, "trilinear": 3, "bicubic": 2}
@@ -30,7 +30,7 @@ def pooled(t: Trace, node: fx.Node) -> Any:
     lead = len(x.shape) - space
     indexed = "with_indices" in name  # they count through all of space
     over = {lead + k for k in range(space) if indexed or not _passes(bind(node), k)}
-    t.pin_value(x, node, "space", sorted(over))
+    t.pin_value(x, node, SPACE, sorted(over))
 
     def alike(val: Any) -> Value:
         atoms = [None if d in over else at for d, at in enumerate(x.atoms)]
@@ -62,7 +62,7 @@ def sampled(t: Trace, node: fx.Node) -> Value:
     a = bind(node)
     x, grid = t.value(a["input"]), t.value(a["grid"])
     t.pin_value(grid, node, "coordinates")
-    t.pin_value(x, node, "space", range(2, len(x.shape)))
+    t.pin_value(x, node, SPACE, range(2, len(x.shape)))
     rest = [None] * (len(x.shape) - 2)
     return Value(t.shape(node), (None, x.atoms[1], *rest), (None, x.zeros[1], *rest))
 
