@@ -257,7 +257,7 @@ def count_parameters(program: Any) -> int:
 def control(captured: Any, analysis: Any, removed: Any, inputs: Any) -> float | None:
     """The largest difference when the same channels are removed without zeroing them first."""
     from pipeline import channels
-    from pipeline.channels.verify import difference
+    from pipeline.channels.removal.verify import difference
 
     careless = channels.shrink(captured, analysis, removed, check_zero=False)
     worst, _, _ = difference(captured, careless, inputs)
@@ -275,7 +275,7 @@ def in_onnxruntime(folded: Any, shrunk: Any, captured: Any) -> tuple[float, floa
 
     from exporters.translatable import translatable
     from pipeline.channels import centre, small
-    from pipeline.channels.verify import tensors_of
+    from pipeline.channels.removal.verify import tensors_of
     from pipeline.errors import RefusedError
 
     if not captured.dynamic_batch:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
         Shrunk,
         Validated,
     )
-    from pipeline.config import Config
     from pipeline.progress import Progress, TerminalProgress
+    from pipeline.recipe.config import Config
     from pipeline.runner import Release, deploy, open_release, plan
 
 _HOMES = {
@@ -32,7 +32,7 @@ _HOMES = {
         ("Baseline", "Exported", "Finetuned", "Folded", "Optimized", "Pruned", "Shrunk", "Validated"),
         "pipeline.artifacts",
     ),
-    "Config": "pipeline.config",
+    "Config": "pipeline.recipe.config",
     "Progress": "pipeline.progress",
     "Release": "pipeline.runner",
     "TerminalProgress": "pipeline.progress",

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from pipeline import masks, weights
-from pipeline.config import GroupSwitches
-from pipeline.masks import Sparsity
+from pipeline.models import weights
+from pipeline.recipe.config import GroupSwitches
+from pipeline.training import masks
+from pipeline.training.masks import Sparsity
 from validators import Measured, Verdict
 
 FIGURES = "artifact.json"

@@ -13,16 +13,19 @@ from typing import Any, TypeVar, get_type_hints
 
 from torch import nn
 
-from pipeline import bundling, manifest, measuring, models, promotion, report, store
-from pipeline import config as recipes
-from pipeline import data as datasets
+from pipeline import models
 from pipeline.artifacts import Artifact, Exported, Optimized, Promoted, Shrunk, Validated
-from pipeline.config import Config, Section
-from pipeline.data import Data
+from pipeline.data import parts as datasets
+from pipeline.data.parts import Data
 from pipeline.errors import CaptureError, ConfigError, UserError, nearest
-from pipeline.manifest import Manifest, StageRecord
+from pipeline.gate import measuring
 from pipeline.models import ModelSource
 from pipeline.progress import Progress
+from pipeline.recipe import config as recipes
+from pipeline.recipe.config import Config, Section
+from pipeline.release import bundling, manifest, promotion, store
+from pipeline.release.manifest import Manifest, StageRecord
+from pipeline.report import pages as report
 from pipeline.stages import STAGES, s4_shrink, s6_optimize
 
 A = TypeVar("A", bound=Artifact)

@@ -8,17 +8,17 @@ small    = shrink(folded, analysis, removed)
 proof    = prove(folded, small, inputs)
 """
 
-from pipeline.channels.capture import Captured, capture, small
-from pipeline.channels.centre import Centred, centre
-from pipeline.channels.decide import Analysis, Blocked, Cluster, Size, analyse
-from pipeline.channels.layers import Layer, layers
-from pipeline.channels.ledger import Fold, Ledger, Refusal
-from pipeline.channels.liveness import Liveness, dead_groups, liveness
-from pipeline.channels.macs import count_macs
-from pipeline.channels.recover import Trainable, with_weights
-from pipeline.channels.rewrite import Shrunk, shrink
-from pipeline.channels.trace import Policy
-from pipeline.channels.verify import Proof, prove
+from pipeline.channels.centring.centre import Centred, centre
+from pipeline.channels.coupling.groups import Analysis, Blocked, Cluster, Size, analyse
+from pipeline.channels.coupling.layers import Layer, layers
+from pipeline.channels.dead.liveness import Liveness, dead_groups, liveness
+from pipeline.channels.operators.trace import Policy
+from pipeline.channels.program.capture import Captured, capture, small
+from pipeline.channels.program.macs import count_macs
+from pipeline.channels.removal.ledger import Fold, Ledger, Refusal
+from pipeline.channels.removal.recover import Trainable, with_weights
+from pipeline.channels.removal.rewrite import Shrunk, shrink
+from pipeline.channels.removal.verify import Proof, prove
 
 __all__ = [
     "Analysis",

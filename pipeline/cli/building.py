@@ -16,8 +16,8 @@ from pipeline.cli.versions import print_release
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
-    from pipeline.planning import Plan
+    from pipeline.inquiry.planning import Plan
+    from pipeline.recipe.config import Config
 
 
 def _recipe_options(command: Any) -> Any:  # decorates any click command
@@ -56,7 +56,7 @@ def _config(
     settings: tuple[str, ...],
 ) -> Config:
     """Recipe file, then options, then --set."""
-    from pipeline import config
+    from pipeline.recipe import config
 
     if model is not None and model.endswith(".toml"):
         if recipe is not None:
@@ -112,9 +112,11 @@ def deploy(
     leanort deploy mynet.py:build --set prune.scope=global --set gate.max_latency_ratio=0.5
     """
     config = _config(**options)
-    from pipeline import config as recipes
-    from pipeline import outcome, report, runner
+    from pipeline import runner
+    from pipeline.gate import outcome
     from pipeline.progress import Progress, TerminalProgress
+    from pipeline.recipe import config as recipes
+    from pipeline.report import pages as report
 
     if policy is not None:
         config = recipes.with_policy(config, recipes.load_policy(policy))
@@ -141,7 +143,7 @@ def plan(as_json: bool, svg: Path | None, **options: Any) -> None:
     Writes nothing but the drawing that --svg asks for.
     """
     config = _config(**options)
-    from pipeline import planning
+    from pipeline.inquiry import planning
 
     made = planning.plan(config)
     if svg is not None:
@@ -167,7 +169,7 @@ def plan(as_json: bool, svg: Path | None, **options: Any) -> None:
 
 def _tree(made: Plan) -> Tree:
     """Channel groups by module, what repeats from block to block said once; then what stays."""
-    from pipeline import planning
+    from pipeline.inquiry import planning
 
     analysis = made.analysis
     tree = Tree(

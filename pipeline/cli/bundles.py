@@ -25,7 +25,7 @@ def bundle(version: str, out: Path, output: Path | None, checked: bool) -> int:
     leanort bundle resnet50.tar.gz --check            one line of JSON; exit code 1 when it fails
     """
     from exporters import check, pack, unpack
-    from pipeline import bundling, manifest, store
+    from pipeline.release import bundling, manifest, store
 
     if checked:
         with tempfile.TemporaryDirectory() as scratch:

@@ -14,8 +14,8 @@ from pipeline.cli.group import EXIT_CODES, OUT, main, plain
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.config import Policy, Rule
-    from pipeline.data import Data
+    from pipeline.data.parts import Data
+    from pipeline.recipe.config import Policy, Rule
     from validators import Feed, Measured, OrtRunner, Verdict
 
 _POLICY = click.option("--policy", type=click.Path(path_type=Path), help="A TOML file with the limits.")
@@ -72,7 +72,7 @@ def gate(
     leanort gate resnet50/v0002 --policy strict.toml
     leanort gate small.onnx --against dense.onnx --data npz:test.npz --policy strict.toml
     """
-    from pipeline import config
+    from pipeline.recipe import config
 
     limits = config.load_policy(policy) if policy is not None else None
     if Path(target).suffix in (".onnx", ".ort"):
@@ -103,7 +103,7 @@ def check(a: Path, b: Path, policy: Path | None, report: Path | None, **options:
     \b
     leanort check model.onnx model.quantised.onnx --data npz:test.npz
     """
-    from pipeline import config
+    from pipeline.recipe import config
 
     limits = config.load_policy(policy) if policy is not None else config.Policy()
     own = None
@@ -114,9 +114,10 @@ def check(a: Path, b: Path, policy: Path | None, report: Path | None, **options:
 
 
 def _judge_version(out: Path, target: str, limits: Policy | None, report: Path | None) -> int:
-    from pipeline import policy as policies
-    from pipeline import runner, store
+    from pipeline import runner
     from pipeline.artifacts import Validated
+    from pipeline.gate import policy as policies
+    from pipeline.release import store
 
     release = runner.open_release(store.resolve(out, target))
     checked = release[Validated]
@@ -142,12 +143,12 @@ def _judge_files(
 ) -> int:
     """Measure files and judge them; whatever cannot be measured is missing, and so fails."""
     from exporters import session_of
-    from pipeline import data as datasets
-    from pipeline import measuring
-    from pipeline import policy as policies
     from pipeline.cli.building import size
-    from pipeline.config import GateSection
+    from pipeline.data import parts as datasets
+    from pipeline.gate import measuring
+    from pipeline.gate import policy as policies
     from pipeline.progress import TerminalProgress
+    from pipeline.recipe.config import GateSection
     from validators import OrtRunner, compare, edge_feeds, random_feeds
 
     for path in (*files.values(), *([equal] if equal else [])):
@@ -233,9 +234,9 @@ def _tell(
     report: Path | None,
 ) -> int:
     """Print the verdict, write what CI reads, return the exit code."""
-    from pipeline import outcome
-    from pipeline.figures import significant
-    from pipeline.policy import name_of
+    from pipeline.gate import outcome
+    from pipeline.gate.policy import name_of
+    from pipeline.report.figures import significant
 
     console = Console()
     table = Table(box=None, pad_edge=False)

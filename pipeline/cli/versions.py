@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 @click.option("--log", is_flag=True, help="What was promoted, rolled back and removed, by whom and why.")
 def list_(out: Path, as_json: bool, log: bool) -> None:
     """List every version: verdict, key figures, and which one is current (*)."""
-    from pipeline import runner, store
+    from pipeline import runner
     from pipeline.artifacts import Validated
+    from pipeline.release import store
 
     if log:
         _print_log(out, as_json)
@@ -83,7 +84,8 @@ def list_(out: Path, as_json: bool, log: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The manifest on stdout.")
 def show(version: str, out: Path, as_json: bool) -> None:
     """Show one version: MODEL is its newest, MODEL/v0002 or MODEL/current a certain one."""
-    from pipeline import runner, store
+    from pipeline import runner
+    from pipeline.release import store
 
     release = runner.open_release(store.resolve(out, version))
     if as_json:
@@ -104,8 +106,9 @@ def show(version: str, out: Path, as_json: bool) -> None:
 @OUT
 def diff(a: str, b: str, out: Path) -> None:
     """Show what differs between two versions: recipe, widths per layer, figures."""
-    from pipeline import runner, store
-    from pipeline.differences import differences
+    from pipeline import runner
+    from pipeline.inquiry.differences import differences
+    from pipeline.release import store
 
     first, second = (runner.open_release(store.resolve(out, name)) for name in (a, b))
     changes = differences(first, second)
@@ -129,7 +132,7 @@ def diff(a: str, b: str, out: Path) -> None:
 @OUT
 def verify(version: str, out: Path) -> None:
     """Check every byte of a version against its manifest, and the chain of digests back to the dense model."""
-    from pipeline import manifest, store
+    from pipeline.release import manifest, store
 
     folder = store.resolve(out, version)
     faults = manifest.faults(folder)
@@ -154,7 +157,8 @@ def why(version: str, layer: str | None, out: Path, as_json: bool) -> None:
     leanort why resnet50 layer3.1.conv2
     leanort why resnet50/v0002
     """
-    from pipeline import removal, store
+    from pipeline.inquiry import removal
+    from pipeline.release import store
 
     found = removal.read(store.resolve(out, version))
     if layer is None:
@@ -184,7 +188,7 @@ def why(version: str, layer: str | None, out: Path, as_json: bool) -> None:
 @click.option("--reason", default="", help="Why; needed with --force.")
 def promote(version: str, out: Path, force: bool, reason: str) -> None:
     """Make a version the current one, in one atomic step. Refused unless its gate has passed."""
-    from pipeline import promotion, store
+    from pipeline.release import promotion, store
 
     folder = store.resolve(out, version)
     before = promotion.promote(folder, forced=force, reason=reason)
@@ -198,7 +202,7 @@ def promote(version: str, out: Path, force: bool, reason: str) -> None:
 @click.option("--reason", default="", help="Why; goes into the log.")
 def rollback(model: str, out: Path, reason: str) -> None:
     """Go back to the version that was current before, in one atomic step."""
-    from pipeline import promotion, store
+    from pipeline.release import promotion, store
 
     before, now = promotion.rollback(store.resolve(out, model).parent, reason=reason)
     click.echo(f"{model}/{now} is current{_was(before)}.")
@@ -211,7 +215,7 @@ def rollback(model: str, out: Path, reason: str) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 def gc(model: str | None, out: Path, keep: int, dry_run: bool) -> None:
     """Remove old versions; never the current or the previous one, nor one that a version which stays was made from."""
-    from pipeline import promotion, store
+    from pipeline.release import promotion, store
 
     folders = [store.resolve(out, model).parent] if model else store.models(out)
     for folder in folders:
@@ -230,7 +234,7 @@ def _was(before: str) -> str:
 
 
 def _print_log(out: Path, as_json: bool) -> None:
-    from pipeline import journal
+    from pipeline.release import journal
 
     entries, faults = journal.read(out)
     if as_json:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.channels.capture import unsupported
+from pipeline.channels.program.capture import unsupported
 from pipeline.errors import CaptureError, ModelError, WeightsError
 from pipeline.seeding import seeded
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from exporters import host, to_onnx
-from pipeline import training, weights
 from pipeline.artifacts import Baseline
 from pipeline.channels import capture, count_macs
-from pipeline.config import BaselineSection
-from pipeline.data import Data
-from pipeline.models import ModelSource, check, example
+from pipeline.data.parts import Data
+from pipeline.models import ModelSource, check, example, weights
 from pipeline.progress import Progress
+from pipeline.recipe.config import BaselineSection
+from pipeline.training import loop as training
 from validators import OrtRunner, race, random_feeds
 
 LATENCY_SECONDS = 2.0

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from exporters import vector_block
-from pipeline import masks, training, weights
 from pipeline.artifacts import Baseline, Pruned, WidthChange
 from pipeline.channels import Analysis, Policy, analyse, capture
-from pipeline.config import GroupSwitches, PruneSection
-from pipeline.data import Data
-from pipeline.masks import Masks
-from pipeline.models import ModelSource, example
+from pipeline.data.parts import Data
+from pipeline.models import ModelSource, example, weights
 from pipeline.progress import Progress
+from pipeline.recipe.config import GroupSwitches, PruneSection
+from pipeline.report.tables import sparsity_plot, write_table
 from pipeline.selection import Budget, Removed, allocate, group_norms
-from pipeline.stages.tables import sparsity_plot, write_table
+from pipeline.training import loop as training
+from pipeline.training import masks
+from pipeline.training.masks import Masks
 
 Choose = Callable[[Mapping[str, Tensor], float], Masks]
 """(effective weights, ratio) -> masks."""

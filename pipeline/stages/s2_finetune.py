@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline import masks, training, weights
 from pipeline.artifacts import Baseline, Finetuned, Pruned
-from pipeline.config import FinetuneSection
-from pipeline.data import Data
-from pipeline.models import ModelSource
+from pipeline.data.parts import Data
+from pipeline.models import ModelSource, weights
 from pipeline.progress import Progress
+from pipeline.recipe.config import FinetuneSection
+from pipeline.training import loop as training
+from pipeline.training import masks
 
 
 def run(

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline import masks, training, weights
 from pipeline.artifacts import Finetuned, Folded, Pruned
-from pipeline.config import FoldSection
-from pipeline.data import Data
+from pipeline.data.parts import Data
 from pipeline.errors import MaskError
-from pipeline.models import ModelSource, example
-from pipeline.stages.tables import write_table
+from pipeline.models import ModelSource, example, weights
+from pipeline.recipe.config import FoldSection
+from pipeline.report.tables import write_table
+from pipeline.training import loop as training
+from pipeline.training import masks
 
 
 def run(cfg: FoldSection, out: Path, source: ModelSource, data: Data, pruned: Pruned, finetuned: Finetuned) -> Folded:

@@ -11,12 +11,12 @@ import torch
 from pipeline import channels
 from pipeline.artifacts import Folded, Pruned, Shrunk, WidthChange
 from pipeline.channels import Analysis, Ledger, analyse, capture, count_macs, layers, liveness, prove
-from pipeline.config import ShrinkSection
-from pipeline.data import Data
-from pipeline.drawing import widths_svg
+from pipeline.data.parts import Data
 from pipeline.models import ModelSource, example
+from pipeline.recipe.config import ShrinkSection
+from pipeline.report.drawing import widths_svg
+from pipeline.report.tables import write_table
 from pipeline.stages.s1_prune import policy_of
-from pipeline.stages.tables import write_table
 
 REAL_SAMPLES = 8
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from exporters import describe, to_onnx
-from pipeline import manifest, store
 from pipeline.artifacts import Artifact, Baseline, Exported, Finetuned, Folded, Pruned, Shrunk
 from pipeline.channels import Centred, centre, prove
-from pipeline.config import ExportSection
-from pipeline.data import Data
+from pipeline.data.parts import Data
 from pipeline.models import ModelSource, example
+from pipeline.recipe.config import ExportSection
+from pipeline.release import manifest, store
 
 SAMPLES = 4
 # From this opset on ONNX has RMSNormalization; below it, the operator falls apart into seven small ones.
@@ -30,7 +30,7 @@ def run(
 ) -> Exported:
     """Export `shrunk` to `model.onnx`; weights go beside it only above 2 GB.
 
-    Residual streams that lost channels are centred first (see `pipeline.channels.centre`), and that is proven here.
+    Residual streams that lost channels are centred first (see `channels.centring.centre`); that is proven here.
     Raises ExportError; RefusedError where the centred program is not the same function.
     """
     centred = _centred(cfg, source, data, shrunk)

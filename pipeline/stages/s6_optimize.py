@@ -38,11 +38,11 @@ from exporters import (
 )
 from pipeline.artifacts import Baseline, Candidate, CandidateLatency, Exported, Optimized, Pruned, Shrunk
 from pipeline.channels import Captured
-from pipeline.config import OptimizeSection
-from pipeline.data import Data
+from pipeline.data.parts import Data
+from pipeline.gate.precise import SEEDS, Precise
 from pipeline.models import ModelSource, example
 from pipeline.progress import Progress
-from pipeline.stages.precise import SEEDS, Precise
+from pipeline.recipe.config import OptimizeSection
 from validators import (
     AccuracyReport,
     Feed,

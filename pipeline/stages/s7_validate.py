@@ -11,15 +11,15 @@ import torch
 from torch.export import ExportedProgram
 
 from exporters import describe
-from pipeline import measuring, policy
 from pipeline.artifacts import Baseline, Candidate, Exported, Folded, Hop, Optimized, Promoted, Shrunk, Validated
 from pipeline.channels import Captured, capture
-from pipeline.config import GateSection
-from pipeline.data import Data
+from pipeline.data.parts import Data
+from pipeline.gate import measuring, policy
+from pipeline.gate.precise import SEEDS, Precise
 from pipeline.models import ModelSource, example
-from pipeline.pictures import pictured
 from pipeline.progress import Progress
-from pipeline.stages.precise import SEEDS, Precise
+from pipeline.recipe.config import GateSection
+from pipeline.report.pictures import pictured
 from validators import (
     ChainReport,
     Feed,

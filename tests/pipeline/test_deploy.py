@@ -8,7 +8,8 @@ import onnx
 import pytest
 from safetensors.torch import load_file
 
-from pipeline import measuring, store
+from pipeline.gate import measuring
+from pipeline.release import store
 from tests.pipeline.chain import STAGES, TINY, deploy, figures, leanort, manifest, said
 
 

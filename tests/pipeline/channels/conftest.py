@@ -26,7 +26,7 @@ from pipeline.channels import (
     shrink,
     small,
 )
-from pipeline.channels.verify import difference
+from pipeline.channels.removal.verify import difference
 
 
 @dataclass(frozen=True)

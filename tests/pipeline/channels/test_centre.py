@@ -10,7 +10,7 @@ from torch import nn
 from exporters import to_onnx
 from pipeline.channels import centre, prove, small
 from pipeline.channels import streams as found
-from pipeline.channels.verify import difference
+from pipeline.channels.removal.verify import difference
 from pipeline.errors import RefusedError
 
 
@@ -212,6 +212,6 @@ def test_a_wrong_formula_is_seen(experiment, monkeypatch, broken):
                 stream.norms = [found.Norm(**{**vars(n), "eps": n.eps + 0.01}) for n in stream.norms]
         return result
 
-    monkeypatch.setitem(vars(__import__("sys").modules["pipeline.channels.centre"]), "find_streams", wrong)
+    monkeypatch.setitem(vars(__import__("sys").modules["pipeline.channels.centring.centre"]), "find_streams", wrong)
     with pytest.raises(RefusedError):
         prove(e.folded, centre(e.shrunk.program), [small(e.captured, batch=3)], rounded=True)

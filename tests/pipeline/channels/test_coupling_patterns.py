@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.channels import Policy, analyse, capture, prove, shrink, small
-from pipeline.channels.rules import RULES, Rule
-from pipeline.channels.values import Value
+from pipeline.channels.operators import RULES, Rule
+from pipeline.channels.operators.values import Value
 from pipeline.errors import LeanortError, RefusedError
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], dict[str, int]]] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from exporters import to_onnx
 from pipeline.channels import Trainable, count_macs, small
-from pipeline.channels.verify import difference
+from pipeline.channels.removal.verify import difference
 from validators import OrtRunner
 
 WIDTH = 16

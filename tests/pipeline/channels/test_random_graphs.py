@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from pipeline.channels import liveness, shrink, small
-from pipeline.channels.dependence import follow
-from pipeline.channels.execute import execute, feeds_of
-from pipeline.channels.verify import difference
+from pipeline.channels.dead.dependence import follow
+from pipeline.channels.program.execute import execute, feeds_of
+from pipeline.channels.removal.verify import difference
 
 NETWORKS_PER_EXAMPLE = 8
 EXAMPLES = -(-int(os.environ.get("LEANORT_RANDOM_GRAPHS", "200")) // NETWORKS_PER_EXAMPLE)

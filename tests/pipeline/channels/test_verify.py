@@ -32,13 +32,15 @@ def test_float32_may_differ_by_the_rounding_that_is_measured():
     "shrunk", [Model(loss=-4e-4), Model(fault=1e-6), Model(fault=float("nan"))], ids=["float32", "float64", "nan"]
 )
 def test_more_than_that_is_refused(shrunk, monkeypatch):
-    monkeypatch.setattr("pipeline.channels.verify.first_difference", lambda *_: None)  # these have no graph to look at
+    monkeypatch.setattr(
+        "pipeline.channels.removal.verify.first_difference", lambda *_: None
+    )  # these have no graph to look at
     with pytest.raises(RefusedError):
         prove(Model(loss=1e-4), shrunk, FEEDS)
 
 
 def test_without_rounding_the_fixed_tolerance_holds(monkeypatch):
-    monkeypatch.setattr("pipeline.channels.verify.first_difference", lambda *_: None)
+    monkeypatch.setattr("pipeline.channels.removal.verify.first_difference", lambda *_: None)
     assert prove(Model(), Model(loss=0.9e-5), FEEDS).tolerance == pytest.approx(1e-5)
     with pytest.raises(RefusedError):
         prove(Model(), Model(loss=1.1e-5), FEEDS)

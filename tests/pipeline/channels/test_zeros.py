@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from pipeline.channels.zeros import masked, without_zeros, zero_slices
+from pipeline.channels.program.zeros import masked, without_zeros, zero_slices
 
 aten = torch.ops.aten
 

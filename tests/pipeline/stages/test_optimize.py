@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from exporters import candidates, describe, session_of, to_onnx
-from pipeline import data, models
+from pipeline import models
 from pipeline.artifacts import Baseline, Candidate, CandidateLatency, Exported, Optimized, Pruned, Shrunk
-from pipeline.config import CandidateName, OptimizeSection
-from pipeline.data import Split
+from pipeline.data import parts as data
+from pipeline.data.parts import Split
 from pipeline.progress import Progress
+from pipeline.recipe.config import CandidateName, OptimizeSection
 from pipeline.stages import s6_optimize
 from validators import OrtRunner
 

@@ -5,19 +5,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import data, masks, models, training
+from pipeline import models
 from pipeline.artifacts import Baseline, Folded, Pruned
-from pipeline.config import (
+from pipeline.data import parts as data
+from pipeline.errors import MaskError
+from pipeline.progress import Progress
+from pipeline.recipe.config import (
     BaselineSection,
     FinetuneSection,
     FoldSection,
     PruneSection,
     ShrinkSection,
 )
-from pipeline.errors import MaskError
-from pipeline.progress import Progress
 from pipeline.stages import s0_baseline, s1_prune, s2_finetune, s3_fold, s4_shrink
-from pipeline.training import TrainSettings
+from pipeline.training import loop as training
+from pipeline.training import masks
+from pipeline.training.loop import TrainSettings
 
 TINY = f"{Path(__file__).parents[1] / 'tiny.py'}:build"
 SILENT = Progress()
@@ -169,7 +172,7 @@ def test_a_foreign_pruned_checkpoint_is_shrunk_without_any_mask(source, digits, 
     state = baseline.weights()
     for name in ("blocks.0.conv1.weight", "blocks.0.bn1.weight", "blocks.0.bn1.bias"):
         state[name][[1, 5, 9]] = 0.0
-    from pipeline import weights
+    from pipeline.models import weights
 
     for name in ("prune", "fold", "shrink"):
         (tmp_path / name).mkdir()

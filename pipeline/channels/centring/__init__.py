@@ -1,0 +1,1 @@
+"""LayerNorm over removed channels as one operator: residual streams stored centred."""

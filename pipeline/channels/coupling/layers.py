@@ -1,0 +1,65 @@
+"""The layers of a model in dataflow order, each with its width before and after a removal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch.export.graph_signature import InputKind
+
+from pipeline.channels.coupling.groups import Analysis, Kind, Removed
+from pipeline.channels.operators.table import base_name, bind
+from pipeline.channels.operators.values import Value
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution, linear layer or the like. `before` and `after`: output channels.
+
+    `cluster` and `kind`: the group cluster that most of its outputs belong to, or "" and None where they all stay;
+    `reason` then says why, with the operator and its node.
+    """
+
+    name: str
+    op: str
+    before: int
+    after: int
+    cluster: str
+    kind: Kind | None
+    reason: str
+
+
+def layers(analysis: Analysis, removed: Removed) -> tuple[Layer, ...]:
+    """Every operator that multiplies by a named weight, as it runs."""
+    program, trace, solution = analysis.captured.program, analysis.trace, analysis.solution
+    gone = analysis.gone(removed)
+    owner = {
+        spec.arg.name: spec.target.rpartition(".")[0] or spec.target
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.PARAMETER and spec.target is not None
+    }
+    cluster_of = np.full(solution.reason_of.shape[0], -1, np.int64)
+    for k, cluster in enumerate(analysis.clusters):
+        cluster_of[analysis.members[cluster.name]] = k
+    found: list[Layer] = []
+    for node in trace.notes["<counted>"]:
+        value = trace.values.get(node)
+        arguments = bind(node)
+        weight = arguments.get("weight")
+        name = owner.get(getattr(weight, "name", ""))
+        if name is None or not isinstance(value, Value) or value.derived:
+            continue
+        dim = len(value.shape) - 1 if base_name(node.target) == "linear" else 1
+        before, atoms = value.shape[dim], value.atoms[dim]
+        if atoms is None:
+            found.append(Layer(name, base_name(node.target), before, before, "", None, "its outputs are fixed"))
+            continue
+        classes = solution.class_of[atoms]
+        numbers = cluster_of[classes]
+        after = before - int(gone[atoms].sum())
+        if (numbers >= 0).any():
+            lead = analysis.clusters[int(np.bincount(numbers[numbers >= 0]).argmax())]
+            found.append(Layer(name, base_name(node.target), before, after, lead.name, lead.kind, ""))
+        else:
+            found.append(Layer(name, base_name(node.target), before, after, "", None, analysis.why_kept(classes)))
+    return tuple(found)

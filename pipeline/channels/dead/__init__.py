@@ -1,0 +1,1 @@
+"""What is dead or constant in given weights, read off their values."""

@@ -1,0 +1,267 @@
+"""Channels that hold one number whatever the input is, and the places where that number can go into a bias.
+
+A norm whose scale is zero, or rows that are zero under a shift, leave a constant c in a channel; what is computed from
+constants alone is constant too. A reader sums W·c over its inputs. Where that sum is one number per output channel,
+the same for every sample and place, it is added to the reader's bias and the channel goes. It is not one number where
+zero padding hides the channel at the border, where the channel meets another activation, or where it is normalised
+over: there the channel stays, with the reason.
+
+Whether an element depends on an input is decided by `dependence`, not by looking at outputs; the numbers themselves
+are read off the same run, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+
+from pipeline.channels.dead.dependence import follow
+from pipeline.channels.operators.table import base_name, bind
+from pipeline.channels.operators.trace import Contraction, Trace
+from pipeline.channels.operators.values import Atoms, Flags, Value
+from pipeline.channels.program.capture import Captured
+from pipeline.channels.program.execute import feeds_of
+
+Numbers = npt.NDArray[np.float64]
+
+# Pooling and resizing average a constant with rounding; in float64 it stays far below this share of it.
+SAME = 1e-12
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+PRODUCTS = ("matmul", "mm", "addmm")
+
+BORDER = "a constant; zero padding makes its part in the sum differ at the border"
+PLACES = "independent of the input, yet not the same at every place (padding before it)"
+TAPS = "a constant; a transposed convolution adds it in differing amounts from place to place"
+MEETS = "a constant that is multiplied with an activation here: no bias can stand for it"
+AMONG = "a constant that is summed or normalised together with other channels here"
+MIXED = "a constant up to here, where something that is not constant joins it"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A node that sums over the channels in dimension `dim` of the activation `source`, times `weight` where given."""
+
+    node: fx.Node
+    source: fx.Node
+    dim: int
+    weight: fx.Node | None
+
+
+@dataclass
+class Survey:
+    """What one run showed.
+
+    `constant[(node, dim)]`: for every index its number, NaN where it is not one number. `fixed[(node, dim)]`: True
+    where no input has a part in the slice. `weights`: full-size values of the readers' weights. `mixed[class]`: the
+    node at which a class that was constant before stops being so. `fixed_classes`: classes that are constant, and
+    not zero, in at least one activation.
+    """
+
+    trace: Trace
+    class_of: Atoms
+    constant: dict[tuple[fx.Node, int], Numbers] = field(default_factory=dict)
+    fixed: dict[tuple[fx.Node, int], Flags] = field(default_factory=dict)
+    weights: dict[fx.Node, Tensor] = field(default_factory=dict)
+    mixed: dict[int, fx.Node] = field(default_factory=dict)
+    fixed_classes: Flags = field(default_factory=lambda: np.zeros(0, np.bool_))
+
+    def judge(self, contraction: Contraction) -> tuple[Flags, Flags, list[str]]:
+        """(indices whose constant can go into a bias or is zero, indices that are constant, why the others cannot).
+
+        The reasons are one per index, "" where there is none to give (the index is not constant at all).
+        """
+        size = contraction.atoms.shape[0]
+        able, constant = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
+        reasons = [""] * size
+        for reader in readers(contraction, self.trace):
+            numbers, fixed = self.constant.get((reader.source, reader.dim)), self.fixed.get((reader.source, reader.dim))
+            if numbers is None or fixed is None:
+                continue
+            why = _obstacles(self, reader, numbers.shape[0], alone=len(contraction.sides) == 1)
+            known = ~np.isnan(numbers)
+            okay = known & ((numbers == 0) | np.array([not w for w in why], np.bool_))
+            groups = numbers.shape[0] // size  # a grouped convolution reads the same place of every group
+            able |= okay.reshape(groups, size).all(axis=0)
+            held = fixed.reshape(groups, size).all(axis=0)
+            constant |= held
+            for at in np.flatnonzero(held & ~able):
+                flat = [at + g * size for g in range(groups)]
+                reasons[at] = next((why[i] if known[i] else PLACES for i in flat if not okay[i]), "")
+        return able, constant, reasons
+
+    def shift(self, reader: Reader, gone: Flags) -> Shift | None:
+        """What the channels flagged in `gone` give to the reader's sum; None where it is nothing."""
+        held = self.constant[reader.source, reader.dim]
+        numbers = np.where(gone & ~np.isnan(held), held, 0.0)
+        if reader.weight is None or not numbers.any():
+            return None
+        w, c = self.weights[reader.node].to(torch.float64), torch.from_numpy(numbers)
+        name = base_name(reader.node.target)
+        if name in (*CONVOLUTIONS, *TRANSPOSED):
+            taps = w.flatten(2).sum(-1)  # a convolution's [out, in of a group], transposed [in, out of a group]
+            groups = bind(reader.node)["groups"]
+            form = "gi,gio->go" if name in TRANSPOSED else "gi,goi->go"
+            amount = torch.einsum(form, c.reshape(groups, -1), taps.reshape(groups, -1, taps.shape[1])).reshape(-1)
+            return Shift(amount, numbers)
+        if w.dim() != 2:
+            return None
+        rows = name in PRODUCTS and reader.weight is reader.node.args[1 if name == "addmm" else 0]  # weight · input
+        return Shift(w @ c if rows or name == "linear" else c @ w, numbers, rows)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """`amount`: float64, one number per output channel at full size. `constants`: c per index of the reader's source.
+
+    `rows`: the output channel is the last dimension but one (weight · input), not the last.
+    """
+
+    amount: Tensor
+    constants: Numbers
+    rows: bool = False
+
+
+def readers(contraction: Contraction, trace: Trace) -> list[Reader]:
+    """The contraction as weight times activation: one for every activation side that a weight stands beside."""
+    node, name = contraction.node, base_name(contraction.node.target)
+    if name in (*CONVOLUTIONS, *TRANSPOSED, "linear"):
+        a = bind(node)
+        source, weight = a["input"], a["weight"]
+        x = trace.value(source)
+        dim = len(x.shape) - 1 if name == "linear" else 1
+        return [] if x.derived else [Reader(node, source, dim, weight)]
+    if name in PRODUCTS and len(contraction.sides) == 2:
+        left, right = contraction.sides
+        return [
+            Reader(node, source, dim, weight)
+            for (source, dim), (weight, _) in ((left, right), (right, left))
+            if trace.value(weight).derived and not trace.value(source).derived
+        ]
+    return [Reader(node, s, d, None) for s, d in contraction.sides if not trace.value(s).derived]
+
+
+def _obstacles(survey: Survey, reader: Reader, size: int, alone: bool) -> list[str]:
+    """For every index, why its constant cannot go into a bias of the reader; "" where it can."""
+    name = base_name(reader.node.target)
+    if reader.weight is None:
+        return [AMONG if alone else MEETS] * size
+    w = survey.weights[reader.node]
+    if name in CONVOLUTIONS:
+        return [BORDER if hidden else "" for hidden in _hidden(survey, reader, size)]
+    if name in TRANSPOSED:
+        a = bind(reader.node)
+        plain = set(w.shape[2:]) == set(_each(a["stride"])) == {1} and not any(_each(a["padding"]))
+        return ["" if plain else TAPS] * size
+    return ["" if w.dim() == 2 else MEETS] * size
+
+
+def _each(entry: Any) -> list[int]:
+    return [entry] if isinstance(entry, int) else list(entry)
+
+
+def _hidden(survey: Survey, reader: Reader, size: int) -> Flags:
+    """Input channels of a convolution for which a weight that is not zero meets the zero padding at some place."""
+    a, w = bind(reader.node), survey.weights[reader.node]
+    space = survey.trace.shape(reader.source)[2:]
+    kernel = tuple(w.shape[2:])
+    rank = len(kernel)
+
+    def per_dim(entry: Any) -> list[int]:
+        given = _each(entry)
+        return given * rank if len(given) == 1 else given
+
+    stride, dilation = per_dim(a["stride"]), per_dim(a["dilation"])
+    if a["padding"] == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        before, after = [t // 2 for t in total], [t - t // 2 for t in total]
+    elif a["padding"] == "valid":
+        before = after = [0] * rank
+    else:
+        before = after = per_dim(a["padding"])
+    outside = []
+    for d in range(rank):
+        places = (space[d] + before[d] + after[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d]  # the last one
+        taps = np.arange(kernel[d]) * dilation[d] - before[d]
+        outside.append((taps < 0) | (taps + places * stride[d] >= space[d]))
+    touches = np.array([any(outside[d][k] for d, k in enumerate(at)) for at in product(*map(range, kernel))])
+    inside = w.shape[1]
+    groups = size // inside
+    weighs = (w != 0).reshape(groups, -1, inside, *kernel).any(dim=1).numpy()  # [groups, inside, *kernel]
+    hidden: Flags = (weighs & touches.reshape(kernel)).reshape(size, -1).any(axis=1)
+    return hidden
+
+
+def survey(captured: Captured, trace: Trace, class_of: Atoms, contractions: Iterable[Contraction]) -> Survey:
+    """Run `captured` once and see what is constant; `contractions` are those that will be judged."""
+    found = Survey(trace, class_of)
+    found.fixed_classes = np.zeros(int(class_of.max()) + 1, np.bool_)
+    wanted: dict[fx.Node, set[int]] = {}
+    weight_of: dict[fx.Node, list[fx.Node]] = {}
+    for contraction in contractions:
+        for reader in readers(contraction, trace):
+            wanted.setdefault(reader.source, set()).add(reader.dim)
+            if reader.weight is not None:
+                weight_of.setdefault(reader.weight, []).append(reader.node)
+    classes_at: dict[fx.Node, Flags] = {}  # activation -> which classes are constant in it
+    feeds = feeds_of(captured.program, captured.example, captured.state)  # weights as they are, not a wider copy
+    summing = {contraction.node for contraction in trace.contractions}
+    last = {source: user for user in captured.program.graph.nodes for source in user.all_input_nodes}
+
+    def seen(node: fx.Node, value: Tensor, depends: Tensor) -> None:
+        for reader in weight_of.get(node, ()):
+            found.weights[reader] = feeds[node.name] if node.op == "placeholder" else value.detach()
+        known = trace.values.get(node)
+        if not isinstance(known, Value) or known.derived or value.dim() != len(known.shape):
+            return
+        here = np.zeros_like(found.fixed_classes)
+        varying = np.zeros_like(here)
+        for dim, atoms in enumerate(known.atoms):
+            if atoms is None or atoms.shape[0] != value.shape[dim]:
+                continue
+            others = [d for d in range(value.dim()) if d != dim]
+            moves = depends.to(torch.uint8).amax(dim=others) if others else depends
+            fixed = ~moves.bool().numpy()
+            varying[class_of[atoms[~fixed]]] = True
+            if not fixed.any() and dim not in wanted.get(node, ()):
+                continue
+            low, high = (value.amin(others).numpy(), value.amax(others).numpy()) if others else (value.numpy(),) * 2
+            here[class_of[atoms[fixed & ((low != 0) | (high != 0))]]] = True
+            if dim in wanted.get(node, ()):
+                one = fixed & (high - low <= SAME * np.maximum(1.0, np.abs(high))) & np.isfinite(high)
+                found.fixed[node, dim] = fixed
+                found.constant[node, dim] = np.where(one, np.where(low == high, high, (low + high) / 2), np.nan)
+        classes_at[node] = here
+        found.fixed_classes |= here
+        for source in node.all_input_nodes:
+            before = classes_at.get(source)
+            if before is not None and node not in summing:
+                for cls in np.flatnonzero(before & varying):
+                    found.mixed.setdefault(int(cls), node)
+            if last[source] is node:
+                classes_at.pop(source, None)
+
+    follow(captured, seen)
+    return found
+
+
+def shifts(found: Survey, contractions: Iterable[Contraction], gone: Flags) -> dict[fx.Node, tuple[Reader, Shift]]:
+    """Reader node -> what it has to add once the atoms flagged in `gone` are away."""
+    amounts: dict[fx.Node, tuple[Reader, Shift]] = {}
+    for contraction in contractions:
+        for reader in readers(contraction, found.trace):
+            atoms = found.trace.value(reader.source).atoms[reader.dim]
+            if reader.node in amounts or atoms is None or (reader.source, reader.dim) not in found.constant:
+                continue
+            shift = found.shift(reader, gone[atoms])
+            if shift is not None and bool((shift.amount != 0).any()):
+                amounts[reader.node] = reader, shift
+    return amounts

@@ -1,0 +1,70 @@
+"""Scaled dot-product attention: softmax(q·kᵀ·scale + mask)·v over [batch, heads, tokens, positions]."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from pipeline.channels.operators.cut import Cut
+from pipeline.channels.operators.table import bind, rule
+from pipeline.channels.operators.trace import Trace
+from pipeline.channels.operators.values import Atoms, Flags, Value
+
+
+def edit_scale(c: Cut, node: fx.Node) -> None:
+    """The default scale is (head size)^−1/2: it is written out before the head size changes."""
+    a = bind(node)
+    q = c.value(a["query"])
+    if a["scale"] is None and c.keep(q.atoms[-1]) is not None:
+        c.set(node, scale=float(q.shape[-1]) ** -0.5)
+
+
+@rule("scaled_dot_product_attention", edit=edit_scale)
+def attention(t: Trace, node: fx.Node) -> Value:
+    """Heads live together in q, k and v; positions in q with k, and in v with the output; tokens stay."""
+    a = bind(node)
+    nodes = [a["query"], a["key"], a["value"]]
+    q, k, v = (t.value(n) for n in nodes)
+    rank = len(q.shape)
+    for value in (q, k, v):
+        t.role("position", value.atoms[-1])
+    t.contract(node, [(nodes[0], rank - 1), (nodes[1], rank - 1)])
+    t.pin(k.atoms[-2], node, "the softmax runs over it")
+    t.pin(v.atoms[-2], node, "the softmax runs over it")
+    atoms: list[Atoms | None] = []
+    zeros: list[Flags | None] = []
+    for d in range(rank - 2):
+        batch, flags = q.atoms[d], v.zeros[d]
+        if d == rank - 3 and a.get("enable_gqa") and q.shape[d] != k.shape[d]:
+            shared, ratio = k.shape[d], q.shape[d] // k.shape[d]
+            t.tie(k.atoms[d], v.atoms[d], node)
+            t.role("head", k.atoms[d])
+            if batch is None or k.atoms[d] is None:
+                t.pin(batch, node, "shares a dimension with something fixed")
+                t.pin(k.atoms[d], node, "shares a dimension with something fixed")
+                batch = None
+            else:
+                inner = t.fresh(ratio)
+                t.pin(inner, node, "query heads of one key head")
+                t.product(node, batch, (k.atoms[d], inner), (shared, ratio))
+            flags = None if flags is None else flags.repeat(ratio)
+        else:
+            for other in (k, v):
+                if other.shape[d] == q.shape[d]:
+                    t.tie(batch, other.atoms[d], node)
+                    batch = None if other.atoms[d] is None else batch
+                else:
+                    t.pin(batch if q.shape[d] > 1 else other.atoms[d], node, "broadcast over heads")
+                    batch = None
+        t.role("head", batch)
+        atoms.append(batch)
+        zeros.append(flags if batch is not None else None)
+    if a["attn_mask"] is not None:
+        mask = t.value(a["attn_mask"])
+        scores = [*atoms, q.atoms[-2], None]
+        for d, n in enumerate(mask.shape):
+            at = d - len(mask.shape) + rank
+            if n > 1:
+                t.tie(scores[at], mask.atoms[d], node, "shares a dimension with something fixed")
+                if at < rank - 2 and mask.atoms[d] is None:
+                    atoms[at] = zeros[at] = None
+    return Value(t.shape(node), (*atoms, q.atoms[-2], v.atoms[-1]), (*zeros, None, v.zeros[-1]))

@@ -1,0 +1,135 @@
+"""What an operator's edit is handed: which indices stay, the old node, and the new graph to change."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from pipeline.channels.operators.values import Atoms, Flags, Value
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One constant of the graph that changed: the node, the argument, before and after."""
+
+    node: str
+    op: str
+    argument: str
+    before: Any
+    after: Any
+
+
+@dataclass
+class Cut:
+    """One removal in progress."""
+
+    gone: Flags  # atom -> True = goes
+    values: dict[fx.Node, Any]
+    notes: dict[Any, Any]
+    graph: fx.Graph
+    new_of: dict[fx.Node, fx.Node]
+    constant: Callable[[str, Tensor], fx.Node]  # adds a constant tensor to the program
+    rewrites: list[Rewrite] = field(default_factory=list)
+    _kept: dict[int, tuple[Atoms, Flags | None]] = field(default_factory=dict)
+
+    def keep(self, atoms: Atoms | None) -> Flags | None:
+        """Which indices stay; None where all do."""
+        if atoms is None:
+            return None
+        known = self._kept.get(id(atoms))
+        if known is None:
+            gone = self.gone[atoms]
+            known = self._kept[id(atoms)] = atoms, ~gone if gone.any() else None
+        return known[1]
+
+    def count(self, atoms: Atoms | None, size: int) -> int:
+        """How many of `size` indices stay."""
+        keep = self.keep(atoms)
+        return size if keep is None else int(keep.sum())
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """The value's sizes afterwards."""
+        return tuple(self.count(a, n) for a, n in zip(value.atoms, value.shape, strict=True))
+
+    def touched(self, value: Any) -> bool:
+        """Whether anything of the value goes."""
+        if isinstance(value, tuple):
+            return any(self.touched(v) for v in value)
+        return isinstance(value, Value) and any(self.keep(a) is not None for a in value.atoms)
+
+    def value(self, node: Any) -> Value:
+        """The value of a tensor node of the old graph."""
+        value = self.values[node]
+        assert isinstance(value, Value)
+        return value
+
+    # -- changing the new graph ------------------------------------------------------------------------------------
+
+    def set(self, node: fx.Node, **arguments: Any) -> None:
+        """Set arguments of `node`'s new twin by their schema names."""
+        new = self.new_of[node]
+        names = [a.name for a in new.target._schema.arguments]  # type: ignore[union-attr]
+        args = list(new.args)
+        kwargs = dict(new.kwargs)
+        for name, value in arguments.items():
+            at = names.index(name)
+            before = args[at] if at < len(args) else kwargs.get(name)
+            if at < len(args):
+                args[at] = value
+            else:
+                kwargs[name] = value
+            if before != value:
+                self.rewrites.append(Rewrite(node.name, str(new.target), name, _plain(before), _plain(value)))
+        new.args, new.kwargs = tuple(args), kwargs
+
+    def retarget(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+        """Make `node`'s new twin another operator."""
+        new = self.new_of[node]
+        self.rewrites.append(Rewrite(node.name, str(new.target), "operator", str(new.target), str(target)))
+        new.target, new.args, new.kwargs = target, args, {}
+
+    def size(self, entry: Any, kept: int, before: int) -> Any:
+        """A size argument that was `entry` (an int, −1, or a symbolic size of `before`) for `kept` indices."""
+        if kept == before or (isinstance(entry, int) and entry == -1):
+            return entry
+        if isinstance(entry, int):
+            return kept
+        scaled = self.graph.call_function(operator.mul, (entry, kept))
+        whole = self.graph.call_function(operator.floordiv, (scaled, before))
+        scaled.meta["val"] = entry.meta["val"] * kept
+        whole.meta["val"] = scaled.meta["val"] // before
+        return whole
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node at the insertion point."""
+        return self.graph.call_function(target, args, kwargs)
+
+    def replace(self, node: fx.Node, build: Callable[[fx.Node], fx.Node], note: str) -> None:
+        """Put `build(new twin)`'s result where the twin was used; the twin itself may be among its inputs."""
+        new = self.new_of[node]
+        users = list(new.users)
+        with self.graph.inserting_before(new.next):
+            result = build(new)
+        for user in users:
+            user.replace_input_with(new, result)
+        self.new_of[node] = result
+        self.rewrites.append(Rewrite(node.name, str(node.target), "operator", str(node.target), note))
+
+    def indices(self, name: str, keep: Flags) -> fx.Node:
+        """A constant that lists the kept indices."""
+        return self.constant(name, torch.from_numpy(np.flatnonzero(keep)))
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)

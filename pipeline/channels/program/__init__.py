@@ -1,0 +1,1 @@
+"""The captured graph: capturing it, running it, and the exact zeros in it."""

@@ -1,0 +1,235 @@
+"""A module as a flat graph of ATen operations, every constant in the open: `torch.export` with a dynamic batch.
+
+The training IR (no decompositions) is kept: it is the smallest graph, and ONNX export takes it as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from pipeline.channels.operators.table import writes
+from pipeline.channels.program.execute import run_program
+from pipeline.channels.program.zeros import masked
+from pipeline.errors import CaptureError
+
+# An odd prime, so that no size of the model is taken for the batch when a view merges or splits dimensions.
+EXAMPLE_BATCH = 5
+
+
+@dataclass(frozen=True)
+class Captured:
+    """An exported program with what the analysis needs beside it.
+
+    `program`: graph and signature. `state`: parameter and buffer values by their original names (the program's own, or
+    folded ones). `example`: the inputs it was captured with (batch `EXAMPLE_BATCH` where the batch is dynamic).
+    `dynamic_batch`: False where the model's own code fixes the batch.
+    """
+
+    program: ExportedProgram
+    example: tuple[Any, ...]
+    state: Mapping[str, Tensor]
+    dynamic_batch: bool = True
+
+    def with_state(self, state: Mapping[str, Tensor]) -> Captured:
+        """The same graph over other values (names and shapes unchanged; names not given keep theirs).
+
+        A tied tensor given under one of its names is taken for all of them.
+        """
+        given = {_identity(self.state[name]): value for name, value in state.items() if name in self.state}
+        return replace(
+            self,
+            state={
+                name: state.get(name, given.get(_identity(value), value) if value.numel() else value)
+                for name, value in self.state.items()
+            },
+        )
+
+    def fold(self, masks: Mapping[str, Any]) -> Captured:
+        """The same graph with `masks` (name -> bool array or tensor of the value's shape, True = kept)
+        multiplied in.
+        """
+        folded: dict[str, Tensor] = {}
+        for name, mask in masks.items():
+            folded[name] = masked(self.state[name], np.asarray(mask))
+        return self.with_state(folded)
+
+    def __call__(self, *inputs: Any, dtype: torch.dtype | None = None) -> Any:
+        """The outputs for `inputs`; one tensor where the graph has one output, else a tuple."""
+        return run_program(self.program, inputs, self.state, dtype)
+
+
+def _identity(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tuple(tensor.shape)
+
+
+def capture(model: nn.Module, example: tuple[Any, ...], *, dynamic_batch: bool = True) -> Captured:
+    """`model` in eval mode as an exported graph.
+
+    `example`: input tensors, the batch in dimension 0; they are repeated to a batch of `EXAMPLE_BATCH`.
+    `dynamic_batch=False` captures at that batch only, three times as fast.
+    Raises CaptureError(reason, line) where torch.export cannot follow the model (control flow that depends on data,
+    scripted or quantised modules).
+    """
+    obstacle = unsupported(model)
+    if obstacle is not None:
+        raise CaptureError(*obstacle)
+    was_training = model.training
+    model.eval()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused operator hides q, k and v
+    try:
+        with torch.no_grad(), _silent():
+            return _export(model, example, dynamic_batch)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        model.train(was_training)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """torch.export logs a page about what it then raises as an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+# Float stand-ins of torch.ao that a model written for quantisation holds; they quantise nothing by themselves.
+_FLOAT_STAND_INS = ("FloatFunctional", "FXFloatFunctional", "QuantStub", "DeQuantStub", "QuantWrapper")
+
+
+def unsupported(model: object) -> tuple[str, str] | None:
+    """Why `model` is of a kind that no exported graph of float weights can be made of, and what to do; else None."""
+    if not isinstance(model, nn.Module):
+        return f"The model is a {type(model).__name__}, not a torch.nn.Module.", "Give an nn.Module."
+    for name, module in model.named_modules():
+        place, kind = type(module).__module__, type(module).__name__
+        where = f"module '{name}', a {kind}" if name else kind
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"The model is a TorchScript module ({where}).", "Give the eager nn.Module it was scripted from."
+        if place.startswith("torch.ao.") and "quanti" in place and kind not in _FLOAT_STAND_INS:
+            return (
+                f"The model is quantised already, or prepared for it ({where}).",
+                "Prune the float model, then quantise.",
+            )
+    return None
+
+
+def _export(model: nn.Module, example: tuple[Any, ...], dynamic_batch: bool) -> Captured:
+    batched = tuple(_repeat(x) for x in example)
+    shapes = tuple({0: Dim.DYNAMIC} if isinstance(x, Tensor) and x.dim() > 0 else None for x in batched)
+    dynamic = ((shapes,) if _is_variadic(model) else shapes) if dynamic_batch else None
+    try:
+        inlined = inline_contexts(torch.export.export(model, batched, dynamic_shapes=dynamic))
+        return Captured(inlined, batched, inlined.state_dict, dynamic_batch)
+    except Exception as dynamic_error:
+        try:
+            inlined = inline_contexts(torch.export.export(model, example))
+        except Exception as error:
+            raise CaptureError(*_explain(error)) from dynamic_error
+        return Captured(inlined, example, inlined.state_dict, dynamic_batch=False)
+
+
+def _is_variadic(model: nn.Module) -> bool:
+    """torch.export wants the shapes of `*args` as one tuple."""
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    return bool(kinds) and kinds[0] is inspect.Parameter.VAR_POSITIONAL
+
+
+def _repeat(x: Any) -> Any:
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == EXAMPLE_BATCH:
+        return x
+    times = -(-EXAMPLE_BATCH // x.shape[0])
+    return x.repeat(times, *([1] * (x.dim() - 1)))[:EXAMPLE_BATCH].clone()
+
+
+def small(captured: Captured, batch: int = 2, seed: int = 0) -> tuple[Any, ...]:
+    """Random inputs like the example's (integers: the example's own), of `batch` samples where the batch is dynamic."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def like(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        part = x[:batch] if captured.dynamic_batch and x.dim() else x
+        if not part.dtype.is_floating_point:
+            return part
+        return torch.randn(part.shape, generator=draw, dtype=torch.float32).to(part.dtype)
+
+    return tuple(like(x) for x in captured.example)
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    text = str(error).strip() or type(error).__name__
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    lines = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text) + _frames(error)
+    own = [m for m in lines if "site-packages/torch/" not in m[0] and m[0] != __file__]
+    where = f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]} in {own[-1][2]}" if own else "the model's forward"
+    reason = f"torch.export cannot capture the model ({type(error).__name__}: {first[:300]})."
+    return reason, f"Look at {where}: control flow that depends on tensor values cannot be exported."
+
+
+def _frames(error: Exception) -> list[tuple[str, str, str]]:
+    """(file, line, function) of the Python code that ran into the error; only calls of a forward and what it calls."""
+    frames = [(f.filename, str(f.lineno), f.name) for f in traceback.extract_tb(error.__traceback__)]
+    first = next((k for k, (_, _, name) in enumerate(frames) if name == "forward"), len(frames))
+    return frames[first:]
+
+
+def inline_contexts(program: ExportedProgram) -> ExportedProgram:
+    """`program` with the bodies of no-grad and disabled-autocast blocks put in line, and without what nobody uses.
+
+    Both are wrappers without effect on an inference graph; any other higher-order operator stays, and is pinned.
+    """
+    module = program.graph_module
+    changed = False
+    for node in list(module.graph.nodes):
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name == "wrap_with_set_grad_enabled":
+            body, operands = node.args[1], node.args[2:]
+        elif name == "wrap_with_autocast" and node.args[2] is False:
+            body, operands = node.args[4], node.args[5:]
+        else:
+            continue
+        _inline(module.graph, node, getattr(module, body.target).graph, operands)
+        changed = True
+    module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or writes(n))
+    if not changed:
+        module.recompile()
+        return program
+    module.graph.lint()
+    module.recompile()
+    return inline_contexts(program)
+
+
+def _inline(graph: fx.Graph, node: fx.Node, body: fx.Graph, operands: tuple[Any, ...]) -> None:
+    mapping: dict[fx.Node, Any] = {}
+    inputs = iter(operands)
+    with graph.inserting_before(node):
+        for inner in body.nodes:
+            if inner.op == "placeholder":
+                mapping[inner] = next(inputs)
+            elif inner.op == "output":
+                results = fx.node.map_arg(inner.args[0], mapping.__getitem__)
+            else:
+                mapping[inner] = graph.node_copy(inner, mapping.__getitem__)
+    for user in list(node.users):
+        if user.op == "call_function" and getattr(user.target, "__name__", "") == "getitem":
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+    if node.users:
+        node.replace_all_uses_with(results if isinstance(results, fx.Node) else results[0])
+    graph.erase_node(node)

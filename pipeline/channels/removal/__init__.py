@@ -1,0 +1,1 @@
+"""Cutting the dead channels out, the ledger of it, and the proof."""

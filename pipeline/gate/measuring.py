@@ -1,0 +1,311 @@
+"""Everything that a policy can limit, measured on ONNX files: accuracy, latency, size, load, memory.
+
+The models are called "shipped" (the one that is judged), "dense" (what it was made from) and, where there is one,
+"promoted" (the version that is live).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from exporters import describe, session_of
+from pipeline.data.parts import Data
+from pipeline.errors import ConfigError, UserError
+from pipeline.gate import policy
+from pipeline.models.from_code import load_callable
+from pipeline.progress import Progress
+from pipeline.recipe.config import GateSection
+from validators import (
+    AccuracyComparison,
+    Feed,
+    LatencyReport,
+    Measured,
+    Metric,
+    OrtRunner,
+    Similarity,
+    StructureReport,
+    ValidationError,
+    compare_accuracy,
+    count_macs,
+    evaluate,
+    measure,
+    race,
+    random_feeds,
+    similarity,
+    top_k,
+)
+from validators.errors import first_line
+from validators.runners import Array
+
+EVALUATION_BATCH = 64
+_SIMILARITIES = ("cosine", "spearman")
+
+
+class Crashes(dict[str, str]):
+    """What could not be measured -> why. A validator that breaks off measured nothing, and the others still run."""
+
+    @contextlib.contextmanager
+    def noted(self, validator: str) -> Iterator[None]:
+        """End the block at whatever it raises, and keep why.
+
+        What the user gave wrongly is raised on (UserError), and so is a disk that cannot be written to: neither says
+        anything about the model.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # models and metrics are other people's code
+            if isinstance(error, OSError) and error.errno in _NO_DISK:
+                raise
+            self.note(validator, error)
+
+    def note(self, validator: str, error: Exception) -> None:
+        """Keep why `validator` broke off: the first reason is the one that counts."""
+        kind = "" if isinstance(error, ValidationError) else f"{type(error).__name__}: "
+        self.setdefault(validator, f"{kind}{first_line(error)}")
+
+
+_NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured: reports by the name of the other model, structures by model, and a policy's measurements.
+
+    `crashed` names the validators that broke off, and why; what they would have measured is missing.
+    """
+
+    latency: LatencyReport | None = None
+    structure: dict[str, StructureReport] = field(default_factory=dict)
+    accuracy: dict[str, AccuracyComparison] = field(default_factory=dict)
+    similarity: dict[str, Similarity] = field(default_factory=dict)
+    measurements: dict[str, Measured | None] = field(default_factory=dict)
+    crashed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know beside the figures: the class that lost most, and what disturbed the race."""
+        lost = (worst_class(found) for name, found in self.accuracy.items() if name == "dense")
+        return (*(note for note in lost if note), *(self.latency.warnings if self.latency else ()))
+
+
+def worst_class(found: AccuracyComparison) -> str:
+    """The class that lost most right answers, in words; "" where none lost any."""
+    label, counts = max(found.per_class.items(), key=lambda entry: entry[1].dense - entry[1].shipped)
+    if counts.dense <= counts.shipped:
+        return ""
+    called = Counter(flip.shipped for flip in found.flipped if flip.label == label and flip.dense == label)
+    return (
+        f"class {label} lost most: {counts.dense} of its {counts.samples} samples were right before, "
+        f"{counts.shipped} are now; the lost ones are mostly called {called.most_common(1)[0][0]}"
+    )
+
+
+def metrics(cfg: GateSection) -> tuple[dict[str, Metric], tuple[str, ...]]:
+    """The recipe's further metrics: those that score each sample, by name, and those that compare embeddings.
+
+    Raises ConfigError for one that cannot be found.
+    """
+    scores: dict[str, Metric] = {}
+    for name in cfg.metrics:
+        if name == "top5":
+            scores[name] = top_k(5)
+        elif name not in _SIMILARITIES:
+            if ":" not in name:
+                raise ConfigError(
+                    f"gate.metrics: there is no metric {name!r}.",
+                    f"There are top5, {', '.join(_SIMILARITIES)}, and path/to/file.py:callable.",
+                )
+            scores[name.rpartition(":")[2]] = load_callable(name, ConfigError)[0]
+    return scores, tuple(name for name in _SIMILARITIES if name in cfg.metrics)
+
+
+def contest(
+    cfg: GateSection,
+    files: Mapping[str, Path],
+    data: Data | None,
+    progress: Progress,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    sessions: Mapping[str, Mapping[str, str]] | None = None,
+) -> Findings:
+    """Measure the file "shipped" against the others. `sizes` gives dynamic dimensions other than the batch.
+
+    `sessions` holds session configuration entries by model, where one needs others than its file asks for.
+
+    Without `data` there is no accuracy. Whatever breaks off is in the findings' `crashed`; only UserError and a full
+    disk are raised.
+    """
+    crashed = Crashes()
+    others = [name for name in files if name != "shipped"]
+    entries = {name: (sessions or {}).get(name) or session_of(path) for name, path in files.items()}
+    runners: dict[str, OrtRunner] = {}
+    for name, path in files.items():
+        with crashed.noted(f"session load of {name}"):
+            runners[name] = OrtRunner(path, threads=cfg.threads, name=name, session=entries[name])
+    found: dict[str, Measured | None] = {}
+    accuracy: dict[str, AccuracyComparison] = {}
+    similarities: dict[str, Similarity] = {}
+    latency: LatencyReport | None = None
+    structure: dict[str, StructureReport] = {}
+    if runners.keys() == files.keys():  # else nothing that compares them can be told
+        if data is not None:
+            with crashed.noted("accuracy"):
+                _accuracy(cfg, runners, data, progress, crashed, found, accuracy, similarities)
+        with crashed.noted("latency"):
+            latency = _latency(cfg, runners, progress, sizes)
+            mine = latency.runners["shipped"]
+            found |= {"latency": policy.exactly(mine.median_ms), "latency_p99": policy.exactly(mine.p99_ms)}
+            for name in others:
+                found[f"latency vs {name}"] = mine.ratios[name].median
+                found[f"latency_p99 vs {name}"] = mine.ratios[name].p99
+    for name, runner in runners.items():
+        with crashed.noted(f"size, load and memory of {name}"):
+            feed = _feed(cfg, runner, sizes)
+            structure[name] = measure(files[name], feed, threads=cfg.threads, session=entries[name])
+    costs = {name: _costs(report) for name, report in structure.items()}
+    if "shipped" in costs:
+        found |= {key: policy.exactly(value) for key, value in costs["shipped"].items()}
+        for name in costs:
+            if name != "shipped":
+                found |= against(costs["shipped"], costs[name], name)
+    return Findings(latency, structure, accuracy, similarities, found, crashed)
+
+
+def _accuracy(
+    cfg: GateSection,
+    runners: Mapping[str, OrtRunner],
+    data: Data,
+    progress: Progress,
+    crashed: Crashes,
+    found: dict[str, Measured | None],
+    accuracy: dict[str, AccuracyComparison],
+    similarities: dict[str, Similarity],
+) -> None:
+    """Evaluate every model on the test part and compare; into the last three arguments, as far as it goes."""
+    progress.say(f"  accuracy on {len(data.test)} test samples")
+    scores, alike = metrics(cfg)
+    guarded = {name: _guarded(name, metric, crashed) for name, metric in scores.items()}
+    reports = {
+        name: evaluate(runner, data.batches("test", EVALUATION_BATCH), metrics=guarded)
+        for name, runner in runners.items()
+    }
+    broken = {name for name in scores if _of_metric(name) in crashed}
+    reports = {
+        name: report.model_copy(update={"scores": {k: v for k, v in report.scores.items() if k not in broken}})
+        for name, report in reports.items()
+    }
+    others = [name for name in runners if name != "shipped"]
+    own = reports["shipped"]
+    found |= {"accuracy": policy.exactly(own.top1)}
+    found |= {name: policy.exactly(float(np.mean(values))) for name, values in own.scores.items()}
+    for name in others:
+        accuracy[name] = compare_accuracy(reports[name], own, seed=cfg.seed)
+        found[f"accuracy vs {name}"] = accuracy[name].drop
+        for metric, score in accuracy[name].scores.items():
+            factor = 100.0 if metric == "top5" else 1.0
+            found[f"{metric} vs {name}"] = _times(score.drop, factor)
+    for name in others if alike else ():
+        with crashed.noted(f"similarity to {name}"):
+            similarities[name] = similarity(runners[name], runners["shipped"], data.batches("test", EVALUATION_BATCH))
+    if "dense" in similarities:
+        found |= {name: policy.exactly(getattr(similarities["dense"], name)) for name in alike}
+
+
+def _of_metric(name: str) -> str:
+    return f"metric {name}"
+
+
+def _guarded(name: str, metric: Metric, crashed: Crashes) -> Metric:
+    """`metric`, but what it raises, or a score that is no number, is kept as its own crash: accuracy goes on."""
+
+    def score(outputs: Array, labels: Array) -> Array:
+        nothing = np.full(labels.shape, np.nan)
+        try:
+            made = np.asarray(metric(outputs, labels), dtype=np.float64)
+        except Exception as error:  # the user's own code
+            crashed.note(_of_metric(name), error)
+            return nothing
+        if made.shape != labels.shape:
+            wrong = f"it gave an array of shape {made.shape} for {len(labels)} samples"
+            crashed.note(_of_metric(name), ValidationError(wrong))
+            return nothing
+        if not np.isfinite(made).all():
+            crashed.note(_of_metric(name), ValidationError("it gave a score that is not a finite number"))
+        return made
+
+    return score
+
+
+def _latency(
+    cfg: GateSection, runners: Mapping[str, OrtRunner], progress: Progress, sizes: Mapping[str, int] | None
+) -> LatencyReport:
+    progress.say(f"  latency of {', '.join(runners)}, {cfg.threads} thread(s), batch {cfg.batch_size}")
+    return race(
+        runners,
+        _feed(cfg, runners["shipped"], sizes),
+        reference="dense" if "dense" in runners else "shipped",
+        seconds=cfg.seconds,
+        seed=cfg.seed,
+        bounds=[b for b in policy.bounds(cfg, promoted="promoted" in runners) if b.reference in runners],
+    )
+
+
+def _feed(cfg: GateSection, runner: OrtRunner, sizes: Mapping[str, int] | None) -> Feed:
+    return random_feeds(runner.inputs, seed=cfg.seed, batches=(cfg.batch_size,), sizes=sizes)[0]
+
+
+def against(
+    mine: Mapping[str, float | None], theirs: Mapping[str, float | None], name: str
+) -> dict[str, Measured | None]:
+    """Ratios of counted figures, by key; None where either is missing."""
+    return {
+        f"{key} vs {name}": policy.exactly(value / other) if value is not None and (other := theirs.get(key)) else None
+        for key, value in mine.items()
+    }
+
+
+def _costs(report: StructureReport) -> dict[str, float | None]:
+    return {
+        "file_size": report.bytes,
+        "session_load": report.load_ms,
+        "peak_memory": report.peak_rss,
+        "cold_first_inference": report.cold_first_ms,
+    }
+
+
+def counts(
+    cfg: GateSection, name: str, path: Path, crashed: Crashes, *, sizes: Mapping[str, int] | None = None
+) -> dict[str, float | None]:
+    """How many weights the file of the model `name` holds, and multiply-accumulates per sample; None: not countable."""
+    found: dict[str, float | None] = {"parameters": None, "macs": None}
+    if path.suffix == ".ort":
+        return found
+    with crashed.noted(f"parameters of {name}"):
+        found["parameters"] = describe(path).parameters
+    with crashed.noted(f"MACs of {name}"):
+        found["macs"] = count_macs(path, _feed(cfg, OrtRunner(path, threads=cfg.threads), sizes))
+    return found
+
+
+def parse_sizes(given: Sequence[str]) -> dict[str, int]:
+    """`name=value` for each dynamic dimension. Raises ConfigError."""
+    sizes: dict[str, int] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if not name or not value.isdigit() or not int(value):
+            raise ConfigError(f"--size {text!r} is not NAME=NUMBER.", "Write it like --size sequence=128")
+        sizes[name] = int(value)
+    return sizes
+
+
+def _times(measured: Measured, factor: float) -> Measured:
+    return Measured(value=factor * measured.value, low=factor * measured.low, high=factor * measured.high)

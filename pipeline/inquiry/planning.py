@@ -1,0 +1,198 @@
+"""What a deploy would do, without doing it: stages to run or reuse, channel groups, and the size to expect."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from pipeline import models, runner
+from pipeline.channels import Analysis, Blocked, Cluster, Layer, Size, analyse, capture, layers
+from pipeline.recipe.config import Config
+from pipeline.report.drawing import widths_svg
+from pipeline.runner import Step
+from pipeline.selection import Removed
+from pipeline.stages import s1_prune
+from pipeline.training import masks
+
+RATIOS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a ratio would leave. `megabytes`: the parameters' bytes / 10⁶; a file adds a few kilobytes of graph."""
+
+    ratio: float
+    params: int
+    macs: int
+    megabytes: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages, channel groups of the model as built, and what the recipe's ratio would leave.
+
+    `expectations`: the recipe's ratio first, then a few others for comparison. `megabytes`: of the dense parameters.
+    """
+
+    steps: list[Step]
+    analysis: Analysis
+    removed: Removed
+    expected: Size
+    expectations: tuple[Expectation, ...]
+    megabytes: float
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer's width before and after, in dataflow order."""
+        return layers(self.analysis, self.removed)
+
+    def svg(self, title: str) -> str:
+        """The network as a drawing, widths before and after."""
+        first = self.expectations[0]
+        return widths_svg(
+            self.layers,
+            title,
+            f"at ratio {first.ratio:g}: parameters {self.analysis.params:,} → {first.params:,}, "
+            f"MACs {self.analysis.macs:,} → {first.macs:,}",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for machines."""
+        return {
+            "stages": [asdict(step) for step in self.steps],
+            "params": self.analysis.params,
+            "macs": self.analysis.macs,
+            "megabytes": self.megabytes,
+            "removable_share": self.analysis.removable_share,
+            "removable_macs_share": self.analysis.removable_macs_share,
+            "expected_params": self.expected.params,
+            "expected_macs": self.expected.macs,
+            "expected": [asdict(e) for e in self.expectations],
+            "clusters": [
+                {
+                    "name": c.name,
+                    "kind": c.kind,
+                    "width": c.size,
+                    "kept": c.size - int(self.removed[c.name].sum()),
+                    "unit": c.unit,
+                    "ties": sorted({f"{name}[{dim}]" for name, dim in c.labels}),
+                }
+                for c in self.analysis.clusters
+            ],
+            "layers": [asdict(layer) for layer in self.layers],
+            "blocked": [asdict(block) for block in self.analysis.blocked],
+        }
+
+
+def plan(config: Config) -> Plan:
+    """Analyse the model as it is built (weights decide which channels go, not how many). Nothing is written."""
+    source, _ = runner.sources(config.model, None, config)
+    model = source.build()
+    analysis = analyse(capture(model, models.example(source)), s1_prune.policy_of(config.prune.groups))
+    state, maskable = model.state_dict(), masks.maskable(model)
+    elements = sum(p.numel() for p in model.parameters())
+    width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(1, elements)  # bytes of one parameter
+
+    def at(ratio: float) -> tuple[Removed, Size]:
+        section = config.prune.model_copy(update={"ratio": ratio})
+        removed = s1_prune.choose_groups(analysis, state, section, ratio, maskable)
+        return removed, analysis.estimate(removed)
+
+    removed, expected = at(config.prune.ratio)
+    others = [(ratio, at(ratio)[1]) for ratio in RATIOS if ratio != config.prune.ratio]
+    return Plan(
+        steps=runner.plan(config.model, None, config),
+        analysis=analysis,
+        removed=removed,
+        expected=expected,
+        expectations=tuple(
+            Expectation(ratio, size.params, size.macs, size.params * width / 1e6)
+            for ratio, size in [(config.prune.ratio, expected), *others]
+        ),
+        megabytes=analysis.params * width / 1e6,
+    )
+
+
+# -- for people ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """Clusters that differ in their place only: `name` with the places in braces, how many, and one of them.
+
+    `ties`: modules whose parameters go along, written the same way; `kept`: groups that stay in each.
+    """
+
+    name: str
+    count: int
+    cluster: Cluster
+    kept: int
+    ties: str
+
+
+def outline(made: Plan) -> dict[str, list[Line]]:
+    """Top module -> lines, in the model's order: what repeats from block to block is said once."""
+    alike: dict[tuple[Any, ...], list[Cluster]] = {}
+    for cluster in made.analysis.clusters:
+        kept = cluster.size - int(made.removed[cluster.name].sum())
+        alike.setdefault((_pattern(cluster.name), cluster.kind, cluster.size, kept, cluster.unit), []).append(cluster)
+    found: dict[str, list[Line]] = {}
+    for (_, _, _, kept, _), clusters in alike.items():
+        by_name = {c.name: c for c in clusters}
+        for name, members in together(list(by_name)):
+            tied = {_owner(n) for m in members for n, _ in by_name[m].labels} - {m.partition("@")[0] for m in members}
+            top, dot, _ = name.partition(".")
+            line = Line(name, len(members), by_name[members[0]], kept, _joined(tied))
+            found.setdefault(top if dot else "", []).append(line)
+    return found
+
+
+def kept_whole(blocked: Sequence[Blocked]) -> list[tuple[str, str, int, int]]:
+    """(operator and reason, one of the nodes, number of nodes, parameters), the most parameters first."""
+    merged: dict[str, list[Blocked]] = {}
+    for block in blocked:
+        merged.setdefault(f"{block.op}: {block.reason}", []).append(block)
+    rows = [(what, found[0].node, len(found), sum(b.params for b in found)) for what, found in merged.items()]
+    return sorted(rows, key=lambda row: -row[3])
+
+
+def together(names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Names of one pattern in as few lines as say exactly these: a.0.b, a.1.b, a.2.b -> a.{0-2}.b, each with its names.
+
+    Where the numbers do not make a full grid (block 1 has 6 layers, block 2 has 12) there is one line per first number.
+    """
+    split = {name: re.split(r"(\d+)", name) for name in names}
+    columns = [sorted(set(column), key=lambda part: (len(part), part)) for column in zip(*split.values(), strict=True)]
+    if math.prod(len(column) for column in columns) == len(names):
+        spelt = (c[0] if len(c) == 1 else "{" + _ranges([int(n) for n in c]) + "}" for c in columns)
+        return [("".join(spelt), list(names))]
+    first = next(at for at, column in enumerate(columns) if len(column) > 1)
+    return [
+        line for part in columns[first] for line in together([name for name in names if split[name][first] == part])
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), key=lambda item: item[1] - item[0])]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def _joined(names: Iterable[str], shown: int = 4) -> str:
+    """Names, those of one pattern together, at most `shown` of them."""
+    patterns: dict[str, list[str]] = {}
+    for name in sorted(names):
+        patterns.setdefault(_pattern(name), []).append(name)
+    parts = [line for found in patterns.values() for line, _ in together(found)]
+    return ", ".join(parts[:shown]) + (f" and {len(parts) - shown} more" if len(parts) > shown else "")
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0] or name

@@ -1,0 +1,148 @@
+"""Which channels of a stored version went, and why, for a person who asks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pipeline.artifacts import Pruned
+from pipeline.channels import Ledger
+from pipeline.errors import StoreError, UserError, nearest
+from pipeline.release import manifest, store
+from pipeline.runner import stage_name
+from pipeline.stages import s1_prune, s4_shrink
+
+SHOWN = 24  # indices written out before a range is cut short
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The ledger of a version, and what pruning chose.
+
+    `chosen`: cluster -> groups. `blocked`: what could not go at all, with operator and reason.
+    """
+
+    ledger: Ledger
+    pruned: Pruned
+    chosen: Mapping[str, Sequence[int]]
+    blocked: Sequence[Mapping[str, Any]]
+
+    def why(self, layer: str) -> dict[str, Any]:
+        """As plain values: what went from `layer`, by which cluster and whose choice; what stayed, and why.
+
+        Raises UserError, with the nearest names, if the model has no such layer or tensor.
+        """
+        if layer not in self.names:
+            raise UserError(f"The model has no layer '{layer}'.", nearest(layer, self.names) or "Leave LAYER out.")
+        found = self.ledger.why(layer)
+        for cluster, groups in found["groups"].items():
+            by_choice = sorted(set(groups) & set(self.chosen.get(cluster, ())))
+            found.setdefault("cause", {})[cluster] = {
+                "chosen by pruning": by_choice,
+                "dead in the weights": sorted(set(groups) - set(by_choice)),
+            }
+        return {"layer": layer, "shapes": self._shapes(layer), **{"cause": {}}, **found}
+
+    @property
+    def names(self) -> list[str]:
+        """Layers and tensors that can be asked for."""
+        return sorted({n for tensor in self.ledger.shapes for n in (tensor, tensor.rpartition(".")[0]) if n})
+
+    def _shapes(self, layer: str) -> dict[str, dict[str, list[int]]]:
+        """Tensor -> shape before and after."""
+        return {
+            name: {
+                "before": list(shape),
+                "after": [len(self.ledger.kept.get(name, {}).get(d, range(n))) for d, n in enumerate(shape)],
+            }
+            for name, shape in self.ledger.shapes.items()
+            if name == layer or name.rpartition(".")[0] == layer
+        }
+
+    def overview(self) -> list[dict[str, Any]]:
+        """One row per layer that has a matrix."""
+        rows = []
+        for name in sorted({t.rpartition(".")[0] for t in self.ledger.shapes if t.endswith(".weight")}):
+            shape = self.ledger.shapes[f"{name}.weight"]
+            if len(shape) < 2:
+                continue
+            kept = self.ledger.kept.get(f"{name}.weight", {})
+            asked = self.ledger.why(name)
+            rows.append(
+                {
+                    "layer": name,
+                    "outputs gone": f"{shape[0] - len(kept.get(0, range(shape[0])))} of {shape[0]}",
+                    "inputs gone": f"{shape[1] - len(kept.get(1, range(shape[1])))} of {shape[1]}",
+                    "folded": len(asked["folded"]),
+                    "refused": sum(len(r["groups"]) for r in asked["refused"]),
+                }
+            )
+        return rows
+
+    def sentences(self, layer: str) -> list[str]:
+        """`why` in words."""
+        found = self.why(layer)
+        lines = [f"{layer}: " + ", ".join(f"{n} {s['before']} -> {s['after']}" for n, s in found["shapes"].items())]
+        for place, indices in found["removed"].items():
+            lines.append(f"  {place} lost {len(indices)}: {spans(indices)}")
+        for cluster, cause in found["cause"].items():
+            chosen, dead = cause["chosen by pruning"], cause["dead in the weights"]
+            if chosen:
+                method = f"{self.pruned.method} pruning took the groups with the lowest norms"
+                lines.append(f"  cluster {cluster}: {method}: {spans(chosen)}")
+            if dead:
+                lines.append(f"  cluster {cluster}: dead in the weights without being chosen: {spans(dead)}")
+        for fold in found["folded"]:
+            told = "; ".join(
+                f"{cluster} " + ", ".join(f"{group} = {number:.4g}" for group, number in list(groups.items())[:SHOWN])
+                for cluster, groups in fold["constants"].items()
+            )
+            made = " (made for it)" if fold["created"] else ""
+            lines.append(f"  constants went into {fold['parameter']}{made} at {fold['op']} {fold['node']}: {told}")
+        for refusal in found["refused"]:
+            at = f"{refusal['op']} at {refusal['node']}"
+            lines.append(f"  {spans(refusal['groups'])} of {refusal['cluster']} stayed: {at}: {refusal['reason']}")
+        for cluster, groups in found["spared"].items():
+            lines.append(f"  {spans(groups)} of {cluster} stayed: without them a tensor would be empty")
+        if not found["removed"]:
+            lines.append("  Nothing went. What stays in this model, and why:")
+            lines += [f"    {b['op']} at {b['node']}: {b['reason']} ({b['params']:,} parameters)" for b in self.blocked]
+        elif not found["groups"]:
+            lines.append("  These indices live with other layers' channels: its inputs are their outputs.")
+        return lines
+
+
+def read(version: Path) -> Removal:
+    """The removal of a stored version, its files checked against the manifest. Raises StoreError where they differ."""
+    made = manifest.read(version)
+    sealed = {f"{record.stage}/{name}": file.sha256 for record in made.stages for name, file in record.files.items()}
+
+    def text(stage: ModuleType, name: str) -> str:
+        place = f"{stage_name(stage)}/{name}"
+        file = version / place
+        if not file.is_file() or store.sha256(file) != sealed.get(place):
+            raise StoreError(f"{file} is not what was sealed.", "Run `leanort verify` on the version.")
+        return file.read_text(encoding="utf-8")
+
+    return Removal(
+        ledger=Ledger.from_json(text(s4_shrink, "ledger.json")),
+        pruned=Pruned.load(version / stage_name(s1_prune)),
+        chosen=json.loads(text(s1_prune, "removed.json")),
+        blocked=json.loads(text(s4_shrink, "blocked.json")),
+    )
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Sorted numbers, runs of them as ranges, cut short where there are many."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    words = [f"{a}" if a == b else f"{a}-{b}" for a, b in runs]
+    return ", ".join(words[:SHOWN]) + (f" and {len(words) - SHOWN} more" if len(words) > SHOWN else "")

@@ -1,0 +1,1 @@
+"""Versions on disk: storing, sealing and checking them, moving the current one, packing one for a device."""

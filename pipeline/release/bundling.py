@@ -1,0 +1,126 @@
+"""The bundle of a version: what ships, with golden answers of the shrunk program, beside the stages' folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from exporters import Bundle, InputNote, Variant, bundle, describe
+from pipeline.artifacts import Candidate, Exported, Optimized, Shrunk, Validated
+from pipeline.data.parts import Data
+from pipeline.errors import VersionError
+from pipeline.models import ModelSource, example
+from pipeline.release import manifest
+from validators import OrtRunner, TorchRunner, random_feeds
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+FOLDER = "bundle"
+GOLDEN = 8
+# Another CPU, or another onnxruntime, sums in another order: ten times the parity that was asked for here.
+ELSEWHERE = 10.0
+# Reduced precision may be this much further from the golden outputs than it was where it was built.
+REDUCED = 1.5
+# Where it was no further at all, float32 rounding remains.
+ROUNDING = 1e-4
+
+
+def write(
+    folder: Path,
+    source: ModelSource,
+    data: Data,
+    shrunk: Shrunk,
+    exported: Exported,
+    optimized: Optimized,
+    validated: Validated,
+) -> Bundle:
+    """Bundle the shipped file and every other proven candidate that was kept, in the new `folder`.
+
+    The golden inputs are real test samples, the golden outputs the shrunk program's. Raises ExportError when a variant
+    fails the self-test.
+    """
+    summary = describe(exported.onnx)
+    names = [spec.name for spec in summary.inputs]
+    program = TorchRunner(
+        shrunk.program(),
+        example=example(source),
+        threads=torch.get_num_threads(),
+        input_names=names,
+        output_names=[spec.name for spec in summary.outputs],
+        name="shrunk",
+    )
+    inputs = random_feeds(program.inputs, seed=0, batches=(GOLDEN,))[0].arrays
+    golden = {**inputs, names[0]: data.sample("test", GOLDEN).numpy()}
+    answers = program.infer(golden)
+    measured = {
+        "accuracy": validated.accuracy,
+        "dense_accuracy": validated.dense_accuracy,
+        "latency_ratio": validated.latency_ratio,
+    }
+    shipped = optimized.winner
+    others = [row for row in optimized.candidates if row.outcome == "passed" and row.file and row is not shipped]
+    return bundle(
+        [_variant(optimized.folder, row, golden, answers, validated.threads) for row in (shipped, *others)],
+        folder,
+        golden_inputs=golden,
+        golden_outputs=answers,
+        inputs=list(_notes(program, names[0], data)),
+        labels=data.labels,
+        threads=validated.threads,
+        metadata={
+            **summary.metadata,
+            "leanort.model": source.spec,
+            "leanort.version": manifest.project_version(),
+            "leanort.ships": shipped.name,
+            **{name: f"{value:.6f}" for name, value in measured.items() if value is not None},
+        },
+    )
+
+
+def _variant(
+    folder: Path, row: Candidate, golden: dict[str, Array], answers: dict[str, Array], threads: int
+) -> Variant:
+    timed = next((t for t in row.latencies if t.batch_size == 1 and t.threads == threads), None)
+    tolerance = ELSEWHERE * row.allowed
+    if row.budget == "accuracy":
+        found = OrtRunner(folder / row.file, threads=1, session=row.session).infer(golden)
+        errors = (
+            float(np.abs(found[name] - wanted).max()) / max(1.0, float(np.abs(wanted).max()))
+            for name, wanted in answers.items()
+        )
+        tolerance = max(ROUNDING, REDUCED * max(errors))
+    return Variant(
+        name=row.name,
+        path=folder / row.file,
+        portable=row.portable,
+        isa=row.isa,
+        session=row.session,
+        tolerance=tolerance,
+        latency_ms=timed.median_ms if timed else None,
+    )
+
+
+def _notes(program: TorchRunner, image: str, data: Data) -> Iterable[InputNote]:
+    for spec in program.inputs:
+        mine = spec.name == image
+        yield InputNote(
+            name=spec.name,
+            shape=spec.shape,
+            dtype=spec.dtype,
+            mean=data.mean if mine else (),
+            std=data.std if mine else (),
+        )
+
+
+def of(version: Path) -> Path:
+    """The bundle inside a version folder. Raises VersionError where its gate did not pass, so that there is none."""
+    folder = version / FOLDER
+    if not folder.is_dir():
+        raise VersionError(
+            f"{version} has no bundle, since it did not pass its gate.", f"See {version / 'report.html'}."
+        )
+    return folder

@@ -1,0 +1,1 @@
+"""Words, figures, tables and drawings for people."""

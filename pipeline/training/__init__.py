@@ -1,0 +1,1 @@
+"""Training and recovery with masks held."""

@@ -1,0 +1,534 @@
+"""Data sets: parts that never overlap, the same batches by seed, and the errors a user can make."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+
+from pipeline.data import parts as data
+from pipeline.errors import DataError
+
+
+def hashes(found: data.Data, part: data.Part) -> set[bytes]:
+    images = torch.cat([x for x, _ in found.batches(part)])
+    return {hashlib.sha256(one.numpy().tobytes()).digest() for one in images}
+
+
+def sizes(found: data.Data) -> tuple[int, int, int]:
+    return len(found.train), len(found.calibration), len(found.test)
+
+
+def arrays(count: int = 60, classes: int = 3, shape: tuple[int, ...] = (1, 6, 6), seed: int = 0):
+    generator = np.random.default_rng(seed)
+    return generator.random((count, *shape), dtype=np.float32), np.arange(count) % classes
+
+
+def folder(path: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 12, seed: int = 0) -> Path:
+    generator = np.random.default_rng(seed)
+    for name in classes:
+        (path / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path / name / f"{i}.png")
+    return path
+
+
+class Own(Dataset):
+    """Random transforms, as a training set has them."""
+
+    classes = ("a", "b")
+
+    def __init__(self, count: int = 40, start: int = 0) -> None:
+        self.count, self.start = count, start
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        image = torch.full((3, 4, 4), float(index + self.start)) + torch.rand(1)
+        return image, index % 2
+
+
+# ── digits ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_digits_are_cut_once_and_for_all():
+    found = data.load("digits")
+    assert sizes(found) == (1293, 144, 360)
+    assert (found.classes, found.input_size) == (10, (3, 32, 32))
+    assert found.fingerprint == data.load("digits", seed=5).fingerprint
+    every = [hashes(found, part) for part in data.PARTS]
+    assert len(set.union(*every)) == sum(map(len, every)) == 1797
+    assert torch.bincount(found.test.labels).min() >= 35
+
+
+def test_batches_are_normalised_and_have_the_asked_for_size():
+    found = data.load("digits", input_size=(1, 16, 20))
+    batches = list(found.batches("train", 100))
+    images = torch.cat([x for x, _ in batches])
+    assert images.shape == (1293, 1, 16, 20)
+    assert images.dtype == torch.float32
+    assert abs(float(images.mean())) < 0.02
+    assert abs(float(images.std()) - 1) < 0.2
+    assert [len(y) for _, y in batches] == [100] * 12 + [93]
+    assert data.load("digits", input_size=(1, 16, 20)).fingerprint != data.load("digits").fingerprint
+
+
+def test_order_and_augmentation_follow_the_seed_and_leave_the_global_generator_alone():
+    found = data.load("digits")
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+
+    def first(seed: int, **options) -> torch.Tensor:
+        return next(found.batches("train", 32, True, seed, **options))[0]
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+    assert torch.equal(first(1, augment=True), first(1, augment=True))
+    assert not torch.equal(first(1, augment=True), first(1))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_shuffling_pairs_each_image_with_its_own_label():
+    found = data.load("digits")
+    plain = {
+        bytes(x.numpy().tobytes()): int(y) for xs, ys in found.batches("train") for x, y in zip(xs, ys, strict=True)
+    }
+    shuffled = [
+        (bytes(x.numpy().tobytes()), int(y))
+        for xs, ys in found.batches("train", 64, True, 3)
+        for x, y in zip(xs, ys, strict=True)
+    ]
+    assert len(shuffled) == 1293
+    assert all(plain[x] == y for x, y in shuffled)
+    assert [y for _, y in shuffled] != list(plain.values())
+
+
+def test_drop_last_leaves_out_the_short_batch_only():
+    found = data.load("digits")
+    assert [len(y) for _, y in found.batches("test", 100, drop_last=True)] == [100, 100, 100]
+    assert [len(y) for _, y in found.batches("test", 500, drop_last=True)] == [360]
+
+
+def test_a_sample_is_spread_over_the_part():
+    found = data.load("digits")
+    assert found.sample("calibration", 8).shape == (8, 3, 32, 32)
+    assert torch.equal(found.sample("test", 2)[1], torch.cat([x for x, _ in found.batches("test")])[-1])
+    assert len(found.sample("test", 10_000)) == 360
+
+
+def test_augmentation_of_nothing_changes_nothing_and_a_shift_shifts():
+    images = torch.rand(2, 1, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    still = data.Augmentation(degrees=0, shift=0, scale=0)(images, generator)
+    assert torch.allclose(still, images, atol=1e-5)
+    moved = data.Augmentation(degrees=0, shift=0.5, scale=0, padding="zeros")(torch.ones(64, 1, 8, 8), generator)
+    share = moved.mean((1, 2, 3))
+    assert 0.25 <= float(share.min()) < 0.6
+    assert float(share.max()) > 0.8
+
+
+# ── npz ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((6, 6), (1, 6, 6)), ((1, 6, 6), (1, 6, 6)), ((3, 6, 8), (3, 6, 8)), ((6, 8, 3), (3, 6, 8))]
+)
+def test_arrays_in_one_piece_are_cut_in_three(tmp_path, shape, size):
+    x, y = arrays(60, 3, shape)
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    found = data.load(f"npz:{tmp_path / 'a.npz'}")
+    assert sizes(found) == (43, 5, 12)
+    assert found.input_size == size
+    assert torch.bincount(found.test.labels).tolist() == [4, 4, 4]
+    every = [hashes(found, part) for part in data.PARTS]
+    assert len(set.union(*every)) == 60
+    images = torch.cat([one for one, _ in found.batches("train")])
+    assert images.mean((0, 2, 3)).abs().max() < 1e-5
+    assert (images.std((0, 2, 3)) - 1).abs().max() < 1e-5
+
+
+def test_the_cut_follows_the_seed(tmp_path):
+    x, y = arrays()
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    spec = f"npz:{tmp_path / 'a.npz'}"
+    assert data.load(spec).fingerprint == data.load(spec).fingerprint
+    assert hashes(data.load(spec), "test") != hashes(data.load(spec, seed=1), "test")
+
+
+def test_parts_given_in_the_file_are_kept(tmp_path):
+    (x, y), (tx, ty) = arrays(40, 2, seed=1), arrays(10, 2, seed=2)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=tx, y_test=ty)
+    found = data.load(f"npz:{tmp_path / 'a.npz'}")
+    assert sizes(found) == (36, 4, 10)
+    assert found.test.labels.tolist() == ty.tolist()
+
+
+def test_bytes_are_scaled_and_one_channel_is_repeated(tmp_path):
+    x, y = arrays()
+    np.savez(tmp_path / "a.npz", x=(x * 255).astype(np.uint8), y=y, labels=np.array(["ant", "bee", "cow"]))
+    found = data.load(f"npz:{tmp_path / 'a.npz'}", input_size=(3, 12, 12))
+    images, _ = next(found.batches("train"))
+    assert images.shape[1:] == (3, 12, 12)
+    assert torch.equal(images[:, 0], images[:, 2])
+    assert 0 < found.mean[0] < 1
+    assert found.labels == ("ant", "bee", "cow")
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    x, y = arrays()
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    first = data.load(f"npz:{tmp_path / 'a.npz'}").fingerprint
+    (tmp_path / "moved").mkdir()
+    np.savez(tmp_path / "moved" / "b.npz", x=x, y=y)
+    assert data.load(f"npz:{tmp_path / 'moved' / 'b.npz'}").fingerprint == first
+    x[7, 0, 0, 0] += 1
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    assert data.load(f"npz:{tmp_path / 'a.npz'}").fingerprint != first
+    x[7, 0, 0, 0] -= 1
+    y[7] = (y[7] + 1) % 3
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    assert data.load(f"npz:{tmp_path / 'a.npz'}").fingerprint != first
+
+
+def bad(x=None, y=None):
+    good_x, good_y = arrays()
+    return {"x": good_x if x is None else x, "y": good_y if y is None else y}
+
+
+def with_nan() -> np.ndarray:
+    x, _ = arrays()
+    x[3, 0, 1, 1] = np.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (bad(x=with_nan()), "NaN or infinity in 1 samples"),
+        (bad(y=np.zeros(60, dtype=int)), "single class"),
+        (bad(y=np.arange(60) % 3 - 1), "label -1, outside"),
+        (bad(y=np.where(np.arange(60) % 2, 0, 40)), "nothing to train on for 39 of 41 classes"),
+        (bad(y=np.linspace(0, 2, 60)), "not class numbers"),
+        (bad(y=np.full(60, np.nan)), "not class numbers"),
+        (bad(y=np.array(["a"] * 60)), "not class numbers"),
+        (bad(y=np.arange(59) % 3), "60 images, but y has the shape"),
+        (bad(x=np.zeros((60, 9), dtype=np.float32)), r"x has the shape \(60, 9\)"),
+        (bad(x=np.array(["a"] * 60)), "not numbers"),
+        (bad(x=np.zeros((0, 1, 6, 6), dtype=np.float32), y=np.zeros(0, dtype=int)), "is empty"),
+        ({"images": arrays()[0]}, "holds images, but not x and y"),
+        ({"x": np.array([object()] * 3), "y": np.arange(3)}, "cannot be read"),
+        ({**bad(), "labels": np.array(["a", "b"])}, r"label 2, outside 0\.\.1"),
+    ],
+)
+def test_bad_arrays_are_one_line_with_what_to_do(tmp_path, content, says):
+    np.savez(tmp_path / "a.npz", **content)
+    with pytest.raises(DataError, match=says) as caught:
+        data.load(f"npz:{tmp_path / 'a.npz'}")
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
+
+
+def test_missing_and_damaged_files_say_so(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        data.load(f"npz:{tmp_path / 'a.npz'}")
+    (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(DataError, match="cannot be read"):
+        data.load(f"npz:{tmp_path / 'a.npz'}")
+    (tmp_path / "b.npz").write_bytes(b"")
+    with pytest.raises(DataError, match="cannot be read"):
+        data.load(f"npz:{tmp_path / 'b.npz'}")
+
+
+def test_three_channels_cannot_become_one(tmp_path):
+    x, y = arrays(shape=(3, 6, 6))
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    with pytest.raises(DataError, match="3 channels, which cannot become 1"):
+        data.load(f"npz:{tmp_path / 'a.npz'}", input_size=(1, 6, 6))
+
+
+def test_a_sample_in_two_parts_stays_in_the_later_one_only(tmp_path):
+    (x, y), (tx, ty) = arrays(40, 2, seed=1), arrays(10, 2, seed=2)
+    x[:4] = tx[:4]
+    found = data.load({"train": (x, y), "test": (tx, ty), "calibration": arrays(6, 2, seed=3)})
+    assert sizes(found) == (36, 6, 10)
+    assert found.notes == ("4 of the train samples also occur in test or calibration; left out of train.",)
+    assert hashes(found, "train").isdisjoint(hashes(found, "test"))
+    assert not torch.isin(
+        torch.cat([one for one, _ in found.batches("train")]).sum((1, 2, 3)),
+        torch.cat([one for one, _ in found.batches("test")]).sum((1, 2, 3)),
+    ).any()
+
+
+def test_the_same_data_for_training_and_test_is_refused():
+    x, y = arrays()
+    with pytest.raises(DataError, match="every train sample is also in"):
+        data.load({"train": (x, y), "test": (x.copy(), y), "calibration": arrays(6, 3, seed=3)})
+    same = TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
+    with pytest.raises(DataError, match="same data for training and test"):
+        data.load((same, same))
+
+
+# ── image folders ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_folder_per_class_is_cut_in_three(tmp_path):
+    found = data.load(f"imagefolder:{folder(tmp_path / 'pets')}", input_size=(3, 16, 16))
+    assert found.labels == ("cat", "dog")
+    assert sizes(found) == (17, 2, 5)
+    every = [hashes(found, part) for part in data.PARTS]
+    assert len(set.union(*every)) == 24
+    images, labels = next(found.batches("train", 8, True, 1, augment=True))
+    assert images.shape == (8, 3, 16, 16)
+    assert labels.dtype == torch.int64
+
+
+def test_images_are_covered_not_squeezed(tmp_path):
+    for name, shade in (("dark", 0), ("light", 255)):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            picture = Image.new("RGB", (90, 30), (shade, i, 0))
+            picture.paste((0, 0, 255), (0, 0, 30, 30))
+            picture.paste((0, 0, 255), (60, 0, 90, 30))
+            picture.save(tmp_path / name / f"{i}.png")
+    found = data.load(f"imagefolder:{tmp_path}", input_size=(3, 30, 30))
+    images, labels = next(found.batches("test"))
+    blue = images[:, 2] * found.std[2] + found.mean[2]
+    red = images[:, 0] * found.std[0] + found.mean[0]
+    assert float(blue.max()) < 0.01  # the blue sides are cut away
+    assert torch.allclose(red.mean((1, 2)), labels.float(), atol=1e-5)
+
+
+def test_train_and_test_folders_are_kept_and_workers_read_the_same(tmp_path):
+    folder(tmp_path / "train")
+    folder(tmp_path / "val", count=4, seed=1)
+    found = data.load(f"imagefolder:{tmp_path}", input_size=(3, 16, 16))
+    assert sizes(found) == (22, 2, 8)
+    assert found.test.labels.tolist() == [0] * 4 + [1] * 4
+    files = data._image_files(tmp_path / "val")[1]
+    split = data._listed(data._ImageFiles(files, (3, 16, 16)), found.test.labels, workers=1)
+    by_worker = torch.cat(list(split.stream([[0, 1, 2], [3, 4, 5], [6, 7]])))
+    assert torch.equal(by_worker, torch.cat(list(found.test.stream([list(range(8))]))))
+
+
+def test_both_val_and_test_folders_give_calibration_and_test(tmp_path):
+    for seed, (part, count) in enumerate({"train": 12, "val": 4, "test": 3}.items()):
+        folder(tmp_path / part, count=count, seed=seed)
+    assert sizes(data.load(f"imagefolder:{tmp_path}", input_size=(3, 16, 16))) == (24, 8, 6)
+
+
+def test_the_same_image_in_two_folders_is_left_out_of_training(tmp_path):
+    folder(tmp_path / "train")
+    folder(tmp_path / "test", count=4, seed=1)
+    (tmp_path / "test" / "cat" / "copy.png").write_bytes((tmp_path / "train" / "cat" / "3.png").read_bytes())
+    found = data.load(f"imagefolder:{tmp_path}", input_size=(3, 16, 16))
+    assert sum(sizes(found)) == 24 + 9 - 1
+    assert hashes(found, "train").isdisjoint(hashes(found, "test"))
+
+
+def test_a_new_picture_changes_the_fingerprint(tmp_path):
+    spec = f"imagefolder:{folder(tmp_path)}"
+    first = data.load(spec).fingerprint
+    assert data.load(spec).fingerprint == first
+    Image.new("RGB", (20, 20)).save(tmp_path / "cat" / "3.png")
+    assert data.load(spec).fingerprint != first
+
+
+def test_bad_folders_say_so(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        data.load(f"imagefolder:{tmp_path / 'nowhere'}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="class folder"):
+        data.load(f"imagefolder:{tmp_path / 'empty'}")
+    with pytest.raises(DataError, match="single class"):
+        data.load(f"imagefolder:{folder(tmp_path / 'one', ('cat',))}")
+    (folder(tmp_path / "text") / "cat" / "2.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"2\.png is not a readable image"):
+        data.load(f"imagefolder:{tmp_path / 'text'}")
+    folder(tmp_path / "parts" / "train")
+    folder(tmp_path / "parts" / "val", ("cat", "cow"), seed=1)
+    with pytest.raises(DataError, match=r"has classes that .* has not: cow"):
+        data.load(f"imagefolder:{tmp_path / 'parts'}")
+    with pytest.raises(DataError, match="cannot be cut"):
+        data.load(f"imagefolder:{folder(tmp_path / 'few', count=1)}")
+
+
+def test_a_picture_that_breaks_later_is_named(tmp_path):
+    found = data.load(f"imagefolder:{folder(tmp_path)}")
+    for file in tmp_path.rglob("*.png"):
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"\.png is not a readable image"):
+        list(found.batches("train"))
+
+
+# ── objects ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_arrays_data_sets_and_loaders_are_the_same_data():
+    (x, y), (tx, ty) = arrays(40, 2, seed=1), arrays(10, 2, seed=2)
+    train, test = (TensorDataset(torch.from_numpy(a), torch.from_numpy(b)) for a, b in ((x, y), (tx, ty)))
+    forms = [
+        data.load({"train": train, "test": test}),
+        data.load((train, test)),
+        data.load({"train": DataLoader(train, 7, shuffle=True), "test": DataLoader(test, 3)}),
+        data.load({"train": train, "test": (tx, ty)}),
+    ]
+    assert len({form.fingerprint for form in forms}) == 1
+    assert all(sizes(form) == (36, 4, 10) for form in forms)
+    assert all(form.mean == (0.0,) for form in forms)  # what own code returns is what the model gets
+    images, labels = next(forms[2].batches("test"))
+    assert torch.equal(images, torch.from_numpy(tx))
+    assert labels.tolist() == ty.tolist()
+
+
+def test_reading_samples_leaves_the_global_generator_alone():
+    x, y = arrays(40, 2)
+    found = data.load(TensorDataset(torch.from_numpy(x), torch.from_numpy(y)))
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    list(found.batches("train", 8, True, 1))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_three_parts_and_a_single_one_are_taken():
+    parts = tuple(Own(count, start) for count, start in ((20, 0), (10, 100), (6, 200)))
+    found = data.load(parts)
+    assert sizes(found) == (20, 6, 10)
+    assert found.labels == ("a", "b")
+    assert sizes(data.load(Own(50))) == (36, 4, 10)
+    assert sizes(data.load({"train": Own(20), "val": Own(10, 100)})) == (18, 2, 10)
+
+
+def test_random_transforms_do_not_change_the_fingerprint():
+    assert data.load(Own()).fingerprint == data.load(Own()).fingerprint
+    assert data.load(Own()).fingerprint != data.load(Own(start=1)).fingerprint
+
+
+def test_samplers_that_cut_one_data_set_are_respected():
+    whole = Own(40)
+    loaders = [
+        DataLoader(whole, 4, sampler=SubsetRandomSampler(range(start, stop))) for start, stop in ((0, 30), (30, 40))
+    ]
+    found = data.load(loaders)
+    assert sizes(found) == (27, 3, 10)
+    assert float(next(found.batches("test"))[0].min()) >= 30
+    subsets = data.load((Subset(whole, range(30)), Subset(whole, range(30, 40))))
+    assert sizes(subsets) == (27, 3, 10)
+
+
+def test_a_loaded_data_set_passes_through():
+    found = data.load("digits")
+    assert data.load(found) is found
+
+
+FILE = """
+import torch
+from torch.utils.data import TensorDataset
+
+def make(input_size=None, seed=0):
+    x = torch.rand(40, 3, 6, 6)
+    return TensorDataset(x, torch.arange(40) % 4)
+
+def broken():
+    raise KeyError("gone")
+
+def nothing():
+    return None
+"""
+
+
+def test_a_callable_in_a_file_gives_data(tmp_path):
+    (tmp_path / "mine.py").write_text(FILE)
+    found = data.load(f"{tmp_path / 'mine.py'}:make")
+    assert found.classes == 4
+    assert found.fingerprint == data.load(f"{tmp_path / 'mine.py'}:make").fingerprint
+    with pytest.raises(DataError, match=r"KeyError: 'gone' \(mine.py, line 10\)"):
+        data.load(f"{tmp_path / 'mine.py'}:broken")
+    with pytest.raises(DataError, match="NoneType has no length"):
+        data.load(f"{tmp_path / 'mine.py'}:nothing")
+    with pytest.raises(DataError, match="Did you mean make"):
+        data.load(f"{tmp_path / 'mine.py'}:mak")
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(1, 2, 2), 0
+
+
+class Ragged(Own):
+    def __getitem__(self, index: int):
+        return torch.zeros(3, 4, 4 + index % 2), index % 2
+
+
+class Broken(Own):
+    def __getitem__(self, index: int):
+        return torch.full((3, 4, 4), float("nan") if index == 9 else 0.5), index % 2
+
+
+class Flat(Own):
+    def __getitem__(self, index: int):
+        return torch.zeros(7), index % 2
+
+
+class Words(Own):
+    def __getitem__(self, index: int):
+        return torch.rand(3, 4, 4), "cat"
+
+
+class Alone(Own):
+    def __getitem__(self, index: int):
+        return torch.rand(3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("digit", "Did you mean digits"),
+        ("mnist", "Give digits, imagefolder:PATH"),
+        ("imagefoldr:x", "Did you mean imagefolder"),
+        ("nowhere:make", "no Python module named 'nowhere'"),
+        (3, "int has no length"),
+        ([Own(), Stream()], "Stream has no length"),
+        ({"train": Own(), "tset": Own()}, "Did you mean test"),
+        ({"test": Own()}, "no training part"),
+        (Ragged(), r"sample 1 has the shape \(3, 4, 5\)"),
+        (Broken(), "NaN or infinity"),
+        (Flat(), "not an image"),
+        (Words(), "'cat' is no class number"),
+        (Alone(), "no pair"),
+        (Own(0), "is empty"),
+        ((Own(), Own(0)), "is empty"),
+        ({"train": Own(), "test": TensorDataset(torch.rand(4, 1, 4, 4), torch.zeros(4))}, "different shapes"),
+        (
+            {"train": Own(), "test": TensorDataset(torch.rand(4, 3, 4, 4), torch.full((4,), 7))},
+            r"label 7, outside 0\.\.1",
+        ),
+    ],
+)
+def test_bad_objects_are_one_line_with_what_to_do(content, says):
+    with pytest.raises(DataError, match=says) as caught:
+        data.load(content)
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
+
+
+def test_only_some_samples_of_a_very_large_set_are_read_first(monkeypatch):
+    monkeypatch.setattr(data, "SCANNED", 10)
+    read = []
+
+    class Large(Own):
+        targets = tuple(i % 2 for i in range(40))
+
+        def __getitem__(self, index: int):
+            read.append(index)
+            return super().__getitem__(index)
+
+    found = data.load((Large(40), Own(10, 100)))
+    assert len(read) <= 10
+    assert sizes(found) == (36, 4, 10)
+    assert torch.bincount(found.train.labels).tolist() == [18, 18]
