@@ -31,6 +31,8 @@ from typing import Any
 
 import psutil
 
+from foundation.rounding import allowance
+
 KEYS = (
     "model", "status", "reason", "removable_params_share", "params_before", "params_after", "macs_before", "macs_after",
     "max_abs_diff", "output_scale", "control_diff", "ort_max_abs_diff", "capture_s", "analyse_s", "shrink_s", "peak_mb",
@@ -209,7 +211,7 @@ def shrink_one(entry: dict[str, Any], ratio: float, seed: int, onnx: bool, draw:
 
 def verdict(line: dict[str, Any], refusals: Any, expected: Any, onnx: bool) -> tuple[str, str | None]:
     """Exact, or what is missing for it."""
-    tolerance = TOLERANCE * max(1.0, line["output_scale"])
+    tolerance = allowance(TOLERANCE, line["output_scale"])
     if line["control_diff"] is not None and not line["control_diff"] > CONTROL_FACTOR * tolerance:
         return "failed", f"the control differs by {line['control_diff']:.3g} only: the comparison proves nothing"
     if not line["max_abs_diff"] <= tolerance:

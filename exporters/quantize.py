@@ -27,11 +27,12 @@ from pydantic import BaseModel, ConfigDict
 
 from exporters import host
 from exporters.atomic import staged
-from exporters.errors import ExportError, first_line
+from exporters.errors import ExportError
+from exporters.export import ONE_FILE_LIMIT
 from exporters.quiet import quiet
 from exporters.summary import OnnxSummary, describe
-from exporters.to_onnx import ONE_FILE_LIMIT
 from exporters.to_ort import load, session_options
+from foundation.errors import first_line
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Calibration = Literal["minmax", "entropy", "percentile"]

@@ -20,7 +20,7 @@ from pipeline.models import weights
 from pipeline.recipe.config import GroupSwitches
 from pipeline.training import masks
 from pipeline.training.masks import Sparsity
-from validators import Measured, Verdict
+from validators.gates import Measured, Verdict
 
 FIGURES = "artifact.json"
 

@@ -23,19 +23,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from foundation.errors import Explained
 
-class LeanortError(Exception):
+
+class LeanortError(Explained):
     """Base of all deliberate errors: a one-line message, a one-line hint, and the process exit code."""
 
     exit_code = 3
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return f"{self.message} {self.hint}".strip()
 
 
 class UserError(LeanortError):

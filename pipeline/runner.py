@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from torch import nn
 
+from foundation.files import sha256
 from pipeline import models
 from pipeline.artifacts import Artifact, Exported, Optimized, Promoted, Shrunk, Validated
 from pipeline.data import parts as datasets
@@ -364,11 +365,11 @@ def _finish(
             created=datetime.now(UTC),
             model_fingerprint=source.fingerprint,
             data_fingerprint=dataset.fingerprint,
-            recipe=store.sha256(partial / manifest.RECIPE),
+            recipe=sha256(partial / manifest.RECIPE),
             stages=tuple(record for record, _ in done),
             reused={record.stage: origin for record, origin in done if origin not in ("", store.PARTIAL)},
             files={},
-            parents=_parents([record for record, _ in done], dataset, store.sha256(partial / manifest.RECIPE), wires),
+            parents=_parents([record for record, _ in done], dataset, sha256(partial / manifest.RECIPE), wires),
             tools=manifest.tools(),
             host=manifest.host_facts(),
             git=manifest.git_facts(),

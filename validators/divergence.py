@@ -25,7 +25,9 @@ import onnxruntime as ort
 from onnx import helper
 from pydantic import BaseModel, ConfigDict
 
-from validators.errors import ValidationError, first_line
+from foundation.errors import first_line
+from foundation.rounding import allowance
+from validators.errors import ValidationError
 from validators.feeds import Feed
 from validators.runners import Array, run_unoptimized
 
@@ -205,7 +207,7 @@ class _Search:
 
     def _tolerance(self, reference: Array) -> float:
         finite = reference[np.isfinite(reference)]
-        return self.atol * max(1.0, float(np.abs(finite).max()) if finite.size else 0.0)
+        return allowance(self.atol, float(np.abs(finite).max()) if finite.size else 0.0)
 
     def value(self, side: int, name: str) -> Array:
         """One tensor of one graph on the feed."""

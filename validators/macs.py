@@ -16,7 +16,8 @@ from typing import Any
 import onnx
 from onnx import helper, inliner
 
-from validators.errors import ValidationError, first_line
+from foundation.errors import first_line
+from validators.errors import ValidationError
 from validators.feeds import Feed
 from validators.runners import run_unoptimized
 

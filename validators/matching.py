@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from foundation.errors import first_line
+from foundation.rounding import allowance
 from validators.divergence import Divergence, statistics, versions, write_pack
-from validators.errors import ValidationError, first_line
+from validators.errors import ValidationError
 from validators.feeds import Feed
 from validators.runners import Array, run_unoptimized
 
@@ -202,7 +204,7 @@ class _Search:
 
     def tolerance(self, reference: Array) -> float:
         numbers = np.abs(reference[np.isfinite(reference)]) if reference.size else reference
-        return self.atol * max(1.0, float(numbers.max()) if numbers.size else 0.0)
+        return allowance(self.atol, float(numbers.max()) if numbers.size else 0.0)
 
     def _same(self, reference: Array, candidate: Array, cut: bool) -> bool:
         if not all(np.issubdtype(array.dtype, np.floating) for array in (reference, candidate)):

@@ -29,6 +29,7 @@ from itertools import pairwise
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from foundation.rounding import allowance, scaled
 from validators.errors import ValidationError
 from validators.feeds import Feed
 from validators.runners import Array, Runner
@@ -210,8 +211,8 @@ def _measured(
     size = np.abs(wanted)
     error = np.abs(found - wanted)
     scale = float(size.max())
-    tolerance = 0.0 if exact else max(atol * max(1.0, scale), ROUNDING_MARGIN * (lost or 0.0))
-    hopeless = lost is not None and lost > ROUNDING_CEILING * max(1.0, scale)
+    tolerance = 0.0 if exact else max(allowance(atol, scale), ROUNDING_MARGIN * (lost or 0.0))
+    hopeless = lost is not None and lost > allowance(ROUNDING_CEILING, scale)
     excess = error - tolerance - (0.0 if exact else rtol * size)
     bad = int((excess > 0).sum())
     rounding = 0.0 if exact else float(np.finfo(reference.dtype).eps) * scale
@@ -349,13 +350,13 @@ def _report(
 
 
 def _scaled(entry: OutputParity) -> float:
-    return (entry.max_abs or 0.0) / max(1.0, entry.scale or 0.0)
+    return scaled(entry.max_abs or 0.0, entry.scale or 0.0)
 
 
 def _judged(entry: OutputParity, atol: float) -> float:
     """The error in units of what `atol` bounds."""
-    if entry.rounding is None or entry.tolerance is None or entry.tolerance <= atol * max(1.0, entry.scale or 0.0):
+    if entry.rounding is None or entry.tolerance is None or entry.tolerance <= allowance(atol, entry.scale or 0.0):
         return _scaled(entry)
-    if not entry.passed and entry.rounding > ROUNDING_CEILING * max(1.0, entry.scale or 0.0):
+    if not entry.passed and entry.rounding > allowance(ROUNDING_CEILING, entry.scale or 0.0):
         return math.inf
     return atol * (entry.max_abs or 0.0) / entry.tolerance

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from validators.errors import ValidationError, first_line
+from foundation.errors import first_line
+from validators.errors import ValidationError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -24,7 +24,7 @@ def bundle(version: str, out: Path, output: Path | None, checked: bool) -> int:
     leanort bundle resnet50 -o resnet50.tar.gz        tar -xf it on the device, then: python selftest.py
     leanort bundle resnet50.tar.gz --check            one line of JSON; exit code 1 when it fails
     """
-    from exporters import check, pack, unpack
+    from exporters.bundling import check, pack, unpack
     from pipeline.release import bundling, manifest, store
 
     if checked:

@@ -16,7 +16,9 @@ from pipeline.errors import ConfigError
 if TYPE_CHECKING:
     from pipeline.data.parts import Data
     from pipeline.recipe.config import Policy, Rule
-    from validators import Feed, Measured, OrtRunner, Verdict
+    from validators.feeds import Feed
+    from validators.gates import Measured, Verdict
+    from validators.runners import OrtRunner
 
 _POLICY = click.option("--policy", type=click.Path(path_type=Path), help="A TOML file with the limits.")
 _REPORT = click.option(
@@ -142,14 +144,16 @@ def _judge_files(
     options: Mapping[str, Any],
 ) -> int:
     """Measure files and judge them; whatever cannot be measured is missing, and so fails."""
-    from exporters import session_of
+    from exporters.to_ort import session_of
     from pipeline.cli.building import size
     from pipeline.data import parts as datasets
     from pipeline.gate import measuring
     from pipeline.gate import policy as policies
     from pipeline.progress import TerminalProgress
     from pipeline.recipe.config import GateSection
-    from validators import OrtRunner, compare, edge_feeds, random_feeds
+    from validators.feeds import edge_feeds, random_feeds
+    from validators.parity import compare
+    from validators.runners import OrtRunner
 
     for path in (*files.values(), *([equal] if equal else [])):
         if not path.is_file():
@@ -203,8 +207,7 @@ def _judge_files(
 
 def _real(runner: OrtRunner, data: Data) -> list[Feed]:
     """Test samples at every batch size that the model takes; none for a model that takes more than images."""
-    from validators import real_feeds
-    from validators.feeds import BATCHES
+    from validators.feeds import BATCHES, real_feeds
 
     if len(runner.inputs) != 1:
         return []
@@ -215,7 +218,7 @@ def _real(runner: OrtRunner, data: Data) -> list[Feed]:
 
 def _apart(reference: Path, candidate: Path, feed: Feed, atol: float, report: Path | None) -> list[str]:
     """Where two files part, in one line; with a report folder, a repro pack is written into it."""
-    from validators import first_divergence, repro_pack
+    from validators.divergence import first_divergence, repro_pack
 
     if report is None:
         found = first_divergence(reference, candidate, feed, atol=atol)

@@ -39,8 +39,8 @@ class _Group(click.Group):
         except BrokenPipeError:
             sys.exit(0)
         except Exception as error:
-            from exporters import ExportError
-            from validators import ValidationError
+            from exporters.errors import ExportError
+            from validators.errors import ValidationError
 
             if isinstance(error, ExportError | ValidationError):
                 complain(console, error.message, error.hint)

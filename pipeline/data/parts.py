@@ -35,6 +35,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from foundation.errors import first_line
 from pipeline.errors import DataError, nearest
 from pipeline.models.from_code import load_callable, user_code
 from pipeline.models.source import DEFAULT_SIZE, Size, accepted
@@ -422,7 +423,7 @@ def _from_npz(path: Path, seed: int) -> _Raw:
             arrays = {key: file[key] for key in file.files}
     except (ValueError, OSError, zipfile.BadZipFile, AttributeError, EOFError) as error:
         raise DataError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}", "Save numeric arrays x and y with numpy.savez."
+            f"{path} cannot be read: {first_line(error)}", "Save numeric arrays x and y with numpy.savez."
         ) from error
     names = tuple(str(one) for one in arrays["labels"]) if "labels" in arrays else None
     named: tuple[tuple[Part, str], ...] = (("train", ""), *((part, f"_{part}") for part in PARTS))

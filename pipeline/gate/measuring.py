@@ -15,34 +15,23 @@ from pathlib import Path
 
 import numpy as np
 
-from exporters import describe, session_of
+from exporters.summary import describe
+from exporters.to_ort import session_of
+from foundation.errors import first_line
 from pipeline.data.parts import Data
 from pipeline.errors import ConfigError, UserError
 from pipeline.gate import policy
 from pipeline.models.from_code import load_callable
 from pipeline.progress import Progress
 from pipeline.recipe.config import GateSection
-from validators import (
-    AccuracyComparison,
-    Feed,
-    LatencyReport,
-    Measured,
-    Metric,
-    OrtRunner,
-    Similarity,
-    StructureReport,
-    ValidationError,
-    compare_accuracy,
-    count_macs,
-    evaluate,
-    measure,
-    race,
-    random_feeds,
-    similarity,
-    top_k,
-)
-from validators.errors import first_line
-from validators.runners import Array
+from validators.accuracy import AccuracyComparison, Metric, Similarity, compare_accuracy, evaluate, similarity, top_k
+from validators.errors import ValidationError
+from validators.feeds import Feed, random_feeds
+from validators.gates import Measured
+from validators.latency import LatencyReport, race
+from validators.macs import count_macs
+from validators.runners import Array, OrtRunner
+from validators.structure import StructureReport, measure
 
 EVALUATION_BATCH = 64
 _SIMILARITIES = ("cosine", "spearman")

@@ -17,8 +17,7 @@ from pipeline.errors import StoreError
 from pipeline.gate.policy import finite
 from pipeline.report.figures import significant
 from pipeline.report.templating import markdown
-from validators import Check, Measured, Verdict
-from validators.gates import Outcome
+from validators.gates import Check, Measured, Outcome, Verdict
 
 MARKDOWN, JUNIT, VERDICT = "report.md", "junit.xml", "verdict.json"
 SCHEMA = Path(__file__).parent / "schemas" / "verdict.schema.json"

@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pipeline.recipe.config import Policy, Rule
-from validators import Bound, Limit, Measured, Verdict, judge
-from validators.gates import Operator
+from validators.gates import Limit, Measured, Operator, Verdict, judge
+from validators.latency import Bound
 
 Measurements = Mapping[str, Measured | None]
 PARITY = "parity "

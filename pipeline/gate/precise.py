@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from pipeline.channels import Captured
+from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import run_program
-from validators import Runner
+from validators.runners import Runner
 
 UNIT_ROUNDOFF = 2.0**-24  # of IEEE float32: half the distance between 1 and the next number
 # The float64 run itself, and three that are shaken.

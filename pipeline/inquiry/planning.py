@@ -10,11 +10,13 @@ from itertools import groupby
 from typing import Any
 
 from pipeline import models, runner
-from pipeline.channels import Analysis, Blocked, Cluster, Layer, Size, analyse, capture, layers
+from pipeline.channels.coupling.groups import Analysis, Blocked, Cluster, Size, analyse
+from pipeline.channels.coupling.layers import Layer, layers
+from pipeline.channels.program.capture import capture
 from pipeline.recipe.config import Config
 from pipeline.report.drawing import widths_svg
 from pipeline.runner import Step
-from pipeline.selection import Removed
+from pipeline.selection.allocation import Removed
 from pipeline.stages import s1_prune
 from pipeline.training import masks
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from foundation.files import sha256
 from pipeline.artifacts import Pruned
-from pipeline.channels import Ledger
+from pipeline.channels.removal.ledger import Ledger
 from pipeline.errors import StoreError, UserError, nearest
-from pipeline.release import manifest, store
+from pipeline.release import manifest
 from pipeline.runner import stage_name
 from pipeline.stages import s1_prune, s4_shrink
 
@@ -124,7 +125,7 @@ def read(version: Path) -> Removal:
     def text(stage: ModuleType, name: str) -> str:
         place = f"{stage_name(stage)}/{name}"
         file = version / place
-        if not file.is_file() or store.sha256(file) != sealed.get(place):
+        if not file.is_file() or sha256(file) != sealed.get(place):
             raise StoreError(f"{file} is not what was sealed.", "Run `leanort verify` on the version.")
         return file.read_text(encoding="utf-8")
 

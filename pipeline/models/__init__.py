@@ -9,6 +9,7 @@ package.module:callable         own code
 
 from __future__ import annotations
 
+from foundation.errors import first_line
 from pipeline.models import torchvision_import  # noqa: F401  # first, since timm and transformers import torchvision
 
 # isort: split
@@ -109,7 +110,7 @@ def check(model: nn.Module, inputs: tuple[Tensor, ...], classes: int | None = No
         with torch.no_grad():
             out = model(*inputs)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(
             f"{name} does not take input of shape {shapes}: {reason[:200]}", "Set data.input_size to one that it takes."
         ) from error

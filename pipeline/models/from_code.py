@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import nn
 
+from foundation.files import sha256
 from pipeline.errors import ModelError, UserError, nearest
-from pipeline.models.source import Origin, Shape, accepted, file_hash, image_input, required, source_text
+from pipeline.models.source import Origin, Shape, accepted, image_input, required, source_text
 
 
 def origin_of_object(model: nn.Module, input_size: Shape | None) -> Origin:
@@ -79,7 +80,7 @@ def load_callable(spec: str, error: type[UserError]) -> tuple[Callable[..., Any]
             nearest(name, offered) or f"It offers: {', '.join(offered[:10]) or 'none'}.",
         )
     file = inspect.getsourcefile(found) if inspect.isclass(found) or inspect.isfunction(found) else None
-    return found, file_hash(Path(file or place)) if Path(file or place).is_file() else spec
+    return found, sha256(Path(file or place)) if Path(file or place).is_file() else spec
 
 
 def _module_from_file(place: str, spec: str, error: type[UserError]) -> ModuleType:

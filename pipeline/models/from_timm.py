@@ -8,6 +8,7 @@ import huggingface_hub
 import timm
 from torch import nn
 
+from foundation.errors import first_line
 from pipeline.errors import ModelError, WeightsError, nearest
 from pipeline.models.network import reachable
 from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape
@@ -79,7 +80,7 @@ def _pretrained(name: str, num_classes: int | None, input_size: Shape | None) ->
     try:
         model = _create(name, num_classes, input_size, pretrained=True)
     except OSError as error:
-        raise WeightsError(f"{offline}: {str(error).splitlines()[0]}.", hint) from error
+        raise WeightsError(f"{offline}: {first_line(error)}.", hint) from error
     other_head = num_classes is not None and num_classes != config.num_classes
     prefixes = config.classifier if isinstance(config.classifier, tuple) else (config.classifier,)
     fresh = [key for key in model.state_dict() for prefix in prefixes if prefix and key.startswith(f"{prefix}.")]

@@ -9,6 +9,7 @@ from urllib.error import URLError
 
 from torch import Tensor, nn
 
+from foundation.errors import first_line
 from pipeline.errors import ModelError, WeightsError, nearest
 from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape
 from pipeline.models.torchvision_import import torchvision
@@ -63,7 +64,7 @@ def _build(name: str, num_classes: int | None, input_size: Shape | None) -> nn.M
         if "num_classes" not in str(error):  # optical flow (raft) has no classes to count
             raise
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f"{name} cannot be built for input size {input_size}: {reason}", "Set data.input_size."
         ) from error

@@ -26,9 +26,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from foundation.errors import first_line
+from foundation.files import sha256
 from pipeline.errors import ModelError, WeightsError, nearest
 from pipeline.models.network import reachable
-from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape, Size, file_hash
+from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape, Size
 
 TOKENS = 16
 """Length of an example sentence in tokens, where none is given."""
@@ -138,7 +140,7 @@ def origin(name: str, num_classes: int | None, input_size: Shape | None) -> Orig
         config.pad_token_id = getattr(config, "eos_token_id", None) or 0  # decoders classify the last unpadded token
     architecture = _architecture(name, config)
     path = Path(name)
-    content = file_hash(path / "config.json" if path.is_dir() else path) if path.exists() else ""
+    content = sha256(path / "config.json" if path.is_dir() else path) if path.exists() else ""
 
     def make() -> nn.Module:
         own = type(config).from_dict(config.to_dict())
@@ -187,7 +189,7 @@ def _config(name: str) -> Any:
             name, trust_remote_code=False, local_files_only=path.exists() or not reachable(_HUB)
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if "custom code" in reason:
             raise ModelError(
                 f"hf:{name} needs Python code from its own folder, which is never run.",
@@ -270,7 +272,7 @@ def _pretrained(name: str, architecture: Any, config: Any, make: Any) -> Pretrai
         )
     except (OSError, RuntimeError, ValueError) as error:
         hint = "Save it with save_pretrained()." if path.exists() else "Without a network, give a local folder."
-        raise WeightsError(f"hf:{name}: no weights: {str(error).strip().splitlines()[0]}", hint) from error
+        raise WeightsError(f"hf:{name}: no weights: {first_line(error)}", hint) from error
     mismatched = {entry[0] for entry in report["mismatched_keys"]}
     fresh = tuple(f"net.{key}" for key in sorted(mismatched | set(report["missing_keys"])))
     model: nn.Module = make()

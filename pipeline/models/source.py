@@ -7,7 +7,6 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -173,12 +172,6 @@ def source_text(code: Callable[..., object]) -> str:
         function = getattr(code, "forward", code)
         compiled = getattr(function, "__code__", None)
         return f"{code!r}" if compiled is None else f"{compiled.co_code.hex()} {compiled.co_names}"
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def accepted(call: Callable[..., object], **offered: object) -> dict[str, object]:

@@ -24,8 +24,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from foundation.files import sha256, sync
 from pipeline.errors import StoreError, WeightsError
-from pipeline.models.source import ModelSource, file_hash
+from pipeline.models.source import ModelSource
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -70,7 +71,7 @@ def load_weights(model: nn.Module, path: Path | str) -> Loaded:
     path = Path(path)
     state, stripped = _aligned(read_checkpoint(path), model.state_dict())
     _fill(model, state, str(path))
-    return Loaded(str(path), file_hash(path), len(state), stripped)
+    return Loaded(str(path), sha256(path), len(state), stripped)
 
 
 def load_pretrained(model: nn.Module, source: ModelSource) -> Loaded:
@@ -148,8 +149,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     try:
         yield partial
         if durable:
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
+            sync(partial)
         partial.replace(path)
     except OSError as error:
         raise StoreError(

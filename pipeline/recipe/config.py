@@ -5,7 +5,6 @@ A stage receives its own section and nothing else, so its fingerprint covers exa
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, field_validator, model_validator
 
+from foundation.files import sha256
 from pipeline.errors import ConfigError, nearest
 from pipeline.training.loop import TrainSettings
 
@@ -231,7 +231,7 @@ class GateSection(Policy):
     def code(self) -> dict[str, str]:
         """The files of the user's own metrics -> their sha256."""
         files = (Path(name.rpartition(":")[0]) for name in self.metrics if ":" in name)
-        return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+        return {str(file): sha256(file) for file in files if file.is_file()}
 
 
 class Config(Section):

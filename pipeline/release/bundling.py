@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporters import Bundle, InputNote, Variant, bundle, describe
+from exporters.bundling import Bundle, InputNote, Variant, bundle
+from exporters.summary import describe
+from foundation.rounding import scaled
 from pipeline.artifacts import Candidate, Exported, Optimized, Shrunk, Validated
 from pipeline.data.parts import Data
 from pipeline.errors import VersionError
 from pipeline.models import ModelSource, example
 from pipeline.release import manifest
-from validators import OrtRunner, TorchRunner, random_feeds
+from validators.feeds import random_feeds
+from validators.runners import OrtRunner, TorchRunner
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -89,7 +92,7 @@ def _variant(
     if row.budget == "accuracy":
         found = OrtRunner(folder / row.file, threads=1, session=row.session).infer(golden)
         errors = (
-            float(np.abs(found[name] - wanted).max()) / max(1.0, float(np.abs(wanted).max()))
+            scaled(float(np.abs(found[name] - wanted).max()), float(np.abs(wanted).max()))
             for name, wanted in answers.items()
         )
         tolerance = max(ROUNDING, REDUCED * max(errors))

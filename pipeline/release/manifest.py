@@ -21,13 +21,15 @@ import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exporters import host
+from foundation.errors import first_line
+from foundation.files import sha256
 from pipeline.errors import StoreError
 from pipeline.release import store
 
 MANIFEST = "manifest.json"
 RECIPE = "config.toml"
 RECORD = "stage.json"
-_PACKAGES = ("pipeline", "exporters", "validators")
+_PACKAGES = ("pipeline", "exporters", "validators", "foundation")
 _TOOLS = ("numpy", "onnx", "onnxruntime", "onnxscript", "timm", "torch", "torchvision", "transformers")
 
 
@@ -85,7 +87,7 @@ def digest(value: object) -> str:
 def record_files(folder: Path, skip: tuple[str, ...] = (RECORD,)) -> dict[str, FileRecord]:
     """Size and digest of every file below `folder` but those named in `skip`."""
     return {
-        name: FileRecord(sha256=store.sha256(path), bytes=path.stat().st_size)
+        name: FileRecord(sha256=sha256(path), bytes=path.stat().st_size)
         for name, path in store.files_in(folder).items()
         if name not in skip
     }
@@ -104,8 +106,7 @@ def read(version: Path) -> Manifest:
     try:
         return Manifest.model_validate_json((version / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise StoreError(f"The manifest of {version} cannot be read: {first}.", "Deploy again.") from None
+        raise StoreError(f"The manifest of {version} cannot be read: {first_line(error)}.", "Deploy again.") from None
 
 
 def faults(version: Path) -> list[str]:
@@ -123,7 +124,7 @@ def faults(version: Path) -> list[str]:
     sealed = {MANIFEST, *(f"{record.stage}/{RECORD}" for record in manifest.stages)}
     found += [f"{name} does not belong here" for name in present if name not in expected and name not in sealed]
     for name in sorted(expected.keys() & present.keys()):
-        if store.sha256(present[name]) != expected[name].sha256:
+        if sha256(present[name]) != expected[name].sha256:
             found.append(f"{name} was changed: its sha256 is not the recorded one")
     made = {record.stage: record.digest for record in manifest.stages}
     for record in manifest.stages:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -24,18 +23,13 @@ from pathlib import Path
 
 import filelock
 
+from foundation.files import sync
 from pipeline.errors import StoreError, VersionError, nearest
 
 PARTIAL = ".partial"
 CURRENT = "current"
 _DISCARDED = ".discarded."
 _VERSION = re.compile(r"v\d{4,}")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_in(folder: Path) -> dict[str, Path]:
@@ -106,7 +100,7 @@ def point_current(folder: Path, version: Path) -> None:
     spare = folder / f".{CURRENT}.{uuid.uuid4().hex}"
     spare.symlink_to(version.name, target_is_directory=True)
     spare.replace(folder / CURRENT)
-    _sync(folder)
+    sync(folder)
 
 
 @contextlib.contextmanager
@@ -161,14 +155,14 @@ def seal(folder: Path, partial: Path) -> Path:
     known = versions(folder)
     final = folder / f"v{int(known[-1].name[1:]) + 1 if known else 1:04d}"
     for path in files_in(partial).values():
-        _sync(path)
+        sync(path)
         path.chmod(0o444)
     for directory in [p for p in partial.rglob("*") if p.is_dir()]:
-        _sync(directory)
+        sync(directory)
         directory.chmod(0o555)
     partial.rename(final)
     final.chmod(0o555)
-    _sync(folder)
+    sync(folder)
     return final
 
 
@@ -176,7 +170,7 @@ def discard(version: Path) -> None:
     """Take a version away in one step: it is whole until then, and `sweep` frees its space afterwards."""
     version.chmod(version.stat().st_mode | stat.S_IRWXU)
     version.rename(version.with_name(f"{_DISCARDED}{version.name}.{uuid.uuid4().hex}"))
-    _sync(version.parent)
+    sync(version.parent)
 
 
 def sweep(folder: Path) -> None:
@@ -232,11 +226,3 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:  # innermost first
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from jinja2 import Environment, PackageLoader
 
-from pipeline.channels import Layer
+from pipeline.channels.coupling.layers import Layer
 
 ROW, HEAD, FOOT = 15, 64, 14  # pixels
 LETTER, BAR_COLUMN, LABEL_COLUMN, LANE = 6.8, 420, 110, 9  # a name's letter; widest bar; its figures; one tie

@@ -30,7 +30,8 @@ from pipeline.gate.outcome import JUNIT, MARKDOWN, VERDICT, judged, junit, reaso
 from pipeline.release.manifest import Manifest
 from pipeline.report.figures import duration, grouped, milliseconds, percent, points, ratio, significant
 from pipeline.report.templating import markdown, page
-from validators import AccuracyComparison, LatencyReport
+from validators.accuracy import AccuracyComparison
+from validators.latency import LatencyReport
 
 HTML = "report.html"
 HISTORY = "history.csv"

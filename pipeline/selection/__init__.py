@@ -1,6 +1,5 @@
 """Which channels go: scores (importance) and counts (allocate)."""
 
-from pipeline.selection.allocate import Budget, Removed, allocate
-from pipeline.selection.importance import group_norms
+import lazy_loader
 
-__all__ = ["Budget", "Removed", "allocate", "group_norms"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

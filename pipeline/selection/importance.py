@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pipeline.channels import Cluster
+from pipeline.channels.coupling.groups import Cluster
 
 Scores = npt.NDArray[np.float64]
 

@@ -7,15 +7,19 @@ from pathlib import Path
 
 from torch import nn
 
-from exporters import host, to_onnx
+from exporters import host
+from exporters.export import to_onnx
 from pipeline.artifacts import Baseline
-from pipeline.channels import capture, count_macs
+from pipeline.channels.program.capture import capture
+from pipeline.channels.program.macs import count_macs
 from pipeline.data.parts import Data
 from pipeline.models import ModelSource, check, example, weights
 from pipeline.progress import Progress
 from pipeline.recipe.config import BaselineSection
 from pipeline.training import loop as training
-from validators import OrtRunner, race, random_feeds
+from validators.feeds import random_feeds
+from validators.latency import race
+from validators.runners import OrtRunner
 
 LATENCY_SECONDS = 2.0
 

@@ -10,15 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporters import vector_block
+from exporters.host import vector_block
 from pipeline.artifacts import Baseline, Pruned, WidthChange
-from pipeline.channels import Analysis, Policy, analyse, capture
+from pipeline.channels.coupling.groups import Analysis, analyse
+from pipeline.channels.operators.trace import Policy
+from pipeline.channels.program.capture import capture
 from pipeline.data.parts import Data
 from pipeline.models import ModelSource, example, weights
 from pipeline.progress import Progress
 from pipeline.recipe.config import GroupSwitches, PruneSection
 from pipeline.report.tables import sparsity_plot, write_table
-from pipeline.selection import Budget, Removed, allocate, group_norms
+from pipeline.selection.allocation import Budget, Removed, allocate
+from pipeline.selection.importance import group_norms
 from pipeline.training import loop as training
 from pipeline.training import masks
 from pipeline.training.masks import Masks

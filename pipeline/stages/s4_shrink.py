@@ -10,7 +10,13 @@ import torch
 
 from pipeline import channels
 from pipeline.artifacts import Folded, Pruned, Shrunk, WidthChange
-from pipeline.channels import Analysis, Ledger, analyse, capture, count_macs, layers, liveness, prove
+from pipeline.channels.coupling.groups import Analysis, analyse
+from pipeline.channels.coupling.layers import layers
+from pipeline.channels.dead.liveness import liveness
+from pipeline.channels.program.capture import capture
+from pipeline.channels.program.macs import count_macs
+from pipeline.channels.removal.ledger import Ledger
+from pipeline.channels.removal.verify import prove
 from pipeline.data.parts import Data
 from pipeline.models import ModelSource, example
 from pipeline.recipe.config import ShrinkSection

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporters import describe, to_onnx
+from exporters.export import to_onnx
+from exporters.summary import describe
+from foundation.files import sha256
 from pipeline.artifacts import Artifact, Baseline, Exported, Finetuned, Folded, Pruned, Shrunk
-from pipeline.channels import Centred, centre, prove
+from pipeline.channels.centring.centre import Centred, centre
+from pipeline.channels.removal.verify import prove
 from pipeline.data.parts import Data
 from pipeline.models import ModelSource, example
 from pipeline.recipe.config import ExportSection
-from pipeline.release import manifest, store
+from pipeline.release import manifest
 
 SAMPLES = 4
 # From this opset on ONNX has RMSNormalization; below it, the operator falls apart into seven small ones.
@@ -43,8 +46,8 @@ def run(
         metadata={
             "leanort.version": manifest.project_version(),
             "leanort.model": source.spec,
-            "leanort.dense_sha256": store.sha256(baseline.folder / baseline.WEIGHTS),
-            "leanort.folded_sha256": store.sha256(folded.folder / folded.WEIGHTS),
+            "leanort.dense_sha256": sha256(baseline.folder / baseline.WEIGHTS),
+            "leanort.folded_sha256": sha256(folded.folder / folded.WEIGHTS),
             "leanort.recipe_sha256": _recipe_digest(cfg, history),
             "leanort.data": data.fingerprint,
             "leanort.sparsity": f"{folded.sparsity:.6f}",

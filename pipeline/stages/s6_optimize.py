@@ -21,46 +21,28 @@ import zstandard
 from matplotlib.figure import Figure
 from scipy.special import log_softmax
 
-from exporters import (
-    ExportError,
-    Made,
-    NotApplicable,
-    Source,
-    count_denormals,
-    describe,
-    expected_attention,
-    flush_denormals,
-    fused_attention,
-    guilty_optimizers,
-    make,
-    sensitivity,
-    session_config,
-)
+from exporters.candidates import Made, NotApplicable, Source, make
+from exporters.denormals import count_denormals, flush_denormals
+from exporters.errors import ExportError
+from exporters.fusions import expected_attention, fused_attention
+from exporters.guilty import guilty_optimizers
+from exporters.quantize import sensitivity
+from exporters.summary import describe
+from exporters.to_ort import session_config
 from pipeline.artifacts import Baseline, Candidate, CandidateLatency, Exported, Optimized, Pruned, Shrunk
-from pipeline.channels import Captured
+from pipeline.channels.program.capture import Captured
 from pipeline.data.parts import Data
 from pipeline.gate.precise import SEEDS, Precise
 from pipeline.models import ModelSource, example
 from pipeline.progress import Progress
 from pipeline.recipe.config import OptimizeSection
-from validators import (
-    AccuracyReport,
-    Feed,
-    OrtRunner,
-    ParityReport,
-    Runner,
-    TorchRunner,
-    ValidationError,
-    compare,
-    compare_accuracy,
-    compare_chain,
-    edge_feeds,
-    evaluate,
-    measure,
-    race,
-    random_feeds,
-    real_feeds,
-)
+from validators.accuracy import AccuracyReport, compare_accuracy, evaluate
+from validators.errors import ValidationError
+from validators.feeds import Feed, edge_feeds, random_feeds, real_feeds
+from validators.latency import race
+from validators.parity import ParityReport, compare, compare_chain
+from validators.runners import OrtRunner, Runner, TorchRunner
+from validators.structure import measure
 
 BATCHES = (1, 3)
 EVALUATION_BATCH = 64

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from exporters import describe
+from exporters.summary import describe
 from pipeline.artifacts import Baseline, Candidate, Exported, Folded, Hop, Optimized, Promoted, Shrunk, Validated
-from pipeline.channels import Captured, capture
+from pipeline.channels.program.capture import Captured, capture
 from pipeline.data.parts import Data
 from pipeline.gate import measuring, policy
 from pipeline.gate.precise import SEEDS, Precise
@@ -20,26 +20,13 @@ from pipeline.models import ModelSource, example
 from pipeline.progress import Progress
 from pipeline.recipe.config import GateSection
 from pipeline.report.pictures import pictured
-from validators import (
-    ChainReport,
-    Feed,
-    OrtRunner,
-    ParityReport,
-    Runner,
-    TorchRunner,
-    Trail,
-    ValidationError,
-    compare_accuracy,
-    compare_chain,
-    edge_feeds,
-    evaluate,
-    first_unmatched,
-    onnx_trail,
-    random_feeds,
-    real_feeds,
-    repro_pack,
-    torch_trail,
-)
+from validators.accuracy import compare_accuracy, evaluate
+from validators.divergence import repro_pack
+from validators.errors import ValidationError
+from validators.feeds import Feed, edge_feeds, random_feeds, real_feeds
+from validators.matching import Trail, first_unmatched, onnx_trail, torch_trail
+from validators.parity import ChainReport, ParityReport, compare_chain
+from validators.runners import OrtRunner, Runner, TorchRunner
 
 BATCHES = (1, 3, 8)
 # Test samples that only one of dense and shipped got right: the first few as pictures.

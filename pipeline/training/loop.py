@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from foundation.errors import first_line
 from pipeline.data.parts import Data, Part
 from pipeline.errors import ModelError, TrainingError
 from pipeline.models import weights as files
@@ -336,7 +337,7 @@ class _Run:
             try:
                 torch.save(content, partial)
             except RuntimeError as error:  # how torch's own writer reports a full disk
-                raise OSError(str(error).splitlines()[0]) from error
+                raise OSError(first_line(error)) from error
 
     def resume(self, path: Path, key: str, progress: Progress) -> None:
         """Go on from a checkpoint of this very run; anything else there is left unread and replaced."""

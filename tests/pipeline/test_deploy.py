@@ -8,8 +8,8 @@ import onnx
 import pytest
 from safetensors.torch import load_file
 
+from foundation.files import sha256
 from pipeline.gate import measuring
-from pipeline.release import store
 from tests.pipeline.chain import STAGES, TINY, deploy, figures, leanort, manifest, said
 
 
@@ -56,7 +56,7 @@ def test_original_weights_survive_under_the_masks_until_fold(version):
 def test_the_onnx_file_names_its_parents(version):
 
     entries = {e.key: e.value for e in onnx.load(version / "5-export" / "model.onnx").metadata_props}
-    assert entries["leanort.dense_sha256"] == store.sha256(version / "0-baseline" / "weights.safetensors")
+    assert entries["leanort.dense_sha256"] == sha256(version / "0-baseline" / "weights.safetensors")
     assert {"leanort.version", "leanort.recipe_sha256", "leanort.sparsity", "leanort.data"} <= entries.keys()
 
 
@@ -172,8 +172,8 @@ def test_the_next_version_is_measured_against_the_promoted_one_and_names_it(arti
     assert "file size (of promoted)" in done.stdout
     shipped = figures(version, "6-optimize")["ships"]
     parents = manifest(newest)["parents"]
-    assert parents["promoted model"] == store.sha256(version / "6-optimize" / shipped)
-    assert parents["dense weights"] == store.sha256(version / "0-baseline" / "weights.safetensors")
+    assert parents["promoted model"] == sha256(version / "6-optimize" / shipped)
+    assert parents["dense weights"] == sha256(version / "0-baseline" / "weights.safetensors")
     assert said(artifacts, "verify", f"tiny/{newest.name}")
     assert (artifacts / "tiny" / "current").resolve() == version.resolve()
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from foundation.rounding import allowance, scaled
 from pipeline.channels.coupling.groups import Analysis, Removed
 from pipeline.channels.dead.constants import Reader, Shift, Survey, shifts, survey
 from pipeline.channels.operators.table import base_name
@@ -197,17 +198,17 @@ def prove(
     worst, scale, compared = difference(folded, shrunk, inputs)
     if not compared:
         raise RefusedError("Nothing was compared.", "Give at least one input, and a model with a tensor output.")
-    tolerance = TOLERANCE_FLOAT32 * max(1.0, scale)
+    tolerance = allowance(TOLERANCE_FLOAT32, scale)
     precise: float | None = None
     ledger = getattr(shrunk, "ledger", None)
     rounded |= ledger is not None and ledger.rounded  # some values are stored that float64 would compute anew
-    tolerance_precise = (TOLERANCE_FLOAT32 if rounded else TOLERANCE_FLOAT64) * max(1.0, scale)
+    tolerance_precise = allowance(TOLERANCE_FLOAT32 if rounded else TOLERANCE_FLOAT64, scale)
     if _has_float64(folded) and _has_float64(shrunk):
         precise, _, _ = difference(folded, shrunk, inputs, torch.float64)
         if not rounded:  # far inputs too: what the usual ones leave dead may be alive there
             far = [tuple(FAR * x if _is_float(x) else x for x in inputs[0])]
             far_diff, far_scale, _ = difference(folded, shrunk, far, torch.float64)
-            precise = max(precise, far_diff * max(1.0, scale) / max(1.0, far_scale))
+            precise = max(precise, allowance(scaled(far_diff, far_scale), scale))
             if worst > tolerance and precise <= tolerance_precise:
                 tolerance = max(tolerance, ROUNDING_MARGIN * _float32_error(folded, inputs))
     if not worst <= tolerance or (precise is not None and not precise <= tolerance_precise):
@@ -262,7 +263,7 @@ def first_difference(folded: Any, shrunk: Any, feed: tuple[Any, ...]) -> str | N
         near = torch.minimum(
             (pool[at.clamp(max=pool.numel() - 1)] - other.flatten()).abs(), (pool[at - 1] - other.flatten()).abs()
         )
-        if near.numel() and float(near.max()) > 1e-8 * max(1.0, float(pool.abs().max())):
+        if near.numel() and float(near.max()) > allowance(1e-8, float(pool.abs().max())):
             found.append(node.name)
 
     run_program(folded.program, feed, getattr(folded, "state", None), torch.float64, watch=look)

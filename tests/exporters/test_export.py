@@ -10,7 +10,7 @@ from torch import nn
 from exporters import ExportError, to_onnx
 
 # The package exports a function of the module's name, which hides the module.
-module = importlib.import_module("exporters.to_onnx")
+module = importlib.import_module("exporters.export")
 
 
 def run(path, *arrays):

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.channels import Cluster
+from pipeline.channels.coupling.groups import Cluster
 from pipeline.errors import ConfigError, nearest
 from pipeline.selection.importance import Scores, relative
 

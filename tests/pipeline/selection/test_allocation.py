@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
 from pipeline.selection import Budget, allocate, group_norms
-from pipeline.selection.allocate import aligned_count
+from pipeline.selection.allocation import aligned_count
 
 
 def cluster(name, size, unit=1, labels=None):

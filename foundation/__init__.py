@@ -1,0 +1,1 @@
+"""What pipeline, exporters and validators all stand on: errors, files, the tolerance rule. Standard library only."""
