@@ -23,7 +23,8 @@ from torch.export import ExportedProgram
 from exporters import to_onnx
 from pipeline import channels
 from pipeline.channels import Policy
-from pipeline.models import example, load
+from pipeline.models.find import load
+from pipeline.models.source import example
 from validators import OrtRunner, race, random_feeds
 
 OPSET, TOKENS = 23, 197

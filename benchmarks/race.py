@@ -32,7 +32,8 @@ from exporters import (
     to_onnx,
 )
 from pipeline import channels
-from pipeline.models import example, load
+from pipeline.models.find import load
+from pipeline.models.source import example
 from validators import Feed, OrtRunner, TorchRunner, compare, race
 
 DEFAULT = ("portable", "host", "opset18", "opset23", "fused", "ort-portable", "int8-dynamic")

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from pipeline import channels
-from pipeline.models import example, load
+from pipeline.models.find import load
+from pipeline.models.source import example
 
 MODELS = ("resnet50", "mobilenet_v2", "densenet121", "vit_b_16", "convnext_tiny")
 

@@ -160,9 +160,10 @@ def shrink_one(entry: dict[str, Any], ratio: float, seed: int, onnx: bool, draw:
     import numpy as np
     import torch
 
+    from foundation.errors import CaptureError, LeanortError, RefusedError
     from pipeline import channels
-    from pipeline.errors import CaptureError, LeanortError, RefusedError
-    from pipeline.models import example, load
+    from pipeline.models.find import load
+    from pipeline.models.source import example
 
     torch.set_num_threads(1)
     line: dict[str, Any] = {**dict.fromkeys(KEYS), "model": entry["model"], "status": "failed", "blocked": []}
@@ -276,9 +277,9 @@ def in_onnxruntime(folded: Any, shrunk: Any, captured: Any) -> tuple[float, floa
     import torch
 
     from exporters.translatable import translatable
+    from foundation.errors import RefusedError
     from pipeline.channels import centre, small
     from pipeline.channels.removal.verify import tensors_of
-    from pipeline.errors import RefusedError
 
     if not captured.dynamic_batch:
         raise RefusedError("The model's own code fixes the batch size.", "It cannot be exported with a dynamic batch.")

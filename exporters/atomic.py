@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from exporters.errors import ExportError
+from foundation.errors import ExportError
 from foundation.files import sync
 
 

@@ -29,9 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from exporters import host
 from exporters.atomic import staged
-from exporters.errors import ExportError
 from exporters.summary import describe
-from foundation.errors import first_line
+from foundation.errors import ExportError, first_line
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from exporters import host
-from exporters.errors import ExportError
 from exporters.export import to_onnx
 from exporters.fusions import fuse
 from exporters.quantize import Calibration, quantize, quantize_dynamic
 from exporters.summary import describe
 from exporters.to_ort import Level, optimize, required_operators, tag_session, to_ort_format
+from foundation.errors import ExportError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Budget = Literal["rounding", "accuracy"]

@@ -14,8 +14,8 @@ import onnx
 from pydantic import BaseModel, ConfigDict
 
 from exporters.atomic import staged
-from exporters.errors import ExportError
 from exporters.summary import describe
+from foundation.errors import ExportError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -1,9 +1,5 @@
 """The one error that the exporters raise on purpose."""
 
-from __future__ import annotations
+from foundation.errors import ExportError
 
-from foundation.errors import Explained
-
-
-class ExportError(Explained):
-    """A file could not be made or read."""
+__all__ = ["ExportError"]

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from exporters.atomic import staged
-from exporters.errors import ExportError
 from exporters.quiet import quiet
 from exporters.summary import OnnxSummary, describe
 from exporters.translatable import translatable
-from foundation.errors import first_line
+from foundation.errors import ExportError, first_line
 
 # A protobuf message ends at 2 GiB; what is left covers the graph around the weights.
 ONE_FILE_LIMIT = 2**31 - 2**26

@@ -18,11 +18,10 @@ from pydantic import BaseModel, ConfigDict
 from torch.export import ExportedProgram
 
 from exporters.atomic import staged
-from exporters.errors import ExportError
 from exporters.quiet import quiet
 from exporters.summary import OnnxSummary, describe, domains
 from exporters.to_ort import load, session_options
-from foundation.errors import first_line
+from foundation.errors import ExportError, first_line
 
 # Operators that compute a whole attention: the standard's (opset 23) and onnxruntime's own.
 ATTENTION = (

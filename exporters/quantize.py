@@ -27,12 +27,11 @@ from pydantic import BaseModel, ConfigDict
 
 from exporters import host
 from exporters.atomic import staged
-from exporters.errors import ExportError
 from exporters.export import ONE_FILE_LIMIT
 from exporters.quiet import quiet
 from exporters.summary import OnnxSummary, describe
 from exporters.to_ort import load, session_options
-from foundation.errors import first_line
+from foundation.errors import ExportError, first_line
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Calibration = Literal["minmax", "entropy", "percentile"]

@@ -11,8 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict
 
-from exporters.errors import ExportError
-from foundation.errors import first_line
+from foundation.errors import ExportError, first_line
 
 # Integers of these types are shapes, indices and masks, never weights.
 _NOT_WEIGHTS = {onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.STRING}

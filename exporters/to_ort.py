@@ -18,10 +18,9 @@ from pydantic import BaseModel, ConfigDict
 
 from exporters import host
 from exporters.atomic import staged
-from exporters.errors import ExportError
 from exporters.quiet import quiet
 from exporters.summary import OnnxSummary, describe, domains, read_graph
-from foundation.errors import first_line
+from foundation.errors import ExportError, first_line
 
 Level = Literal["basic", "extended", "all"]
 

@@ -1,6 +1,30 @@
-"""An error that explains itself, and the one line that matters of an error that does not."""
+"""Every error this project raises on purpose.
+
+    Explained                                 a message, and what to do next
+    ├── ExportError                  exit 3   a file could not be made or read (exporters)
+    ├── ValidationError              exit 3   a check could not be made (validators)
+    └── LeanortError                 exit 3   a stage could not do its work
+        ├── UserError                exit 2   what was given is wrong; the message says what to do
+        │   ├── ConfigError                   recipe or option: unknown key, value out of range
+        │   ├── ModelError                    unknown model, wrong input shape, not a module
+        │   ├── WeightsError                  unreadable, unsafe or mismatched checkpoint, NaN
+        │   ├── DataError                     empty, single-class, NaN, labels out of range
+        │   └── VersionError                  no such model or version in the artifacts folder
+        ├── CaptureError             exit 3   torch.export cannot capture the model: scripted, quantised, control flow
+        ├── RefusedError             exit 3   channels cannot be removed without changing the output
+        ├── MaskError                exit 3   a weight that should be zero is not
+        ├── TrainingError            exit 3   loss became NaN or infinite
+        └── StoreError               exit 3   disk full, folder read-only, hash mismatch
+
+A gate that fails (exit 1) or cannot decide (exit 4) is a verdict, not an error: the version is written all the same.
+So is a validator that breaks off, whatever it raised: it fails the gate, with the reason.
+A message is one line that says what was wrong; `hint` is one line that says what to do next.
+"""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class Explained(Exception):  # noqa: N818  # the packages name theirs: LeanortError, ExportError, ValidationError
@@ -13,6 +37,72 @@ class Explained(Exception):  # noqa: N818  # the packages name theirs: LeanortEr
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
+
+
+class ExportError(Explained):
+    """A file could not be made or read."""
+
+
+class ValidationError(Explained):
+    """A check could not be made. A check that was made and came out badly is no error; the report says so."""
+
+
+class LeanortError(Explained):
+    """Base of all deliberate errors: a one-line message, a one-line hint, and the process exit code."""
+
+    exit_code = 3
+
+
+class UserError(LeanortError):
+    """What the user gave is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A recipe or an option is wrong."""
+
+
+class ModelError(UserError):
+    """The model cannot be found, built or fed."""
+
+
+class WeightsError(UserError):
+    """A checkpoint is unreadable, unsafe, or does not fit the model."""
+
+
+class DataError(UserError):
+    """A data set is empty, malformed, or does not fit the model."""
+
+
+class VersionError(UserError):
+    """No such model or version in the artifacts folder."""
+
+
+class CaptureError(LeanortError):
+    """`torch.export` cannot capture the model; the message carries the reason and the line."""
+
+
+class RefusedError(LeanortError):
+    """Removing channels would change the output; nothing was removed."""
+
+
+class MaskError(LeanortError):
+    """A weight under a mask is not zero."""
+
+
+class TrainingError(LeanortError):
+    """Training cannot go on: the loss became NaN or infinite."""
+
+
+class StoreError(LeanortError):
+    """The artifacts folder cannot be read or written as asked."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence naming the known words closest to `word`, or "" when none is close."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(near)}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

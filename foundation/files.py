@@ -1,10 +1,21 @@
-"""Digests of files, and files that have reached the disk."""
+"""Digests of files, files that appear whole or not at all, and tensors on disk as safetensors."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foundation.errors import StoreError, WeightsError
+
+if TYPE_CHECKING:  # torch is imported only where tensors are read or written
+    from torch import Tensor
+
+_ALIASES = "aliases"
 
 
 def sha256(path: Path) -> str:
@@ -20,3 +31,72 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Give a name to write to that becomes `path` when the block ends well, and vanishes when it does not.
+
+    `durable` waits until the bytes are on the disk, so that not even a power cut leaves half a file. Raises StoreError
+    on any error of the file system.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        if durable:
+            sync(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written: {error.strerror or error}.",
+            "Free some space, or choose a folder that is writable.",
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; tied names share one tensor again, as `save_tensors` found them."""
+    import safetensors
+
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            # Cloned, because the tensors would otherwise be pages of the file itself.
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no iteration
+            metadata = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(
+            f"{path} cannot be read: {error}.", "The file is missing, damaged or not safetensors."
+        ) from error
+    aliases: dict[str, str] = json.loads(metadata.get(_ALIASES, "{}"))
+    return state | {alias: state[name] for alias, name in aliases.items()}
+
+
+def save_tensors(state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Write a safetensors file, complete or not at all; tied tensors are stored once.
+
+    Raises StoreError if the disk is full or the folder cannot be written.
+    """
+    import safetensors
+    import safetensors.torch
+
+    path = Path(path)
+    plain: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    for name, tensor in state.items():
+        detached = tensor.detach().cpu()
+        key = (detached.data_ptr(), detached.dtype, detached.shape, detached.stride())
+        if detached.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        own = detached.contiguous()
+        # safetensors refuses tensors that share memory, such as slices of one buffer.
+        plain[name] = own if own.untyped_storage().nbytes() == own.nbytes else own.clone()
+    with replacing(path) as partial:
+        try:
+            safetensors.torch.save_file(plain, partial, metadata={_ALIASES: json.dumps(aliases)} if aliases else None)
+        except safetensors.SafetensorError as error:  # wraps the system's own errors
+            raise OSError(str(error)) from error

@@ -9,45 +9,31 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 from torch import nn
 
+from foundation.errors import CaptureError, ConfigError, UserError, nearest
 from foundation.files import sha256
-from pipeline import models
-from pipeline.artifacts import Artifact, Exported, Optimized, Promoted, Shrunk, Validated
-from pipeline.data import parts as datasets
+from pipeline.artifacts.base import Artifact
+from pipeline.artifacts.program import Exported, Shrunk
+from pipeline.artifacts.race import Optimized
+from pipeline.artifacts.verdict import Promoted, Validated
+from pipeline.data import find as datasets
 from pipeline.data.parts import Data
-from pipeline.errors import CaptureError, ConfigError, UserError, nearest
 from pipeline.gate import measuring
-from pipeline.models import ModelSource
+from pipeline.models import find as models
+from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe import config as recipes
-from pipeline.recipe.config import Config, Section
-from pipeline.release import bundling, manifest, promotion, store
-from pipeline.release.manifest import Manifest, StageRecord
+from pipeline.recipe.config import Config
+from pipeline.recipe.section import Section
+from pipeline.release import bundling, checks, fingerprint, promotion, records, store
+from pipeline.release.opening import Release, open_release
+from pipeline.release.records import Manifest, StageRecord
 from pipeline.report import pages as report
-from pipeline.stages import STAGES, s4_shrink, s6_optimize
-
-A = TypeVar("A", bound=Artifact)
-
-
-@dataclass(frozen=True)
-class Release:
-    """A complete version: where it is, what it says about itself, and each stage's typed figures."""
-
-    folder: Path
-    manifest: Manifest
-    artifacts: tuple[Artifact, ...]
-
-    def __getitem__(self, kind: type[A]) -> A:
-        """The artifact of one type: `release[Validated].verdict`."""
-        return next(a for a in self.artifacts if isinstance(a, kind))
-
-    @property
-    def passed(self) -> bool:
-        """Whether every required limit was met."""
-        return self[Validated].verdict.outcome == "pass"
+from pipeline.selection import criteria, schedules
+from pipeline.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -57,11 +43,6 @@ class Step:
     stage: str
     action: str
     reason: str
-
-
-def stage_name(stage: ModuleType) -> str:
-    """`pipeline.stages.s4_shrink` -> `4-shrink`, the folder's name."""
-    return stage.__name__.rpartition(".")[2].removeprefix("s").replace("_", "-")
 
 
 def deploy(
@@ -84,7 +65,7 @@ def deploy(
     progress = progress or Progress()
     config = config or Config()
     first, last = _range(start, until)
-    measuring.metrics(config.gate)
+    check(config)
     source, dataset = sources(model, data, config)
     folder = config.artifacts / (config.name or folder_name(model))
     with store.locked(folder, lambda: progress.say(f"Another run is building {folder}; waiting for it to end.")):
@@ -101,13 +82,22 @@ def deploy(
                     record, origin = _stage(stage, config, folder, wires, digests, number >= first, progress)
                     done.append((record, origin))
                 if last + 1 < len(STAGES):
-                    progress.say(f"Stopped after {stage_name(STAGES[last])}; the same command without --until goes on.")
+                    progress.say(
+                        f"Stopped after {_produces(STAGES[last]).STAGE}; the same command without --until goes on."
+                    )
                     return None
                 return _finish(folder, partial, config, source, dataset, wires, done, promote, progress)
         except (UserError, CaptureError):
-            if not any(manifest.read_stage(p) for p in partial.iterdir()):
+            if not any(records.read_stage(p) for p in partial.iterdir()):
                 store.remove(partial)
             raise
+
+
+def check(config: Config) -> None:
+    """Whatever a recipe names that only a table knows, looked up before anything is spent. Raises ConfigError."""
+    criteria.find(config.prune.criterion)
+    schedules.find(config.prune.schedule)
+    measuring.metrics(config.gate)
 
 
 def sources(model: str | nn.Module | Callable[[], nn.Module], data: object, config: Config) -> tuple[ModelSource, Data]:
@@ -123,13 +113,14 @@ def plan(
 ) -> list[Step]:
     """What `deploy` would run and what it would reuse. Nothing is written."""
     config = config or Config()
+    check(config)
     source, dataset = sources(model, data, config)
     folder = config.artifacts / (config.name or folder_name(model))
     digests = {"model": source.fingerprint, "data": dataset.fingerprint}
     steps: list[Step] = []
     for stage in STAGES:
-        name = stage_name(stage)
-        if Promoted in _wires(stage).values() and stage_name(s6_optimize) in digests:
+        name = _produces(stage).STAGE
+        if Promoted in _wires(stage).values() and Optimized.STAGE in digests:
             digests["promoted"] = _promoted(folder, digests).sha256
         wanted = _fingerprint(stage, config, digests)
         if wanted is None:
@@ -139,23 +130,11 @@ def plan(
         if found is None:
             steps.append(Step(name, "run", "not done before with these inputs, settings, code and tools"))
             continue
-        record = manifest.read_stage(found)
+        record = records.read_stage(found)
         assert record is not None
         digests[name] = record.digest
         steps.append(Step(name, "reuse", found.parent.name))
     return steps
-
-
-def open_release(version: Path) -> Release:
-    """A stored version, read back. Raises StoreError when its manifest is damaged."""
-    made = manifest.read(version)
-    artifacts = tuple(_produces(stage).load(version / stage_name(stage)) for stage in STAGES)
-    return Release(version, made, artifacts)
-
-
-def recipe(release: Release) -> Config:
-    """The recipe that a version was made from."""
-    return recipes.load(release.folder / manifest.RECIPE)
 
 
 def folder_name(model: object) -> str:
@@ -168,7 +147,7 @@ def folder_name(model: object) -> str:
 
 
 def _range(start: str | None, until: str | None) -> tuple[int, int]:
-    names = [stage_name(stage) for stage in STAGES]
+    names = [_produces(stage).STAGE for stage in STAGES]
     short = {name.partition("-")[2]: number for number, name in enumerate(names)}
     known = short | {name: number for number, name in enumerate(names)}
     for option, given in (("--from", start), ("--until", until)):
@@ -208,7 +187,7 @@ def _producer(kind: type) -> str | None:
         return "data"
     if kind is Promoted:
         return "promoted"
-    return next((stage_name(stage) for stage in STAGES if _produces(stage) is kind), None)
+    return next((_produces(stage).STAGE for stage in STAGES if _produces(stage) is kind), None)
 
 
 def _promoted(folder: Path, digests: Mapping[str, str]) -> Promoted:
@@ -217,14 +196,14 @@ def _promoted(folder: Path, digests: Mapping[str, str]) -> Promoted:
     Where the current one ships the very same file, that would be no comparison: it is what that one was compared with.
     """
     current = store.current(folder)
-    optimize = stage_name(s6_optimize)
+    optimize = Optimized.STAGE
     seen: set[str] = set()
     while current is not None and current.name not in seen:
         seen.add(current.name)
-        made = manifest.read(current)
+        made = records.read(current)
         record = next((record for record in made.stages if record.stage == optimize), None)
         if record is not None and record.digest != digests[optimize]:
-            shipped, shrunk = Optimized.load(current / optimize), Shrunk.load(current / stage_name(s4_shrink))
+            shipped, shrunk = Optimized.load(current / optimize), Shrunk.load(current / Shrunk.STAGE)
             digest = record.files[shipped.ships].sha256
             return Promoted(current.name, shipped.onnx, digest, macs=shrunk.macs_after, params=shrunk.params_after)
         before = made.parents.get("promoted version")
@@ -239,7 +218,7 @@ def _fingerprint(stage: ModuleType, config: Config, digests: dict[str, str]) -> 
         return None
     cfg = _section(stage, config)
     section = cfg.model_dump(mode="json") | cfg.code()
-    return manifest.fingerprint(stage, section, {name: digests[name] for name in producers})
+    return fingerprint.fingerprint(stage, section, {name: digests[name] for name in producers})
 
 
 def _candidates(folder: Path, name: str) -> list[Path]:
@@ -247,15 +226,15 @@ def _candidates(folder: Path, name: str) -> list[Path]:
     return [p / name for p in (folder / store.PARTIAL, *reversed(store.versions(folder))) if (p / name).is_dir()]
 
 
-def _matches(stage_folder: Path, fingerprint: str) -> bool:
-    record = manifest.read_stage(stage_folder)
+def _matches(stage_folder: Path, wanted: str) -> bool:
+    record = records.read_stage(stage_folder)
     # What broke off may have had a reason that is gone by now.
-    return record is not None and record.fingerprint == fingerprint and record.metrics.get("complete", True) is True
+    return record is not None and record.fingerprint == wanted and record.metrics.get("complete", True) is True
 
 
 def _intact(stage_folder: Path) -> bool:
-    record = manifest.read_stage(stage_folder)
-    return record is not None and manifest.record_files(stage_folder) == record.files
+    record = records.read_stage(stage_folder)
+    return record is not None and records.record_files(stage_folder) == record.files
 
 
 def _stage(
@@ -268,17 +247,17 @@ def _stage(
     progress: Progress,
 ) -> tuple[StageRecord, str]:
     """Bring one stage's folder into the partial version: kept, linked from a version, or run."""
-    name = stage_name(stage)
+    name = _produces(stage).STAGE
     target = folder / store.PARTIAL / name
-    fingerprint = _fingerprint(stage, config, digests)
-    assert fingerprint is not None, f"{name} runs before a stage that it needs"
-    found = None if forced else next((p for p in _candidates(folder, name) if _matches(p, fingerprint)), None)
+    wanted = _fingerprint(stage, config, digests)
+    assert wanted is not None, f"{name} runs before a stage that it needs"
+    found = None if forced else next((p for p in _candidates(folder, name) if _matches(p, wanted)), None)
     if found is not None and not _intact(found):
         progress.say(f"  {found} was changed since it was written; running the stage again.")
         found = None
     if found is None:
         origin = ""
-        record = _run(stage, _section(stage, config), target, fingerprint, wires, digests, progress)
+        record = _run(stage, _section(stage, config), target, wanted, wires, digests, progress)
     else:
         origin = found.parent.name
         progress.say(f"{name}: reused from {'the interrupted run' if origin == store.PARTIAL else origin}")
@@ -286,7 +265,7 @@ def _stage(
             store.remove(target)
             for relative, path in store.files_in(found).items():
                 store.link(path, target / relative)
-        kept = manifest.read_stage(target)
+        kept = records.read_stage(target)
         assert kept is not None
         record = kept
     wires[_produces(stage)] = _produces(stage).load(target)
@@ -298,7 +277,7 @@ def _run(
     stage: ModuleType,
     section: Section,
     target: Path,
-    fingerprint: str,
+    wanted: str,
     wires: dict[type, Any],
     digests: dict[str, str],
     progress: Progress,
@@ -310,10 +289,10 @@ def _run(
     work = target.with_name(f"{target.name}.building")
     note = work / ".fingerprint"
     store.remove(target)
-    if not note.is_file() or note.read_text() != fingerprint:
+    if not note.is_file() or note.read_text() != wanted:
         store.remove(work)
         work.mkdir()
-        note.write_text(fingerprint)
+        note.write_text(wanted)
     progress.say(f"{target.name}: {(stage.__doc__ or '').strip().splitlines()[0]}")
     began = time.perf_counter()
     inputs = {parameter: wires[kind] for parameter, kind in _wires(stage).items()}
@@ -323,13 +302,13 @@ def _run(
     producers = [name for name in map(_producer, _wires(stage).values()) if name is not None]
     record = StageRecord(
         stage=target.name,
-        fingerprint=fingerprint,
+        fingerprint=wanted,
         inputs={name: digests[name] for name in producers},
-        files=manifest.record_files(work),
+        files=records.record_files(work),
         seconds=round(time.perf_counter() - began, 3),
         metrics=artifact.scalars(),
     )
-    (work / manifest.RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (work / records.RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     work.rename(target)
     return record
 
@@ -355,24 +334,24 @@ def _finish(
     else:
         for leftover in [p for p in partial.iterdir() if p.name not in {record.stage for record, _ in done}]:
             store.remove(leftover) if leftover.is_dir() else leftover.unlink()
-        (partial / manifest.RECIPE).write_text(recipe, encoding="utf-8")
+        (partial / records.RECIPE).write_text(recipe, encoding="utf-8")
         artifacts = tuple(wires[_produces(stage)] for stage in STAGES)
         known = store.versions(folder)
         made = Manifest(
-            project=manifest.project_version(),
+            project=records.project_version(),
             model=source.spec,
             version=f"v{int(known[-1].name[1:]) + 1 if known else 1:04d}",
             created=datetime.now(UTC),
             model_fingerprint=source.fingerprint,
             data_fingerprint=dataset.fingerprint,
-            recipe=sha256(partial / manifest.RECIPE),
+            recipe=sha256(partial / records.RECIPE),
             stages=tuple(record for record, _ in done),
             reused={record.stage: origin for record, origin in done if origin not in ("", store.PARTIAL)},
             files={},
-            parents=_parents([record for record, _ in done], dataset, sha256(partial / manifest.RECIPE), wires),
-            tools=manifest.tools(),
-            host=manifest.host_facts(),
-            git=manifest.git_facts(),
+            parents=_parents([record for record, _ in done], dataset, sha256(partial / records.RECIPE), wires),
+            tools=fingerprint.tools(),
+            host=fingerprint.host_facts(),
+            git=fingerprint.git_facts(),
         )
         if wires[Validated].verdict.outcome == "pass":
             progress.say("  bundle: golden answers and self-test")
@@ -380,9 +359,9 @@ def _finish(
             bundling.write(partial / bundling.FOLDER, source, dataset, *(wires[kind] for kind in kinds))
         report.write(partial, made, artifacts)
         stages = tuple(record.stage for record in made.stages)
-        outside = {n: f for n, f in manifest.record_files(partial).items() if n.partition("/")[0] not in stages}
+        outside = {n: f for n, f in records.record_files(partial).items() if n.partition("/")[0] not in stages}
         made = made.model_copy(update={"files": outside})
-        (partial / manifest.MANIFEST).write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (partial / records.MANIFEST).write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
         release = open_release(store.seal(folder, partial))
     if release.passed and promote and store.current(folder) != release.folder:
         if same is not None and promotion.rolled_back(same):
@@ -396,14 +375,14 @@ def _parents(records: list[StageRecord], dataset: Data, recipe: str, wires: dict
     """The digests that lead back from a version to what it was made from and compared with."""
     compared: Promoted = wires[Promoted]
     other = {"promoted version": compared.version, "promoted model": compared.sha256} if compared.version else {}
-    return manifest.parents(records, dataset.fingerprint, recipe) | other
+    return checks.parents(records, dataset.fingerprint, recipe) | other
 
 
-def _same_version(folder: Path, recipe: str, records: list[StageRecord]) -> Path | None:
+def _same_version(folder: Path, recipe: str, made: list[StageRecord]) -> Path | None:
     """A version with the same recipe and the very same stages, and every byte still as it was."""
     for version in reversed(store.versions(folder)):
-        if (version / manifest.RECIPE).is_file() and (version / manifest.RECIPE).read_text(encoding="utf-8") == recipe:
-            made = manifest.read(version)
-            if list(made.stages) == records and not manifest.faults(version):
+        if (version / records.RECIPE).is_file() and (version / records.RECIPE).read_text(encoding="utf-8") == recipe:
+            found = records.read(version)
+            if list(found.stages) == made and not checks.faults(version):
                 return version
     return None

@@ -20,8 +20,8 @@ def test_each_package_is_ours_and_not_a_namesake_from_the_index(name):
 
 
 def test_every_artifact_type_has_one_producer_and_stages_take_only_what_came_before():
-    from pipeline.artifacts import Artifact
-    from pipeline.recipe.config import Section
+    from pipeline.artifacts.base import Artifact
+    from pipeline.recipe.section import Section
     from pipeline.stages import STAGES
 
     made: list[type] = []

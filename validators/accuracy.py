@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy.special import softmax
 from scipy.stats import binomtest, rankdata
 
-from validators.errors import ValidationError
+from foundation.errors import ValidationError
 from validators.gates import Measured
 from validators.runners import Array, Runner
 

@@ -25,9 +25,8 @@ import onnxruntime as ort
 from onnx import helper
 from pydantic import BaseModel, ConfigDict
 
-from foundation.errors import first_line
+from foundation.errors import ValidationError, first_line
 from foundation.rounding import allowance
-from validators.errors import ValidationError
 from validators.feeds import Feed
 from validators.runners import Array, run_unoptimized
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from validators.errors import ValidationError
+from foundation.errors import ValidationError
 from validators.runners import Array, InputSpec
 
 BATCHES = (1, 3, 8)

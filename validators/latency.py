@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from validators.errors import ValidationError
+from foundation.errors import ValidationError
 from validators.feeds import Feed
 from validators.gates import Measured
 from validators.runners import Array, Runner

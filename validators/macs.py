@@ -16,8 +16,7 @@ from typing import Any
 import onnx
 from onnx import helper, inliner
 
-from foundation.errors import first_line
-from validators.errors import ValidationError
+from foundation.errors import ValidationError, first_line
 from validators.feeds import Feed
 from validators.runners import run_unoptimized
 

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from foundation.errors import first_line
+from foundation.errors import ValidationError, first_line
 from foundation.rounding import allowance
 from validators.divergence import Divergence, statistics, versions, write_pack
-from validators.errors import ValidationError
 from validators.feeds import Feed
 from validators.runners import Array, run_unoptimized
 

@@ -29,8 +29,8 @@ from itertools import pairwise
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from foundation.errors import ValidationError
 from foundation.rounding import allowance, scaled
-from validators.errors import ValidationError
 from validators.feeds import Feed
 from validators.runners import Array, Runner
 

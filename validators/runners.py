@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from foundation.errors import first_line
-from validators.errors import ValidationError
+from foundation.errors import ValidationError, first_line
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

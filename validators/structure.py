@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 from pydantic import BaseModel, ConfigDict
 
+from foundation.errors import ValidationError
 from validators import cold_start
-from validators.errors import ValidationError
 from validators.feeds import Feed
 from validators.runners import OrtRunner
 

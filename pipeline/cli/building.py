@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
+from foundation.errors import ConfigError
 from pipeline.cli.group import EXIT_CODES, main, plain
 from pipeline.cli.versions import print_release
-from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.inquiry.planning import Plan
@@ -126,7 +126,7 @@ def deploy(
     )
     if release is None:
         return 0
-    from pipeline.artifacts import Validated
+    from pipeline.artifacts.verdict import Validated
 
     print_release(release)
     outcome.append_step_summary(report.markdown_summary(release.manifest, release.artifacts))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
+from foundation.errors import ConfigError, VersionError
 from pipeline.cli.group import OUT, main
-from pipeline.errors import ConfigError, VersionError
 
 
 @main.command()
@@ -25,7 +25,7 @@ def bundle(version: str, out: Path, output: Path | None, checked: bool) -> int:
     leanort bundle resnet50.tar.gz --check            one line of JSON; exit code 1 when it fails
     """
     from exporters.bundling import check, pack, unpack
-    from pipeline.release import bundling, manifest, store
+    from pipeline.release import bundling, checks, store
 
     if checked:
         with tempfile.TemporaryDirectory() as scratch:
@@ -39,7 +39,7 @@ def bundle(version: str, out: Path, output: Path | None, checked: bool) -> int:
     if output.suffixes[-2:] != [".tar", ".gz"] and output.suffix != ".tgz":
         raise ConfigError(f"{output} is not called .tar.gz.", f"Write: -o {output}.tar.gz")
     folder = store.resolve(out, version)
-    faults = manifest.faults(folder)
+    faults = checks.faults(folder)
     if faults:
         raise VersionError(f"{folder} is not what was sealed: {faults[0]}.", "Deploy again; do not ship it.")
     pack(bundling.of(folder), output)

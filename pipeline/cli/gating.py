@@ -10,15 +10,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from foundation.errors import ConfigError
 from pipeline.cli.group import EXIT_CODES, OUT, main, plain
-from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.data.parts import Data
-    from pipeline.recipe.config import Policy, Rule
-    from validators.feeds import Feed
+    from pipeline.recipe.policy import Policy, Rule
     from validators.gates import Measured, Verdict
-    from validators.runners import OrtRunner
 
 _POLICY = click.option("--policy", type=click.Path(path_type=Path), help="A TOML file with the limits.")
 _REPORT = click.option(
@@ -74,16 +71,17 @@ def gate(
     leanort gate resnet50/v0002 --policy strict.toml
     leanort gate small.onnx --against dense.onnx --data npz:test.npz --policy strict.toml
     """
-    from pipeline.recipe import config
+    from pipeline.recipe.config import load_policy
+    from pipeline.recipe.policy import Policy
 
-    limits = config.load_policy(policy) if policy is not None else None
+    limits = load_policy(policy) if policy is not None else None
     if Path(target).suffix in (".onnx", ".ort"):
         if against is None:
             raise ConfigError(f"{target} alone says nothing.", "Name the dense model: --against dense.onnx")
         files = {"dense": against, "shipped": Path(target)}
         if promoted is not None:
             files["promoted"] = promoted
-        return _judge_files(target, files, equal_to, limits or config.Policy(), None, report, options)
+        return _judge_files(target, files, equal_to, limits or Policy(), None, report, options)
     for name, given in (("--against", against), ("--promoted", promoted), ("--equal-to", equal_to)):
         if given is not None:
             raise ConfigError(f"{name} is for a model file; {target} is judged by its own measurements.")
@@ -105,26 +103,26 @@ def check(a: Path, b: Path, policy: Path | None, report: Path | None, **options:
     \b
     leanort check model.onnx model.quantised.onnx --data npz:test.npz
     """
-    from pipeline.recipe import config
+    from pipeline.recipe.config import load_policy
+    from pipeline.recipe.policy import Policy, Rule
 
-    limits = config.load_policy(policy) if policy is not None else config.Policy()
+    limits = load_policy(policy) if policy is not None else Policy()
     own = None
     if policy is None:
-        rule = config.Rule(metric="accuracy", against="dense", max=limits.max_accuracy_drop_points)
+        rule = Rule(metric="accuracy", against="dense", max=limits.max_accuracy_drop_points)
         own = [rule] if options["data"] else []
     return _judge_files(f"{a} and {b}", {"dense": a, "shipped": b}, a, limits, own, report, options)
 
 
 def _judge_version(out: Path, target: str, limits: Policy | None, report: Path | None) -> int:
-    from pipeline import runner
-    from pipeline.artifacts import Validated
+    from pipeline.artifacts.verdict import Validated
     from pipeline.gate import policy as policies
-    from pipeline.release import store
+    from pipeline.release import opening, store
 
-    release = runner.open_release(store.resolve(out, target))
+    release = opening.open_release(store.resolve(out, target))
     checked = release[Validated]
     verdict, notes = policies.decide(
-        limits or runner.recipe(release).gate,
+        limits or opening.recipe(release).gate,
         checked.measurements,
         hops=[f"{policies.PARITY}{hop.reference} - {hop.candidate}" for hop in checked.hops if hop.judged],
         promoted=bool(checked.promoted),
@@ -143,21 +141,14 @@ def _judge_files(
     report: Path | None,
     options: Mapping[str, Any],
 ) -> int:
-    """Measure files and judge them; whatever cannot be measured is missing, and so fails."""
-    from exporters.to_ort import session_of
+    """Measure files and judge them."""
     from pipeline.cli.building import size
-    from pipeline.data import parts as datasets
-    from pipeline.gate import measuring
-    from pipeline.gate import policy as policies
+    from pipeline.data import find as datasets
+    from pipeline.gate import foreign, measuring
     from pipeline.progress import TerminalProgress
-    from pipeline.recipe.config import GateSection
-    from validators.feeds import edge_feeds, random_feeds
-    from validators.parity import compare
-    from validators.runners import OrtRunner
+    from pipeline.recipe.policy import GateSection
 
-    for path in (*files.values(), *([equal] if equal else [])):
-        if not path.is_file():
-            raise ConfigError(f"There is no file {path}.", "Check the path.")
+    foreign.existing(files, equal)
     cfg = GateSection(
         **dict(limits),
         threads=options["threads"],
@@ -168,64 +159,8 @@ def _judge_files(
     sizes = measuring.parse_sizes(options["sizes"])
     measuring.metrics(cfg)
     data = datasets.load(options["data"], input_size=size(options["input_size"])) if options["data"] else None
-    measurements: dict[str, Measured | None] = {}
-    notes: list[str] = []
-    hops: list[str] = []
-    crashed = measuring.Crashes()
-    if equal is not None:
-        key = f"{policies.PARITY}{equal.name} - {files['shipped'].name}"
-        hops.append(key)
-        with crashed.noted("parity"):
-            reference, candidate = (
-                OrtRunner(path, threads=cfg.threads, session=session_of(path)) for path in (equal, files["shipped"])
-            )
-            feeds = [
-                *random_feeds(candidate.inputs, seed=cfg.seed, sizes=sizes),
-                *edge_feeds(candidate.inputs, seed=cfg.seed, sizes=sizes),
-                *(_real(candidate, data) if data is not None else ()),
-            ]
-            found = compare(reference, candidate, feeds, atol=cfg.parity, rtol=0.0)
-            measurements[key] = policies.exactly(found.judged)
-            notes += found.reasons[:5]
-            if not found.passed and found.worst is not None and {equal.suffix, files["shipped"].suffix} == {".onnx"}:
-                worst = next(feed for feed in feeds if feed.label == found.worst.feed)
-                notes += _apart(equal, files["shipped"], worst, cfg.parity, report)
-    findings = measuring.contest(cfg, files, data, TerminalProgress(), sizes=sizes)
-    crashed |= findings.crashed
-    measurements |= findings.measurements
-    notes += findings.notes
-    counts = {name: measuring.counts(cfg, name, path, crashed, sizes=sizes) for name, path in files.items()}
-    measurements |= {key: policies.exactly(count) for key, count in counts["shipped"].items()}
-    for name in counts:
-        if name != "shipped":
-            measurements |= measuring.against(counts["shipped"], counts[name], name)
-    verdict, left = policies.decide(
-        cfg, measurements, hops=hops, promoted="promoted" in files, given=own, crashed=crashed
-    )
-    return _tell(subject, "", verdict, (*left, *notes), measurements, report)
-
-
-def _real(runner: OrtRunner, data: Data) -> list[Feed]:
-    """Test samples at every batch size that the model takes; none for a model that takes more than images."""
-    from validators.feeds import BATCHES, real_feeds
-
-    if len(runner.inputs) != 1:
-        return []
-    name, batch = runner.inputs[0].name, runner.inputs[0].shape[0]
-    batches = (batch,) if isinstance(batch, int) else BATCHES
-    return real_feeds({name: data.sample("test", max(batches)).numpy()}, batches=batches)
-
-
-def _apart(reference: Path, candidate: Path, feed: Feed, atol: float, report: Path | None) -> list[str]:
-    """Where two files part, in one line; with a report folder, a repro pack is written into it."""
-    from validators.divergence import first_divergence, repro_pack
-
-    if report is None:
-        found = first_divergence(reference, candidate, feed, atol=atol)
-        return [f"{candidate.name} {found.words}"] if found else []
-    report.mkdir(parents=True, exist_ok=True)
-    found = repro_pack(reference, candidate, feed, report / "repro.zip", atol=atol)
-    return [f"{candidate.name} {found.words}; see {report / 'repro.zip'}"] if found else []
+    made = foreign.judge_files(cfg, files, data, TerminalProgress(), equal=equal, sizes=sizes, rules=own, report=report)
+    return _tell(subject, "", made.verdict, made.notes, made.measurements, report)
 
 
 def _tell(

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from pipeline.errors import LeanortError
+from foundation.errors import LeanortError
 
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
 INTERRUPTED = 130

@@ -10,11 +10,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from foundation.errors import LeanortError, StoreError, VersionError
 from pipeline.cli.group import OUT, main, plain
-from pipeline.errors import LeanortError, StoreError, VersionError
 
 if TYPE_CHECKING:
-    from pipeline.runner import Release
+    from pipeline.release.opening import Release
 
 
 @main.command("list")
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 @click.option("--log", is_flag=True, help="What was promoted, rolled back and removed, by whom and why.")
 def list_(out: Path, as_json: bool, log: bool) -> None:
     """List every version: verdict, key figures, and which one is current (*)."""
-    from pipeline import runner
-    from pipeline.artifacts import Validated
-    from pipeline.release import store
+    from pipeline.artifacts.verdict import Validated
+    from pipeline.release import opening, store
 
     if log:
         _print_log(out, as_json)
@@ -33,7 +32,7 @@ def list_(out: Path, as_json: bool, log: bool) -> None:
 
     def figures_of(version: Path) -> Validated | None:
         try:
-            return runner.open_release(version)[Validated]
+            return opening.open_release(version)[Validated]
         except (LeanortError, OSError, ValueError):  # one damaged version must not hide the others
             return None
 
@@ -84,10 +83,9 @@ def list_(out: Path, as_json: bool, log: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The manifest on stdout.")
 def show(version: str, out: Path, as_json: bool) -> None:
     """Show one version: MODEL is its newest, MODEL/v0002 or MODEL/current a certain one."""
-    from pipeline import runner
-    from pipeline.release import store
+    from pipeline.release import opening, store
 
-    release = runner.open_release(store.resolve(out, version))
+    release = opening.open_release(store.resolve(out, version))
     if as_json:
         click.echo(release.manifest.model_dump_json(indent=2))
         return
@@ -106,11 +104,10 @@ def show(version: str, out: Path, as_json: bool) -> None:
 @OUT
 def diff(a: str, b: str, out: Path) -> None:
     """Show what differs between two versions: recipe, widths per layer, figures."""
-    from pipeline import runner
     from pipeline.inquiry.differences import differences
-    from pipeline.release import store
+    from pipeline.release import opening, store
 
-    first, second = (runner.open_release(store.resolve(out, name)) for name in (a, b))
+    first, second = (opening.open_release(store.resolve(out, name)) for name in (a, b))
     changes = differences(first, second)
     if not changes:
         click.echo("No difference.")
@@ -132,15 +129,15 @@ def diff(a: str, b: str, out: Path) -> None:
 @OUT
 def verify(version: str, out: Path) -> None:
     """Check every byte of a version against its manifest, and the chain of digests back to the dense model."""
-    from pipeline.release import manifest, store
+    from pipeline.release import checks, records, store
 
     folder = store.resolve(out, version)
-    faults = manifest.faults(folder)
+    faults = checks.faults(folder)
     for fault in faults:
         click.echo(f"{folder}: {fault}")
     if faults:
         raise VersionError(f"{folder} is not what was sealed: {len(faults)} fault(s).", "Deploy again; do not ship it.")
-    made = manifest.read(folder)
+    made = records.read(folder)
     count = len(made.files) + sum(len(record.files) for record in made.stages)
     click.echo(f"{folder}: {count} files as sealed; the shipped file leads back to the dense model.")
 
@@ -264,7 +261,9 @@ def _millions(count: int | None) -> float | None:
 
 def print_release(release: Release) -> None:
     """The verdict and the headline figures."""
-    from pipeline.artifacts import Baseline, Shrunk, Validated
+    from pipeline.artifacts.eager import Baseline
+    from pipeline.artifacts.program import Shrunk
+    from pipeline.artifacts.verdict import Validated
 
     checked, shrunk, dense = release[Validated], release[Shrunk], release[Baseline]
     console = Console()

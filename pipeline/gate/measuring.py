@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,18 +18,18 @@ import numpy as np
 
 from exporters.summary import describe
 from exporters.to_ort import session_of
-from foundation.errors import first_line
+from foundation.errors import ConfigError, UserError, first_line
 from pipeline.data.parts import Data
-from pipeline.errors import ConfigError, UserError
 from pipeline.gate import policy
+from pipeline.gate.policy import rules
 from pipeline.models.from_code import load_callable
 from pipeline.progress import Progress
-from pipeline.recipe.config import GateSection
+from pipeline.recipe.policy import GateSection, Policy
 from validators.accuracy import AccuracyComparison, Metric, Similarity, compare_accuracy, evaluate, similarity, top_k
 from validators.errors import ValidationError
 from validators.feeds import Feed, random_feeds
 from validators.gates import Measured
-from validators.latency import LatencyReport, race
+from validators.latency import Bound, LatencyReport, race
 from validators.macs import count_macs
 from validators.runners import Array, OrtRunner
 from validators.structure import StructureReport, measure
@@ -244,8 +245,23 @@ def _latency(
         reference="dense" if "dense" in runners else "shipped",
         seconds=cfg.seconds,
         seed=cfg.seed,
-        bounds=[b for b in policy.bounds(cfg, promoted="promoted" in runners) if b.reference in runners],
+        bounds=[b for b in bounds(cfg, promoted="promoted" in runners) if b.reference in runners],
     )
+
+
+def bounds(policy: Policy, *, promoted: bool) -> list[Bound]:
+    """The questions that the latency race has to decide for this policy."""
+    found = []
+    for rule in rules(policy):
+        of = {"latency": "median", "latency_p99": "p99"}.get(rule.metric)
+        if of is None or rule.against is None or (rule.against == "promoted" and not promoted):
+            continue
+        found += [
+            Bound("shipped", rule.against, value, of)
+            for value in (rule.max, rule.min)
+            if value is not None and math.isfinite(value)
+        ]
+    return found
 
 
 def _feed(cfg: GateSection, runner: OrtRunner, sizes: Mapping[str, int] | None) -> Feed:

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.errors import StoreError
+from foundation.errors import StoreError
 from pipeline.gate.policy import finite
 from pipeline.report.figures import significant
 from pipeline.report.templating import markdown

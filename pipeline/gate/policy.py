@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from pipeline.recipe.config import Policy, Rule
+from pipeline.recipe.policy import Policy, Rule
 from validators.gates import Limit, Measured, Operator, Verdict, judge
-from validators.latency import Bound
 
 Measurements = Mapping[str, Measured | None]
 PARITY = "parity "
@@ -103,21 +102,6 @@ def decide(
 
 def _sides(rule: Rule) -> tuple[tuple[Operator, float | None], ...]:
     return ("<=", rule.max), (">=", rule.min)
-
-
-def bounds(policy: Policy, *, promoted: bool) -> list[Bound]:
-    """The questions that the latency race has to decide for this policy."""
-    found = []
-    for rule in rules(policy):
-        of = {"latency": "median", "latency_p99": "p99"}.get(rule.metric)
-        if of is None or rule.against is None or (rule.against == "promoted" and not promoted):
-            continue
-        found += [
-            Bound("shipped", rule.against, value, of)
-            for value in (rule.max, rule.min)
-            if value is not None and math.isfinite(value)
-        ]
-    return found
 
 
 def exactly(value: float | None) -> Measured | None:

@@ -6,9 +6,12 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.artifacts import Optimized, Pruned, Shrunk, Validated
-from pipeline.release import manifest
-from pipeline.runner import Release
+from pipeline.artifacts.eager import Baseline, Folded, Pruned
+from pipeline.artifacts.program import Shrunk
+from pipeline.artifacts.race import Optimized
+from pipeline.artifacts.verdict import Validated
+from pipeline.release import records
+from pipeline.release.opening import Release
 
 Change = tuple[str, str, str]
 
@@ -26,9 +29,9 @@ def _sources(first: Release, second: Release) -> list[Change]:
     def facts(release: Release) -> dict[str, str]:
         made = release.manifest
         flat = {"model": made.model_fingerprint, "data": made.data_fingerprint, "commit": made.git.get("commit", "")}
-        weights = next(r.files["weights.safetensors"].sha256 for r in made.stages if r.stage == "0-baseline")
-        shipped = next(r for r in made.stages if r.stage == "6-optimize").files[release[Optimized].ships].sha256
-        folded = next(r.files["weights.safetensors"].sha256 for r in made.stages if r.stage == "3-fold")
+        weights = next(r.files["weights.safetensors"].sha256 for r in made.stages if r.stage == Baseline.STAGE)
+        shipped = next(r for r in made.stages if r.stage == Optimized.STAGE).files[release[Optimized].ships].sha256
+        folded = next(r.files["weights.safetensors"].sha256 for r in made.stages if r.stage == Folded.STAGE)
         flat |= {"pruned weights": folded, "shipped file": shipped}
         tools = {f"tool {name}": version for name, version in made.tools.items()}
         return {k: v[:12] for k, v in {**flat, "dense weights": weights}.items()} | tools | made.host
@@ -53,7 +56,7 @@ def _figures(first: Release, second: Release) -> list[Change]:
 
 
 def _read_recipe(release: Release) -> dict[str, Any]:
-    return tomllib.loads((release.folder / manifest.RECIPE).read_text(encoding="utf-8"))
+    return tomllib.loads((release.folder / records.RECIPE).read_text(encoding="utf-8"))
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

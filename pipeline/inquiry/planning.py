@@ -16,8 +16,10 @@ from pipeline.channels.program.capture import capture
 from pipeline.recipe.config import Config
 from pipeline.report.drawing import widths_svg
 from pipeline.runner import Step
+from pipeline.selection import criteria
 from pipeline.selection.allocation import Removed
-from pipeline.stages import s1_prune
+from pipeline.selection.choose import choose_groups, policy_of
+from pipeline.selection.observe import observe
 from pipeline.training import masks
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -92,16 +94,17 @@ class Plan:
 
 def plan(config: Config) -> Plan:
     """Analyse the model as it is built (weights decide which channels go, not how many). Nothing is written."""
-    source, _ = runner.sources(config.model, None, config)
+    source, data = runner.sources(config.model, None, config)
     model = source.build()
-    analysis = analyse(capture(model, models.example(source)), s1_prune.policy_of(config.prune.groups))
-    state, maskable = model.state_dict(), masks.maskable(model)
+    analysis = analyse(capture(model, models.example(source)), policy_of(config.prune.groups))
+    seen = observe(model, data, criteria.find(config.prune.criterion).observes)
+    maskable = masks.maskable(model)
     elements = sum(p.numel() for p in model.parameters())
     width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(1, elements)  # bytes of one parameter
 
     def at(ratio: float) -> tuple[Removed, Size]:
         section = config.prune.model_copy(update={"ratio": ratio})
-        removed = s1_prune.choose_groups(analysis, state, section, ratio, maskable)
+        removed = choose_groups(analysis, seen, section, ratio, maskable)
         return removed, analysis.estimate(removed)
 
     removed, expected = at(config.prune.ratio)

@@ -6,16 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from foundation.errors import StoreError, UserError, nearest
 from foundation.files import sha256
-from pipeline.artifacts import Pruned
+from pipeline.artifacts.eager import Pruned
+from pipeline.artifacts.program import Shrunk
 from pipeline.channels.removal.ledger import Ledger
-from pipeline.errors import StoreError, UserError, nearest
-from pipeline.release import manifest
-from pipeline.runner import stage_name
-from pipeline.stages import s1_prune, s4_shrink
+from pipeline.release import records
 
 SHOWN = 24  # indices written out before a range is cut short
 
@@ -93,7 +91,8 @@ class Removal:
         for cluster, cause in found["cause"].items():
             chosen, dead = cause["chosen by pruning"], cause["dead in the weights"]
             if chosen:
-                method = f"{self.pruned.method} pruning took the groups with the lowest norms"
+                took = self.pruned.chosen_by or "the groups with the lowest norms"
+                method = f"{self.pruned.method} pruning took {took}"
                 lines.append(f"  cluster {cluster}: {method}: {spans(chosen)}")
             if dead:
                 lines.append(f"  cluster {cluster}: dead in the weights without being chosen: {spans(dead)}")
@@ -119,21 +118,21 @@ class Removal:
 
 def read(version: Path) -> Removal:
     """The removal of a stored version, its files checked against the manifest. Raises StoreError where they differ."""
-    made = manifest.read(version)
+    made = records.read(version)
     sealed = {f"{record.stage}/{name}": file.sha256 for record in made.stages for name, file in record.files.items()}
 
-    def text(stage: ModuleType, name: str) -> str:
-        place = f"{stage_name(stage)}/{name}"
+    def text(stage: str, name: str) -> str:
+        place = f"{stage}/{name}"
         file = version / place
         if not file.is_file() or sha256(file) != sealed.get(place):
             raise StoreError(f"{file} is not what was sealed.", "Run `leanort verify` on the version.")
         return file.read_text(encoding="utf-8")
 
     return Removal(
-        ledger=Ledger.from_json(text(s4_shrink, "ledger.json")),
-        pruned=Pruned.load(version / stage_name(s1_prune)),
-        chosen=json.loads(text(s1_prune, "removed.json")),
-        blocked=json.loads(text(s4_shrink, "blocked.json")),
+        ledger=Ledger.from_json(text(Shrunk.STAGE, "ledger.json")),
+        pruned=Pruned.load(version / Pruned.STAGE),
+        chosen=json.loads(text(Pruned.STAGE, "removed.json")),
+        blocked=json.loads(text(Shrunk.STAGE, "blocked.json")),
     )
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 from torch import nn
 
+from foundation.errors import ModelError, UserError, nearest
 from foundation.files import sha256
-from pipeline.errors import ModelError, UserError, nearest
-from pipeline.models.source import Origin, Shape, accepted, image_input, required, source_text
+from pipeline.models.inspection import accepted, required, source_text
+from pipeline.models.source import Origin, Shape, image_input
 
 
 def origin_of_object(model: nn.Module, input_size: Shape | None) -> Origin:

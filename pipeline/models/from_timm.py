@@ -8,8 +8,7 @@ import huggingface_hub
 import timm
 from torch import nn
 
-from foundation.errors import first_line
-from pipeline.errors import ModelError, WeightsError, nearest
+from foundation.errors import ModelError, WeightsError, first_line, nearest
 from pipeline.models.network import reachable
 from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape
 

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 from urllib.error import URLError
 
+import torchvision
 from torch import Tensor, nn
 
-from foundation.errors import first_line
-from pipeline.errors import ModelError, WeightsError, nearest
+from foundation.errors import ModelError, WeightsError, first_line, nearest
 from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape
-from pipeline.models.torchvision_import import torchvision
 
 CLIP_FRAMES = 16
 """Frames of the example clip for video models: what mvit is built for, and the training length of the others."""

@@ -26,9 +26,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from foundation.errors import first_line
+from foundation.errors import ModelError, WeightsError, first_line, nearest
 from foundation.files import sha256
-from pipeline.errors import ModelError, WeightsError, nearest
 from pipeline.models.network import reachable
 from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape, Size
 

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from foundation.files import sha256, sync
-from pipeline.errors import StoreError, WeightsError
+from foundation.errors import WeightsError
+from foundation.files import read_tensors, sha256
 from pipeline.models.source import ModelSource
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -38,8 +33,6 @@ PREFIXES = ("module.", "model.", "net.")
 
 NAMED = 10
 """How many names a message lists before it only counts."""
-
-_ALIASES = "aliases"
 
 
 @dataclass(frozen=True)
@@ -90,74 +83,10 @@ def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file.", "Give a .safetensors or .pt file, 'pretrained' or 'train'.")
     if path.suffix == ".safetensors":
-        return read(path)
+        return read_tensors(path)
     if path.suffix not in PICKLED:
         raise WeightsError(f"{path}: not a checkpoint by its name.", f"Give .safetensors or {', '.join(PICKLED)}.")
     return _state_in(_unpickle(path), path)
-
-
-def read(path: Path | str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file; names that were tied when `save` wrote them share one tensor again."""
-    path = Path(path)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            # Cloned, because the tensors would otherwise be pages of the file itself.
-            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no iteration
-            metadata = file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(
-            f"{path} cannot be read: {error}.", "The file is missing, damaged or not safetensors."
-        ) from error
-    aliases: dict[str, str] = json.loads(metadata.get(_ALIASES, "{}"))
-    return state | {alias: state[name] for alias, name in aliases.items()}
-
-
-def save(state: Mapping[str, Tensor], path: Path | str) -> None:
-    """Write a safetensors file, complete or not at all; tied tensors are stored once.
-
-    Raises StoreError if the disk is full or the folder cannot be written.
-    """
-    path = Path(path)
-    plain: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[tuple[object, ...], str] = {}
-    for name, tensor in state.items():
-        detached = tensor.detach().cpu()
-        key = (detached.data_ptr(), detached.dtype, detached.shape, detached.stride())
-        if detached.numel() and key in seen:
-            aliases[name] = seen[key]
-            continue
-        seen[key] = name
-        own = detached.contiguous()
-        # safetensors refuses tensors that share memory, such as slices of one buffer.
-        plain[name] = own if own.untyped_storage().nbytes() == own.nbytes else own.clone()
-    with replacing(path) as partial:
-        try:
-            safetensors.torch.save_file(plain, partial, metadata={_ALIASES: json.dumps(aliases)} if aliases else None)
-        except safetensors.SafetensorError as error:  # wraps the system's own errors
-            raise OSError(str(error)) from error
-
-
-@contextmanager
-def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
-    """Give a name to write to that becomes `path` when the block ends well, and vanishes when it does not.
-
-    `durable` waits until the bytes are on the disk, so that not even a power cut leaves half a file. Raises StoreError
-    on any error of the file system.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        if durable:
-            sync(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            "Free some space, or choose a folder that is writable.",
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_finite(state: Mapping[str, Tensor], origin: str) -> None:

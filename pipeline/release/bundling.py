@@ -11,12 +11,14 @@ import torch
 
 from exporters.bundling import Bundle, InputNote, Variant, bundle
 from exporters.summary import describe
+from foundation.errors import VersionError
 from foundation.rounding import scaled
-from pipeline.artifacts import Candidate, Exported, Optimized, Shrunk, Validated
+from pipeline.artifacts.program import Exported, Shrunk
+from pipeline.artifacts.race import Candidate, Optimized
+from pipeline.artifacts.verdict import Validated
 from pipeline.data.parts import Data
-from pipeline.errors import VersionError
-from pipeline.models import ModelSource, example
-from pipeline.release import manifest
+from pipeline.models.source import ModelSource, example
+from pipeline.release.records import project_version
 from validators.feeds import random_feeds
 from validators.runners import OrtRunner, TorchRunner
 
@@ -77,7 +79,7 @@ def write(
         metadata={
             **summary.metadata,
             "leanort.model": source.spec,
-            "leanort.version": manifest.project_version(),
+            "leanort.version": project_version(),
             "leanort.ships": shipped.name,
             **{name: f"{value:.6f}" for name, value in measured.items() if value is not None},
         },

@@ -19,7 +19,7 @@ from typing import Literal
 import filelock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import StoreError
+from foundation.errors import StoreError
 
 FILE = "releases.jsonl"
 _LOCK = ".releases.lock"

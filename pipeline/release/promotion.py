@@ -8,18 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.artifacts import Validated
-from pipeline.errors import ConfigError, StoreError, VersionError
-from pipeline.release import journal, manifest, store
-from pipeline.stages import s7_validate
-
-_VALIDATE = s7_validate.__name__.rpartition(".s")[2].replace("_", "-")
+from foundation.errors import ConfigError, StoreError, VersionError
+from pipeline.artifacts.verdict import Validated
+from pipeline.release import checks, journal, records, store
 
 
 def verdict(version: Path) -> str:
     """The stored outcome of a version's gate. Raises StoreError when it cannot be read."""
     try:
-        return Validated.load(version / _VALIDATE).verdict.outcome
+        return Validated.load(version / Validated.STAGE).verdict.outcome
     except (OSError, ValueError) as error:
         raise StoreError(f"The verdict of {version} cannot be read: {error}.", "Deploy again.") from None
 
@@ -39,7 +36,7 @@ def promote(version: Path, *, forced: bool = False, reason: str = "") -> str:
             f"{folder.name}/{version.name} is not promoted: its verdict is {outcome}.",
             f"See {version / 'report.html'}, or override with --force --reason.",
         )
-    if faults := manifest.faults(version):
+    if faults := checks.faults(version):
         raise StoreError(
             f"{folder.name}/{version.name} is not promoted: {faults[0]}.", "Deploy again; force does not help here."
         )
@@ -76,7 +73,7 @@ def rollback(folder: Path, *, reason: str = "") -> tuple[str, str]:
         now, target = stack[-1], folder / stack[-2]
         if target not in store.versions(folder):
             raise VersionError(f"{folder.name}/{target.name} is gone.", "Promote another one: see `leanort list`.")
-        if faults := manifest.faults(target):
+        if faults := checks.faults(target):
             raise StoreError(f"{folder.name}/{target.name} is damaged: {faults[0]}.", "Promote another one.")
         store.point_current(folder, target)
         journal.append(
@@ -150,5 +147,5 @@ def collect(folder: Path, versions: Sequence[Path]) -> int:
 
 
 def _parents(version: Path) -> set[str]:
-    made = manifest.read(version)
+    made = records.read(version)
     return {*made.reused.values(), made.parents.get("promoted version", "")}

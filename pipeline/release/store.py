@@ -23,8 +23,8 @@ from pathlib import Path
 
 import filelock
 
+from foundation.errors import StoreError, VersionError, nearest
 from foundation.files import sync
-from pipeline.errors import StoreError, VersionError, nearest
 
 PARTIAL = ".partial"
 CURRENT = "current"

@@ -15,19 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.artifacts import (
-    Artifact,
-    Baseline,
-    Candidate,
-    CandidateLatency,
-    Optimized,
-    Pruned,
-    Shrunk,
-    Validated,
-    WidthChange,
-)
+from pipeline.artifacts.base import Artifact, WidthChange
+from pipeline.artifacts.eager import Baseline, Pruned
+from pipeline.artifacts.program import Shrunk
+from pipeline.artifacts.race import Candidate, CandidateLatency, Optimized
+from pipeline.artifacts.verdict import Validated
 from pipeline.gate.outcome import JUNIT, MARKDOWN, VERDICT, judged, junit, reasons, verdict_json
-from pipeline.release.manifest import Manifest
+from pipeline.release.records import Manifest
 from pipeline.report.figures import duration, grouped, milliseconds, percent, points, ratio, significant
 from pipeline.report.templating import markdown, page
 from validators.accuracy import AccuracyComparison

@@ -1,4 +1,4 @@
-"""Which channels go: scores (importance) and counts (allocate)."""
+"""Which channels go: what a group is worth (criteria), how many go (allocation), when (schedules)."""
 
 import lazy_loader
 

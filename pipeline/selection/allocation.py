@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from foundation.errors import ConfigError, nearest
 from pipeline.channels.coupling.groups import Cluster
-from pipeline.errors import ConfigError, nearest
-from pipeline.selection.importance import Scores, relative
+from pipeline.selection.criteria import Scores, relative
 
 Removed = dict[str, npt.NDArray[np.bool_]]
 

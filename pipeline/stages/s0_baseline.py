@@ -9,14 +9,20 @@ from torch import nn
 
 from exporters import host
 from exporters.export import to_onnx
-from pipeline.artifacts import Baseline
+from foundation.files import save_tensors
+from pipeline.artifacts.eager import Baseline
 from pipeline.channels.program.capture import capture
 from pipeline.channels.program.macs import count_macs
 from pipeline.data.parts import Data
-from pipeline.models import ModelSource, check, example, weights
+from pipeline.models import weights
+from pipeline.models.source import ModelSource, example
+from pipeline.models.trial import check
 from pipeline.progress import Progress
-from pipeline.recipe.config import BaselineSection
-from pipeline.training import loop as training
+from pipeline.recipe.source import BaselineSection
+from pipeline.tasks import classification
+from pipeline.training import loop
+from pipeline.training.defaults import default_settings
+from pipeline.training.history import history_csv, history_plot
 from validators.feeds import random_feeds
 from validators.latency import race
 from validators.runners import OrtRunner
@@ -35,7 +41,7 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
     check(model, inputs, data.classes, source.spec)
     capture(model, inputs)
     origin, seconds = _fill(cfg, model, source, data, out, progress)
-    weights.save(model.state_dict(), out / Baseline.WEIGHTS)
+    save_tensors(model.state_dict(), out / Baseline.WEIGHTS)
     captured = capture(model, inputs)
     made = to_onnx(captured.program, out / "dense.onnx", example=inputs, opset=cfg.opset, metadata={})
     runner = OrtRunner(made.path, threads=cfg.threads)
@@ -47,8 +53,8 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
         folder=out,
         trained_here=seconds > 0,
         weights_origin=origin,
-        accuracy=training.evaluate(model, data, "test").accuracy,
-        calibration_accuracy=training.evaluate(model, data, "calibration").accuracy,
+        accuracy=classification.evaluate(model, data, "test").accuracy,
+        calibration_accuracy=classification.evaluate(model, data, "calibration").accuracy,
         params=sum(p.numel() for p in model.parameters()),
         macs=count_macs(captured.program),
         onnx_bytes=made.summary.bytes,
@@ -72,14 +78,14 @@ def _fill(
         return str(Path(cfg.weights).name), 0.0
     if cfg.weights == "auto" and not source.initial:
         return "as given", 0.0
-    settings = training.default_settings(model, seed=cfg.seed, given=cfg.train)
+    settings = default_settings(model, seed=cfg.seed, given=cfg.train)
     progress.say(
         f"  no weights were given: training {source.spec} on {data.name} for {settings.epochs} epochs "
         "(done once; reused from then on)"
     )
     began = time.perf_counter()
-    result = training.train(model, data, settings, checkpoint=out / "training.pt", progress=progress)
-    training.history_csv(result, out / "history.csv")
-    training.history_plot(result, out / "history.svg")
+    result = loop.train(model, data, settings, checkpoint=out / "training.pt", progress=progress)
+    history_csv(result.history, out / "history.csv")
+    history_plot(result.history, result.best_epoch, out / "history.svg")
     (out / "training.pt").unlink(missing_ok=True)
     return f"trained here on {data.name}, {settings.epochs} epochs", time.perf_counter() - began

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.artifacts import Baseline, Finetuned, Pruned
+from foundation.files import save_tensors
+from pipeline.artifacts.eager import Baseline, Finetuned, Pruned
 from pipeline.data.parts import Data
-from pipeline.models import ModelSource, weights
+from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
-from pipeline.recipe.config import FinetuneSection
-from pipeline.training import loop as training
-from pipeline.training import masks
+from pipeline.recipe.train import FinetuneSection
+from pipeline.tasks import classification
+from pipeline.training import loop, masks
+from pipeline.training.defaults import default_settings
+from pipeline.training.history import history_csv, history_plot
 
 
 def run(
@@ -34,23 +37,23 @@ def run(
     section = {"distill_weight": cfg.distill_weight, "distill_temperature": cfg.distill_temperature}
     section |= {} if cfg.epochs is None else {"epochs": cfg.epochs}
     given = cfg.train.model_dump(exclude_unset=True) if cfg.train else {}
-    settings = training.default_settings(model, recovery=True, seed=cfg.seed).model_copy(update=section | given)
+    settings = default_settings(model, recovery=True, seed=cfg.seed).model_copy(update=section | given)
     teacher = None
     if settings.distill_weight > 0:
         teacher = source.build()
         teacher.load_state_dict(baseline.weights())
-    result = training.train(
+    result = loop.train(
         model, data, settings, teacher=teacher, masks=chosen, checkpoint=out / "training.pt", progress=progress
     )
-    training.history_csv(result, out / "history.csv")
-    training.history_plot(result, out / "history.svg")
+    history_csv(result.history, out / "history.csv")
+    history_plot(result.history, result.best_epoch, out / "history.svg")
     (out / "training.pt").unlink(missing_ok=True)
-    weights.save(masks.originals(model), out / Finetuned.WEIGHTS)
+    save_tensors(masks.originals(model), out / Finetuned.WEIGHTS)
     return Finetuned(
         folder=out,
         epochs=settings.epochs,
         best_epoch=result.best_epoch,
-        accuracy=training.evaluate(model, data, "test").accuracy,
+        accuracy=classification.evaluate(model, data, "test").accuracy,
         calibration_accuracy=result.best_accuracy,
         training_seconds=result.seconds,
     )

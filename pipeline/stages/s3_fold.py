@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts import Finetuned, Folded, Pruned
+from foundation.errors import MaskError
+from foundation.files import save_tensors
+from pipeline.artifacts.base import write_table
+from pipeline.artifacts.eager import Finetuned, Folded, Pruned
 from pipeline.data.parts import Data
-from pipeline.errors import MaskError
-from pipeline.models import ModelSource, example, weights
-from pipeline.recipe.config import FoldSection
-from pipeline.report.tables import write_table
-from pipeline.training import loop as training
+from pipeline.models.source import ModelSource, example
+from pipeline.recipe.removal import FoldSection
+from pipeline.tasks import classification
 from pipeline.training import masks
 
 
@@ -35,7 +36,7 @@ def run(cfg: FoldSection, out: Path, source: ModelSource, data: Data, pruned: Pr
     if worst != 0.0:
         raise MaskError(f"Folding changed the output by {worst:.3g}.", "Please report this model.")
     state = model.state_dict()
-    weights.save(state, out / Folded.WEIGHTS)
+    save_tensors(state, out / Folded.WEIGHTS)
     write_table(out / "sparsity.csv", masks.sparsity({name: state[name] for name in chosen}))
     params = sum(p.numel() for p in model.parameters())
     zeros = sum(int((p == 0).sum()) for p in model.parameters())
@@ -44,7 +45,7 @@ def run(cfg: FoldSection, out: Path, source: ModelSource, data: Data, pruned: Pr
         sparsity=zeros / params,
         zeros=zeros,
         params=params,
-        accuracy=training.evaluate(model, data, "test").accuracy,
+        accuracy=classification.evaluate(model, data, "test").accuracy,
         max_abs_diff_to_masked=worst,
     )
 

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from pipeline import channels
-from pipeline.artifacts import Folded, Pruned, Shrunk, WidthChange
+from pipeline.artifacts.base import WidthChange, write_table
+from pipeline.artifacts.eager import Folded, Pruned
+from pipeline.artifacts.program import Shrunk
 from pipeline.channels.coupling.groups import Analysis, analyse
 from pipeline.channels.coupling.layers import layers
 from pipeline.channels.dead.liveness import liveness
@@ -18,11 +20,10 @@ from pipeline.channels.program.macs import count_macs
 from pipeline.channels.removal.ledger import Ledger
 from pipeline.channels.removal.verify import prove
 from pipeline.data.parts import Data
-from pipeline.models import ModelSource, example
-from pipeline.recipe.config import ShrinkSection
+from pipeline.models.source import ModelSource, example
+from pipeline.recipe.removal import ShrinkSection
 from pipeline.report.drawing import widths_svg
-from pipeline.report.tables import write_table
-from pipeline.stages.s1_prune import policy_of
+from pipeline.selection.choose import policy_of
 
 REAL_SAMPLES = 8
 

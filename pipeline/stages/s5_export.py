@@ -7,13 +7,15 @@ from pathlib import Path
 from exporters.export import to_onnx
 from exporters.summary import describe
 from foundation.files import sha256
-from pipeline.artifacts import Artifact, Baseline, Exported, Finetuned, Folded, Pruned, Shrunk
+from pipeline.artifacts.base import Artifact
+from pipeline.artifacts.eager import Baseline, Finetuned, Folded, Pruned
+from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.channels.centring.centre import Centred, centre
 from pipeline.channels.removal.verify import prove
 from pipeline.data.parts import Data
-from pipeline.models import ModelSource, example
-from pipeline.recipe.config import ExportSection
-from pipeline.release import manifest
+from pipeline.models.source import ModelSource, example
+from pipeline.recipe.export import ExportSection
+from pipeline.release.records import digest, project_version, read_stage
 
 SAMPLES = 4
 # From this opset on ONNX has RMSNormalization; below it, the operator falls apart into seven small ones.
@@ -44,7 +46,7 @@ def run(
         example=example(source),
         opset=cfg.opset,
         metadata={
-            "leanort.version": manifest.project_version(),
+            "leanort.version": project_version(),
             "leanort.model": source.spec,
             "leanort.dense_sha256": sha256(baseline.folder / baseline.WEIGHTS),
             "leanort.folded_sha256": sha256(folded.folder / folded.WEIGHTS),
@@ -80,5 +82,5 @@ def _centred(cfg: ExportSection, source: ModelSource, data: Data, shrunk: Shrunk
 
 def _recipe_digest(cfg: ExportSection, history: tuple[Artifact, ...]) -> str:
     """Digest of every choice that led to the file: the stages' fingerprints cover their sections of the recipe."""
-    records = [manifest.read_stage(artifact.folder) for artifact in history]
-    return manifest.digest([cfg.model_dump(mode="json"), *(r.fingerprint if r else "" for r in records)])
+    records = [read_stage(artifact.folder) for artifact in history]
+    return digest([cfg.model_dump(mode="json"), *(r.fingerprint if r else "" for r in records)])

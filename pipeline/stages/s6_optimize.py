@@ -29,13 +29,15 @@ from exporters.guilty import guilty_optimizers
 from exporters.quantize import sensitivity
 from exporters.summary import describe
 from exporters.to_ort import session_config
-from pipeline.artifacts import Baseline, Candidate, CandidateLatency, Exported, Optimized, Pruned, Shrunk
+from pipeline.artifacts.eager import Baseline, Pruned
+from pipeline.artifacts.program import Exported, Shrunk
+from pipeline.artifacts.race import Candidate, CandidateLatency, Optimized
 from pipeline.channels.program.capture import Captured
 from pipeline.data.parts import Data
 from pipeline.gate.precise import SEEDS, Precise
-from pipeline.models import ModelSource, example
+from pipeline.models.source import ModelSource, example
 from pipeline.progress import Progress
-from pipeline.recipe.config import OptimizeSection
+from pipeline.recipe.race import OptimizeSection
 from validators.accuracy import AccuracyReport, compare_accuracy, evaluate
 from validators.errors import ValidationError
 from validators.feeds import Feed, edge_feeds, random_feeds, real_feeds

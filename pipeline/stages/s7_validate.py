@@ -11,15 +11,18 @@ import torch
 from torch.export import ExportedProgram
 
 from exporters.summary import describe
-from pipeline.artifacts import Baseline, Candidate, Exported, Folded, Hop, Optimized, Promoted, Shrunk, Validated
+from pipeline.artifacts.eager import Baseline, Folded
+from pipeline.artifacts.program import Exported, Shrunk
+from pipeline.artifacts.race import Candidate, Optimized
+from pipeline.artifacts.verdict import Hop, Promoted, Validated
 from pipeline.channels.program.capture import Captured, capture
 from pipeline.data.parts import Data
 from pipeline.gate import measuring, policy
 from pipeline.gate.precise import SEEDS, Precise
-from pipeline.models import ModelSource, example
+from pipeline.models.source import ModelSource, example
 from pipeline.progress import Progress
-from pipeline.recipe.config import GateSection
-from pipeline.report.pictures import pictured
+from pipeline.recipe.policy import GateSection
+from pipeline.tasks.pictures import pictured
 from validators.accuracy import compare_accuracy, evaluate
 from validators.divergence import repro_pack
 from validators.errors import ValidationError

@@ -7,32 +7,27 @@ weights that it would have reached, and nothing about generators has to be store
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import matplotlib as mpl
-import numpy as np
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from foundation.errors import first_line
-from pipeline.data.parts import Data, Part
-from pipeline.errors import ModelError, TrainingError
-from pipeline.models import weights as files
+from foundation.errors import TrainingError, first_line
+from foundation.files import replacing
+from pipeline.data.parts import Data
 from pipeline.progress import Progress
+from pipeline.recipe.train import TrainSettings
 from pipeline.seeding import seeded
+from pipeline.tasks import classification
 from pipeline.training import masks as masking
+from pipeline.training.history import Epoch
 from pipeline.training.masks import Masks
 
 OnStep = Callable[[int, int], Masks | None]
@@ -40,42 +35,6 @@ OnStep = Callable[[int, int], Masks | None]
 
 FORMAT = 1
 """Of checkpoint files; another number is not resumed from."""
-
-
-class TrainSettings(BaseModel):
-    """How to train; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epochs: int = Field(default=8, ge=0, description="passes over the training part")
-    batch_size: int = Field(default=64, ge=1)
-    lr: float = Field(default=2e-3, gt=0, description="learning rate at the top of the schedule")
-    optimizer: Literal["sgd", "adamw"] = Field(default="adamw", description="sgd has Nesterov momentum")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd; for adamw the first beta")
-    weight_decay: float = Field(default=0.05, ge=0, description="of matrices and kernels; never of norms and biases")
-    schedule: Literal["onecycle", "cosine", "constant"] = Field(default="onecycle", description="of the learning rate")
-    warmup: float = Field(default=0.25, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    distill_weight: float = Field(default=0.0, ge=0, le=1, description="share of the loss taught by the dense model")
-    distill_temperature: float = Field(default=2.0, gt=0, description="softens teacher and student alike")
-    grad_clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 = no limit")
-    augment: bool = Field(default=True, description="change training images a little, where the data set says how")
-    seed: int = 0
-    threads: int = Field(default=0, ge=0, description="torch threads; 0 leaves them as they are. Results depend on it")
-    channels_last: bool = Field(default=False, description="memory layout (batch, height, width, channels)")
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Figures of one pass over the training part; accuracies are shares in 0..1."""
-
-    epoch: int
-    lr: float
-    loss: float
-    train_accuracy: float
-    calibration_loss: float
-    calibration_accuracy: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -95,54 +54,6 @@ class TrainResult:
     """Over all epochs, those before a kill included."""
     resumed_from: int = 0
     """Epochs that a checkpoint had done already."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How a model did on one part."""
-
-    accuracy: float
-    """Share in 0..1."""
-    loss: float
-    """Mean cross-entropy, natural logarithm."""
-    predictions: Tensor
-    """Class per sample, int64, in the order of the part."""
-    labels: Tensor
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether any module is a batch norm of any dimension or library."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-
-
-def has_depthwise(model: nn.Module) -> bool:
-    """Whether any convolution is depthwise: as many groups as input channels."""
-    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    return any(conv.groups == conv.in_channels > 1 for conv in convs)
-
-
-def default_settings(
-    model: nn.Module, *, recovery: bool = False, seed: int = 0, given: TrainSettings | None = None
-) -> TrainSettings:
-    """Choose settings by the model's structure; whatever is set in `given` wins.
-
-    All take AdamW with a one-cycle learning rate, which gets furthest in few steps (ResNet-50 on digits, four epochs:
-    97 % against 40 % with SGD). Models with batch norm bear a higher rate; all others (transformers, mixers, ConvNeXt,
-    VGG without norms) take a lower one and more epochs. Depthwise convolutions (MobileNet, EfficientNet) learn slowly
-    but cost little, and take more epochs too. `recovery` is for a model that was trained and then pruned: a lower rate,
-    no label smoothing, fewer epochs (ResNet-50 at half its channels on digits: calibration loss 0.17 after 4, 0.11
-    after 6), but for depthwise models, which take as long again (MobileNetV2 at half its channels on digits: 7.5 points
-    lost after 4 epochs, 2.8 after 12, 0.3 after 16).
-    """
-    if has_batch_norm(model):
-        plain = TrainSettings(epochs=16 if has_depthwise(model) else 8, lr=2e-3, seed=seed)
-        again = plain.epochs if has_depthwise(model) else 6
-        changes: dict[str, Any] = {"epochs": again, "lr": 1e-3, "label_smoothing": 0.0, "warmup": 0.1}
-    else:
-        plain = TrainSettings(epochs=20, lr=5e-4, seed=seed)
-        changes = {"epochs": 6, "lr": 1e-4, "label_smoothing": 0.0, "warmup": 0.1}
-    chosen = plain.model_copy(update=changes) if recovery else plain
-    return chosen.model_copy(update=given.model_dump(exclude_unset=True)) if given else chosen
 
 
 def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
@@ -256,7 +167,7 @@ class _Run:
                 bar(step + 1, note)
         _put_back(self.model, self.masks, self.under)
         masking.check_held(self.model, self.masks)
-        judged = evaluate(self.model, self.data, "calibration")
+        judged = classification.evaluate(self.model, self.data, "calibration")
         done = Epoch(epoch, rate, lost / seen, hits / seen, judged.loss, judged.accuracy, time.perf_counter() - began)
         self.history.append(done)
         if self.best is None or _rank(done) > _rank(self.history[self.best_epoch - 1]):
@@ -268,13 +179,13 @@ class _Run:
         settings = self.settings
         if settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        logits = _logits(self.model(images))
-        loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+        logits = classification.logits_of(self.model(images))
+        loss = classification.loss(logits, labels, settings.label_smoothing)
         if self.teacher is not None:
             with torch.no_grad():
-                taught = _logits(self.teacher(images))
+                taught = classification.logits_of(self.teacher(images))
             share = settings.distill_weight
-            loss = (1 - share) * loss + share * _divergence(logits, taught, settings.distill_temperature)
+            loss = (1 - share) * loss + share * classification.divergence(logits, taught, settings.distill_temperature)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if settings.grad_clip:
@@ -333,7 +244,7 @@ class _Run:
             "best_epoch": self.best_epoch,
         }
         # Not durable: a kill leaves whole files all the same, and after a power cut training just starts anew.
-        with files.replacing(path, durable=False) as partial:
+        with replacing(path, durable=False) as partial:
             try:
                 torch.save(content, partial)
             except RuntimeError as error:  # how torch's own writer reports a full disk
@@ -367,7 +278,7 @@ class _Run:
         accuracy = (
             self.history[self.best_epoch - 1].calibration_accuracy
             if self.best_epoch
-            else evaluate(self.model, self.data, "calibration").accuracy
+            else classification.evaluate(self.model, self.data, "calibration").accuracy
         )
         return TrainResult(
             settings=self.settings,
@@ -379,57 +290,6 @@ class _Run:
             seconds=sum(one.seconds for one in self.history),
             resumed_from=resumed_from,
         )
-
-
-def evaluate(
-    model: nn.Module | Callable[[Tensor], object], data: Data, part: Part = "test", batch_size: int = 256
-) -> Evaluation:
-    """Run a module (in eval mode), or anything else callable on a batch, over one part.
-
-    The first output counts as logits, (batch, at least data.classes), as a tensor or array.
-    """
-    plain = isinstance(model, nn.Module) and not isinstance(model, torch.fx.GraphModule)  # exported ones know no modes
-    was_training = plain and model.training  # type: ignore[union-attr]
-    if plain:
-        model.eval()  # type: ignore[union-attr]
-    predicted, lost = [], 0.0
-    with torch.no_grad():
-        for images, labels in data.batches(part, batch_size):
-            logits = _logits(model(images))
-            lost += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-            predicted.append(logits.argmax(1))
-    if plain:
-        model.train(was_training)  # type: ignore[union-attr]
-    predictions, labels = torch.cat(predicted), data.split(part).labels
-    return Evaluation(float((predictions == labels).float().mean()), lost / len(labels), predictions, labels)
-
-
-def history_csv(result: TrainResult, path: Path) -> None:
-    """Write one row per epoch."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Epoch)])
-        writer.writeheader()
-        writer.writerows(asdict(one) for one in result.history)
-
-
-def history_plot(result: TrainResult, path: Path) -> None:
-    """Draw loss and accuracy over the epochs, the best one marked; the suffix decides the format (.svg, .png)."""
-    epochs = [one.epoch for one in result.history]
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(epochs, [one.loss for one in result.history], label="training")
-    left.plot(epochs, [one.calibration_loss for one in result.history], label="calibration")
-    left.set(xlabel="epoch", ylabel="loss")
-    right.plot(epochs, [100 * one.train_accuracy for one in result.history], label="training")
-    right.plot(epochs, [100 * one.calibration_accuracy for one in result.history], label="calibration")
-    right.set(xlabel="epoch", ylabel="accuracy, %")
-    for axes in (left, right):
-        if result.best_epoch:
-            axes.axvline(result.best_epoch, linestyle=":", color="grey", label="kept")
-        axes.legend()
-    # A fixed salt and no date: the same history gives the same file.
-    with mpl.rc_context({"svg.hashsalt": "leanort"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -445,33 +305,6 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), fused=True)
     nesterov = settings.momentum > 0
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=True)
-
-
-def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL divergence of the softened outputs, times T² so that its gradient does not shrink with T (Hinton 2015, §2)."""
-    if student.shape != teacher.shape:
-        raise ModelError(
-            f"The teacher gives outputs of shape {tuple(teacher.shape)}, the model {tuple(student.shape)}.",
-            "Distil from a model with the same outputs, or set distill_weight to 0.",
-        )
-    soft = F.kl_div(
-        F.log_softmax(student / temperature, 1),
-        F.log_softmax(teacher / temperature, 1),
-        log_target=True,
-        reduction="batchmean",
-    )
-    return soft * temperature**2
-
-
-def _logits(out: object) -> Tensor:
-    """The first tensor or array of whatever a model returned."""
-    while isinstance(out, Mapping | Sequence):
-        out = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
-    if isinstance(out, np.ndarray):
-        return torch.from_numpy(out)
-    if not isinstance(out, Tensor):
-        raise ModelError(f"The model returned {type(out).__name__}, not a tensor.", "Return logits (batch, classes).")
-    return out
 
 
 def _under(model: nn.Module, masks: Masks) -> dict[str, Tensor]:

@@ -8,19 +8,16 @@ and no optimizer, momentum or weight decay can make a masked weight anything but
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pipeline.errors import ConfigError, MaskError, WeightsError
-from pipeline.models import weights as files
+from foundation.errors import MaskError, WeightsError
+from foundation.files import read_tensors, save_tensors
+from pipeline.artifacts.eager import Sparsity
 
 Masks = Mapping[str, Tensor]
 """Parameter name -> bool tensor of its shape, True = kept."""
@@ -51,15 +48,15 @@ def apply(model: nn.Module, masks: Masks) -> None:
     Names are those of `model.named_parameters()` before anything was masked. A parameter that several modules share is
     masked in all of them. Raises MaskError if there is no such parameter, or a mask is no bool tensor of its shape.
     """
-    known = {name: (module, attribute) for name, module, attribute in _parameters(model)}
+    known = {name: (module, attribute) for name, module, attribute in parameters_by_name(model)}
     sharing: dict[int, list[tuple[nn.Module, str]]] = {}
     for module, attribute in known.values():
-        sharing.setdefault(id(_original(module, attribute)), []).append((module, attribute))
+        sharing.setdefault(id(original_of(module, attribute)), []).append((module, attribute))
     done: dict[int, Tensor] = {}
     for name, mask in masks.items():
         if name not in known:
             raise MaskError(f"There is no parameter {name!r} to mask.", "The masks belong to another model.")
-        original = _original(*known[name])
+        original = original_of(*known[name])
         _check(name, mask, original)
         if not torch.equal(done.setdefault(id(original), mask), mask):
             raise MaskError(f"{name} is tied to a parameter with another mask.", "Give tied parameters one mask.")
@@ -72,7 +69,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, module, attribute in _masked(model):
-        original = id(_original(module, attribute))
+        original = id(original_of(module, attribute))
         if original not in seen:
             seen.add(original)
             found[name] = _parametrization(module, attribute).mask
@@ -82,8 +79,8 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     """What an optimizer trains, by its plain name: the originals of masked parameters, shared ones once."""
     found: dict[int, tuple[str, Tensor]] = {}
-    for name, module, attribute in _parameters(model):
-        value = _original(module, attribute)
+    for name, module, attribute in parameters_by_name(model):
+        value = original_of(module, attribute)
         found.setdefault(id(value), (name, value))
     return dict(found.values())
 
@@ -118,7 +115,7 @@ def fold(model: nn.Module) -> None:
 
 def check_held(model: nn.Module, masks: Masks) -> None:
     """Raise MaskError, naming the parameter, if a weight that the masks remove is not zero in the model."""
-    known = {name: (module, attribute) for name, module, attribute in _parameters(model)}
+    known = {name: (module, attribute) for name, module, attribute in parameters_by_name(model)}
     for name, mask in masks.items():
         if name not in known:
             raise MaskError(f"There is no parameter {name!r} to check.", "The masks belong to another model.")
@@ -141,12 +138,12 @@ def maskable(model: nn.Module) -> frozenset[str]:
     """
     return frozenset(
         name
-        for name, module, _ in _parameters(model)
+        for name, module, _ in parameters_by_name(model)
         if not isinstance(module, nn.RNNBase | parametrize.ParametrizationList)
     )
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def parameters_by_name(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Name, module and attribute of every parameter: shared ones each time, masked ones by their plain name."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, parametrize.ParametrizationList) and any(isinstance(one, Masked) for one in module):
@@ -157,7 +154,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    return ((name, module, key) for name, module, key in _parameters(model) if _is_masked(module, key))
+    return ((name, module, key) for name, module, key in parameters_by_name(model) if _is_masked(module, key))
 
 
 def _is_masked(module: nn.Module, attribute: str) -> bool:
@@ -180,7 +177,8 @@ def _parametrization(module: nn.Module, attribute: str) -> Masked:
     return found
 
 
-def _original(module: nn.Module, attribute: str) -> Tensor:
+def original_of(module: nn.Module, attribute: str) -> Tensor:
+    """The parameter itself, whatever masks lie over it."""
     if _is_masked(module, attribute):
         original = _list(module, attribute).original
         assert isinstance(original, Tensor)
@@ -238,13 +236,13 @@ def _renaming(model: nn.Module) -> tuple[dict[str, str], set[str]]:
 
 def save(masks: Masks, path: Path | str) -> None:
     """Write masks as safetensors, complete or not at all; raises StoreError."""
-    files.save(masks, path)
+    save_tensors(masks, path)
 
 
 def load(path: Path | str) -> dict[str, Tensor]:
     """Read masks; raises MaskError if the file is unreadable or holds anything but bool tensors."""
     try:
-        found = files.read(path)
+        found = read_tensors(path)
     except WeightsError as error:
         raise MaskError(error.message, error.hint) from error
     wrong = [name for name, mask in found.items() if mask.dtype != torch.bool]
@@ -253,104 +251,7 @@ def load(path: Path | str) -> dict[str, Tensor]:
     return found
 
 
-# ── choosing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def prunable(model: nn.Module) -> dict[str, Tensor]:
-    """Weights that unstructured and 2:4 pruning may take: matrices and kernels, no embeddings, norms or biases.
-
-    Shared parameters appear once, by their first name; the tensors are the originals, detached.
-    """
-    found: dict[int, tuple[str, Tensor]] = {}
-    barred: set[int] = set()
-    for name, module, attribute in _parameters(model):
-        value = _original(module, attribute)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            barred.add(id(value))
-        if value.ndim >= 2 and re.search(r"(^|_)weight$", attribute) and not isinstance(module, nn.RNNBase):
-            found.setdefault(id(value), (name, value.detach()))
-    return {name: value for key, (name, value) in found.items() if key not in barred}
-
-
-def unstructured_l1(
-    weights: Mapping[str, Tensor],
-    ratio: float,
-    *,
-    scope: Literal["layer", "global"] = "layer",
-    overrides: Mapping[str, float] | None = None,
-    held: Masks | None = None,
-) -> dict[str, Tensor]:
-    """Mask the share `ratio` of the weights that is smallest in magnitude.
-
-    `scope` ranks inside each parameter, or over all of them together. `overrides` maps a glob over names (the last that
-    matches wins) to a ratio of its own; those layers are always ranked by themselves. Weights that `held` masks go
-    first, so that pruning in rounds only ever takes more. Of equal magnitudes the earlier go first. Raises ConfigError
-    for a ratio outside [0, 1).
-    """
-    ratios = {name: _ratio(name, ratio, overrides or {}) for name in weights}
-    scores = {name: value.detach().abs().float().flatten() for name, value in weights.items()}
-    for name, mask in (held or {}).items():
-        if name in scores:
-            scores[name] = torch.where(mask.flatten(), scores[name], -1.0)
-    alone = [name for name, own in ratios.items() if scope == "layer" or own is not None]
-    masks = {name: ~_smallest(scores[name], _share(ratio, ratios[name])) for name in alone}
-    together = [name for name in weights if name not in masks]
-    if together:
-        gone = _smallest(torch.cat([scores[name] for name in together]), ratio)
-        parts = gone.split([scores[name].numel() for name in together])  # type: ignore[no-untyped-call]
-        masks |= {name: ~part for name, part in zip(together, parts, strict=True)}
-    return {name: masks[name].reshape(value.shape) for name, value in weights.items()}
-
-
-def two_four(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keep the 2 largest of every 4 consecutive weights along the input dimension (dim 1), as sparse tensor cores want.
-
-    Convolution kernels are grouped over input channels at each position, as NVIDIA's ASP does (Mishra et al. 2021,
-    arXiv:2104.08378). A parameter whose input dimension is no multiple of 4 is kept whole.
-    """
-    masks: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        if value.ndim < 2 or value.shape[1] % 4:
-            masks[name] = torch.ones(value.shape, dtype=torch.bool)
-            continue
-        rows = value.detach().abs().movedim(1, -1)
-        fours = rows.reshape(-1, 4)
-        largest = fours.argsort(dim=1, descending=True, stable=True)[:, :2]
-        kept = torch.zeros(fours.shape, dtype=torch.bool).scatter_(1, largest, True)
-        masks[name] = kept.reshape(rows.shape).movedim(-1, 1).contiguous()
-    return masks
-
-
-def cubic_ratio(
-    ratio: float, step: int, total: int, *, start: float = 0.0, begin: float = 0.0, end: float = 0.75
-) -> float:
-    """Ratio to have reached at `step` of `total`: s_f + (s_i - s_f) (1 - t)³ (Zhu & Gupta 2017, arXiv:1710.01878).
-
-    t runs from 0 to 1 between the shares `begin` and `end` of the steps; after `end` the network recovers at the final
-    ratio. `start` is the initial ratio s_i.
-    """
-    share = (step / max(total, 1) - begin) / max(end - begin, 1e-12)
-    left = 1.0 - min(max(share, 0.0), 1.0)
-    return ratio + (start - ratio) * left**3
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """Zeros in one parameter."""
-
-    parameter: str
-    shape: tuple[int, ...]
-    weights: int
-    zeros: int
-    channels: int
-    """Length of dim 0: output channels."""
-    channels_cut: int
-    """Output channels that are wholly zero."""
-
-    @property
-    def ratio(self) -> float:
-        """Share of zero weights."""
-        return self.zeros / self.weights if self.weights else 0.0
+# ── counting ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def sparsity(state: Mapping[str, Tensor], masks: Masks | None = None) -> tuple[Sparsity, ...]:
@@ -366,31 +267,3 @@ def sparsity(state: Mapping[str, Tensor], masks: Masks | None = None) -> tuple[S
         zeros = kept.numel() - int(kept.sum())
         found.append(Sparsity(name, tuple(value.shape), value.numel(), zeros, len(rows), len(rows) - int(rows.sum())))
     return tuple(found)
-
-
-def _ratio(name: str, ratio: float, overrides: Mapping[str, float]) -> float | None:
-    """The ratio that `overrides` gives this parameter, if any."""
-    own = None
-    for glob, value in overrides.items():
-        if fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob):
-            own = value
-    for one in (ratio, own):
-        if one is not None and not 0.0 <= one < 1.0:
-            raise ConfigError(f"A pruning ratio must be in [0, 1), not {one}.", "Give the share to remove, e.g. 0.5.")
-    return own
-
-
-def _share(ratio: float, own: float | None) -> float:
-    return ratio if own is None else own
-
-
-def _smallest(scores: Tensor, ratio: float) -> Tensor:
-    """True for that share of the scores, the smallest; of equal ones the earlier. At least one score is left out."""
-    count = min(round(ratio * scores.numel()), scores.numel() - 1)
-    if count <= 0:
-        return torch.zeros(scores.shape, dtype=torch.bool)
-    limit = torch.kthvalue(scores, count).values
-    chosen = scores < limit
-    equal = (scores == limit).nonzero().flatten()
-    chosen[equal[: count - int(chosen.sum())]] = True
-    return chosen

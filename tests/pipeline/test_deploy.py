@@ -125,7 +125,7 @@ def test_a_person_can_ask_which_channels_of_a_layer_went_and_why(artifacts, vers
     assert told["cause"] == {"blocks.0.conv1": {"chosen by pruning": gone, "dead in the weights": []}}
     said = leanort(artifacts, "why", "tiny/v0001", "blocks.0.conv1").stdout
     assert f"blocks.0.conv1.weight[0] lost {len(gone)}" in said
-    assert "lowest norms" in said
+    assert "lowest L2 norms" in said
     overview = leanort(artifacts, "why", "tiny/v0001").stdout
     assert f"{len(gone)} of 32" in overview
     wrong = leanort(artifacts, "why", "tiny/v0001", "blocks.0.conv9")

@@ -18,7 +18,7 @@ import torch
 from onnx import numpy_helper
 from torch.export import ExportedProgram
 
-from pipeline.artifacts import Exported, Shrunk
+from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.release import store
 from pipeline.stages import s7_validate
 from tests.pipeline.chain import QUICK, STAGES, TINY, command, deploy, figures, said

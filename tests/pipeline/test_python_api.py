@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import pipeline
-from pipeline.training.loop import TrainSettings
+from pipeline.recipe.train import TrainSettings
 
 TINY = runpy.run_path(str(Path(__file__).with_name("tiny.py")))["TinyNet"]
 

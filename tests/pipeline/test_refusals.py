@@ -12,8 +12,8 @@ from torch import nn
 
 import pipeline
 from benchmarks import zoo
+from foundation.errors import CaptureError, LeanortError, ModelError
 from pipeline.cli import main
-from pipeline.errors import CaptureError, LeanortError, ModelError
 
 SIZE = (3, 16, 16)
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import fx
 from torch.export.graph_signature import InputKind
 
+from foundation.errors import UserError, nearest
 from pipeline.channels.coupling.couple import Slot, Solution, solve, walk
 from pipeline.channels.coupling.frozen import frozen_part, still_used
 from pipeline.channels.operators.table import base_name
@@ -20,7 +21,6 @@ from pipeline.channels.operators.trace import ROWS, SPACE, Policy, Trace
 from pipeline.channels.operators.values import PINNED, Atoms, Flags, Value
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.macs import count_macs, counted, node_macs
-from pipeline.errors import UserError, nearest
 
 Kind = Literal["channel", "neuron", "head", "head_position", "residual"]
 Removed = Mapping[str, npt.NDArray[np.bool_]]

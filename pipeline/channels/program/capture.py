@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from foundation.errors import CaptureError
 from pipeline.channels.operators.table import writes
 from pipeline.channels.program.execute import run_program
 from pipeline.channels.program.zeros import masked
-from pipeline.errors import CaptureError
 
 # An odd prime, so that no size of the model is taken for the batch when a view merges or splits dimensions.
 EXAMPLE_BATCH = 5

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foundation.errors import WeightsError
 from pipeline.channels.operators.cut import Rewrite
-from pipeline.errors import WeightsError
 
 FORMAT = "leanort-ledger/1"
 

@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 
+from foundation.errors import RefusedError
 from pipeline.channels.coupling.frozen import frozen_part
 from pipeline.channels.coupling.groups import Analysis, Removed
 from pipeline.channels.dead.constants import Reader, Shift
@@ -27,7 +28,6 @@ from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import execute, feeds_of, run_program
 from pipeline.channels.removal.ledger import Fold, Ledger, Refusal
 from pipeline.channels.removal.verify import Shifts, zero_check
-from pipeline.errors import RefusedError
 
 aten = torch.ops.aten
 _ASSERTIONS = ("_assert", "sym_constrain", "_assert_tensor_metadata")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from foundation.errors import RefusedError
 from foundation.rounding import allowance, scaled
 from pipeline.channels.coupling.groups import Analysis, Removed
 from pipeline.channels.dead.constants import Reader, Shift, Survey, shifts, survey
@@ -20,7 +21,6 @@ from pipeline.channels.program.capture import Captured, small
 from pipeline.channels.program.execute import execute, feeds_of, run_program
 from pipeline.channels.program.zeros import without_zeros, zero_slices
 from pipeline.channels.removal.ledger import Refusal
-from pipeline.errors import RefusedError
 
 # Float32 rounding through a deep network; the same network in float64 must agree far more closely.
 TOLERANCE_FLOAT32 = 1e-5

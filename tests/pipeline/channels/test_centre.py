@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from exporters import to_onnx
+from foundation.errors import RefusedError
 from pipeline.channels import centre, prove, small
 from pipeline.channels import streams as found
 from pipeline.channels.removal.verify import difference
-from pipeline.errors import RefusedError
 
 
 class PreNorm(nn.Module):

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foundation.errors import LeanortError, RefusedError
 from pipeline.channels import Policy, analyse, capture, prove, shrink, small
 from pipeline.channels.operators import RULES, Rule
 from pipeline.channels.operators.values import Value
-from pipeline.errors import LeanortError, RefusedError
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], dict[str, int]]] = {}
 IMAGE = (torch.randn(2, 3, 8, 8),)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from foundation.errors import CaptureError, WeightsError
 from pipeline.channels import (
     Captured,
     Ledger,
@@ -26,7 +27,6 @@ from pipeline.channels import (
     shrink,
     small,
 )
-from pipeline.errors import CaptureError, WeightsError
 
 
 class Net(nn.Module):

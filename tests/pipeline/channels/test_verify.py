@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from foundation.errors import RefusedError
 from pipeline.channels import prove
-from pipeline.errors import RefusedError
 
 
 class Model:

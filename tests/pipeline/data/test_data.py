@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
-from pipeline.data import parts as data
-from pipeline.errors import DataError
+from foundation.errors import DataError
+from pipeline import data
+from pipeline.data.assemble import listed
+from pipeline.data.imagefolder import ImageFiles, _image_files
 
 
 def hashes(found: data.Data, part: data.Part) -> set[bytes]:
@@ -309,8 +311,8 @@ def test_train_and_test_folders_are_kept_and_workers_read_the_same(tmp_path):
     found = data.load(f"imagefolder:{tmp_path}", input_size=(3, 16, 16))
     assert sizes(found) == (22, 2, 8)
     assert found.test.labels.tolist() == [0] * 4 + [1] * 4
-    files = data._image_files(tmp_path / "val")[1]
-    split = data._listed(data._ImageFiles(files, (3, 16, 16)), found.test.labels, workers=1)
+    files = _image_files(tmp_path / "val")[1]
+    split = listed(ImageFiles(files, (3, 16, 16)), found.test.labels, workers=1)
     by_worker = torch.cat(list(split.stream([[0, 1, 2], [3, 4, 5], [6, 7]])))
     assert torch.equal(by_worker, torch.cat(list(found.test.stream([list(range(8))]))))
 
@@ -518,7 +520,7 @@ def test_bad_objects_are_one_line_with_what_to_do(content, says):
 
 
 def test_only_some_samples_of_a_very_large_set_are_read_first(monkeypatch):
-    monkeypatch.setattr(data, "SCANNED", 10)
+    monkeypatch.setattr("pipeline.data.objects.SCANNED", 10)
     read = []
 
     class Large(Own):

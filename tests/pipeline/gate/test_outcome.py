@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
-from pipeline.errors import StoreError
+from foundation.errors import StoreError
 from pipeline.gate import outcome
 from validators import Limit, Measured, judge
 

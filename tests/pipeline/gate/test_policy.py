@@ -2,10 +2,11 @@
 
 import pytest
 
-from pipeline.errors import ConfigError
+from foundation.errors import ConfigError
 from pipeline.gate import policy
+from pipeline.gate.measuring import bounds
 from pipeline.recipe import config
-from pipeline.recipe.config import Policy, Rule
+from pipeline.recipe.policy import Policy, Rule
 from validators import Measured
 
 HOP = "parity folded - shrunk"
@@ -106,9 +107,9 @@ def test_the_race_is_asked_what_the_policy_limits():
             Rule(metric="peak_memory", against="dense", max=1),
         ],
     )
-    asked = [(b.reference, b.value, b.of) for b in policy.bounds(made, promoted=True)]
+    asked = [(b.reference, b.value, b.of) for b in bounds(made, promoted=True)]
     assert asked == [("dense", 0.5, "median"), ("promoted", 1.1, "p99")]
-    assert [b.reference for b in policy.bounds(made, promoted=False)] == ["dense"]
+    assert [b.reference for b in bounds(made, promoted=False)] == ["dense"]
 
 
 def test_a_policy_file_is_read_and_its_faults_are_one_line(tmp_path):

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import nn
 
+from foundation.errors import ModelError, WeightsError
 from pipeline import models
-from pipeline.errors import ModelError, WeightsError
-from pipeline.models import from_transformers, network, torchvision_import
+from pipeline.models import from_transformers, network, torchvision_operators
 
 SIZE = (3, 32, 32)
 
@@ -392,4 +392,4 @@ def test_a_torchvision_whose_operators_load_is_left_alone(monkeypatch):
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.delattr(torch.ops, "torchvision")
     monkeypatch.setattr(torch.ops, "torchvision", object(), raising=False)
-    assert torchvision_import._declare_missing_operators() is None
+    assert torchvision_operators._declare_missing_operators() is None

@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from foundation.errors import StoreError, WeightsError
+from foundation.files import read_tensors, replacing, save_tensors
 from pipeline import models
-from pipeline.errors import StoreError, WeightsError
 from pipeline.models import from_timm, weights
 
 
@@ -195,18 +196,18 @@ def test_saved_weights_come_back_equal_in_every_memory_layout(tmp_path):
         "count": torch.tensor(5),
         "empty": torch.zeros(0, 3),
     }
-    weights.save(state, tmp_path / "a.safetensors")
-    back = weights.read(tmp_path / "a.safetensors")
+    save_tensors(state, tmp_path / "a.safetensors")
+    back = read_tensors(tmp_path / "a.safetensors")
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], value) and back[name].dtype == value.dtype for name, value in state.items())
 
 
 def test_tied_weights_are_stored_once_and_come_back_tied(tmp_path):
     model = Tied()
-    weights.save(model.state_dict(), tmp_path / "a.safetensors")
+    save_tensors(model.state_dict(), tmp_path / "a.safetensors")
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert len(list(file.keys())) == 1
-    back = weights.read(tmp_path / "a.safetensors")
+    back = read_tensors(tmp_path / "a.safetensors")
     assert back["head.weight"].data_ptr() == back["embed.weight"].data_ptr()
     fresh = Tied()
     weights.load_weights(fresh, tmp_path / "a.safetensors")
@@ -223,27 +224,27 @@ def test_a_checkpoint_that_stores_tied_weights_once_fits(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
-    weights.save({"x": torch.ones(2)}, path)
+    save_tensors({"x": torch.ones(2)}, path)
 
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match="No space left on device"):
-        weights.save({"x": torch.zeros(2)}, path)
-    assert torch.equal(weights.read(path)["x"], torch.ones(2))
+        save_tensors({"x": torch.zeros(2)}, path)
+    assert torch.equal(read_tensors(path)["x"], torch.ones(2))
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_a_folder_that_is_not_there_is_a_store_error(tmp_path):
     with pytest.raises(StoreError, match="cannot be written"):
-        weights.save({"x": torch.ones(2)}, tmp_path / "nowhere" / "a.safetensors")
+        save_tensors({"x": torch.ones(2)}, tmp_path / "nowhere" / "a.safetensors")
 
 
 def test_a_device_without_space_is_a_store_error():
     if not Path("/dev/full").exists():
         pytest.fail("this test needs /dev/full, which every Linux has")
-    with pytest.raises(StoreError, match="No space left"), weights.replacing(Path("/dev/shm/leanort-test")) as partial:
+    with pytest.raises(StoreError, match="No space left"), replacing(Path("/dev/shm/leanort-test")) as partial:
         partial.unlink(missing_ok=True)
         with Path("/dev/full").open("wb", buffering=0) as file:
             file.write(b"x")

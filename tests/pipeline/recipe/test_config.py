@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import ConfigError
+from foundation.errors import ConfigError
 from pipeline.recipe import config
 from pipeline.recipe.config import Config
 
@@ -19,7 +19,7 @@ def recipe(tmp_path: Path, text: str) -> Path:
 
 def test_a_recipe_and_settings_are_laid_over_the_defaults(tmp_path):
     made = config.load(recipe(tmp_path, "[prune]\nratio = 0.3\nnorm = 'l1'\n"), {"prune.ratio": 0.4})
-    assert (made.prune.ratio, made.prune.norm, made.prune.method) == (0.4, "l1", "structured")
+    assert (made.prune.ratio, made.prune.criterion, made.prune.method) == (0.4, "l1", "structured")
 
 
 @pytest.mark.parametrize(

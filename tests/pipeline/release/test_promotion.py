@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import Validated
-from pipeline.errors import ConfigError, StoreError, VersionError
-from pipeline.release import journal, manifest, promotion, store
-from pipeline.release.manifest import Manifest, StageRecord
+from foundation.errors import ConfigError, StoreError, VersionError
+from pipeline.artifacts.verdict import Validated
+from pipeline.release import journal, promotion, records, store
+from pipeline.release.records import Manifest, StageRecord
 from validators import Limit, judge
 
 SHA = "0" * 64
@@ -33,15 +33,15 @@ def made(artifacts: Path, outcome: str = "pass", parent: str = "", **files: str)
     for name, text in files.items():
         (stage / name).write_text(text)
     record = StageRecord(
-        stage="7-validate", fingerprint=SHA, inputs={}, files=manifest.record_files(stage), seconds=0, metrics={}
+        stage="7-validate", fingerprint=SHA, inputs={}, files=records.record_files(stage), seconds=0, metrics={}
     )
-    (stage / manifest.RECORD).write_text(record.model_dump_json())
+    (stage / records.RECORD).write_text(record.model_dump_json())
     known = Manifest(
         project="0", model="m", version="v", created=datetime.now(UTC), model_fingerprint="", data_fingerprint="",
         recipe="", stages=(record,), reused={"7-validate": parent} if parent else {}, files={}, tools={}, host={},
         git={},
     )  # fmt: skip
-    (partial / manifest.MANIFEST).write_text(known.model_dump_json())
+    (partial / records.MANIFEST).write_text(known.model_dump_json())
     return store.seal(folder, partial)
 
 
@@ -130,7 +130,7 @@ def test_twenty_readers_never_see_half_a_release(tmp_path):
                 release = (tmp_path / "m" / "current").resolve(strict=True) / "7-validate"
                 left, right = ((release / name).read_text() for name in ("left", "right"))
                 reads.append(left)
-                if left != right or manifest.read(release.parent).model != "m":
+                if left != right or records.read(release.parent).model != "m":
                     broken.append((left, right))
             except Exception as error:
                 broken.append(error)

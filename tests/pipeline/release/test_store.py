@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import StoreError, VersionError
+from foundation.errors import StoreError, VersionError
 from pipeline.release import store
 
 

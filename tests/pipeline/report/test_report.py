@@ -17,26 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.artifacts import (
-    Artifact,
-    Baseline,
-    Candidate,
-    CandidateLatency,
-    Exported,
-    Finetuned,
-    Folded,
-    Hop,
-    Optimized,
-    Pruned,
-    Shrunk,
-    Validated,
-    WidthChange,
-)
-from pipeline.recipe.config import GroupSwitches
-from pipeline.release.manifest import FileRecord, Manifest, StageRecord
+from pipeline.artifacts.base import Artifact, WidthChange
+from pipeline.artifacts.eager import Baseline, Finetuned, Folded, Pruned, Sparsity
+from pipeline.artifacts.program import Exported, Shrunk
+from pipeline.artifacts.race import Candidate, CandidateLatency, Optimized
+from pipeline.artifacts.verdict import Hop, Validated
+from pipeline.recipe.removal import GroupSwitches
+from pipeline.release.records import FileRecord, Manifest, StageRecord
 from pipeline.report import figures
 from pipeline.report import pages as report
-from pipeline.training.masks import Sparsity
 from validators import (
     AccuracyReport,
     LatencyReport,

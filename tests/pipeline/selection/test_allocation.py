@@ -4,12 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import ConfigError
-from pipeline.selection import Budget, allocate, group_norms
+from foundation.errors import ConfigError
+from pipeline.selection import Budget, allocate
 from pipeline.selection.allocation import aligned_count
 
 
@@ -77,21 +76,3 @@ def test_aligned_counts_are_in_range_and_aligned_or_whole(wanted, size, step):
     assert 1 <= count <= size
     if size > step:
         assert count % step == 0 or count == size
-
-
-def test_group_norms_sum_over_rows_bias_and_readers_of_the_group():
-    state = {
-        "a.weight": torch.tensor([[3.0, 0.0], [0.0, 1.0]]),
-        "a.bias": torch.tensor([4.0, 0.0]),
-        "b.weight": torch.tensor([[12.0, -2.0]]),
-    }
-    labels = {("a.weight", 0): np.array([0, 1]), ("a.bias", 0): np.array([0, 1]), ("b.weight", 1): np.array([0, 1])}
-    both = cluster("a", 2, labels=labels)
-    assert group_norms(both, state, "l2") == pytest.approx([13.0, 5**0.5])
-    assert group_norms(both, state, "l1") == pytest.approx([19.0, 3.0])
-
-
-def test_group_norms_ignore_indices_of_other_clusters():
-    state = {"cat.weight": torch.tensor([[1.0, 2.0, 100.0]])}
-    mine = cluster("a", 2, labels={("cat.weight", 1): np.array([1, 0, -1])})
-    assert group_norms(mine, state, "l1") == pytest.approx([2.0, 1.0])

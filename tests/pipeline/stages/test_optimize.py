@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from exporters import candidates, describe, session_of, to_onnx
-from pipeline import models
-from pipeline.artifacts import Baseline, Candidate, CandidateLatency, Exported, Optimized, Pruned, Shrunk
-from pipeline.data import parts as data
+from pipeline import data, models
+from pipeline.artifacts.eager import Baseline, Pruned
+from pipeline.artifacts.program import Exported, Shrunk
+from pipeline.artifacts.race import Candidate, CandidateLatency, Optimized
 from pipeline.data.parts import Split
 from pipeline.progress import Progress
-from pipeline.recipe.config import CandidateName, OptimizeSection
+from pipeline.recipe.race import CandidateName, OptimizeSection
 from pipeline.stages import s6_optimize
 from validators import OrtRunner
 

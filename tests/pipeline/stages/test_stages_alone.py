@@ -5,22 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import models
-from pipeline.artifacts import Baseline, Folded, Pruned
-from pipeline.data import parts as data
-from pipeline.errors import MaskError
+from foundation.errors import MaskError
+from foundation.files import save_tensors
+from pipeline import data, models
+from pipeline.artifacts.eager import Baseline, Folded, Pruned
 from pipeline.progress import Progress
-from pipeline.recipe.config import (
-    BaselineSection,
-    FinetuneSection,
-    FoldSection,
-    PruneSection,
-    ShrinkSection,
-)
+from pipeline.recipe.prune import PruneSection
+from pipeline.recipe.removal import FoldSection, ShrinkSection
+from pipeline.recipe.source import BaselineSection
+from pipeline.recipe.train import FinetuneSection, TrainSettings
 from pipeline.stages import s0_baseline, s1_prune, s2_finetune, s3_fold, s4_shrink
-from pipeline.training import loop as training
+from pipeline.tasks.classification import evaluate
 from pipeline.training import masks
-from pipeline.training.loop import TrainSettings
 
 TINY = f"{Path(__file__).parents[1] / 'tiny.py'}:build"
 SILENT = Progress()
@@ -125,7 +121,7 @@ def test_the_default_alignment_is_the_hosts_vector_block(source, digits, baselin
 def test_lower_norms_go_first(source, digits, baseline, tmp_path):
     """The groups that went have lower coupled norms than those that stayed."""
     from pipeline.channels import analyse, capture
-    from pipeline.selection import group_norms
+    from pipeline.selection.criteria import CRITERIA, Evidence
 
     pruned = prune(source, digits, baseline, tmp_path / "p", ratio=0.5, align=1)
     model = source.build()
@@ -135,7 +131,7 @@ def test_lower_norms_go_first(source, digits, baseline, tmp_path):
 
     removed = json.loads((pruned.folder / "removed.json").read_text())
     for cluster in analysis.clusters:
-        norms = group_norms(cluster, baseline.weights(), "l2")
+        norms = CRITERIA["l2"].score(cluster, Evidence(baseline.weights()))
         gone = removed[cluster.name]
         stays = [i for i in range(cluster.size) if i not in gone]
         assert norms[gone].max() <= norms[stays].min()
@@ -172,18 +168,17 @@ def test_a_foreign_pruned_checkpoint_is_shrunk_without_any_mask(source, digits, 
     state = baseline.weights()
     for name in ("blocks.0.conv1.weight", "blocks.0.bn1.weight", "blocks.0.bn1.bias"):
         state[name][[1, 5, 9]] = 0.0
-    from pipeline.models import weights
 
     for name in ("prune", "fold", "shrink"):
         (tmp_path / name).mkdir()
     pruned = s1_prune.run(PruneSection(method="none"), tmp_path / "prune", source, digits, baseline, SILENT)
-    weights.save(state, tmp_path / "fold" / Folded.WEIGHTS)
+    save_tensors(state, tmp_path / "fold" / Folded.WEIGHTS)
     model = source.build()
     model.load_state_dict(state)
     zeros = sum(int((p == 0).sum()) for p in model.parameters())
     folded = Folded(
         folder=tmp_path / "fold", sparsity=0.0, zeros=zeros, params=baseline.params,
-        accuracy=training.evaluate(model, digits, "test").accuracy, max_abs_diff_to_masked=0.0,
+        accuracy=evaluate(model, digits, "test").accuracy, max_abs_diff_to_masked=0.0,
     )  # fmt: skip
     shrunk = s4_shrink.run(ShrinkSection(), tmp_path / "shrink", source, digits, pruned, folded)
     widths = {w.cluster: (w.before, w.after) for w in shrunk.widths}

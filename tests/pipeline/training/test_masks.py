@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from foundation.errors import ConfigError, MaskError
 from pipeline import models
-from pipeline.errors import ConfigError, MaskError
+from pipeline.selection.schedules import cubic_ratio
+from pipeline.selection.weights import prunable, two_four, unstructured_l1
 from pipeline.training import masks
 
 
@@ -54,7 +56,7 @@ IMAGES = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 def half(model: nn.Module) -> dict[str, Tensor]:
-    return masks.unstructured_l1(masks.prunable(model), 0.5)
+    return unstructured_l1(prunable(model), 0.5)
 
 
 @pytest.fixture(params=NETS, ids=lambda net: net.__name__)
@@ -232,7 +234,7 @@ def test_what_cannot_be_masked_says_so():
     lstm = nn.Sequential(nn.LSTM(4, 4))
     with pytest.raises(MaskError, match="recurrent"):
         masks.apply(lstm, {"0.weight_hh_l0": torch.zeros(16, 4, dtype=torch.bool)})
-    assert masks.prunable(lstm) == {}
+    assert prunable(lstm) == {}
     normed = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)))
     name = "0.parametrizations.weight.original1"
     with pytest.raises(MaskError, match="parametrized already"):
@@ -251,13 +253,13 @@ def test_a_file_that_holds_no_masks_is_refused(tmp_path):
 
 
 def test_weights_worth_pruning_leave_out_norms_biases_and_embeddings():
-    assert list(masks.prunable(Conv())) == ["conv.weight", "fc.weight"]
-    assert list(masks.prunable(Attention())) == ["attention.in_proj_weight", "attention.out_proj.weight", "fc.weight"]
+    assert list(prunable(Conv())) == ["conv.weight", "fc.weight"]
+    assert list(prunable(Attention())) == ["attention.in_proj_weight", "attention.out_proj.weight", "fc.weight"]
     embedding = nn.Embedding(5, 4)
     head = nn.Linear(4, 5)
     head.weight = embedding.weight
-    assert masks.prunable(nn.ModuleList([embedding, nn.Linear(4, 4), head])).keys() == {"1.weight"}
-    names = masks.prunable(models.load("vit_b_32", num_classes=2, input_size=(3, 32, 32)).build())
+    assert prunable(nn.ModuleList([embedding, nn.Linear(4, 4), head])).keys() == {"1.weight"}
+    names = prunable(models.load("vit_b_32", num_classes=2, input_size=(3, 32, 32)).build())
     assert not any("pos_embedding" in name or "class_token" in name or ".ln" in name for name in names)
 
 
@@ -266,7 +268,7 @@ def test_weights_worth_pruning_leave_out_norms_biases_and_embeddings():
 def test_exactly_the_smallest_share_goes(seed, ratio, ties):
     values = torch.randn(7, 9, generator=torch.Generator().manual_seed(seed))
     values = (values * 2).round() if ties else values
-    mask = masks.unstructured_l1({"w": values}, ratio)["w"]
+    mask = unstructured_l1({"w": values}, ratio)["w"]
     gone = int((~mask).sum())
     assert gone == min(round(ratio * 63), 62)
     if gone:
@@ -275,16 +277,16 @@ def test_exactly_the_smallest_share_goes(seed, ratio, ties):
 
 def test_layers_are_ranked_alone_or_together():
     weights = {"small": torch.full((10,), 0.1) + torch.arange(10) * 0.001, "large": torch.arange(10) + 1.0}
-    alone = masks.unstructured_l1(weights, 0.5)
+    alone = unstructured_l1(weights, 0.5)
     assert [int((~alone[name]).sum()) for name in weights] == [5, 5]
-    together = masks.unstructured_l1(weights, 0.5, scope="global")
+    together = unstructured_l1(weights, 0.5, scope="global")
     assert [int((~together[name]).sum()) for name in weights] == [10, 0]
 
 
 def test_overrides_go_by_glob_and_the_last_one_wins():
     weights = {f"layer{i}.conv.weight": torch.randn(4, 5) for i in (1, 2, 3)}
     for scope in ("layer", "global"):
-        found = masks.unstructured_l1(
+        found = unstructured_l1(
             weights, 0.5, scope=scope, overrides={"layer*": 0.2, "layer3.conv": 0.0, "layer2.*": 0.9}
         )
         assert [int((~mask).sum()) for mask in found.values()] == [4, 18, 0]
@@ -292,9 +294,9 @@ def test_overrides_go_by_glob_and_the_last_one_wins():
 
 def test_rounds_only_ever_take_more():
     weights = {"w": torch.randn(20, 20)}
-    first = masks.unstructured_l1(weights, 0.3)
+    first = unstructured_l1(weights, 0.3)
     moved = {"w": torch.randn(20, 20)}
-    second = masks.unstructured_l1(moved, 0.6, held=first)
+    second = unstructured_l1(moved, 0.6, held=first)
     assert not (second["w"] & ~first["w"]).any()
     assert int((~second["w"]).sum()) == 240
 
@@ -302,15 +304,15 @@ def test_rounds_only_ever_take_more():
 @pytest.mark.parametrize("ratio", [1.0, -0.1, 2.0, float("nan")])
 def test_a_ratio_outside_its_range_is_refused(ratio):
     with pytest.raises(ConfigError, match=r"in \[0, 1\)"):
-        masks.unstructured_l1({"w": torch.randn(4, 4)}, ratio)
+        unstructured_l1({"w": torch.randn(4, 4)}, ratio)
     with pytest.raises(ConfigError, match=r"in \[0, 1\)"):
-        masks.unstructured_l1({"w": torch.randn(4, 4)}, 0.5, overrides={"w": ratio})
+        unstructured_l1({"w": torch.randn(4, 4)}, 0.5, overrides={"w": ratio})
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (6, 12, 3, 3), (4, 8, 1)])
 def test_two_of_every_four_inputs_stay_the_largest(shape):
     value = torch.randn(shape)
-    mask = masks.two_four({"w": value})["w"]
+    mask = two_four({"w": value})["w"]
     kept = mask.movedim(1, -1).reshape(-1, 4)
     assert (kept.sum(1) == 2).all()
     rows = value.abs().movedim(1, -1).reshape(-1, 4)
@@ -318,17 +320,17 @@ def test_two_of_every_four_inputs_stay_the_largest(shape):
 
 
 def test_two_four_keeps_whole_what_does_not_divide():
-    found = masks.two_four({"stem": torch.randn(8, 3, 3, 3), "bias": torch.randn(8)})
+    found = two_four({"stem": torch.randn(8, 3, 3, 3), "bias": torch.randn(8)})
     assert all(mask.all() for mask in found.values())
 
 
 def test_the_cubic_schedule_runs_from_start_to_ratio():
-    ratios = [masks.cubic_ratio(0.8, step, 100) for step in range(101)]
+    ratios = [cubic_ratio(0.8, step, 100) for step in range(101)]
     assert ratios[0] == 0.0
     assert ratios == sorted(ratios)
     assert ratios[75:] == [0.8] * 26
-    assert masks.cubic_ratio(0.8, 50, 100, end=1.0) == pytest.approx(0.8 * (1 - 0.5**3))
-    assert masks.cubic_ratio(0.8, 10, 100, start=0.3, begin=0.2) == pytest.approx(0.3)
+    assert cubic_ratio(0.8, 50, 100, end=1.0) == pytest.approx(0.8 * (1 - 0.5**3))
+    assert cubic_ratio(0.8, 10, 100, start=0.3, begin=0.2) == pytest.approx(0.3)
 
 
 def test_zeros_and_cut_channels_are_counted():

@@ -17,13 +17,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pipeline import models
-from pipeline.data import parts as data
-from pipeline.errors import MaskError, ModelError, StoreError, TrainingError
+from foundation.errors import MaskError, ModelError, StoreError, TrainingError
+from pipeline import data, models
 from pipeline.progress import Progress
+from pipeline.recipe.train import TrainSettings
+from pipeline.selection.schedules import cubic_ratio
+from pipeline.selection.weights import prunable, unstructured_l1
+from pipeline.tasks.classification import divergence, evaluate
 from pipeline.training import loop as training
 from pipeline.training import masks
-from pipeline.training.loop import TrainSettings
+from pipeline.training.defaults import default_settings, has_batch_norm
+from pipeline.training.history import Epoch, history_csv, history_plot
 
 DIGITS = data.load("digits", input_size=(1, 8, 8))
 SHORT = TrainSettings(epochs=3, batch_size=128, lr=0.05, optimizer="sgd", weight_decay=5e-4)
@@ -57,12 +61,12 @@ def figures(result: training.TrainResult) -> list[tuple[float, ...]]:
 def test_a_small_net_learns_and_is_left_with_its_best_epoch():
     model = net()
     result = training.train(model, DIGITS, SHORT.model_copy(update={"epochs": 6}))
-    assert training.evaluate(model, DIGITS, "test").accuracy > 0.85
+    assert evaluate(model, DIGITS, "test").accuracy > 0.85
     assert not model.training
     assert len(result.history) == 6
     best = max(result.history, key=lambda one: (one.calibration_accuracy, -one.calibration_loss))
     assert (result.best_epoch, result.best_accuracy) == (best.epoch, best.calibration_accuracy)
-    assert training.evaluate(model, DIGITS, "calibration").accuracy == result.best_accuracy
+    assert evaluate(model, DIGITS, "calibration").accuracy == result.best_accuracy
     assert equal(result.state, model.state_dict())
     assert result.seconds == pytest.approx(sum(one.seconds for one in result.history))
 
@@ -75,7 +79,7 @@ def test_the_best_epoch_is_kept_though_later_ones_are_worse():
         if step >= 20:
             nn.init.normal_(model.fc.weight)
 
-    def keep(epoch: training.Epoch) -> None:
+    def keep(epoch: Epoch) -> None:
         snapshots.append({name: value.clone() for name, value in model.state_dict().items()})
 
     settings = SHORT.model_copy(update={"epochs": 4, "schedule": "constant", "lr": 0.02, "warmup": 0.0})
@@ -108,7 +112,7 @@ def test_no_epochs_change_nothing():
     result = training.train(model, DIGITS, SHORT.model_copy(update={"epochs": 0}))
     assert equal(model.state_dict(), before)
     assert (result.best_epoch, result.history, result.seconds) == (0, (), 0)
-    assert result.best_accuracy == training.evaluate(model, DIGITS, "calibration").accuracy
+    assert result.best_accuracy == evaluate(model, DIGITS, "calibration").accuracy
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -208,9 +212,9 @@ def test_wrong_settings_are_refused(wrong):
 )
 def test_settings_follow_the_models_structure(spec, normed, epochs, again):
     model = models.load(spec, num_classes=10, input_size=(3, 32, 32)).build()
-    assert training.has_batch_norm(model) == normed
-    baseline = training.default_settings(model, seed=3)
-    recovery = training.default_settings(model, recovery=True)
+    assert has_batch_norm(model) == normed
+    baseline = default_settings(model, seed=3)
+    recovery = default_settings(model, recovery=True)
     assert (baseline.seed, baseline.epochs) == (3, epochs)
     assert baseline.lr == (2e-3 if normed else 5e-4)
     assert recovery.lr < baseline.lr
@@ -225,7 +229,7 @@ class KilledError(Exception):
 
 
 def killed_after(epochs: int):
-    def stop(epoch: training.Epoch) -> None:
+    def stop(epoch: Epoch) -> None:
         if epoch.epoch == epochs:
             raise KilledError
 
@@ -241,7 +245,7 @@ def killed_after(epochs: int):
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, changes, masked):
     settings = SHORT.model_copy(update={"epochs": 4, **changes})
     teacher = net(seed=9)
-    chosen = masks.unstructured_l1(masks.prunable(net()), 0.5) if masked else None
+    chosen = unstructured_l1(prunable(net()), 0.5) if masked else None
     whole = training.train(net(), DIGITS, settings, teacher=teacher, masks=chosen)
     path = tmp_path / "training.pt"
     for epochs in (1, 3):
@@ -296,8 +300,8 @@ def test_a_gradual_run_killed_half_way_ends_the_same(tmp_path):
     def tighten(step: int, total: int) -> dict[str, Tensor] | None:
         if step % 5:
             return None
-        ratio = masks.cubic_ratio(0.8, step, total)
-        return masks.unstructured_l1(masks.prunable(current), ratio, held=masks.masks_of(current))
+        ratio = cubic_ratio(0.8, step, total)
+        return unstructured_l1(prunable(current), ratio, held=masks.masks_of(current))
 
     current = net()
     whole = training.train(current, DIGITS, settings, on_step=tighten)
@@ -317,13 +321,13 @@ def test_a_gradual_run_killed_half_way_ends_the_same(tmp_path):
 @pytest.mark.parametrize("change", ["settings", "data", "weights", "masks"])
 def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path, change):
     path = tmp_path / "training.pt"
-    chosen = masks.unstructured_l1(masks.prunable(net()), 0.5)
+    chosen = unstructured_l1(prunable(net()), 0.5)
     training.train(net(), DIGITS, SHORT, masks=chosen, checkpoint=path)
     changed = {
         "settings": (net(), DIGITS, SHORT.model_copy(update={"lr": 0.04}), chosen),
         "data": (net(), data.load("digits", input_size=(1, 8, 9)), SHORT, chosen),
         "weights": (net(seed=1), DIGITS, SHORT, chosen),
-        "masks": (net(), DIGITS, SHORT, masks.unstructured_l1(masks.prunable(net()), 0.6)),
+        "masks": (net(), DIGITS, SHORT, unstructured_l1(prunable(net()), 0.6)),
     }[change]
     if change == "data":
         changed[0].fc = nn.Linear(8 * 72, 10)
@@ -361,7 +365,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_store_error(tmp_path):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_masks_hold_and_originals_stay_through_training(optimizer):
     model = net()
-    chosen = masks.unstructured_l1(masks.prunable(model), 0.7)
+    chosen = unstructured_l1(prunable(model), 0.7)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = SHORT.model_copy(update={"optimizer": optimizer, "weight_decay": 0.3, "lr": 0.02})
     result = training.train(model, DIGITS, settings, masks=chosen)
@@ -370,14 +374,14 @@ def test_masks_hold_and_originals_stay_through_training(optimizer):
     for name, mask in chosen.items():
         assert torch.equal(result.state[name][~mask], before[name][~mask])
         assert not torch.equal(result.state[name][mask], before[name][mask])
-    accuracy = training.evaluate(model, DIGITS).accuracy
+    accuracy = evaluate(model, DIGITS).accuracy
     masks.fold(model)
-    assert training.evaluate(model, DIGITS).accuracy == accuracy > 0.5
+    assert evaluate(model, DIGITS).accuracy == accuracy > 0.5
 
 
 def test_masks_that_are_taken_off_during_training_are_noticed():
     model = net()
-    chosen = masks.unstructured_l1(masks.prunable(model), 0.5)
+    chosen = unstructured_l1(prunable(model), 0.5)
 
     def steal(step: int, total: int) -> None:
         if step == 2:
@@ -393,8 +397,8 @@ def test_gradual_masks_end_at_their_ratio_and_only_epochs_under_them_count():
     seen: list[float] = []
 
     def tighten(step: int, total: int) -> None:
-        ratio = masks.cubic_ratio(0.98, step, total, end=0.6)  # so sparse that earlier epochs did better
-        chosen = masks.unstructured_l1(masks.prunable(model), ratio, held=masks.masks_of(model))
+        ratio = cubic_ratio(0.98, step, total, end=0.6)  # so sparse that earlier epochs did better
+        chosen = unstructured_l1(prunable(model), ratio, held=masks.masks_of(model))
         masks.apply(model, chosen)
         seen.append(float((~chosen["fc.weight"]).float().mean()))
 
@@ -404,7 +408,7 @@ def test_gradual_masks_end_at_their_ratio_and_only_epochs_under_them_count():
     assert float((~result.masks["fc.weight"]).float().mean()) == pytest.approx(0.98, abs=1e-3)
     assert result.best_epoch >= 3 + 1  # the masks last changed in the third of five epochs
     masks.check_held(model, result.masks)
-    assert training.evaluate(model, DIGITS, "calibration").accuracy == result.best_accuracy
+    assert evaluate(model, DIGITS, "calibration").accuracy == result.best_accuracy
 
 
 # ── the teacher ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -415,8 +419,8 @@ def test_the_divergence_is_hintons():
     student, teacher = torch.randn(2, 5, 4, generator=generator).unbind()
     p, q = (teacher / 3).softmax(1), (student / 3).softmax(1)
     expected = 9 * (p * (p / q).log()).sum(1).mean()
-    assert float(training._divergence(student, teacher, 3.0)) == pytest.approx(float(expected), rel=1e-5)
-    assert float(training._divergence(teacher, teacher, 3.0)) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(student, teacher, 3.0)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(divergence(teacher, teacher, 3.0)) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_model_taught_only_by_a_teacher_comes_to_agree_with_it():
@@ -426,7 +430,7 @@ def test_a_model_taught_only_by_a_teacher_comes_to_agree_with_it():
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     pupil = net(seed=2)
     training.train(pupil, DIGITS, settings, teacher=teacher)
-    one, two = (training.evaluate(model, DIGITS).predictions for model in (teacher, pupil))
+    one, two = (evaluate(model, DIGITS).predictions for model in (teacher, pupil))
     assert float((one == two).float().mean()) > 0.8
     assert equal(teacher.state_dict(), before)
 
@@ -458,7 +462,7 @@ def test_a_data_set_smaller_than_a_batch_is_one_batch():
 
 def test_anything_callable_can_be_judged():
     model = net().eval()
-    expected = training.evaluate(model, DIGITS, "test")
+    expected = evaluate(model, DIGITS, "test")
     program = torch.export.export(model, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     others = [
         program.module(),
@@ -468,15 +472,15 @@ def test_anything_callable_can_be_judged():
         lambda x: (model(x), x),
     ]
     for other in others:
-        assert torch.equal(training.evaluate(other, DIGITS, "test").predictions, expected.predictions)
+        assert torch.equal(evaluate(other, DIGITS, "test").predictions, expected.predictions)
     assert expected.accuracy == float((expected.predictions == DIGITS.test.labels).float().mean())
     with pytest.raises(ModelError, match="NoneType, not a tensor"):
-        training.evaluate(lambda x: None, DIGITS)
+        evaluate(lambda x: None, DIGITS)
 
 
 def test_judging_uses_eval_mode_and_puts_the_mode_back():
     model = net().train()
-    first, second = (training.evaluate(model, DIGITS, "calibration") for _ in range(2))
+    first, second = (evaluate(model, DIGITS, "calibration") for _ in range(2))
     assert torch.equal(first.predictions, second.predictions)
     assert first.loss == second.loss
     assert model.training
@@ -514,13 +518,13 @@ def test_progress_counts_every_step_and_shows_the_figures():
 
 def test_the_history_is_written_as_table_and_plot(tmp_path):
     result = training.train(net(), DIGITS, SHORT)
-    training.history_csv(result, tmp_path / "history.csv")
+    history_csv(result.history, tmp_path / "history.csv")
     with (tmp_path / "history.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
     assert float(rows[1]["calibration_accuracy"]) == result.history[1].calibration_accuracy
     for name in ("one.svg", "two.svg", "one.png"):
-        training.history_plot(result, tmp_path / name)
+        history_plot(result.history, result.best_epoch, tmp_path / name)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     assert b"</svg>" in (tmp_path / "one.svg").read_bytes()
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Makes `import torchvision` work beside a CPU build of torch; import `torchvision` from here.
+"""Makes `import torchvision` work beside a CPU build of torch, for whoever imports it after `pipeline.models`.
 
 The wheel on the package index is compiled against CUDA. Beside a CPU torch its operator library cannot be loaded, and
 `import torchvision` dies with "operator torchvision::nms does not exist", because two fake kernels are registered for
@@ -45,7 +45,3 @@ def _declare_missing_operators() -> torch.library.Library | None:
 
 
 _DECLARED = _declare_missing_operators()
-
-import torchvision  # noqa: E402  # only importable once the operators are declared
-
-__all__ = ["torchvision"]

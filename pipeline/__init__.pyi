@@ -1,0 +1,15 @@
+from .artifacts.eager import Baseline as Baseline
+from .artifacts.eager import Finetuned as Finetuned
+from .artifacts.eager import Folded as Folded
+from .artifacts.eager import Pruned as Pruned
+from .artifacts.program import Exported as Exported
+from .artifacts.program import Shrunk as Shrunk
+from .artifacts.race import Optimized as Optimized
+from .artifacts.verdict import Validated as Validated
+from .progress import Progress as Progress
+from .progress import TerminalProgress as TerminalProgress
+from .recipe.config import Config as Config
+from .release.opening import Release as Release
+from .release.opening import open_release as open_release
+from .runner import deploy as deploy
+from .runner import plan as plan

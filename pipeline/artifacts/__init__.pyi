@@ -1,0 +1,16 @@
+from .base import Artifact as Artifact
+from .base import WidthChange as WidthChange
+from .eager import Baseline as Baseline
+from .eager import Finetuned as Finetuned
+from .eager import Folded as Folded
+from .eager import Pruned as Pruned
+from .eager import Sparsity as Sparsity
+from .eager import Weighted as Weighted
+from .program import Exported as Exported
+from .program import Shrunk as Shrunk
+from .race import Candidate as Candidate
+from .race import CandidateLatency as CandidateLatency
+from .race import Optimized as Optimized
+from .verdict import Hop as Hop
+from .verdict import Promoted as Promoted
+from .verdict import Validated as Validated

@@ -1,0 +1,118 @@
+"""Artifacts that hold weights under the model's own names: baseline, pruned, fine-tuned, folded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from foundation.files import read_tensors
+from pipeline.artifacts.base import Artifact, WidthChange
+from pipeline.recipe.removal import GroupSwitches
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Weighted(Artifact):
+    """An artifact with one set of eager weights, named as in the model's own state dict."""
+
+    WEIGHTS: ClassVar[str] = "weights.safetensors"
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict, name -> tensor."""
+        return read_tensors(self.folder / self.WEIGHTS)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Zeros in one parameter."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    weights: int
+    zeros: int
+    channels: int
+    """Length of dim 0: output channels."""
+    channels_cut: int
+    """Output channels that are wholly zero."""
+
+    @property
+    def ratio(self) -> float:
+        """Share of zero weights."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+class Baseline(Weighted):
+    """The dense model, kept for ever: pruning is a one-way street."""
+
+    STAGE: ClassVar[str] = "0-baseline"
+
+    trained_here: bool
+    weights_origin: str
+    accuracy: float
+    calibration_accuracy: float
+    params: int
+    macs: int
+    onnx_bytes: int
+    latency_ms: float
+    threads: int
+    isa: str
+    training_seconds: float
+
+    @property
+    def onnx(self) -> Path:
+        """The dense model as exported, before any onnxruntime optimisation."""
+        return self.folder / "dense.onnx"
+
+
+class Pruned(Weighted):
+    """Masks, and the original weights under them (never lost before fold)."""
+
+    STAGE: ClassVar[str] = "1-prune"
+
+    MASKS: ClassVar[str] = "masks.safetensors"
+
+    method: Literal["structured", "unstructured", "2:4", "none"]
+    chosen_by: str = ""
+    """What pruning took, in words; "" in versions made before this was written down."""
+    kinds: GroupSwitches
+    sparsity: float
+    zeros: int
+    params: int
+    expected_params: int
+    expected_macs: int
+    macs: int
+    groups_cut: int
+    groups: int
+    accuracy_after: float
+    layers: tuple[Sparsity, ...]
+    widths: tuple[WidthChange, ...]
+
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name -> bool tensor of its shape, True = kept."""
+        return read_tensors(self.folder / self.MASKS)
+
+
+class Finetuned(Weighted):
+    """The weights after recovery, still the originals under the masks."""
+
+    STAGE: ClassVar[str] = "2-finetune"
+
+    epochs: int
+    best_epoch: int
+    accuracy: float
+    calibration_accuracy: float
+    training_seconds: float
+
+
+class Folded(Weighted):
+    """Masks turned into weights: plain parameters, zeros written out."""
+
+    STAGE: ClassVar[str] = "3-fold"
+
+    sparsity: float
+    zeros: int
+    params: int
+    accuracy: float
+    max_abs_diff_to_masked: float

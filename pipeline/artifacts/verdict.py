@@ -1,0 +1,83 @@
+"""What was measured on the shipped file, and the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.artifacts.base import Artifact
+from validators.gates import Measured, Verdict
+
+
+class Hop(BaseModel):
+    """Parity of two neighbours in the chain, each figure that of its worst output and input.
+
+    `judged` is False where reduced precision has a budget of its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reference: str
+    candidate: str
+    passed: bool
+    judged: bool = True
+    max_abs: float | None
+    mean_abs: float | None
+    max_rel: float | None
+    mean_rel: float | None
+    top1_agreement: float | None
+    top5_agreement: float | None = None
+    ulp_p50: float | None = None
+    ulp_p99: float | None = None
+    cosine: float | None = None
+    worst_feed: str
+    feeds: int
+    reasons: tuple[str, ...]
+
+
+class Validated(Artifact):
+    """The verdict on the shipped file, with every figure that it rests on; None is what could not be measured.
+
+    `crashed` names the validators that broke off, and why. Such a stage is run again rather than reused.
+    """
+
+    STAGE: ClassVar[str] = "7-validate"
+
+    verdict: Verdict
+    hops: tuple[Hop, ...]
+    dense_accuracy: float | None
+    accuracy: float | None
+    accuracy_drop_points: float | None
+    accuracy_drop_low: float | None
+    accuracy_drop_high: float | None
+    dense_latency_ms: float | None
+    latency_ms: float | None
+    latency_p95_ms: float | None
+    latency_p99_ms: float | None
+    latency_ratio: float | None
+    latency_ratio_low: float | None
+    latency_ratio_high: float | None
+    threads: int
+    dense_bytes: int | None
+    bytes: int | None
+    dense_load_ms: float | None
+    load_ms: float | None
+    measurements: dict[str, Measured | None] = Field({}, description="all that a policy can limit, by key")
+    notes: tuple[str, ...] = Field((), description="limits that were not judged, and disturbances of the measurement")
+    complete: bool = Field(True, description="whether no validator broke off")
+    crashed: dict[str, str] = Field({}, description="validators that broke off, and why")
+    promoted: str = Field("", description="the version that was current when this one was measured")
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """The version that is current while another one is measured; without one, `version` is empty and `onnx` None."""
+
+    version: str = ""
+    onnx: Path | None = None
+    sha256: str = ""
+    macs: int | None = None
+    params: int | None = None

@@ -1,0 +1,67 @@
+"""Data sets by name, by file or as objects: three parts that never overlap, checked once, normalised, reproducible.
+
+digits                     scikit-learn's handwritten digits, part of its package: 1,797 images of 8x8 pixels
+imagefolder:PATH           one folder of images per class; train/ and test/ or val/ above them if there are
+npz:PATH                   arrays x and y, or x_train, y_train, x_test, y_test
+path/to/file.py:callable   own code that returns data sets or loaders; the same can be given as objects
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from foundation.errors import DataError, nearest
+from pipeline.data.assemble import finish
+from pipeline.data.parts import Data
+from pipeline.models.inspection import accepted
+from pipeline.models.source import DEFAULT_SIZE, Size
+from pipeline.seeding import seeded
+
+KINDS = ("imagefolder", "npz")
+"""Words that stand before a path."""
+
+
+def load(spec: object, *, input_size: Size | None = None, seed: int = 0) -> Data:
+    """Find a data set, check it, and cut it into train, calibration and test.
+
+    `input_size` (channels, height, width): images are resized to it; None keeps the data's own. `seed` decides the cut
+    where the data has none of its own (`digits` is always cut the same). Raises DataError if there is no such data set,
+    or it is empty, has a single class, holds NaN, has labels outside 0..classes-1, or samples of unequal shape.
+    """
+    if isinstance(spec, Data):
+        return spec
+    if not isinstance(spec, str):
+        from pipeline.data.objects import from_objects
+
+        return finish(from_objects(spec, f"object:{type(spec).__name__}", seed), input_size)
+    kind, colon, rest = spec.partition(":")
+    if spec == "digits":
+        from pipeline.data.digits import DIGITS_SIZE, read_digits
+
+        return finish(read_digits(), input_size or DIGITS_SIZE)
+    if kind == "imagefolder" and colon:
+        from pipeline.data.imagefolder import from_folder
+
+        return finish(from_folder(Path(rest).expanduser(), input_size or DEFAULT_SIZE, seed), input_size)
+    if kind == "npz" and colon:
+        from pipeline.data.arrays import from_npz
+
+        return finish(from_npz(Path(rest).expanduser(), seed), input_size)
+    if colon and not _misspelt(kind):
+        from pipeline.data.objects import from_objects
+        from pipeline.models.from_code import load_callable, user_code
+
+        call, _ = load_callable(spec, DataError)
+        with user_code(spec, DataError), seeded(seed):
+            content = call(**accepted(call, input_size=input_size, seed=seed))
+        return finish(from_objects(content, spec, seed), input_size)
+    raise DataError(
+        f"There is no data set {spec!r}.",
+        nearest(kind, ("digits", *KINDS)) or "Give digits, imagefolder:PATH, npz:PATH or file.py:callable.",
+    )
+
+
+def _misspelt(kind: str) -> bool:
+    """Whether what stands before the colon is no module, but close to a kind of data set."""
+    return kind.isidentifier() and bool(nearest(kind, KINDS)) and importlib.util.find_spec(kind) is None

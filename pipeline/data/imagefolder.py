@@ -1,0 +1,127 @@
+"""One folder of images per class; train/ and test/ or val/ above them if there are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import (
+    Dataset,
+)
+
+from foundation.errors import DataError
+from pipeline.data.assemble import Raw, cut_parts, listed
+from pipeline.data.parts import Augmentation, Part, Split
+from pipeline.models.source import Size
+
+SCANNED = 50_000
+"""Samples of a lazily read data set that are looked at before training; of larger ones, this many, evenly spaced."""
+HASHED_BYTES = 2 << 30
+"""Up to this size an image folder is fingerprinted by content, above it by names, sizes and times of change."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of image folders, since published weights expect them (torchvision.models, "transforms")."""
+
+
+class ImageFiles(Dataset[tuple[Tensor, int]]):
+    """Image files, opened when asked for: the shorter side resized, the middle cut out, bytes (channels, H, W)."""
+
+    def __init__(self, files: list[tuple[str, int]], size: Size) -> None:
+        import torchvision
+
+        self.files, self.size = files, size
+        _, height, width = size
+        self.transform = torchvision.transforms.Compose(
+            [
+                torchvision.transforms.Lambda(self._cover),
+                torchvision.transforms.CenterCrop((height, width)),
+                torchvision.transforms.PILToTensor(),
+            ]
+        )
+
+    def _cover(self, image: Image.Image) -> Image.Image:
+        _, height, width = self.size
+        factor = max(height / image.height, width / image.width)
+        fitted = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
+        return image.resize(fitted, Image.Resampling.BILINEAR)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.files[index]
+        try:
+            with Image.open(path) as image:
+                return self.transform(image.convert("RGB" if self.size[0] == 3 else "L")), label
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"{path} is not a readable image: {error}.", "Replace or remove the file.") from error
+
+
+def from_folder(path: Path, size: Size, seed: int) -> Raw:
+    """A folder of images, read when asked for; raises DataError where it is none, or a file in it is no image."""
+    name = f"imagefolder:{path}"
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder.", "Give imagefolder:PATH with one folder of images per class.")
+    if size[0] not in (1, 3):
+        raise DataError(f"{name}: images have 1 or 3 channels, not {size[0]}.", "Set data.input_size to 3 channels.")
+    folders: dict[Part, Path] = {"train": path}
+    if (path / "train").is_dir():
+        held = [path / key for key in ("test", "val", "valid", "validation") if (path / key).is_dir()]
+        folders = {"train": path / "train"}
+        if held:
+            folders["test"] = held[0]
+        if len(held) > 1:
+            folders["calibration"] = held[1]
+    found = {part: _image_files(folder) for part, folder in folders.items()}
+    names = found["train"][0]
+    numbers = {one: number for number, one in enumerate(names)}
+    parts: dict[Part, Split] = {}
+    digests: dict[Part, list[bytes]] = {}
+    whole = sum(os.path.getsize(file) for _, files in found.values() for file, _ in files)  # noqa: PTH202
+    for part, (classes, files) in found.items():
+        if not set(classes) <= set(names):
+            unknown = sorted(set(classes) - set(names))
+            raise DataError(
+                f"{folders[part]} has classes that {folders['train']} has not: {', '.join(unknown[:5])}.",
+                "Give every part the same class folders.",
+            )
+        renumbered = [(file, numbers[classes[label]]) for file, label in files]
+        labels = torch.tensor([label for _, label in renumbered])
+        workers = (
+            min(4, (os.cpu_count() or 1) - 1) if len(files) >= 2000 else 0
+        )  # fewer are read sooner than shared out
+        parts[part] = listed(ImageFiles(renumbered, size), labels, workers)
+        digests[part] = [_file_digest(Path(file), whole <= HASHED_BYTES) for file, _ in renumbered]
+    cut, hashes = cut_parts(parts, digests, seed, name)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if size[0] == 3 else ((0.5,), (0.5,))
+    return Raw(name, cut, names, size, mean, std, hashes, Augmentation())
+
+
+def _image_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """Class names and (file, class number) of a folder, every file opened as far as its header."""
+    import torchvision
+
+    try:
+        found = torchvision.datasets.ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder}: {error}", "Put each class's images (.png, .jpg, …) into a folder of its own."
+        ) from error
+    files: list[tuple[str, int]] = found.samples
+    for file, _ in files[:: max(1, len(files) // SCANNED)]:
+        try:
+            with Image.open(file) as image:
+                image.verify()
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:  # SyntaxError: a broken PNG
+            raise DataError(f"{file} is not a readable image.", "Replace or remove the file.") from error
+    return tuple(found.classes), files
+
+
+def _file_digest(path: Path, by_content: bool) -> bytes:
+    if by_content:
+        return hashlib.sha256(path.read_bytes()).digest()
+    status = path.stat()
+    return hashlib.sha256(f"{path} {status.st_size} {status.st_mtime_ns}".encode()).digest()

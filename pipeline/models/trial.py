@@ -1,0 +1,44 @@
+"""One forward pass before anything is spent: does the model take these inputs, and give what the data needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from foundation.errors import ModelError, first_line
+
+
+def check(model: nn.Module, inputs: tuple[Tensor, ...], classes: int | None = None, name: str = "The model") -> Tensor:
+    """Run `model` once and return its first output; `classes` is how many the data has.
+
+    Raises ModelError, naming the shape, if the model does not take these inputs, gives no tensor, or has fewer outputs
+    than the data has classes.
+    """
+    shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in inputs)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = model(*inputs)
+    except Exception as error:
+        reason = first_line(error)
+        raise ModelError(
+            f"{name} does not take input of shape {shapes}: {reason[:200]}", "Set data.input_size to one that it takes."
+        ) from error
+    finally:
+        model.train(was_training)
+    if isinstance(out, list) and out and isinstance(out[0], dict):
+        raise ModelError(
+            f"{name} returns one dict per sample, as detectors do: how many results it gives depends on the data.",
+            "Give a model whose output is one tensor of logits (batch, classes), such as the detector's backbone.",
+        )
+    while not isinstance(out, Tensor):
+        if not out or not isinstance(out, dict | tuple | list):
+            raise ModelError(f"{name} returns {type(out).__name__}, not a tensor.", "Return logits (batch, classes).")
+        out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+    if classes is not None and (out.ndim != 2 or out.shape[1] < classes):
+        raise ModelError(
+            f"{name} gives outputs of shape {'x'.join(map(str, out.shape))} but the data has {classes} classes.",
+            f"Use a model with {classes} outputs, or data whose labels fit it.",
+        )
+    return out

@@ -1,0 +1,70 @@
+"""What a release must reach, and how that is measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from foundation.files import sha256
+from pipeline.recipe.section import Section
+
+
+class Rule(Section):
+    """A limit on one metric: as it is, or against the dense or the promoted model.
+
+    Against another model, accuracies count the points lost, further metrics what their mean lost, and everything else
+    is a ratio. A rule against the promoted version binds only once there is one.
+    """
+
+    metric: str = Field(description="one that the gate measures: accuracy, latency, latency_p99, file_size, ...")
+    against: Literal["dense", "promoted"] | None = None
+    max: float | None = None
+    min: float | None = None
+    level: Literal["required", "warn"] = "required"
+    by: Literal["value", "interval"] | None = Field(None, description="interval: all of it must be inside the limit")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Rule:
+        if self.max is None and self.min is None:
+            raise ValueError(f"the limit on {self.metric!r} has neither max nor min")
+        if any(value is not None and math.isnan(value) for value in (self.max, self.min)):
+            raise ValueError(f"the limit on {self.metric!r} is not a number")
+        return self
+
+
+class Policy(Section):
+    """What a release must reach; the gate section of a recipe, or a file of its own."""
+
+    max_accuracy_drop_points: float = Field(1.0, description="accuracy of dense minus shipped, in points")
+    accuracy_by: Literal["value", "interval"] = Field(
+        "value", description="judge the measured drop, or its whole 95 % interval"
+    )
+    max_latency_ratio: float = Field(1.0, gt=0, description="shipped over dense latency, medians")
+    max_size_ratio: float = Field(1.0, gt=0, description="shipped over dense file size")
+    parity: float = Field(1e-5, gt=0, description="|a-b| at most this times max(1, max|reference|), every hop")
+    limits: tuple[Rule, ...] = Field((), description="further limits")
+
+    @field_validator("max_accuracy_drop_points")
+    @classmethod
+    def _number(cls, value: float) -> float:
+        if math.isnan(value):
+            raise ValueError("is not a number")
+        return value
+
+
+class GateSection(Policy):
+    """Stage 7: limits, and how what they limit is measured."""
+
+    threads: int = Field(1, ge=1, description="onnxruntime threads for the latency")
+    batch_size: int = Field(1, ge=1, description="batch size for the latency")
+    seconds: float = Field(4.0, gt=0, description="time for measuring latency; less where it is decided earlier")
+    metrics: tuple[str, ...] = Field((), description="also: top5, cosine, spearman, path/to/file.py:callable")
+    seed: int = 0
+
+    def code(self) -> dict[str, str]:
+        """The files of the user's own metrics -> their sha256."""
+        files = (Path(name.rpartition(":")[0]) for name in self.metrics if ":" in name)
+        return {str(file): sha256(file) for file in files if file.is_file()}

@@ -1,0 +1,49 @@
+"""What is masked, and in how many rounds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import AliasChoices, Field, field_validator
+
+from pipeline.recipe.removal import GroupSwitches
+from pipeline.recipe.section import Section
+from pipeline.recipe.train import Training
+
+
+class PruneSection(Section):
+    """Stage 1: what is masked."""
+
+    method: Literal["structured", "unstructured", "2:4", "none"] = "structured"
+    ratio: float = Field(0.5, ge=0.0, lt=1.0, description="share of groups (structured) or weights to remove")
+    criterion: str = Field(
+        "l2",
+        validation_alias=AliasChoices(
+            "criterion", "norm"
+        ),  # `norm` is how it was called while norms were all there was
+        description="how much a group matters: l1, l2, ...; the least ones go",
+    )
+    scope: Literal["layer", "global"] = Field("layer", description="rank inside each layer, or over the whole model")
+    align: int | Literal["auto"] = Field("auto", description="kept channels are a multiple; auto = host vector block")
+    floor: float = Field(0.1, ge=0.0, le=1.0, description="share of every layer's groups that always stays")
+    overrides: dict[str, float] = Field(default_factory=dict, description="layer glob -> ratio")
+    groups: GroupSwitches = GroupSwitches()
+    schedule: str = Field("one-shot", description="one-shot, iterative or gradual (cubic)")
+    steps: int = Field(3, ge=1, description="rounds of iterative pruning; mask updates per epoch when gradual")
+    train: Training = Field(None, description="the recovery between rounds (iterative, gradual)")
+    seed: int = 0
+
+    @field_validator("align")
+    @classmethod
+    def _align(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1, or 'auto'")
+        return value
+
+    @field_validator("overrides")
+    @classmethod
+    def _overrides(cls, value: dict[str, float]) -> dict[str, float]:
+        for glob, ratio in value.items():
+            if not 0.0 <= ratio < 1.0:
+                raise ValueError(f"the ratio for {glob!r} must be in [0, 1), got {ratio}")
+        return value

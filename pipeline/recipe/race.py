@@ -1,0 +1,55 @@
+"""Which candidates race, and which of them may ship."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from pipeline.recipe.section import Section
+
+CandidateName = Literal[
+    "portable", "basic", "host", "opset18", "opset19", "opset20", "opset21", "opset22", "opset23", "opset24", "opset25",
+    "fused", "ort-portable", "ort-host", "int8-minmax", "int8-entropy", "int8-percentile", "int8-dynamic", "legacy",
+]  # fmt: skip
+"""What `exporters.candidates` can make."""
+
+
+class OptimizeSection(Section):
+    """Stage 6: which candidates race, how they are proven, and which of them may ship."""
+
+    candidates: tuple[CandidateName, ...] = Field(
+        ("portable", "basic", "host", "opset18", "opset23", "fused", "ort-portable", "ort-host", "legacy"),
+        description="which candidates to make; the first is what the others are timed against",
+        min_length=1,
+    )
+    int8: bool = Field(False, description="race int8-minmax, int8-entropy, int8-percentile and int8-dynamic as well")
+    ship: Literal["portable", "host"] = Field(
+        "portable", description="files for any machine, or also for this one only"
+    )
+    prefer: Literal["latency", "size"] = Field(
+        "latency", description="the fastest of those that passed, or the smallest"
+    )
+    ort_format: bool = Field(False, description="whether a .ort file may ship; it is made and timed either way")
+    parity: float = Field(1e-5, gt=0, description="float candidates: |a-b| at most this times max(1, max|reference|)")
+    max_accuracy_drop_points: float = Field(
+        1.0, ge=0, description="int8: accuracy lost on the calibration part, points"
+    )
+    calibration_samples: int = Field(256, ge=1, description="samples of the calibration part that find int8 ranges")
+    threads: tuple[int, ...] = Field((1,), min_length=1, description="onnxruntime threads to time at")
+    batch_sizes: tuple[int, ...] = Field((1,), min_length=1, description="batch sizes to time at")
+    seconds: float = Field(5.0, gt=0, description="time spent racing, for each number of threads and batch size")
+    seed: int = 0
+
+    @field_validator("threads", "batch_sizes")
+    @classmethod
+    def _positive(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if any(value < 1 for value in values):
+            raise ValueError("must be at least 1")
+        return values
+
+    @property
+    def names(self) -> tuple[CandidateName, ...]:
+        """Every candidate to make, once."""
+        int8: tuple[CandidateName, ...] = ("int8-minmax", "int8-entropy", "int8-percentile", "int8-dynamic")
+        return tuple(dict.fromkeys((*self.candidates, *(int8 if self.int8 else ()))))

@@ -1,0 +1,49 @@
+"""How to train and to recover."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+
+from pipeline.recipe.section import Section
+
+
+class TrainSettings(BaseModel):
+    """How to train; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(default=8, ge=0, description="passes over the training part")
+    batch_size: int = Field(default=64, ge=1)
+    lr: float = Field(default=2e-3, gt=0, description="learning rate at the top of the schedule")
+    optimizer: Literal["sgd", "adamw"] = Field(default="adamw", description="sgd has Nesterov momentum")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd; for adamw the first beta")
+    weight_decay: float = Field(default=0.05, ge=0, description="of matrices and kernels; never of norms and biases")
+    schedule: Literal["onecycle", "cosine", "constant"] = Field(default="onecycle", description="of the learning rate")
+    warmup: float = Field(default=0.25, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    distill_weight: float = Field(default=0.0, ge=0, le=1, description="share of the loss taught by the dense model")
+    distill_temperature: float = Field(default=2.0, gt=0, description="softens teacher and student alike")
+    grad_clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 = no limit")
+    augment: bool = Field(default=True, description="change training images a little, where the data set says how")
+    seed: int = 0
+    threads: int = Field(default=0, ge=0, description="torch threads; 0 leaves them as they are. Results depend on it")
+    channels_last: bool = Field(default=False, description="memory layout (batch, height, width, channels)")
+
+
+# Only what was set is written out and fingerprinted: the rest is chosen from the model, and another choice.
+Training = Annotated[
+    TrainSettings | None,
+    PlainSerializer(lambda given: given.model_dump(exclude_unset=True) if given else None, return_type=dict | None),
+]
+
+
+class FinetuneSection(Section):
+    """Stage 2: recovery under the masks."""
+
+    epochs: int | None = Field(None, ge=0, description="chosen from the model when left out; 0 skips recovery")
+    distill_weight: float = Field(0.5, ge=0.0, le=1.0, description="share of the loss taught by the dense model")
+    distill_temperature: float = Field(2.0, gt=0.0)
+    train: Training = Field(None, description="any other setting of the training; wins over the three above")
+    seed: int = 0

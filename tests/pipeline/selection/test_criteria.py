@@ -1,0 +1,46 @@
+"""Scores of groups: what each criterion counts, and that the table is what recipes are checked against."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from foundation.errors import ConfigError
+from pipeline.recipe.config import load
+from pipeline.selection import criteria
+from pipeline.selection.criteria import CRITERIA, Evidence
+
+
+def cluster(size, labels):
+    return SimpleNamespace(name="a", size=size, unit=1, labels=labels)
+
+
+def test_norms_sum_over_rows_bias_and_readers_of_the_group():
+    state = {
+        "a.weight": torch.tensor([[3.0, 0.0], [0.0, 1.0]]),
+        "a.bias": torch.tensor([4.0, 0.0]),
+        "b.weight": torch.tensor([[12.0, -2.0]]),
+    }
+    labels = {("a.weight", 0): np.array([0, 1]), ("a.bias", 0): np.array([0, 1]), ("b.weight", 1): np.array([0, 1])}
+    both = cluster(2, labels)
+    assert CRITERIA["l2"].score(both, Evidence(state)) == pytest.approx([13.0, 5**0.5])
+    assert CRITERIA["l1"].score(both, Evidence(state)) == pytest.approx([19.0, 3.0])
+
+
+def test_norms_ignore_indices_of_other_clusters():
+    state = {"cat.weight": torch.tensor([[1.0, 2.0, 100.0]])}
+    mine = cluster(2, {("cat.weight", 1): np.array([1, 0, -1])})
+    assert CRITERIA["l1"].score(mine, Evidence(state)) == pytest.approx([2.0, 1.0])
+
+
+def test_a_criterion_that_is_not_in_the_table_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match="no criterion 'l3'") as caught:
+        criteria.find("l3")
+    assert "l1" in caught.value.hint
+
+
+def test_recipes_that_say_norm_go_on_working():
+    assert load(None, {"prune.norm": "l1"}).prune.criterion == "l1"
+    with pytest.raises(ConfigError, match="prune.norm"):
+        load(None, {"prune.norm": "l1", "prune.criterion": "l2"})
