@@ -6,10 +6,10 @@ from .artifacts.program import Exported as Exported
 from .artifacts.program import Shrunk as Shrunk
 from .artifacts.race import Optimized as Optimized
 from .artifacts.verdict import Validated as Validated
+from .deployment import deploy as deploy
 from .progress import Progress as Progress
 from .progress import TerminalProgress as TerminalProgress
 from .recipe.config import Config as Config
 from .release.opening import Release as Release
 from .release.opening import open_release as open_release
-from .runner import deploy as deploy
 from .runner import plan as plan

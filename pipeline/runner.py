@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,12 +27,13 @@ from pipeline.progress import Progress
 from pipeline.recipe import config as recipes
 from pipeline.recipe.config import Config
 from pipeline.recipe.section import Section
-from pipeline.release import bundling, checks, fingerprint, promotion, records, store
+from pipeline.release import bundling, checks, fingerprint, records, store
 from pipeline.release.opening import Release, open_release
 from pipeline.release.records import Manifest, StageRecord
+from pipeline.release.reuse import candidates, compared_with, folder_name, make_current, matches
 from pipeline.report import pages as report
 from pipeline.selection import criteria, schedules
-from pipeline.stages import STAGES
+from pipeline.stages.order import STAGES
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,18 @@ class Step:
     reason: str
 
 
-def deploy(
+def run(
     model: str | nn.Module | Callable[[], nn.Module],
-    data: object = None,
-    config: Config | None = None,
+    data: object,
+    config: Config,
     *,
-    start: str | None = None,
-    until: str | None = None,
-    promote: bool = True,
-    progress: Progress | None = None,
+    start: str | None,
+    until: str | None,
+    promote: bool,
+    request: str,
+    progress: Progress,
 ) -> Release | None:
-    """Run the whole chain for one model and return the release; None when `until` stopped it before the end.
-
-    `model` is a spec or a module, `data` a spec or data sets; both default to the recipe's. `start` names the first
-    stage that must run although it could be reused. A version whose gate has passed becomes the current one, unless
-    `promote` is False. A bad model, data set or recipe raises UserError before anything
-    is written; a stage that fails raises its own error and leaves the stages before it for the next run to go on from.
-    """
-    progress = progress or Progress()
-    config = config or Config()
+    """Run the stages that have to run, reuse the others, seal the version; see `pipeline.deployment.deploy`."""
     first, last = _range(start, until)
     check(config)
     source, dataset = sources(model, data, config)
@@ -77,7 +70,7 @@ def deploy(
             with store.disk_errors(folder):
                 for number, stage in enumerate(STAGES[: last + 1]):
                     if Promoted in _wires(stage).values():
-                        wires[Promoted] = _promoted(folder, digests)
+                        wires[Promoted] = compared_with(folder, digests)
                         digests["promoted"] = wires[Promoted].sha256
                     record, origin = _stage(stage, config, folder, wires, digests, number >= first, progress)
                     done.append((record, origin))
@@ -86,7 +79,18 @@ def deploy(
                         f"Stopped after {_produces(STAGES[last]).STAGE}; the same command without --until goes on."
                     )
                     return None
-                return _finish(folder, partial, config, source, dataset, wires, done, promote, progress)
+                return _finish(
+                    folder,
+                    partial,
+                    config,
+                    source,
+                    dataset,
+                    wires,
+                    done,
+                    promote,
+                    request,
+                    progress,
+                )
         except (UserError, CaptureError):
             if not any(records.read_stage(p) for p in partial.iterdir()):
                 store.remove(partial)
@@ -121,12 +125,12 @@ def plan(
     for stage in STAGES:
         name = _produces(stage).STAGE
         if Promoted in _wires(stage).values() and Optimized.STAGE in digests:
-            digests["promoted"] = _promoted(folder, digests).sha256
+            digests["promoted"] = compared_with(folder, digests).sha256
         wanted = _fingerprint(stage, config, digests)
         if wanted is None:
             steps.append(Step(name, "run", "an earlier stage runs"))
             continue
-        found = next((p for p in _candidates(folder, name) if _matches(p, wanted)), None)
+        found = next((p for p in candidates(folder, name) if matches(p, wanted)), None)
         if found is None:
             steps.append(Step(name, "run", "not done before with these inputs, settings, code and tools"))
             continue
@@ -135,15 +139,6 @@ def plan(
         digests[name] = record.digest
         steps.append(Step(name, "reuse", found.parent.name))
     return steps
-
-
-def folder_name(model: object) -> str:
-    """The folder under artifacts/ for a model spec or object: `timm:resnet18` -> `timm-resnet18`."""
-    text = model if isinstance(model, str) else type(model).__name__
-    if ".py:" in text:
-        path, _, attribute = text.rpartition(":")
-        text = f"{Path(path).stem}-{attribute}"
-    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "model"
 
 
 def _range(start: str | None, until: str | None) -> tuple[int, int]:
@@ -190,27 +185,6 @@ def _producer(kind: type) -> str | None:
     return next((_produces(stage).STAGE for stage in STAGES if _produces(stage) is kind), None)
 
 
-def _promoted(folder: Path, digests: Mapping[str, str]) -> Promoted:
-    """What the version being built is compared with: the current one.
-
-    Where the current one ships the very same file, that would be no comparison: it is what that one was compared with.
-    """
-    current = store.current(folder)
-    optimize = Optimized.STAGE
-    seen: set[str] = set()
-    while current is not None and current.name not in seen:
-        seen.add(current.name)
-        made = records.read(current)
-        record = next((record for record in made.stages if record.stage == optimize), None)
-        if record is not None and record.digest != digests[optimize]:
-            shipped, shrunk = Optimized.load(current / optimize), Shrunk.load(current / Shrunk.STAGE)
-            digest = record.files[shipped.ships].sha256
-            return Promoted(current.name, shipped.onnx, digest, macs=shrunk.macs_after, params=shrunk.params_after)
-        before = made.parents.get("promoted version")
-        current = folder / before if before and folder / before in store.versions(folder) else None
-    return Promoted()
-
-
 def _fingerprint(stage: ModuleType, config: Config, digests: dict[str, str]) -> str | None:
     """None while a digest that it needs is not known yet."""
     producers = [name for name in map(_producer, _wires(stage).values()) if name is not None]
@@ -219,17 +193,6 @@ def _fingerprint(stage: ModuleType, config: Config, digests: dict[str, str]) -> 
     cfg = _section(stage, config)
     section = cfg.model_dump(mode="json") | cfg.code()
     return fingerprint.fingerprint(stage, section, {name: digests[name] for name in producers})
-
-
-def _candidates(folder: Path, name: str) -> list[Path]:
-    """Where a finished stage may lie: in the version being built, then in the versions, newest first."""
-    return [p / name for p in (folder / store.PARTIAL, *reversed(store.versions(folder))) if (p / name).is_dir()]
-
-
-def _matches(stage_folder: Path, wanted: str) -> bool:
-    record = records.read_stage(stage_folder)
-    # What broke off may have had a reason that is gone by now.
-    return record is not None and record.fingerprint == wanted and record.metrics.get("complete", True) is True
 
 
 def _intact(stage_folder: Path) -> bool:
@@ -251,7 +214,7 @@ def _stage(
     target = folder / store.PARTIAL / name
     wanted = _fingerprint(stage, config, digests)
     assert wanted is not None, f"{name} runs before a stage that it needs"
-    found = None if forced else next((p for p in _candidates(folder, name) if _matches(p, wanted)), None)
+    found = None if forced else next((p for p in candidates(folder, name) if matches(p, wanted)), None)
     if found is not None and not _intact(found):
         progress.say(f"  {found} was changed since it was written; running the stage again.")
         found = None
@@ -322,6 +285,7 @@ def _finish(
     wires: dict[type, Any],
     done: list[tuple[StageRecord, str]],
     promote: bool,
+    request: str,
     progress: Progress,
 ) -> Release:
     """Write recipe, reports and manifest, and seal the version; a run that changed nothing returns the old one."""
@@ -352,6 +316,7 @@ def _finish(
             tools=fingerprint.tools(),
             host=fingerprint.host_facts(),
             git=fingerprint.git_facts(),
+            request=request,
         )
         if wires[Validated].verdict.outcome == "pass":
             progress.say("  bundle: golden answers and self-test")
@@ -363,11 +328,7 @@ def _finish(
         made = made.model_copy(update={"files": outside})
         (partial / records.MANIFEST).write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
         release = open_release(store.seal(folder, partial))
-    if release.passed and promote and store.current(folder) != release.folder:
-        if same is not None and promotion.rolled_back(same):
-            progress.say(f"{same.name} was rolled back; `leanort promote {folder.name}/{same.name}` makes it current.")
-        else:
-            promotion.promote(release.folder, reason="deployed")
+    make_current(release, promote, same is not None, progress)
     return release
 
 

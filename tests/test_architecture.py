@@ -22,7 +22,7 @@ def test_each_package_is_ours_and_not_a_namesake_from_the_index(name):
 def test_every_artifact_type_has_one_producer_and_stages_take_only_what_came_before():
     from pipeline.artifacts.base import Artifact
     from pipeline.recipe.section import Section
-    from pipeline.stages import STAGES
+    from pipeline.stages.order import STAGES
 
     made: list[type] = []
     for stage in STAGES:
@@ -41,7 +41,7 @@ def test_every_artifact_type_has_one_producer_and_stages_take_only_what_came_bef
 
 
 def test_the_files_of_the_stages_sort_in_the_order_in_which_they_run():
-    from pipeline.stages import STAGES
+    from pipeline.stages.order import STAGES
 
     files = sorted(p.stem for p in (ROOT / "pipeline" / "stages").glob("s[0-9]_*.py"))
     assert files == [stage.__name__.rpartition(".")[2] for stage in STAGES]

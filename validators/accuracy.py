@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy.special import softmax
-from scipy.stats import binomtest, rankdata
 
 from foundation.errors import ValidationError
 from validators.gates import Measured
@@ -188,6 +187,8 @@ def similarity(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any
 
     Raises ValidationError when there are no samples, shapes differ, or an output is not finite or constant.
     """
+    from scipy.stats import rankdata  # a second to import, seldom needed
+
     cosines: list[Array] = []
     ranks: list[Array] = []
     for x, _ in batches:
@@ -242,6 +243,8 @@ def compare_accuracy(
 
     Raises ValidationError when the labels differ.
     """
+    from scipy.stats import binomtest  # a second to import
+
     if dense.labels != shipped.labels:
         raise ValidationError("The two models were evaluated on different samples.", "Evaluate both on the same set.")
     truth = np.array(dense.labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,24 +113,25 @@ def deploy(
     leanort deploy mynet.py:build --set prune.scope=global --set gate.max_latency_ratio=0.5
     """
     config = _config(**options)
-    from pipeline import runner
-    from pipeline.gate import outcome
+    from pipeline import deployment
+    from pipeline.artifacts.verdict import Validated
     from pipeline.progress import Progress, TerminalProgress
     from pipeline.recipe import config as recipes
-    from pipeline.report import pages as report
 
     if policy is not None:
         config = recipes.with_policy(config, recipes.load_policy(policy))
     progress = Progress() if quiet else TerminalProgress()
-    release = runner.deploy(
+    release = deployment.deploy(
         config.model, None, config, start=start, until=until, promote=not no_promote, progress=progress
     )
     if release is None:
         return 0
-    from pipeline.artifacts.verdict import Validated
-
     print_release(release)
-    outcome.append_step_summary(report.markdown_summary(release.manifest, release.artifacts))
+    if os.environ.get("GITHUB_STEP_SUMMARY"):
+        from pipeline.gate import outcome
+        from pipeline.report import pages
+
+        outcome.append_step_summary(pages.markdown_summary(release.manifest, release.artifacts))
     return EXIT_CODES[release[Validated].verdict.outcome]
 
 

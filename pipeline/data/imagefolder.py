@@ -30,6 +30,9 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     """Image files, opened when asked for: the shorter side resized, the middle cut out, bytes (channels, H, W)."""
 
     def __init__(self, files: list[tuple[str, int]], size: Size) -> None:
+        from pipeline.models import torchvision_operators  # noqa: F401  # before torchvision itself
+
+        # isort: split
         import torchvision
 
         self.files, self.size = files, size
@@ -102,6 +105,9 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
 
 def _image_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """Class names and (file, class number) of a folder, every file opened as far as its header."""
+    from pipeline.models import torchvision_operators  # noqa: F401  # before torchvision itself
+
+    # isort: split
     import torchvision
 
     try:

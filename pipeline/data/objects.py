@@ -115,6 +115,9 @@ class _Samples(Dataset[tuple[Tensor, int]]):
             )
         image, label = sample
         if isinstance(image, Image.Image):
+            from pipeline.models import torchvision_operators  # noqa: F401  # before torchvision itself
+
+            # isort: split
             import torchvision
 
             image = torchvision.transforms.functional.pil_to_tensor(image)

@@ -13,8 +13,8 @@ from pipeline import models, runner
 from pipeline.channels.coupling.groups import Analysis, Blocked, Cluster, Size, analyse
 from pipeline.channels.coupling.layers import Layer, layers
 from pipeline.channels.program.capture import capture
+from pipeline.drawing.widths import widths_svg
 from pipeline.recipe.config import Config
-from pipeline.report.drawing import widths_svg
 from pipeline.runner import Step
 from pipeline.selection import criteria
 from pipeline.selection.allocation import Removed

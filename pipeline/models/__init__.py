@@ -9,6 +9,4 @@ package.module:callable         own code
 
 import lazy_loader
 
-from pipeline.models import torchvision_operators  # noqa: F401  # first: models of all kinds import torchvision
-
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

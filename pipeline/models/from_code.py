@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pipeline.models import torchvision_operators  # noqa: F401  # first, since what follows may import torchvision
+
+# isort: split
 import copy
 import hashlib
 import importlib

@@ -5,6 +5,9 @@ Only classes that transformers itself ships are built: code that lies beside a c
 
 from __future__ import annotations
 
+from pipeline.models import torchvision_operators  # noqa: F401  # first, since what follows may import torchvision
+
+# isort: split
 import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path

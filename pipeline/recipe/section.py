@@ -11,5 +11,5 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def code(self) -> dict[str, str]:
-        """The user's own files that this section names -> their sha256, since they decide the result too."""
+        """The user's own files that this section names -> their sha256, since they decide the result, too."""
         return {}

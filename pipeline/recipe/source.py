@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, field_validator
 
+from foundation.files import sha256
 from pipeline.recipe.section import Section
 from pipeline.recipe.train import Training
 
@@ -16,6 +19,11 @@ class BaselineSection(Section):
     opset: int = Field(23, ge=18, description="ONNX opset of the dense reference file")
     threads: int = Field(1, ge=1, description="onnxruntime threads for the dense latency")
     seed: int = 0
+
+    def code(self) -> dict[str, str]:
+        """The checkpoint -> its sha256: another file under the same name is another dense model."""
+        file = Path(self.weights)
+        return {self.weights: sha256(file)} if file.is_file() else {}
 
     @field_validator("weights")
     @classmethod

@@ -19,7 +19,7 @@ from pipeline.release.records import digest
 ROOT = Path(__file__).resolve().parents[2]
 """Where the packages lie."""
 _PACKAGES = ("pipeline", "exporters", "validators", "foundation")
-_TOOLS = ("numpy", "onnx", "onnxruntime", "onnxscript", "timm", "torch", "torchvision", "transformers")
+_TOOLS = ("numpy", "onnx", "onnxruntime", "onnxscript", "scikit-learn", "timm", "torch", "torchvision", "transformers")
 
 
 @functools.cache
@@ -72,44 +72,67 @@ def code_digest(module: str) -> str:
 
 
 @functools.cache
+def project_digest() -> str:
+    """Digest of every file of this project's packages, templates and schemas included."""
+    files = (path for package in _PACKAGES for path in (ROOT / package).rglob("*"))
+    return digest({str(p.relative_to(ROOT)): sha256(p) for p in files if p.is_file() and "__pycache__" not in p.parts})
+
+
+@functools.cache
 def cone(module: str) -> Mapping[str, Path]:
     """Every module of this project that `module` imports, directly or not, itself included: name -> path below `ROOT`.
 
-    Read off the source, nothing is imported: imports inside functions count, those under `if TYPE_CHECKING` do not,
-    since they decide no result. A package's face, an `__init__.py` that only hands names on, is no module of the cone;
-    the modules that its names come from are.
+    Read off the source, nothing is imported. Imports inside functions count; those under `if TYPE_CHECKING` do not,
+    since they decide no result. A name taken from a package's face stands for the module that it comes from. A package
+    whose `__init__.py` imports modules of ours runs them whenever anything in it is imported, so they count, and so
+    does it; one that imports none of ours does nothing.
     """
     found: dict[str, Path] = {}
+    seen: set[str] = set()
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        path = _source(name)
-        if name in found or path is None:
+        if name in seen or name.partition(".")[0] not in _PACKAGES:
             continue
-        found[name] = path
-        waiting += _imports(ROOT / path)
+        seen.add(name)
+        waiting.append(name.rpartition(".")[0])  # the package around it is imported first
+        path = Path(*name.split("."))
+        package = path / "__init__.py"
+        if (ROOT / package).is_file():
+            imported = [one for one in _imports(ROOT / package, name) if one.partition(".")[0] in _PACKAGES]
+            if imported:
+                found[name] = package
+                waiting += imported
+        elif (ROOT / path).with_suffix(".py").is_file():
+            found[name] = path.with_suffix(".py")
+            waiting += _imports(ROOT / found[name], name.rpartition(".")[0])
     return dict(sorted(found.items()))
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports; a name imported from a module is offered as a module, too."""
+def _imports(path: Path, package: str) -> Iterator[str]:
+    """The modules that a file of `package` imports; each name imported from a module is offered as a module, too."""
     waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             waiting += node.orelse
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            inside = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            origin = ".".join([*inside, *([node.module] if node.module else [])])
+            yield origin
+            for alias in node.names:
+                yield _face(origin).get(alias.name, f"{origin}.{alias.name}")
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         else:
             waiting += ast.iter_child_nodes(node)
 
 
-def _source(name: str) -> Path | None:
-    """The file of a module of this project, below `ROOT`; None for anything else: a package, a class, other code."""
-    if name.partition(".")[0] not in _PACKAGES:
-        return None
-    path = Path(*name.split(".")).with_suffix(".py")
-    return path if (ROOT / path).is_file() else None
+@functools.cache
+def _face(package: str) -> Mapping[str, str]:
+    """The names that a package loads on first use -> the modules that they come from (its `__init__.pyi`)."""
+    stub = ROOT.joinpath(*package.split("."), "__init__.pyi")
+    if package.partition(".")[0] not in _PACKAGES or not stub.is_file():
+        return {}
+    nodes = (node for node in ast.parse(stub.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom))
+    return {alias.name: f"{package}.{node.module}" for node in nodes for alias in node.names}

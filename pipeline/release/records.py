@@ -63,6 +63,7 @@ class Manifest(_Plain):
     tools: dict[str, str]
     host: dict[str, str]
     git: dict[str, str]
+    request: str = Field("", description="digest of all that was asked for, where that is known beforehand")
 
 
 def digest(value: object) -> str:
@@ -93,6 +94,14 @@ def read(version: Path) -> Manifest:
         return Manifest.model_validate_json((version / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
         raise StoreError(f"The manifest of {version} cannot be read: {first_line(error)}.", "Deploy again.") from None
+
+
+def read_if_whole(version: Path) -> Manifest | None:
+    """The manifest of a version; None when it is missing or damaged."""
+    try:
+        return read(version)
+    except StoreError:
+        return None
 
 
 def project_version() -> str:

@@ -14,6 +14,7 @@ from pipeline.artifacts.eager import Baseline
 from pipeline.channels.program.capture import capture
 from pipeline.channels.program.macs import count_macs
 from pipeline.data.parts import Data
+from pipeline.drawing.plots import history_plot
 from pipeline.models import weights
 from pipeline.models.source import ModelSource, example
 from pipeline.models.trial import check
@@ -22,7 +23,7 @@ from pipeline.recipe.source import BaselineSection
 from pipeline.tasks import classification
 from pipeline.training import loop
 from pipeline.training.defaults import default_settings
-from pipeline.training.history import history_csv, history_plot
+from pipeline.training.history import history_csv
 from validators.feeds import random_feeds
 from validators.latency import race
 from validators.runners import OrtRunner

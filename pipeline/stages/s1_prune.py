@@ -12,10 +12,10 @@ from pipeline.artifacts.eager import Baseline, Pruned
 from pipeline.channels.coupling.groups import Analysis, analyse
 from pipeline.channels.program.capture import capture
 from pipeline.data.parts import Data
+from pipeline.drawing.plots import sparsity_plot
 from pipeline.models.source import ModelSource, example
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
-from pipeline.report.sparsity import sparsity_plot
 from pipeline.selection import criteria, schedules
 from pipeline.selection.allocation import Removed
 from pipeline.selection.choose import chooser, chosen_by, policy_of

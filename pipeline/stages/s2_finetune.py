@@ -7,13 +7,14 @@ from pathlib import Path
 from foundation.files import save_tensors
 from pipeline.artifacts.eager import Baseline, Finetuned, Pruned
 from pipeline.data.parts import Data
+from pipeline.drawing.plots import history_plot
 from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.train import FinetuneSection
 from pipeline.tasks import classification
 from pipeline.training import loop, masks
 from pipeline.training.defaults import default_settings
-from pipeline.training.history import history_csv, history_plot
+from pipeline.training.history import history_csv
 
 
 def run(

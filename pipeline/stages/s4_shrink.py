@@ -20,9 +20,9 @@ from pipeline.channels.program.macs import count_macs
 from pipeline.channels.removal.ledger import Ledger
 from pipeline.channels.removal.verify import prove
 from pipeline.data.parts import Data
+from pipeline.drawing.widths import widths_svg
 from pipeline.models.source import ModelSource, example
 from pipeline.recipe.removal import ShrinkSection
-from pipeline.report.drawing import widths_svg
 from pipeline.selection.choose import policy_of
 
 REAL_SAMPLES = 8

@@ -382,7 +382,7 @@ def test_a_host_is_taken_for_reachable_behind_a_proxy(monkeypatch):
 
 
 def test_timm_and_transformers_import_beside_a_torchvision_built_for_another_torch():
-    script = "import pipeline.models, timm, transformers, torchvision; print(torchvision.ops.nms.__name__)"
+    script = "import pipeline.models.find, timm, transformers, torchvision; print(torchvision.ops.nms.__name__)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "nms"
     assert done.stderr == ""

@@ -3,7 +3,7 @@
 from xml.etree import ElementTree
 
 from pipeline.channels import Layer
-from pipeline.report.drawing import BAR_COLUMN, widths_svg
+from pipeline.drawing.widths import BAR_COLUMN, widths_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 LAYERS = (

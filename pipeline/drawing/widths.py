@@ -75,7 +75,7 @@ def widths_svg(found: Sequence[Layer], title: str, caption: str = "") -> str:
     bands = _bands(found)
     width = max((tie.x for tie in ties), default=left + BAR_COLUMN + LABEL_COLUMN) + MARGIN
     environment = Environment(
-        loader=PackageLoader("pipeline.report"),
+        loader=PackageLoader("pipeline.drawing"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

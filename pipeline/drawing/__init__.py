@@ -1,0 +1,1 @@
+"""The pictures that stages write beside their tables."""

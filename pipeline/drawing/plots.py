@@ -1,0 +1,46 @@
+"""Plots of what a stage found: zeros in each layer, a training's history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.artifacts.eager import Sparsity
+from pipeline.training.history import Epoch
+
+
+def sparsity_plot(layers: Sequence[Sparsity], path: Path) -> None:
+    """Draw the share of zero weights per layer, as SVG; layers of many parameters only, since norms follow them."""
+    from matplotlib.figure import Figure
+
+    shown = [layer for layer in layers if len(layer.shape) > 1]
+    figure = Figure(figsize=(7, max(1.5, 0.16 * len(shown) + 0.8)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([layer.parameter for layer in shown], [100 * layer.ratio for layer in shown])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel="zero weights, %")
+    axes.tick_params(axis="y", labelsize=6)
+    figure.savefig(path)
+
+
+def history_plot(history: Sequence[Epoch], best_epoch: int, path: Path) -> None:
+    """Draw loss and accuracy over the epochs, the best one marked; the suffix decides the format (.svg, .png)."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    epochs = [one.epoch for one in history]
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(epochs, [one.loss for one in history], label="training")
+    left.plot(epochs, [one.calibration_loss for one in history], label="calibration")
+    left.set(xlabel="epoch", ylabel="loss")
+    right.plot(epochs, [100 * one.train_accuracy for one in history], label="training")
+    right.plot(epochs, [100 * one.calibration_accuracy for one in history], label="calibration")
+    right.set(xlabel="epoch", ylabel="accuracy, %")
+    for axes in (left, right):
+        if best_epoch:
+            axes.axvline(best_epoch, linestyle=":", color="grey", label="kept")
+        axes.legend()
+    # A fixed salt and no date: the same history gives the same file.
+    with mpl.rc_context({"svg.hashsalt": "leanort"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
