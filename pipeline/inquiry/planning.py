@@ -18,7 +18,8 @@ from pipeline.recipe.config import Config
 from pipeline.runner import Step
 from pipeline.selection import criteria
 from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import choose_groups, policy_of
+from pipeline.selection.choose import choose_groups
+from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
 from pipeline.training import masks
 

@@ -10,9 +10,7 @@ from torch import nn
 
 from exporters.host import vector_block
 from pipeline.channels.coupling.groups import Analysis
-from pipeline.channels.operators.trace import Policy
 from pipeline.recipe.prune import PruneSection
-from pipeline.recipe.removal import GroupSwitches
 from pipeline.selection import criteria, weights
 from pipeline.selection.allocation import Budget, Removed, allocate
 from pipeline.selection.criteria import Evidence
@@ -21,11 +19,6 @@ from pipeline.training.masks import Masks
 
 Choose = Callable[[Evidence, float], Masks]
 """(what is seen of the model, ratio) -> masks."""
-
-
-def policy_of(kinds: GroupSwitches) -> Policy:
-    """The recipe's switches as the engine takes them."""
-    return Policy(**kinds.model_dump())
 
 
 def chosen_by(cfg: PruneSection) -> str:

@@ -18,7 +18,8 @@ from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.selection import criteria, schedules
 from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import chooser, chosen_by, policy_of
+from pipeline.selection.choose import chooser, chosen_by
+from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
 from pipeline.selection.schedules import Course
 from pipeline.tasks import classification

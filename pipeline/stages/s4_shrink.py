@@ -23,7 +23,7 @@ from pipeline.data.parts import Data
 from pipeline.drawing.widths import widths_svg
 from pipeline.models.source import ModelSource, example
 from pipeline.recipe.removal import ShrinkSection
-from pipeline.selection.choose import policy_of
+from pipeline.selection.kinds import policy_of
 
 REAL_SAMPLES = 8
 
