@@ -25,7 +25,16 @@ from pipeline.gate.policy import rules
 from pipeline.models.from_code import load_callable
 from pipeline.progress import Progress
 from pipeline.recipe.policy import GateSection, Policy
-from validators.accuracy import AccuracyComparison, Metric, Similarity, compare_accuracy, evaluate, similarity, top_k
+from validators.accuracy import (
+    AccuracyComparison,
+    AccuracyReport,
+    Metric,
+    Similarity,
+    compare_accuracy,
+    evaluate,
+    similarity,
+    top_k,
+)
 from validators.errors import ValidationError
 from validators.feeds import Feed, random_feeds
 from validators.gates import Measured
@@ -149,7 +158,17 @@ def contest(
     if runners.keys() == files.keys():  # else nothing that compares them can be told
         if data is not None:
             with crashed.noted("accuracy"):
-                _accuracy(cfg, runners, data, progress, crashed, found, accuracy, similarities)
+                reports = _evaluated(cfg, runners, data, progress, crashed)
+                own = reports["shipped"]
+                found |= {"accuracy": policy.exactly(own.top1)}
+                found |= {name: policy.exactly(float(np.mean(values))) for name, values in own.scores.items()}
+                for name in others:
+                    accuracy[name] = compare_accuracy(reports[name], own, seed=cfg.seed)
+                    found |= _lost(name, accuracy[name])
+                similarities = _similarities(cfg, runners, data, crashed)
+                if "dense" in similarities:
+                    asked = metrics(cfg)[1]
+                    found |= {name: policy.exactly(getattr(similarities["dense"], name)) for name in asked}
         with crashed.noted("latency"):
             latency = _latency(cfg, runners, progress, sizes)
             mine = latency.runners["shipped"]
@@ -170,44 +189,43 @@ def contest(
     return Findings(latency, structure, accuracy, similarities, found, crashed)
 
 
-def _accuracy(
-    cfg: GateSection,
-    runners: Mapping[str, OrtRunner],
-    data: Data,
-    progress: Progress,
-    crashed: Crashes,
-    found: dict[str, Measured | None],
-    accuracy: dict[str, AccuracyComparison],
-    similarities: dict[str, Similarity],
-) -> None:
-    """Evaluate every model on the test part and compare; into the last three arguments, as far as it goes."""
+def _evaluated(
+    cfg: GateSection, runners: Mapping[str, OrtRunner], data: Data, progress: Progress, crashed: Crashes
+) -> dict[str, AccuracyReport]:
+    """Every model on the test part; an own metric that breaks off is left out of all reports, with its reason noted."""
     progress.say(f"  accuracy on {len(data.test)} test samples")
-    scores, alike = metrics(cfg)
+    scores, _ = metrics(cfg)
     guarded = {name: _guarded(name, metric, crashed) for name, metric in scores.items()}
     reports = {
         name: evaluate(runner, data.batches("test", EVALUATION_BATCH), metrics=guarded)
         for name, runner in runners.items()
     }
     broken = {name for name in scores if _of_metric(name) in crashed}
-    reports = {
+    return {
         name: report.model_copy(update={"scores": {k: v for k, v in report.scores.items() if k not in broken}})
         for name, report in reports.items()
     }
-    others = [name for name in runners if name != "shipped"]
-    own = reports["shipped"]
-    found |= {"accuracy": policy.exactly(own.top1)}
-    found |= {name: policy.exactly(float(np.mean(values))) for name, values in own.scores.items()}
-    for name in others:
-        accuracy[name] = compare_accuracy(reports[name], own, seed=cfg.seed)
-        found[f"accuracy vs {name}"] = accuracy[name].drop
-        for metric, score in accuracy[name].scores.items():
-            factor = 100.0 if metric == "top5" else 1.0
-            found[f"{metric} vs {name}"] = _times(score.drop, factor)
-    for name in others if alike else ():
-        with crashed.noted(f"similarity to {name}"):
-            similarities[name] = similarity(runners[name], runners["shipped"], data.batches("test", EVALUATION_BATCH))
-    if "dense" in similarities:
-        found |= {name: policy.exactly(getattr(similarities["dense"], name)) for name in alike}
+
+
+def _lost(name: str, compared: AccuracyComparison) -> dict[str, Measured | None]:
+    """What was lost against the model `name`: accuracy and top-5 in points, any other metric in its own unit."""
+    drops = {
+        f"{metric} vs {name}": _times(score.drop, 100.0 if metric == "top5" else 1.0)
+        for metric, score in compared.scores.items()
+    }
+    return {f"accuracy vs {name}": compared.drop, **drops}
+
+
+def _similarities(
+    cfg: GateSection, runners: Mapping[str, OrtRunner], data: Data, crashed: Crashes
+) -> dict[str, Similarity]:
+    """How alike the embeddings of "shipped" and of each other model are, where the recipe asks for that."""
+    found: dict[str, Similarity] = {}
+    for name in runners if metrics(cfg)[1] else ():
+        if name != "shipped":
+            with crashed.noted(f"similarity to {name}"):
+                found[name] = similarity(runners[name], runners["shipped"], data.batches("test", EVALUATION_BATCH))
+    return found
 
 
 def _of_metric(name: str) -> str:
