@@ -1,7 +1,7 @@
 """attention over [batch, *between, tokens, positions] -> over [batch, heads, tokens, positions].
 
-torch.onnx (torch 2.13 with onnxscript 0.7) translates attention of four dimensions alone. What lies between the batch
-and the tokens is merged into one dimension and taken apart again behind; where nothing lies there, one head is put in.
+torch.onnx (torch 2.13): "only 4D query, key, and value are supported". What lies between the batch and the tokens is
+merged into one dimension and taken apart again behind; where nothing lies there, one head is put in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """attention with one head of keys or values for all heads of the query: it is written out for each.
 
-torch broadcasts it; ONNX's Attention (opset 23) has no broadcasting over heads, and onnxruntime (1.31) refuses or
-misreads the shapes.
+torch broadcasts it; torch.onnx (torch 2.13, opset 23) does not: "SDPA (MHA) requires q_num_heads = kv_num_heads".
 """
 
 from __future__ import annotations

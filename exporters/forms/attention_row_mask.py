@@ -1,6 +1,6 @@
 """attention with a mask of one row for all queries: the row is written out for each.
 
-onnxruntime's Attention (1.31) has no mask of [..., 1, keys]; torch broadcasts it.
+torch broadcasts it; onnxruntime's Attention (1.31) fails at run time on a mask of [..., 1, keys].
 """
 
 from __future__ import annotations

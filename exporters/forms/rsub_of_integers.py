@@ -1,7 +1,7 @@
 """fraction − whole numbers (`1.0 - mask`): the whole numbers get their cast first.
 
-aten.rsub.Scalar promotes inside; onnxscript (0.7) translates it to Sub of the operands as they are, whose types differ
-then, which ONNX does not allow.
+aten.rsub.Scalar promotes inside; torch.onnx (torch 2.13) takes it apart into a subtraction of the operands as they are:
+"Cannot find a compatible OpOverload for aten.sub with the provided arguments".
 """
 
 from __future__ import annotations

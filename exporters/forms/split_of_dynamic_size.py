@@ -1,7 +1,7 @@
 """chunk or split of a dimension whose size depends on the batch -> slices.
 
-torch.onnx (torch 2.13 with onnxscript 0.7) wants the sizes of the pieces as numbers; a slice takes bounds that are
-computed at run time.
+The sizes of the pieces have to be numbers: onnxscript's optimiser (0.7) folds a split and fails ("'NoneType' object has
+no attribute 'ndim'"). A slice takes bounds that are computed at run time.
 """
 
 from __future__ import annotations
