@@ -1,1 +1,3 @@
-"""What pipeline, exporters and validators all stand on: errors, files, the tolerance rule. Standard library only."""
+"""What pipeline, exporters and validators all stand on: errors, files, the tolerance rule (standard library only), and
+the program editor (torch).
+"""

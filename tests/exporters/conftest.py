@@ -1,8 +1,11 @@
-"""Two small networks that the exporter tests share."""
+"""A small network that the exporter tests share, and what the tests of the forms ask of a program."""
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim, export
 
 from exporters import to_onnx
 
@@ -62,3 +65,29 @@ def exported(tiny_program, image, tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "m.onnx"
     to_onnx(tiny_program, path, example=(image,), opset=20, metadata={"parent": "abc"})
     return path
+
+
+def program(net, *inputs):
+    torch.manual_seed(0)
+    return export(net.eval(), inputs, dynamic_shapes=tuple({0: Dim.DYNAMIC} for _ in inputs))
+
+
+@pytest.fixture(scope="session")
+def program_of():
+    """A net's program, its batch free."""
+    return program
+
+
+def check(program, inputs, path, opset=18):
+    """onnxruntime gives the same for other batches."""
+    names = [str(name) for name in program.graph_signature.user_inputs]
+    to_onnx(program, path, example=(), opset=opset, metadata={}, input_names=names)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    want = program.module()(*inputs).detach().numpy()
+    got = session.run(None, dict(zip(names, [x.numpy() for x in inputs], strict=True)))[0]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.fixture(scope="session", name="check")
+def _check():
+    return check

@@ -14,7 +14,6 @@ on the shrunk program before export; the ledger, and training, go on with the pl
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 
+from foundation.editor import Editor
 from pipeline.channels.centring.streams import (
     GAIN,
     Norm,
@@ -37,9 +36,9 @@ from pipeline.channels.centring.streams import (
     reads_raw,
     shape_of,
 )
-from pipeline.channels.operators.table import base_name, bind, writes
+from pipeline.channels.operators.table import base_name, bind
+from pipeline.channels.program.editing import finished
 from pipeline.channels.program.execute import run_program
-from pipeline.channels.removal.rewrite import output_specs, run_fake
 
 aten = torch.ops.aten
 
@@ -64,20 +63,19 @@ def centre(program: ExportedProgram) -> Centred:
 
     The program itself is not changed. Without a norm over removed channels it is returned as it is.
     """
-    graph = copy.deepcopy(program.graph)
-    norms = find_norms(graph)
+    editor = Editor(program)
+    norms = find_norms(editor.graph)
     if not norms:
         return Centred(program, 0, 0, 0, 0)
-    held = held_tensors(program, graph)
-    streams = find_streams(norms, held)
-    chosen = [s for s in streams if s.gain > GAIN / 2]
+    held = held_tensors(program, editor.graph)
+    chosen = [s for s in find_streams(norms, held) if s.gain > GAIN / 2]
     if not chosen:
         return Centred(program, 0, 0, 0, 0)
-    editor = _Editor(program, graph, held)
+    centring = _Centring(editor, held)
     for stream in chosen:
-        editor.rewrite(stream)
+        centring.rewrite(stream)
     return Centred(
-        editor.finish(),
+        finished(editor),
         len(chosen),
         sum(len(s.norms) for s in chosen),
         sum(len(s.widen) for s in chosen),
@@ -85,20 +83,13 @@ def centre(program: ExportedProgram) -> Centred:
     )
 
 
-class _Editor:
-    """The graph copy in progress: new parameters, changed constants, and the nodes whose shapes follow."""
+class _Centring:
+    """The edit in progress. `held`: placeholder -> the floating tensor that it stands for, new ones included."""
 
-    def __init__(self, program: ExportedProgram, graph: fx.Graph, held: dict[fx.Node, Tensor]) -> None:
-        self.program, self.graph, self.held = program, graph, held
-        self.added: list[tuple[fx.Node, str, Tensor]] = []
-        self.known: dict[Any, fx.Node] = {}
+    def __init__(self, editor: Editor, held: dict[fx.Node, Tensor]) -> None:
+        self.editor, self.held = editor, held
+        self.known: dict[Any, fx.Node] = {}  # what a new parameter was made from, and how -> its placeholder
         self.now: dict[fx.Node, fx.Node] = {}  # the end of a norm that was rewritten -> what stands there now
-        self.dirty: set[fx.Node] = set()
-        self.mode = next(
-            n.meta["val"].fake_mode
-            for n in graph.nodes
-            if n.op == "placeholder" and hasattr(n.meta["val"], "fake_mode")
-        )
 
     def rewrite(self, s: Stream) -> None:
         """Centre one stream."""
@@ -107,7 +98,7 @@ class _Editor:
         for (node, argument), dim in s.tables.items():
             self._table(s, node, int(argument), dim)
         for node, branch in s.dissolved.items():
-            node.replace_all_uses_with(branch)
+            self.editor.replace(node, branch)
         for node in s.columns:
             self._columns(s, node)
         for reader, member, dim in s.narrow:
@@ -142,13 +133,13 @@ class _Editor:
         for name in ("weight", "bias"):
             if a[name] is not None:
                 self._set(node, name, a[name], ("rows", s, scale), rows)
-        self.dirty.add(node)
+        self.editor.outdate(node)
 
     def _table(self, s: Stream, node: fx.Node, argument: int, dim: int) -> None:
         source: Any = node.args[argument]
         new = self._parameter(source, ("table", s, dim), lambda w: self._wide(s, w, dim))
         node.update_arg(argument, new)
-        self.dirty.add(node)
+        self.editor.outdate(node)
 
     def _columns(self, s: Stream, node: fx.Node) -> None:
         """W·U: the last column reads what the others lack of the mean."""
@@ -160,30 +151,29 @@ class _Editor:
         self._set(node, "weight", bind(node)["weight"], ("columns", s, None), columns)
 
     def _narrow(self, s: Stream, reader: fx.Node, member: fx.Node, dim: int) -> None:
-        with self.graph.inserting_before(reader):
-            most = self._call(aten.slice.Tensor, member, dim, 0, s.kept)
-            last = self._call(aten.slice.Tensor, member, dim, s.kept, s.kept + 1)
-            mean = self._call(aten.mul.Tensor, last, 1 / math.sqrt(s.full - s.kept))
-            x = self._call(aten.add.Tensor, most, mean)
-        reader.replace_input_with(member, x)
+        with self.editor.before(reader):
+            most = self.editor.call(aten.slice.Tensor, member, dim, 0, s.kept)
+            last = self.editor.call(aten.slice.Tensor, member, dim, s.kept, s.kept + 1)
+            mean = self.editor.call(aten.mul.Tensor, last, 1 / math.sqrt(s.full - s.kept))
+            x = self.editor.call(aten.add.Tensor, most, mean)
+        self.editor.replace(member, x, [reader])
 
     def _widen(self, s: Stream, node: fx.Node, dim: int) -> None:
         """T as operators, behind a writer whose weights cannot take it."""
         node = self.now.get(node, node)
         inside = {n for n, _ in s.members} | {n.pad for n in s.norms}
         users = [u for u in node.users if u in inside]
-        with self.graph.inserting_before(node.next):
-            total = self._call(aten.mean.dim, node, [dim], True)
-            mean = self._call(aten.mul.Tensor, total, s.kept / s.full)
-            centred = self._call(aten.sub.Tensor, node, mean)
-            last = self._call(aten.mul.Tensor, mean, math.sqrt(s.full - s.kept))
-            z = self._call(aten.cat.default, [centred, last], dim)
-        for user in users:
-            user.replace_input_with(node, z)
+        with self.editor.after(node):
+            total = self.editor.call(aten.mean.dim, node, [dim], True)
+            mean = self.editor.call(aten.mul.Tensor, total, s.kept / s.full)
+            centred = self.editor.call(aten.sub.Tensor, node, mean)
+            last = self.editor.call(aten.mul.Tensor, mean, math.sqrt(s.full - s.kept))
+            z = self.editor.call(aten.cat.default, [centred, last], dim)
+        self.editor.replace(node, z, users)
 
     def _sizes(self, s: Stream, node: fx.Node, dim: int) -> None:
         """The channels' size among a view's or an expansion's sizes."""
-        self.dirty.add(node)
+        self.editor.outdate(node)
         name = base_name(node.target)
         if name in ("view", "reshape", "_unsafe_view", "expand"):
             sizes = list(node.args[1])  # type: ignore[arg-type]
@@ -211,15 +201,15 @@ class _Editor:
 
         weight = self._parameter(norm.gamma if known else None, ("gamma", s, None), scaled)
         behind = self._linear_behind(norm) if known and (norm.beta is None or norm.beta in self.held) else None
-        with self.graph.inserting_before(norm.cut):
-            y = self._call(aten.rms_norm.default, source, [m], weight, norm.eps * s.full / m)
+        with self.editor.before(norm.cut):
+            y = self.editor.call(aten.rms_norm.default, source, [m], weight, norm.eps * s.full / m)
             if behind is None:
-                y = self._call(aten.slice.Tensor, y, -1, 0, s.kept)
+                y = self.editor.call(aten.slice.Tensor, y, -1, 0, s.kept)
                 if not known:
-                    y = self._call(aten.mul.Tensor, y, norm.gamma)
+                    y = self.editor.call(aten.mul.Tensor, y, norm.gamma)
                 if norm.beta is not None:
-                    y = self._call(aten.add.Tensor, y, norm.beta)
-        norm.cut.replace_all_uses_with(y)
+                    y = self.editor.call(aten.add.Tensor, y, norm.beta)
+        self.editor.replace(norm.cut, y)
         self.now[norm.cut] = y
         if behind is not None:
             readers, between = behind
@@ -275,70 +265,15 @@ class _Editor:
 
     # -- the graph -------------------------------------------------------------------------------------------------
 
-    def _call(self, target: Any, *args: Any) -> fx.Node:
-        node = self.graph.call_function(target, args)
-        self.dirty.add(node)
-        return node
-
     def _set(self, node: fx.Node, name: str, old: fx.Node | None, key: Any, make: Callable[[Any], Tensor]) -> None:
         """Give `node` the new parameter `make(old's value)` as its argument `name`."""
-        new = self._parameter(old, key, make)
-        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-        at = names.index(name)
-        if name in node.kwargs:
-            node.update_kwarg(name, new)
-        elif at < len(node.args):
-            node.update_arg(at, new)
-        else:
-            node.args = (*node.args, *[None] * (at - len(node.args)), new)
-        self.dirty.add(node)
+        self.editor.set_arguments(node, **{name: self._parameter(old, key, make)})
 
     def _parameter(self, old: fx.Node | None, key: Any, make: Callable[[Any], Tensor]) -> fx.Node:
         """A placeholder for `make(old's value)`, one for all that ask for the same."""
         whole = (old, *(id(k) if isinstance(k, Stream) else k for k in key))
         if whole not in self.known:
             tensor = make(None if old is None else self.held[old]).contiguous()
-            with self.graph.inserting_before(next(iter(self.graph.nodes))):
-                node = self.graph.placeholder(f"p_centred_{len(self.added)}")
-            target = f"leanort_centred_{len(self.added)}"
-            with self.mode:
-                node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype)
-            self.added.append((node, target, tensor))
+            node = self.known[whole] = self.editor.parameter(f"centred_{len(self.known)}", tensor)
             self.held[node] = tensor
-            self.known[whole] = node
         return self.known[whole]
-
-    def finish(self) -> ExportedProgram:
-        """Remove what nothing uses any more, bring the shapes up to date, and make a program of it."""
-        program: Any = self.program
-        signature = program.graph_signature
-        inputs = set(signature.user_inputs)
-        for node in reversed(list(self.graph.nodes)):
-            if not node.users and node.op != "output" and not writes(node) and node.name not in inputs:
-                self.graph.erase_node(node)
-        for node in self.graph.nodes:
-            if node.op == "call_function" and (node in self.dirty or self.dirty.intersection(node.all_input_nodes)):
-                before = shape_of(node) if isinstance(node.meta.get("val"), Tensor) else None
-                node.meta["val"] = run_fake(self.mode, node)
-                same = isinstance(node.meta["val"], Tensor) and before == shape_of(node)
-                self.dirty.discard(node) if same else self.dirty.add(node)
-        specs = {s.arg.name: s for s in signature.input_specs}
-        for node, target, _ in self.added:
-            specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(name=node.name), target)
-        ordered = [specs[n.name] for n in self.graph.nodes if n.op == "placeholder"]
-        used = {s.target for s in ordered if s.target is not None}
-        state: dict[str, Any] = {
-            target: torch.nn.Parameter(tensor) for _, target, tensor in self.added if target in used
-        }
-        state |= {n: v for n, v in program.state_dict.items() if n in used}
-        return ExportedProgram(
-            root=torch.nn.Module(),
-            graph=self.graph,
-            graph_signature=ExportGraphSignature(ordered, output_specs(signature, self.graph)),
-            state_dict=state,
-            range_constraints=copy.copy(program.range_constraints),
-            module_call_graph=[program.module_call_graph[0]],
-            example_inputs=program.example_inputs,
-            constants={n: v for n, v in program.constants.items() if n in used},
-            verifiers=program.verifiers,
-        )

@@ -10,7 +10,7 @@ from torch import nn
 from exporters import to_onnx
 from foundation.errors import RefusedError
 from pipeline.channels import centre, prove, small
-from pipeline.channels import streams as found
+from pipeline.channels.centring import streams as found
 from pipeline.channels.removal.verify import difference
 
 
@@ -180,6 +180,25 @@ def test_the_shrunk_program_is_left_alone(experiment):
     assert all(torch.equal(v, before[n]) for n, v in e.shrunk.program.state_dict.items())
     (x,) = (n for n in e.shrunk.program.graph.nodes if n.name == "x")
     assert not isinstance(x.meta["val"].shape[0], int)  # the batch is still free
+
+
+class Builtin(nn.Module):
+    """Its input is called like a builtin of Python, which a copied graph would rename."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = PreNorm()
+
+    def forward(self, input):
+        return self.net(input)
+
+
+def test_an_input_called_after_a_builtin_keeps_its_name(experiment):
+    e = experiment(Builtin(), torch.randn(2, 3, 8, 8))
+    done = centre(e.shrunk.program)
+    assert done.norms == 3
+    assert done.program.graph_signature.user_inputs == ("input",)
+    prove(e.folded, done, [small(e.captured, batch=3)], rounded=True)
 
 
 @pytest.mark.parametrize("name", ["pre-norm", "windows"])
