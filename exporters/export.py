@@ -16,11 +16,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
-import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -30,6 +29,9 @@ from exporters.quiet import quiet
 from exporters.summary import OnnxSummary, describe
 from exporters.translatable import translatable
 from foundation.errors import ExportError, first_line
+
+if TYPE_CHECKING:  # half a second to import, so only where a model is translated
+    import onnx_ir as ir
 
 # A protobuf message ends at 2 GiB; what is left covers the graph around the weights.
 ONE_FILE_LIMIT = 2**31 - 2**26
@@ -69,6 +71,8 @@ def to_onnx(
     Raises ExportError when the model is in training mode, cannot be captured or translated, has other inputs or outputs
     than named, or the file cannot be written or does not pass the check. Nothing is printed: warnings are returned.
     """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     start = time.perf_counter()
     path = Path(path)
     # torch.export prints the code that it could not capture to stderr; its exception says the same.
@@ -155,6 +159,8 @@ def _values(graph: ir.Graph) -> list[ir.Value]:
 
 def _name_batch(model: ir.Model, dynamic_batch: bool) -> None:
     """Call the free first dimension "batch" everywhere, whatever symbol torch.export gave it."""
+    import onnx_ir as ir
+
     symbols: dict[str, None] = {}
     for value in model.graph.inputs:
         if value.shape is None or not len(value.shape):
@@ -181,6 +187,8 @@ def _name_batch(model: ir.Model, dynamic_batch: bool) -> None:
 
 
 def _write(model: ir.Model, path: Path, one_file_limit: int) -> OnnxSummary:
+    import onnx_ir as ir
+
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     data_name = f"{path.name}.data"
     with staged(path) as folder:

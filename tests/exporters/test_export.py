@@ -215,7 +215,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_program, image, tmp_pat
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.ir, "save", full)
+    monkeypatch.setattr("onnx_ir.save", full)
     with pytest.raises(ExportError, match="cannot be written: No space left on device"):
         export(tiny_program, tmp_path / "m.onnx", image)
     assert list(tmp_path.iterdir()) == []
