@@ -6,6 +6,7 @@ from .bundling import check as check
 from .bundling import pack as pack
 from .bundling import unpack as unpack
 from .candidates import CANDIDATES as CANDIDATES
+from .candidates import CandidateSpec as CandidateSpec
 from .candidates import Made as Made
 from .candidates import NotApplicable as NotApplicable
 from .candidates import Source as Source

@@ -1,7 +1,7 @@
 """A model in 8-bit integers: static, QDQ, per channel, calibrated on real batches; or dynamic, for MatMuls.
 
-On x86 CPUs without VNNI the product of two int8 pairs saturates in 16 bits, so weights keep to 7 bits there
-(`reduce_range`); onnxruntime's documentation on quantization says the same.
+On x86 CPUs without VNNI the sum of two int8 products saturates in 16 bits, so weights that are to be right on any CPU
+keep to 7 bits (`reduce_range`); onnxruntime's documentation on quantization says the same.
 """
 
 from __future__ import annotations
@@ -83,15 +83,16 @@ def quantize(
     *,
     batches: Iterable[Mapping[str, Array]],
     calibration: Calibration = "minmax",
-    reduce_range: bool | None = None,
+    reduce_range: bool = True,
     exclude: Sequence[str] = (),
     operators: Sequence[str] | None = None,
 ) -> QuantizedFile:
     """Write the float model `src` to `dst` with int8 weights per channel and 8-bit activations, whole or not at all.
 
     `batches` (input name -> array) calibrate the activations' ranges; never take the test set. `reduce_range` keeps the
-    weights to 7 bits; by default where this CPU lacks VNNI. Nodes named in `exclude` stay float; `operators` ("Conv",
-    "Gemm", ...) limits what is quantised, by default everything that onnxruntime can. Metadata is kept.
+    weights to 7 bits, which any CPU multiplies right; with all 8, x86 CPUs without VNNI do not. Nodes named in
+    `exclude` stay float; `operators` ("Conv", "Gemm", ...) limits what is quantised, by default everything that
+    onnxruntime can. Metadata is kept.
 
     Raises ExportError when there are no batches, they do not fit or hold NaN, a name in `exclude` is unknown,
     the opset is below 13, or nothing could be quantised.
@@ -99,18 +100,17 @@ def quantize(
     start = time.perf_counter()
     src, dst = Path(src), Path(dst)
     before = describe(src)
-    reduced = not host.has_vnni() if reduce_range is None else reduce_range
     model = _prepared(src, before, exclude)
     reader = _Reader(batches, before)
     with quiet("") as said:
         ranges = _ranges(model, src, reader, calibration, operators)
-        made = _for_older(_with_ranges(model, src, ranges, reduced, exclude=exclude, operators=operators))
+        made = _for_older(_with_ranges(model, src, ranges, reduce_range, exclude=exclude, operators=operators))
     _write(made, src, dst, before, f"int8 qdq, {calibration}", "DequantizeLinear")
     return QuantizedFile(
         path=dst,
         calibration=calibration,
         batches=reader.count,
-        reduce_range=reduced,
+        reduce_range=reduce_range,
         isa=host.isa(),
         bytes_before=before.bytes,
         summary=describe(dst),
@@ -119,9 +119,7 @@ def quantize(
     )
 
 
-def quantize_dynamic(
-    src: Path, dst: Path, *, reduce_range: bool | None = None, exclude: Sequence[str] = ()
-) -> QuantizedFile:
+def quantize_dynamic(src: Path, dst: Path, *, reduce_range: bool = True, exclude: Sequence[str] = ()) -> QuantizedFile:
     """Write the float model `src` to `dst` with int8 weights in its MatMuls and Gemms, whole or not at all.
 
     The activations' ranges are found while it runs, so nothing is calibrated; that pays where the matrices are large,
@@ -130,7 +128,6 @@ def quantize_dynamic(
     start = time.perf_counter()
     src, dst = Path(src), Path(dst)
     before = describe(src)
-    reduced = not host.has_vnni() if reduce_range is None else reduce_range
     model = _prepared(src, before, exclude)
     del model.graph.value_info[:]  # the tool transposes a Gemm's weight, and then trips over its old shape
     with tempfile.TemporaryDirectory() as scratch, quiet("") as said:
@@ -141,7 +138,7 @@ def quantize_dynamic(
                 part,
                 op_types_to_quantize=["MatMul", "Gemm"],
                 per_channel=True,
-                reduce_range=reduced,
+                reduce_range=reduce_range,
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=list(exclude),
                 extra_options={"MatMulConstBOnly": True},
@@ -152,7 +149,7 @@ def quantize_dynamic(
         path=dst,
         calibration="dynamic",
         batches=0,
-        reduce_range=reduced,
+        reduce_range=reduce_range,
         isa=host.isa(),
         bytes_before=before.bytes,
         summary=describe(dst),
@@ -167,7 +164,7 @@ def sensitivity(
     batches: Iterable[Mapping[str, Array]],
     probe: Mapping[str, Array],
     calibration: Calibration = "minmax",
-    reduce_range: bool | None = None,
+    reduce_range: bool = True,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """How much each node's quantisation alone changes the outputs: node name -> relative error, the worst first.
@@ -177,7 +174,6 @@ def sensitivity(
     """
     src = Path(src)
     before = describe(src)
-    reduced = not host.has_vnni() if reduce_range is None else reduce_range
     model = _prepared(src, before, ())
     with quiet(""):
         ranges = _ranges(model, src, _Reader(batches, before), calibration, None)
@@ -186,7 +182,7 @@ def sensitivity(
         scale = float(np.linalg.norm(wanted)) or 1.0
         errors = {}
         for number, name in enumerate(names, start=1):
-            alone = _with_ranges(model, src, ranges, reduced, only=[name])
+            alone = _with_ranges(model, src, ranges, reduce_range, only=[name])
             error = float(np.linalg.norm(_answers(alone, src, probe) - wanted)) / scale
             errors[name] = error if np.isfinite(error) else float("inf")
             step(number, len(names))

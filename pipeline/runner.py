@@ -22,6 +22,7 @@ from pipeline.errors import CaptureError, ConfigError, UserError, nearest
 from pipeline.gate import measuring
 from pipeline.models import ModelSource
 from pipeline.progress import Progress
+from pipeline.race.entrants import entrants
 from pipeline.recipe import config as recipes
 from pipeline.recipe.config import Config, Section
 from pipeline.release import bundling, manifest, promotion, store
@@ -85,6 +86,7 @@ def deploy(
     config = config or Config()
     first, last = _range(start, until)
     measuring.metrics(config.gate)
+    entrants(config.optimize)
     source, dataset = sources(model, data, config)
     folder = config.artifacts / (config.name or folder_name(model))
     with store.locked(folder, lambda: progress.say(f"Another run is building {folder}; waiting for it to end.")):
@@ -123,6 +125,7 @@ def plan(
 ) -> list[Step]:
     """What `deploy` would run and what it would reuse. Nothing is written."""
     config = config or Config()
+    entrants(config.optimize)
     source, dataset = sources(model, data, config)
     folder = config.artifacts / (config.name or folder_name(model))
     digests = {"model": source.fingerprint, "data": dataset.fingerprint}

@@ -17,8 +17,8 @@ from pipeline.artifacts import Baseline, Candidate, Exported, Folded, Hop, Optim
 from pipeline.channels.program.capture import Captured, capture
 from pipeline.data.parts import Data
 from pipeline.gate import measuring, policy
-from pipeline.gate.precise import SEEDS, Precise
 from pipeline.models import ModelSource, example
+from pipeline.models.precise import SEEDS, Precise
 from pipeline.progress import Progress
 from pipeline.recipe.config import GateSection
 from pipeline.report.pictures import pictured
@@ -80,7 +80,7 @@ def run(
         for hop, report in zip(hops, reports, strict=True)
         if hop.judged
     }
-    if winner.budget == "accuracy":
+    if winner.reduced_precision:
         measurements[policy.BEYOND_BUDGET] = None
         with crashed.noted("accuracy lost to reduced precision"):
             if hops and hops[-1].passed:
@@ -227,7 +227,7 @@ def _apart(
     if broken is None or (hop := parity.hops[broken]).worst is None:
         return []
     last = broken == len(parity.hops) - 1
-    if last and (optimized.winner.budget != "rounding" or optimized.onnx.suffix != ".onnx"):
+    if last and (optimized.winner.reduced_precision or optimized.onnx.suffix != ".onnx"):
         return []
     feed = next(feed for feed in feeds if feed.label == hop.worst.feed)
     pack = out / REPRO
@@ -252,7 +252,7 @@ def _apart(
 def _last_hop(report: ParityReport, winner: Candidate) -> Hop:
     """Exported to optimised. Reduced precision is another function on purpose: there, only what is missing fails."""
     hop = _hop(report)
-    if winner.budget == "rounding":
+    if not winner.reduced_precision:
         return hop
     comparable = report.max_scaled is not None
     reason = f"{winner.name} is judged by the accuracy that it costs, not by float rounding"

@@ -16,6 +16,7 @@ from exporters import (
     expected_attention,
     fuse,
     fused_attention,
+    host,
     isa,
     make,
     sensitivity,
@@ -38,16 +39,19 @@ def run(path, x):
     return ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input": x})[0]
 
 
-ROUNDING = [name for name in CANDIDATES if not name.startswith("int8") and name not in ("fused", "legacy", "opset20")]
+ROUNDING = [
+    name
+    for name, spec in CANDIDATES.items()
+    if spec.budget == "rounding" and name not in ("fused", "legacy", "opset20")  # this source has none of those
+]
 
 
 @pytest.mark.parametrize("name", ROUNDING)
 def test_a_float_candidate_computes_the_same_and_says_what_it_is(source, tiny_net, image, name):
     made = make(name, source)
     np.testing.assert_allclose(run(made.path, image.numpy()), tiny_net(image).detach(), rtol=1e-5, atol=1e-5)
-    assert made.budget == "rounding"
     assert made.bytes == made.path.stat().st_size
-    assert (made.portable, made.isa) == ((False, isa()) if "host" in name else (True, ""))
+    assert (made.spec.portable, made.isa) == ((False, isa()) if "host" in name else (True, ""))
     if made.path.suffix == ".onnx":
         summary = describe(made.path)
         assert summary.metadata["parent"] == "abc"
@@ -56,14 +60,51 @@ def test_a_float_candidate_computes_the_same_and_says_what_it_is(source, tiny_ne
         assert summary.opset == int(name.removeprefix("opset"))
 
 
-@pytest.mark.parametrize("name", ["int8-minmax", "int8-entropy", "int8-dynamic"])
-def test_an_int8_candidate_is_close_smaller_in_kind_and_silent(source, tiny_net, image, name, capfd):
+@pytest.fixture(params=[True, False], ids=["vnni", "no vnni"])
+def vnni(request, monkeypatch):
+    """A CPU that has VNNI, and one that has not, whatever this machine is."""
+    flags = {"avx", "avx2", "avx512f"} | ({"avx512_vnni"} if request.param else set())
+    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(host.platform, "machine", lambda: "x86_64")
+    return request.param
+
+
+def largest_weight(path):
+    tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
+    return max(np.abs(w.astype(int)).max() for w in tensors if w.dtype == np.int8 and w.ndim > 1)
+
+
+INT8 = ["int8-minmax", "int8-entropy", "int8-percentile", "int8-dynamic"]
+
+
+@pytest.mark.parametrize("name", INT8)
+def test_int8_for_any_machine_is_made_on_every_machine_close_and_silent(source, tiny_net, image, name, vnni, capfd):
     made = make(name, source)
     wanted = tiny_net(image).detach().numpy()
     error = np.abs(run(made.path, image.numpy()) - wanted).max()
     assert 0 < error < 0.2 * np.abs(wanted).max()
-    assert made.budget == "accuracy"
+    assert (made.spec.portable, made.isa, made.spec.budget) == (True, "", "accuracy")
+    assert largest_weight(made.path) == 64  # with the seven bits that saturate nowhere
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", INT8)
+def test_int8_with_all_its_bits_belongs_to_cpus_that_do_not_saturate(source, name, vnni):
+    if not vnni:
+        with pytest.raises(NotApplicable, match="no VNNI"):
+            make(f"{name}-host", source)
+        return
+    made = make(f"{name}-host", source)
+    assert (made.spec.portable, made.isa) == (False, "avx512")
+    assert largest_weight(made.path) == 127
+
+
+def test_every_row_of_the_table_fits_its_name_and_int8_is_raced_where_int8_is_asked_for():
+    for name, spec in CANDIDATES.items():
+        assert spec.name == name
+        assert spec.portable == ("host" not in name)
+        assert (spec.suffix == ".ort") == name.startswith("ort-")
+        assert (spec.races == "with int8") == name.startswith("int8")
 
 
 def test_the_ort_format_says_which_operators_a_minimal_build_must_have(source):
