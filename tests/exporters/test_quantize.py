@@ -31,7 +31,7 @@ def integer_weights(path):
 
 @pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])
 def test_a_quantised_model_is_close_to_the_float_one(exported, batches, tmp_path, calibration):
-    made = quantize(exported, tmp_path / "q.onnx", batches=batches, calibration=calibration, reduce_range=False)
+    made = quantize(exported, tmp_path / "q.onnx", batches=batches, calibration=calibration)
     x = batches[0]["input"]
     wanted, found = run(exported, x), run(made.path, x)
     assert 0 < np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
