@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
 
-    from exporters.quantize import Calibration
+    from exporters.quantize import Calibration, Ranges
     from exporters.to_ort import Level
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -62,6 +62,8 @@ class Source:
     """Optimisers of onnxruntime that must not run, since they break this model."""
     exclude: tuple[str, ...] = ()
     """Nodes that reduced precision leaves in float."""
+    ranges: dict[Calibration, Ranges] = field(default_factory=dict, compare=False)
+    """The activations' ranges, by how they were found: kept from the first candidate that needs them."""
 
 
 @dataclass(frozen=True)
@@ -181,17 +183,13 @@ def _fused(source: Source, path: Path) -> Built:
 
 def _static(calibration: Calibration, *, bits: int) -> Builder:
     def build(source: Source, path: Path) -> Built:
-        from exporters.quantize import quantize
+        from exporters.quantize import calibrate, quantize
 
         _saturates_nowhere(bits)
-        quantize(
-            source.onnx,
-            path,
-            batches=source.calibration(),
-            calibration=calibration,
-            reduce_range=bits < 8,
-            exclude=source.exclude,
-        )
+        if calibration not in source.ranges:
+            source.ranges[calibration] = calibrate(source.onnx, batches=source.calibration(), calibration=calibration)
+        ranges = source.ranges[calibration]
+        quantize(source.onnx, path, batches=ranges, reduce_range=bits < 8, exclude=source.exclude)
         return Built(f"int8, static QDQ per channel, {calibration}, {bits}-bit weights", _kept_float(source))
 
     return build

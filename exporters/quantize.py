@@ -12,6 +12,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,11 +79,40 @@ class QuantizedFile(BaseModel):
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Ranges:
+    """The range of every activation of one model: how they were found, on how many batches, what the tool said."""
+
+    calibration: Calibration
+    batches: int
+    tensors: Any
+    warnings: tuple[str, ...]
+
+
+def calibrate(
+    src: Path,
+    *,
+    batches: Iterable[Mapping[str, Array]],
+    calibration: Calibration = "minmax",
+    operators: Sequence[str] | None = None,
+) -> Ranges:
+    """Find the ranges that `quantize` needs: they serve it as often as it is called for the same model.
+
+    Arguments and errors as there.
+    """
+    src = Path(src)
+    before = describe(src)
+    reader = _Reader(batches, before)
+    with quiet("") as said:
+        tensors = _ranges(_prepared(src, before, ()), src, reader, calibration, operators)
+    return Ranges(calibration, reader.count, tensors, tuple(dict.fromkeys(said)))
+
+
 def quantize(
     src: Path,
     dst: Path,
     *,
-    batches: Iterable[Mapping[str, Array]],
+    batches: Iterable[Mapping[str, Array]] | Ranges,
     calibration: Calibration = "minmax",
     reduce_range: bool = True,
     exclude: Sequence[str] = (),
@@ -89,7 +120,8 @@ def quantize(
 ) -> QuantizedFile:
     """Write the float model `src` to `dst` with int8 weights per channel and 8-bit activations, whole or not at all.
 
-    `batches` (input name -> array) calibrate the activations' ranges; never take the test set. `reduce_range` keeps the
+    `batches` (input name -> array) calibrate the activations' ranges; never take the test set. Or they are the ranges
+    that `calibrate` found for `src`, and `calibration` is theirs. `reduce_range` keeps the
     weights to 7 bits, which any CPU multiplies right; with all 8, x86 CPUs without VNNI do not. Nodes named in
     `exclude` stay float; `operators` ("Conv", "Gemm", ...) limits what is quantised, by default everything that
     onnxruntime can. Metadata is kept.
@@ -101,21 +133,21 @@ def quantize(
     src, dst = Path(src), Path(dst)
     before = describe(src)
     model = _prepared(src, before, exclude)
-    reader = _Reader(batches, before)
+    if not isinstance(batches, Ranges):
+        batches = calibrate(src, batches=batches, calibration=calibration, operators=operators)
     with quiet("") as said:
-        ranges = _ranges(model, src, reader, calibration, operators)
-        made = _for_older(_with_ranges(model, src, ranges, reduce_range, exclude=exclude, operators=operators))
-    _write(made, src, dst, before, f"int8 qdq, {calibration}", "DequantizeLinear")
+        made = _for_older(_with_ranges(model, src, batches.tensors, reduce_range, exclude=exclude, operators=operators))
+    _write(made, src, dst, before, f"int8 qdq, {batches.calibration}", "DequantizeLinear")
     return QuantizedFile(
         path=dst,
-        calibration=calibration,
-        batches=reader.count,
+        calibration=batches.calibration,
+        batches=batches.batches,
         reduce_range=reduce_range,
         isa=host.isa(),
         bytes_before=before.bytes,
         summary=describe(dst),
         seconds=time.perf_counter() - start,
-        warnings=tuple(dict.fromkeys(said)),
+        warnings=tuple(dict.fromkeys((*batches.warnings, *said))),
     )
 
 
@@ -311,12 +343,24 @@ def _with_ranges(
     exclude: Sequence[str] = (),
     operators: Sequence[str] | None = None,
 ) -> onnx.ModelProto:
-    """A quantised copy of `model`: what `quantize_static` does once the ranges are known."""
+    """A quantised copy of `model`: what `quantize_static` does once the ranges are known.
+
+    The quantiser narrows ranges in place, so it gets a copy: the next call is to find them as they were.
+    """
     with _explained(src, "Give a float32 model."):
         inferred = save_and_reload_model_with_shape_infer(model)
         activation, weight = _types()
         quantizer = QDQQuantizer(
-            inferred, True, reduced, weight, activation, ranges, list(only), list(exclude), _operators(operators), {}
+            inferred,
+            True,
+            reduced,
+            weight,
+            activation,
+            deepcopy(ranges),
+            list(only),
+            list(exclude),
+            _operators(operators),
+            {},
         )
         quantizer.quantize_model()
         _leave_outputs_float(quantizer.model.model.graph, model.graph)

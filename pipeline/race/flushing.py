@@ -37,7 +37,7 @@ def without_denormals(context: RaceContext) -> tuple[RaceContext, str]:
         f"{words}; {chosen:,} were set to zero, the output stays the same, and the latency is "
         f"{effect.ratio.value:.3f} of before ({effect.ratio.low:.3f} to {effect.ratio.high:.3f})."
     )
-    return replace(context, source=replace(source, onnx=path)), said
+    return replace(context, source=replace(source, onnx=path, ranges={})), said
 
 
 def flush_made(context: RaceContext, made: Made, session: Mapping[str, str]) -> tuple[int, tuple[str, ...]]:

@@ -1,4 +1,5 @@
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -99,6 +100,31 @@ def test_int8_with_all_its_bits_belongs_to_cpus_that_do_not_saturate(source, nam
     assert largest_weight(made.path) == 127
 
 
+def test_the_ranges_are_found_once_for_all_that_need_them_and_are_left_as_they_were(source, monkeypatch):
+    """Making it again, with a node in float or with more bits, gives what a fresh calibration would have given."""
+    monkeypatch.setattr(host, "has_vnni", lambda: True)
+    counted = []
+
+    def calibration():
+        counted.append(1)
+        return batches()
+
+    batches, names = source.calibration, ("int8-percentile", "int8-percentile-host")
+    first = next(node.name for node in onnx.load(source.onnx).graph.node if node.op_type == "Conv")
+    shared = replace(source, calibration=calibration)
+    found = [
+        make(name, replace(shared, exclude=exclude)).path.read_bytes() for exclude in ((first,), ()) for name in names
+    ]
+    assert len(counted) == 1
+    fresh = [
+        make(name, replace(source, exclude=exclude, ranges={})).path.read_bytes()
+        for exclude in ((first,), ())
+        for name in names
+    ]
+    assert found == fresh
+    assert len(set(found)) == 4
+
+
 def test_every_row_of_the_table_fits_its_name_and_int8_is_raced_where_int8_is_asked_for():
     for name, spec in CANDIDATES.items():
         assert spec.name == name
@@ -166,8 +192,6 @@ def test_the_node_that_quantisation_hurts_most_comes_first(tmp_path):
 
 
 def test_calibration_batches_that_are_none_or_do_not_fit_are_one_line(source, image):
-    from dataclasses import replace
-
     for batches, words in (
         ([], "no calibration batches"),
         ([{"input": image.numpy()[:, :, :4]}], r"shape \(2, 3, 4, 8\) for input, which takes"),
