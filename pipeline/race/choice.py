@@ -81,12 +81,16 @@ def _unproven(rows: Sequence[Candidate]) -> tuple[Candidate, str]:
 
 def _forbidden(cfg: OptimizeSection, row: Candidate) -> str:
     """Why the recipe lets a proven candidate not ship, with what lets it; "" where it may."""
-    reasons = []
+    why, settings = [], []
     if not row.portable and cfg.ship != "host":
-        reasons.append('belongs to this CPU only; optimize.ship = "host" lets it ship')
+        why.append("belongs to this CPU only")
+        settings.append('optimize.ship = "host"')
     if row.file.endswith(".ort") and not cfg.ort_format:
-        reasons.append("is in onnxruntime's own format; optimize.ort_format = true lets it ship")
-    return " and ".join(reasons)
+        why.append("is in onnxruntime's own format")
+        settings.append("optimize.ort_format = true")
+    if not why:
+        return ""
+    return f"{' and '.join(why)}; {' and '.join(settings)} {'lets' if len(settings) == 1 else 'let'} it ship"
 
 
 def _why_not(cfg: OptimizeSection, row: Candidate, winner: Candidate) -> str:

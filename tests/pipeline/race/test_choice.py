@@ -39,6 +39,11 @@ SESSION = {"session": {"optimization.disable_specified_optimizers": "ConvMulFusi
 CPU_ONLY = 'belongs to this CPU only; optimize.ship = "host" lets it ship'
 OWN_FORMAT = "is in onnxruntime's own format; optimize.ort_format = true lets it ship"
 
+BOTH = (
+    "belongs to this CPU only and is in onnxruntime's own format; "
+    'optimize.ship = "host" and optimize.ort_format = true let it ship'
+)
+
 
 def int8(name, ratio, drop, cross_entropy, **known):
     return row(f"int8-{name}", ratio, drop=drop, cross_entropy=cross_entropy, **known)
@@ -87,7 +92,7 @@ TABLE = {
     ),
     "two reasons at once": (
         {}, [row("a", 1.0), row("ort-host", 0.5, file="model.ort", **HOST)],
-        "a ships: 1 ms, and it is the only one that passed and may.", {"ort-host": f"{CPU_ONLY} and {OWN_FORMAT}"},
+        "a ships: 1 ms, and it is the only one that passed and may.", {"ort-host": BOTH},
     ),
     "what needs no session entries before what does": (
         {}, [row("a", 0.5, **SESSION), row("b", 1.0)], "b ships: 1 ms, and it is the only one that passed and may.",
