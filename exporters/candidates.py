@@ -8,6 +8,7 @@
                            8-bit integers: static QDQ, its ranges found in three ways; dynamic for MatMuls; weights keep
                            to 7 bits, which is right on any CPU
     int8-...-host          the same with weights of 8 bits, which saturate on x86 CPUs without VNNI
+    fp16                   weights and arithmetic in 16-bit floats, inputs and outputs as they are
     ort-portable, ort-host the two in onnxruntime's own format, with the operators that a minimal build must have
     legacy                 onnxruntime-tools 1.7.0, in a process of its own
 
@@ -31,6 +32,7 @@ import numpy as np
 
 from exporters import host
 from exporters.errors import ExportError
+from foundation.errors import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -217,6 +219,35 @@ def _kept_float(source: Source) -> tuple[str, ...]:
     return (f"{count} {'node stays' if count == 1 else 'nodes stay'} in float for accuracy",) if count else ()
 
 
+def _float16(source: Source, path: Path) -> Built:
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    from exporters.atomic import staged
+    from exporters.export import ONE_FILE_LIMIT
+    from exporters.quiet import quiet
+    from exporters.to_ort import load, session_options
+
+    before = onnx.load(source.onnx)
+    if not any(tensor.data_type == onnx.TensorProto.FLOAT for tensor in before.graph.initializer):
+        raise NotApplicable("it has no weights in float32")
+    with quiet("onnxruntime") as said:
+        try:
+            made = convert_float_to_float16(before, keep_io_types=True, node_block_list=list(source.exclude))
+            OnnxModel(made).topological_sort()  # the casts at the inputs come last
+        except Exception as error:  # the tool walks whatever graph it is given
+            raise ExportError(f"onnxruntime cannot make float16 of {source.onnx.name}: {first_line(error)}") from error
+    with staged(path) as folder:
+        part = folder / path.name
+        if made.ByteSize() > ONE_FILE_LIMIT:
+            onnx.save(made, part, save_as_external_data=True, location=f"{path.name}.data")
+        else:
+            part.write_bytes(made.SerializeToString(deterministic=True))
+        load(part, session_options(threads=1))
+    return Built("float16, inputs and outputs in float32", (*dict.fromkeys(said), *_kept_float(source)))
+
+
 def _own_format(level: Level) -> Builder:
     def build(source: Source, path: Path) -> Built:
         from exporters.to_ort import required_operators, to_ort_format
@@ -279,6 +310,8 @@ _ROWS = (
     _opset(24),
     _opset(25),
     CandidateSpec("fused", _fused),
+    # On CPUs without arithmetic in float16 mostly a smaller file: where onnxruntime has no kernel it casts.
+    CandidateSpec("fp16", _float16, budget="accuracy", bundled=True, races="when named"),
     CandidateSpec("ort-portable", _own_format("extended"), bundled=True, optimizers=True, suffix=".ort"),
     CandidateSpec("ort-host", _own_format("all"), portable=False, bundled=True, optimizers=True, suffix=".ort"),
     _int8("int8-minmax", _static("minmax", bits=7)),

@@ -231,6 +231,48 @@ def test_what_the_fusions_print_becomes_a_note(source, capfd, monkeypatch):
     assert capfd.readouterr().out == ""
 
 
+def test_float16_halves_the_weights_of_a_convolutional_net_and_of_a_transformer(source, tiny_net, image, tmp_path):
+    torch.manual_seed(0)
+    transformer = nn.Sequential(nn.Linear(16, 16), Attention(3), nn.LayerNorm(16), nn.GELU(), Attention(1)).eval()
+    x = torch.randn(2, 4, 16)
+    program = torch.export.export(transformer, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    to_onnx(program, tmp_path / "transformer.onnx", example=(x,), opset=20, metadata={"parent": "abc"})
+    other = replace(source, onnx=tmp_path / "transformer.onnx", folder=tmp_path)
+    for net, given, feed in ((tiny_net, source, image), (transformer, other, x)):
+        made = make("fp16", given)
+        wanted = net(feed).detach().numpy()
+        found = run(made.path, feed.numpy())
+        assert found.dtype == np.float32
+        assert 0 < np.abs(found - wanted).max() < 5e-3 * max(1, np.abs(wanted).max())
+        model = onnx.load(made.path)
+        onnx.checker.check_model(model)
+        weights = [tensor for tensor in model.graph.initializer if len(tensor.dims) > 1]
+        assert weights
+        assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.FLOAT16}
+        assert describe(made.path).metadata["parent"] == "abc"
+        assert (made.spec.budget, made.spec.portable) == ("accuracy", True)
+
+
+def test_float16_leaves_the_nodes_that_hurt_in_float(source, image):
+    first = next(node for node in onnx.load(source.onnx).graph.node if node.op_type == "Conv")
+    made = make("fp16", replace(source, exclude=(first.name,)))
+    types = {tensor.name: tensor.data_type for tensor in onnx.load(made.path).graph.initializer}
+    assert types[first.input[1]] == onnx.TensorProto.FLOAT
+    assert onnx.TensorProto.FLOAT16 in types.values()
+    assert "1 node stays in float for accuracy" in made.notes
+    assert np.isfinite(run(made.path, image.numpy())).all()
+
+
+def test_float16_of_a_model_without_weights_is_no_candidate(source, tmp_path):
+    made = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]>
+        g (float[n, 3] input) => (float[n, 3] output) { output = Relu (input) }"""
+    )
+    onnx.save(made, tmp_path / "relu.onnx")
+    with pytest.raises(NotApplicable, match="no weights in float32"):
+        make("fp16", replace(source, onnx=tmp_path / "relu.onnx"))
+
+
 def test_layers_with_other_head_counts_are_fused_right_and_the_audit_counts_them(tmp_path):
     torch.manual_seed(0)
     net, x = nn.Sequential(Attention(3), nn.LayerNorm(16), Attention(1)).eval(), torch.randn(2, 4, 16)

@@ -294,6 +294,31 @@ def test_int8_ships_for_any_machine_and_what_is_faster_here_alone_says_why_it_do
         assert not any("this CPU only" in row.reason for row in faster)
 
 
+def test_float16_races_where_it_is_named_and_is_judged_by_accuracy(tmp_path, monkeypatch):
+    times(monkeypatch, portable=1.0, fp16=0.7)
+    made = Race(tmp_path).run("portable", "fp16")
+    row = rows(made)["fp16"]
+    assert row.outcome == "passed", row.reason
+    assert (row.budget, row.portable, made.shipped) == ("accuracy", True, "fp16")
+    assert row.max_scaled > 1e-5
+    assert row.accuracy_drop_points <= row.allowed == 1.0
+    assert row.bytes < rows(made)["portable"].bytes
+
+
+def test_float16_that_overflows_never_ships(tmp_path, monkeypatch):
+    """Activations of 1e5 are infinite in float16, which ends at 65,504."""
+
+    def large(net):
+        net.body.weight *= 1e6
+        net.tail.weight /= 1e6
+
+    times(monkeypatch, portable=1.0, fp16=0.1)
+    made = Race(tmp_path, change=large).run("portable", "fp16", prefer="size")
+    assert rows(made)["fp16"].outcome == "failed"
+    assert rows(made)["fp16"].reason
+    assert made.shipped == "portable"
+
+
 def denormal(net):
     net.body.weight[0, :8] = 1e-40
 
