@@ -1,7 +1,9 @@
 """PyTorch and ONNX in, files out. Knows nothing of the pipeline or the validators.
 
 from pathlib import Path
-from exporters import describe, optimize, to_onnx
+from exporters.summary import describe
+from exporters.to_ort import optimize
+from exporters.export import to_onnx
 
 to_onnx(model.eval(), Path("model.onnx"), example=(image,), opset=20, metadata={"author": "me"})
 optimize(Path("model.onnx"), Path("model.opt.onnx"), level="extended", threads=1)

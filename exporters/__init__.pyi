@@ -6,6 +6,7 @@ from .bundling import check as check
 from .bundling import pack as pack
 from .bundling import unpack as unpack
 from .candidates import CANDIDATES as CANDIDATES
+from .candidates import CandidateSpec as CandidateSpec
 from .candidates import Made as Made
 from .candidates import NotApplicable as NotApplicable
 from .candidates import Source as Source
@@ -25,6 +26,8 @@ from .host import cpu_name as cpu_name
 from .host import isa as isa
 from .host import vector_block as vector_block
 from .quantize import QuantizedFile as QuantizedFile
+from .quantize import Ranges as Ranges
+from .quantize import calibrate as calibrate
 from .quantize import quantize as quantize
 from .quantize import quantize_dynamic as quantize_dynamic
 from .quantize import sensitivity as sensitivity

@@ -1,7 +1,7 @@
 """A model in 8-bit integers: static, QDQ, per channel, calibrated on real batches; or dynamic, for MatMuls.
 
-On x86 CPUs without VNNI the product of two int8 pairs saturates in 16 bits, so weights keep to 7 bits there
-(`reduce_range`); onnxruntime's documentation on quantization says the same.
+On x86 CPUs without VNNI the sum of two int8 products saturates in 16 bits, so weights that are to be right on any CPU
+keep to 7 bits (`reduce_range`); onnxruntime's documentation on quantization says the same.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,21 +78,52 @@ class QuantizedFile(BaseModel):
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Ranges:
+    """The range of every activation of one model: how they were found, on how many batches, what the tool said."""
+
+    calibration: Calibration
+    batches: int
+    tensors: Any
+    warnings: tuple[str, ...]
+
+
+def calibrate(
+    src: Path,
+    *,
+    batches: Iterable[Mapping[str, Array]],
+    calibration: Calibration = "minmax",
+    operators: Sequence[str] | None = None,
+) -> Ranges:
+    """Find the ranges that `quantize` needs: they serve it as often as it is called for the same model.
+
+    Arguments and errors as there.
+    """
+    src = Path(src)
+    before = describe(src)
+    reader = _Reader(batches, before)
+    with quiet("") as said:
+        tensors = _ranges(_prepared(src, before, ()), src, reader, calibration, operators)
+    return Ranges(calibration, reader.count, tensors, tuple(dict.fromkeys(said)))
+
+
 def quantize(
     src: Path,
     dst: Path,
     *,
-    batches: Iterable[Mapping[str, Array]],
+    batches: Iterable[Mapping[str, Array]] | Ranges,
     calibration: Calibration = "minmax",
-    reduce_range: bool | None = None,
+    reduce_range: bool = True,
     exclude: Sequence[str] = (),
     operators: Sequence[str] | None = None,
 ) -> QuantizedFile:
     """Write the float model `src` to `dst` with int8 weights per channel and 8-bit activations, whole or not at all.
 
-    `batches` (input name -> array) calibrate the activations' ranges; never take the test set. `reduce_range` keeps the
-    weights to 7 bits; by default where this CPU lacks VNNI. Nodes named in `exclude` stay float; `operators` ("Conv",
-    "Gemm", ...) limits what is quantised, by default everything that onnxruntime can. Metadata is kept.
+    `batches` (input name -> array) calibrate the activations' ranges; never take the test set. Or they are the ranges
+    that `calibrate` found for `src`, and `calibration` is theirs. `reduce_range` keeps the
+    weights to 7 bits, which any CPU multiplies right; with all 8, x86 CPUs without VNNI do not. Nodes named in
+    `exclude` stay float; `operators` ("Conv", "Gemm", ...) limits what is quantised, by default everything that
+    onnxruntime can. Metadata is kept.
 
     Raises ExportError when there are no batches, they do not fit or hold NaN, a name in `exclude` is unknown,
     the opset is below 13, or nothing could be quantised.
@@ -98,29 +131,26 @@ def quantize(
     start = time.perf_counter()
     src, dst = Path(src), Path(dst)
     before = describe(src)
-    reduced = not host.has_vnni() if reduce_range is None else reduce_range
     model = _prepared(src, before, exclude)
-    reader = _Reader(batches, before)
+    if not isinstance(batches, Ranges):
+        batches = calibrate(src, batches=batches, calibration=calibration, operators=operators)
     with quiet("") as said:
-        ranges = _ranges(model, src, reader, calibration, operators)
-        made = _for_older(_with_ranges(model, src, ranges, reduced, exclude=exclude, operators=operators))
-    _write(made, src, dst, before, f"int8 qdq, {calibration}", "DequantizeLinear")
+        made = _for_older(_with_ranges(model, src, batches.tensors, reduce_range, exclude=exclude, operators=operators))
+    _write(made, src, dst, before, f"int8 qdq, {batches.calibration}", "DequantizeLinear")
     return QuantizedFile(
         path=dst,
-        calibration=calibration,
-        batches=reader.count,
-        reduce_range=reduced,
+        calibration=batches.calibration,
+        batches=batches.batches,
+        reduce_range=reduce_range,
         isa=host.isa(),
         bytes_before=before.bytes,
         summary=describe(dst),
         seconds=time.perf_counter() - start,
-        warnings=tuple(dict.fromkeys(said)),
+        warnings=tuple(dict.fromkeys((*batches.warnings, *said))),
     )
 
 
-def quantize_dynamic(
-    src: Path, dst: Path, *, reduce_range: bool | None = None, exclude: Sequence[str] = ()
-) -> QuantizedFile:
+def quantize_dynamic(src: Path, dst: Path, *, reduce_range: bool = True, exclude: Sequence[str] = ()) -> QuantizedFile:
     """Write the float model `src` to `dst` with int8 weights in its MatMuls and Gemms, whole or not at all.
 
     The activations' ranges are found while it runs, so nothing is calibrated; that pays where the matrices are large,
@@ -129,7 +159,6 @@ def quantize_dynamic(
     start = time.perf_counter()
     src, dst = Path(src), Path(dst)
     before = describe(src)
-    reduced = not host.has_vnni() if reduce_range is None else reduce_range
     model = _prepared(src, before, exclude)
     del model.graph.value_info[:]  # the tool transposes a Gemm's weight, and then trips over its old shape
     with tempfile.TemporaryDirectory() as scratch, quiet("") as said:
@@ -140,7 +169,7 @@ def quantize_dynamic(
                 part,
                 op_types_to_quantize=["MatMul", "Gemm"],
                 per_channel=True,
-                reduce_range=reduced,
+                reduce_range=reduce_range,
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=list(exclude),
                 extra_options={"MatMulConstBOnly": True},
@@ -151,7 +180,7 @@ def quantize_dynamic(
         path=dst,
         calibration="dynamic",
         batches=0,
-        reduce_range=reduced,
+        reduce_range=reduce_range,
         isa=host.isa(),
         bytes_before=before.bytes,
         summary=describe(dst),
@@ -166,7 +195,7 @@ def sensitivity(
     batches: Iterable[Mapping[str, Array]],
     probe: Mapping[str, Array],
     calibration: Calibration = "minmax",
-    reduce_range: bool | None = None,
+    reduce_range: bool = True,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """How much each node's quantisation alone changes the outputs: node name -> relative error, the worst first.
@@ -176,7 +205,6 @@ def sensitivity(
     """
     src = Path(src)
     before = describe(src)
-    reduced = not host.has_vnni() if reduce_range is None else reduce_range
     model = _prepared(src, before, ())
     with quiet(""):
         ranges = _ranges(model, src, _Reader(batches, before), calibration, None)
@@ -185,7 +213,7 @@ def sensitivity(
         scale = float(np.linalg.norm(wanted)) or 1.0
         errors = {}
         for number, name in enumerate(names, start=1):
-            alone = _with_ranges(model, src, ranges, reduced, only=[name])
+            alone = _with_ranges(model, src, ranges, reduce_range, only=[name])
             error = float(np.linalg.norm(_answers(alone, src, probe) - wanted)) / scale
             errors[name] = error if np.isfinite(error) else float("inf")
             step(number, len(names))
@@ -314,12 +342,24 @@ def _with_ranges(
     exclude: Sequence[str] = (),
     operators: Sequence[str] | None = None,
 ) -> onnx.ModelProto:
-    """A quantised copy of `model`: what `quantize_static` does once the ranges are known."""
+    """A quantised copy of `model`: what `quantize_static` does once the ranges are known.
+
+    The quantiser narrows ranges in place, so it gets a copy: the next call is to find them as they were.
+    """
     with _explained(src, "Give a float32 model."):
         inferred = save_and_reload_model_with_shape_infer(model)
         activation, weight = _types()
         quantizer = QDQQuantizer(
-            inferred, True, reduced, weight, activation, ranges, list(only), list(exclude), _operators(operators), {}
+            inferred,
+            True,
+            reduced,
+            weight,
+            activation,
+            deepcopy(ranges),
+            list(only),
+            list(exclude),
+            _operators(operators),
+            {},
         )
         quantizer.quantize_model()
         _leave_outputs_float(quantizer.model.model.graph, model.graph)

@@ -24,6 +24,7 @@ from pipeline.gate import measuring
 from pipeline.models import find as models
 from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
+from pipeline.race.entrants import entrants
 from pipeline.recipe import config as recipes
 from pipeline.recipe.config import Config
 from pipeline.recipe.section import Section
@@ -101,6 +102,7 @@ def check(config: Config) -> None:
     """Whatever a recipe names that only a table knows, looked up before anything is spent. Raises ConfigError."""
     criteria.find(config.prune.criterion)
     schedules.find(config.prune.schedule)
+    entrants(config.optimize)
     measuring.metrics(config.gate)
 
 

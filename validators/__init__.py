@@ -1,7 +1,9 @@
 """Any two runnable models in, a report out. Knows nothing of the pipeline or the exporters.
 
 from pathlib import Path
-from validators import OrtRunner, compare, random_feeds
+from validators.runners import OrtRunner
+from validators.parity import compare
+from validators.feeds import random_feeds
 
 a, b = (OrtRunner(Path(name), threads=1) for name in ("before.onnx", "after.onnx"))
 report = compare(a, b, random_feeds(a.inputs, seed=0), atol=1e-5, rtol=0)

@@ -56,6 +56,7 @@ CHUNK = 1 << 22
 BUSY = 0.10
 DRIFT = 0.05
 CGROUP = Path("/sys/fs/cgroup/cpu.stat")
+CPUS = Path("/sys/devices/system/cpu")
 
 
 class Ratios(BaseModel):
@@ -343,7 +344,7 @@ def _throttled() -> int:
     with contextlib.suppress(OSError, ValueError):
         words = dict(line.split() for line in CGROUP.read_text().splitlines())
         count += int(words.get("nr_throttled", 0))
-    for file in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
+    for file in CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
         with contextlib.suppress(OSError, ValueError):
             count += int(file.read_text())
     return count

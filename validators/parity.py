@@ -14,6 +14,13 @@ ROUNDING_MARGIN · r. Inputs of ±1000 are such feeds: clamps and norms bring th
 rounding of what lies between them with it. A feed on which float32 itself loses more than
 ROUNDING_CEILING · max(1, max|reference|) tells nothing, and fails.
 
+Two runtimes differ by more than rounding: each has its own exp, erf and tanh, on some processors another one. Where the
+caller can also run a model that nobody doubts, the dense one, in the same two runtimes (`yardstick`), it is run on each
+feed that still fails, and its own difference counts: with y = max|dense in one − dense in the other| / max(1,
+max|dense|) of that output on that very feed, the candidate may differ by YARDSTICK_MARGIN · y · max(1, max|reference|),
+and the report's `notes` say so. A feed on which the dense model itself differs by more than ROUNDING_CEILING grants
+nothing.
+
 These fail whatever the tolerance: another shape, type or set of outputs; a NaN anywhere; an infinity that is not in
 both at the same place; integers or booleans that differ; a model that raises; and a comparison that could not have
 failed, since there were no feeds, or since an output stayed below the tolerance in every feed (where all zeros would
@@ -23,7 +30,9 @@ have passed) without agreeing to `atol` of its own scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -38,6 +47,8 @@ from validators.runners import Array, Runner
 ROUNDING_MARGIN = 4.0
 # Three decimal digits left: less is no comparison any more.
 ROUNDING_CEILING = 1e-3
+# The largest of some thousand rounding errors, on either side: two such draws are within this factor of each other.
+YARDSTICK_MARGIN = 2.0
 
 
 class OutputParity(BaseModel):
@@ -45,7 +56,8 @@ class OutputParity(BaseModel):
 
     Errors are |candidate − reference|; relative ones are divided by |reference|, leaving out elements so small that
     rounding at the tensor's scale alone exceeds them. `scale` is max|reference|, `tolerance` is atol · max(1, scale),
-    or ROUNDING_MARGIN · `rounding` where that is more; `rounding` is the measured float32 error of the first model.
+    or ROUNDING_MARGIN · `rounding` or YARDSTICK_MARGIN · `yardstick` · max(1, scale) where that is more; `rounding` is
+    the measured float32 error of the first model, `yardstick` the dense model's own difference over max(1, its scale).
     `telling` whether all zeros would have failed, or agreement is within atol · scale. `ulp_*` count the representable
     numbers between the two values (median, 99th percentile, largest). `cosine` is over the flattened tensors. `top1` is
     the share of rows with the same largest element, `top5` of those with the same five, for 2-D outputs that have more
@@ -63,6 +75,7 @@ class OutputParity(BaseModel):
     scale: float | None = None
     tolerance: float | None = None
     rounding: float | None = None
+    yardstick: float | None = None
     telling: bool = False
     max_abs: float | None = None
     mean_abs: float | None = None
@@ -79,10 +92,10 @@ class OutputParity(BaseModel):
 class ParityReport(BaseModel):
     """Two models compared on several feeds. `reasons` is empty when it passed; `worst` is the largest error's entry.
 
-    `max_abs` and `max_scaled` (max_abs / max(1, scale)) are the largest over all outputs and feeds, `top1` is the
-    smallest. `judged` is what `atol` bounds when rtol is 0: `max_scaled`, but for outputs whose tolerance comes from
-    measured rounding the same share of that tolerance. All are None unless every output of every feed was compared, so
-    that a limit on one of them cannot be met by what was left out.
+    `notes` names what passed by the yardstick alone. `max_abs` and `max_scaled` (max_abs / max(1, scale)) are the
+    largest over all outputs and feeds, `top1` is the smallest. `judged` is what `atol` bounds when rtol is 0:
+    `max_scaled`, but for outputs whose tolerance was measured the same share of that tolerance. All are None unless
+    every output of every feed was compared, so that a limit on one of them cannot be met by what was left out.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -93,6 +106,7 @@ class ParityReport(BaseModel):
     rtol: float
     passed: bool
     reasons: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     feeds: tuple[str, ...]
     outputs: tuple[OutputParity, ...]
     worst: OutputParity | None
@@ -115,6 +129,17 @@ class ChainReport(BaseModel):
 # What one model gave for one feed: its outputs, or why there are none.
 _Answer = dict[str, Array] | str
 
+# Opens a model when it is needed: a yardstick is, only where something missed its limit.
+Opener = Callable[[], Runner]
+
+
+@dataclass(frozen=True)
+class _Grounds:
+    """What was measured to judge one feed by, by output: float32's own error, and the dense model's own difference."""
+
+    rounding: Mapping[str, float] = field(default_factory=dict)
+    yardstick: Mapping[str, float] = field(default_factory=dict)
+
 
 def compare(reference: Runner, candidate: Runner, feeds: Sequence[Feed], *, atol: float, rtol: float) -> ParityReport:
     """Compare two models on `feeds` by the rule at the top of this module."""
@@ -129,31 +154,46 @@ def compare_chain(
     rtol: float,
     precise: Runner | None = None,
     shaken: Sequence[Runner] = (),
+    yardstick: Sequence[Opener | None] = (),
 ) -> ChainReport:
     """Compare each model with the next, so that a failure names the hop; every model runs every feed once.
 
     `precise` computes the function of the first model in float64, `shaken` the same with every number shaken by a
     random float32 rounding (Monte Carlo arithmetic, Parker 1997). They run where the rule does not hold; without
-    `precise`, or where it fails, the rule is all.
+    `precise`, or where it fails, the rule is all. `yardstick` opens, for each of `runners`, the dense model in the same
+    runtime, or is None there; a hop has a yardstick where both its ends have one, and it runs on the feeds that fail.
 
-    Raises ValidationError for fewer than two models, or a tolerance that is negative or not finite.
+    Raises ValidationError for fewer than two models, for yardsticks that are not as many, or a tolerance that is
+    negative or not finite.
     """
     if len(runners) < 2:
         raise ValidationError("A comparison needs two models.")
     if not all(math.isfinite(tolerance) and tolerance >= 0 for tolerance in (atol, rtol)):
         raise ValidationError(f"Tolerances must be finite and not negative (atol={atol}, rtol={rtol}).")
+    if yardstick and len(yardstick) != len(runners):
+        raise ValidationError(f"{len(yardstick)} yardsticks for {len(runners)} models.")
     answers = [[_answer(runner, feed) for feed in feeds] for runner in runners]
+    openers = list(yardstick) or [None] * len(runners)
     measured: dict[str, dict[str, float]] = {}
     hops = []
-    for (left, before), (right, after) in pairwise(zip(runners, answers, strict=True)):
-        report = _report(left.name, right.name, feeds, before, after, [{}] * len(feeds), atol, rtol)
-        loose = {entry.feed for entry in report.outputs if not entry.passed and entry.max_abs is not None}
-        if precise is not None and loose:
+    for at, ((left, before), (right, after)) in enumerate(pairwise(zip(runners, answers, strict=True))):
+        judged = partial(_report, left.name, right.name, feeds, before, after, atol=atol, rtol=rtol)
+        grounds: dict[str, _Grounds] = {}
+        report = judged(grounds)
+        if precise is not None and (loose := _loose(report)):
             for feed, first in zip(feeds, answers[0], strict=True):
                 if feed.label in loose and feed.label not in measured:
                     measured[feed.label] = _rounding(first, feed, precise, shaken)
-            roundings = [measured[feed.label] if feed.label in loose else {} for feed in feeds]
-            report = _report(left.name, right.name, feeds, before, after, roundings, atol, rtol)
+            grounds = {label: _Grounds(measured[label]) for label in loose}
+            report = judged(grounds)
+        first_end, second_end = openers[at], openers[at + 1]
+        if first_end is not None and second_end is not None and (loose := _loose(report)):
+            pair = first_end(), second_end()
+            for feed in feeds:
+                if feed.label in loose:
+                    known = grounds.get(feed.label, _Grounds())
+                    grounds[feed.label] = replace(known, yardstick=_own_difference(*pair, feed))
+            report = judged(grounds)
         hops.append(report)
     broken = next((hop for hop in hops if not hop.passed), None)
     return ChainReport(
@@ -170,10 +210,15 @@ def compare_arrays(
     atol: float,
     rtol: float,
     rounding: float | None = None,
+    yardstick: float | None = None,
     feed: str = "",
     output: str = "",
 ) -> OutputParity:
-    """Compare two tensors by the rule at the top of this module; `rounding` is the measured float32 error, if any."""
+    """Compare two tensors by the rule at the top of this module.
+
+    `rounding` is the measured float32 error, `yardstick` the dense model's own difference over max(1, its scale), where
+    they were measured.
+    """
 
     def failed(reason: str) -> OutputParity:
         return OutputParity(feed=feed, output=output, passed=False, reason=reason, shape=reference.shape)
@@ -192,7 +237,7 @@ def compare_arrays(
         return failed("an infinity in one is not in the other")
     if not finite.any():
         return failed("no finite element to compare")
-    return _measured(reference, candidate, finite, atol, rtol, rounding, feed, output)
+    return _measured(reference, candidate, finite, atol, rtol, rounding, yardstick, feed, output)
 
 
 def _measured(
@@ -202,6 +247,7 @@ def _measured(
     atol: float,
     rtol: float,
     lost: float | None,
+    own: float | None,
     feed: str,
     output: str,
 ) -> OutputParity:
@@ -211,7 +257,8 @@ def _measured(
     size = np.abs(wanted)
     error = np.abs(found - wanted)
     scale = float(size.max())
-    tolerance = 0.0 if exact else max(allowance(atol, scale), ROUNDING_MARGIN * (lost or 0.0))
+    measured = max(ROUNDING_MARGIN * (lost or 0.0), YARDSTICK_MARGIN * allowance(own or 0.0, scale))
+    tolerance = 0.0 if exact else max(allowance(atol, scale), measured)
     hopeless = lost is not None and lost > allowance(ROUNDING_CEILING, scale)
     excess = error - tolerance - (0.0 if exact else rtol * size)
     bad = int((excess > 0).sum())
@@ -234,6 +281,7 @@ def _measured(
         scale=scale,
         tolerance=tolerance,
         rounding=lost,
+        yardstick=own,
         telling=tolerance + rtol * scale < scale or float(error.max()) <= atol * scale,
         max_abs=float(error.max()),
         mean_abs=float(error.mean()),
@@ -297,19 +345,41 @@ def _rounding(first: _Answer, feed: Feed, precise: Runner, shaken: Sequence[Runn
     return found
 
 
+def _own_difference(before: Runner, after: Runner, feed: Feed) -> dict[str, float]:
+    """Output name -> how far one model is from itself in another runtime, over max(1, its scale).
+
+    Left out is what cannot be compared, and what differs so much that nothing can be told.
+    """
+    left, right = _answer(before, feed), _answer(after, feed)
+    found: dict[str, float] = {}
+    if isinstance(left, str) or isinstance(right, str):
+        return found
+    for name in left.keys() & right.keys():
+        entry = compare_arrays(left[name], right[name], atol=ROUNDING_CEILING, rtol=0.0)
+        if entry.passed and np.issubdtype(left[name].dtype, np.floating):
+            found[name] = _scaled(entry)
+    return found
+
+
+def _loose(report: ParityReport) -> set[str]:
+    """The feeds of which an output could be compared and differs by too much."""
+    return {entry.feed for entry in report.outputs if not entry.passed and entry.max_abs is not None}
+
+
 def _report(
     reference: str,
     candidate: str,
     feeds: Sequence[Feed],
     wanted: Sequence[_Answer],
     found: Sequence[_Answer],
-    roundings: Sequence[dict[str, float]],
+    grounds: Mapping[str, _Grounds],
     atol: float,
     rtol: float,
 ) -> ParityReport:
     outputs: list[OutputParity] = []
     gaps: list[str] = []
-    for feed, left, right, lost in zip(feeds, wanted, found, roundings, strict=True):
+    for feed, left, right in zip(feeds, wanted, found, strict=True):
+        known = grounds.get(feed.label, _Grounds())
         if isinstance(left, str) or isinstance(right, str):
             gaps += [f"{feed.label}: {answer}" for answer in (left, right) if isinstance(answer, str)]
         elif left.keys() != right.keys() or not left:
@@ -317,7 +387,14 @@ def _report(
         else:
             outputs += [
                 compare_arrays(
-                    left[name], right[name], atol=atol, rtol=rtol, rounding=lost.get(name), feed=feed.label, output=name
+                    left[name],
+                    right[name],
+                    atol=atol,
+                    rtol=rtol,
+                    rounding=known.rounding.get(name),
+                    yardstick=known.yardstick.get(name),
+                    feed=feed.label,
+                    output=name,
                 )
                 for name in left
             ]
@@ -339,6 +416,7 @@ def _report(
         rtol=rtol,
         passed=not reasons,
         reasons=tuple(reasons),
+        notes=tuple(_words(entry, atol) for entry in outputs if _by_yardstick(entry, atol)),
         feeds=tuple(feed.label for feed in feeds),
         outputs=tuple(outputs),
         worst=worst,
@@ -349,14 +427,28 @@ def _report(
     )
 
 
+def _by_yardstick(entry: OutputParity, atol: float) -> bool:
+    """Whether nothing but the yardstick lets it pass."""
+    without = max(allowance(atol, entry.scale or 0.0), ROUNDING_MARGIN * (entry.rounding or 0.0))
+    return entry.passed and entry.yardstick is not None and (entry.max_abs or 0.0) > without
+
+
+def _words(entry: OutputParity, atol: float) -> str:
+    return (
+        f"{entry.feed}: {entry.output}: differs by {_scaled(entry):.3g} of its scale, more than {atol:.3g}; the dense "
+        f"model itself differs by {entry.yardstick:.3g} on this input between the same two runtimes, and "
+        f"{YARDSTICK_MARGIN:g} times that is allowed"
+    )
+
+
 def _scaled(entry: OutputParity) -> float:
     return scaled(entry.max_abs or 0.0, entry.scale or 0.0)
 
 
 def _judged(entry: OutputParity, atol: float) -> float:
     """The error in units of what `atol` bounds."""
-    if entry.rounding is None or entry.tolerance is None or entry.tolerance <= allowance(atol, entry.scale or 0.0):
+    if entry.tolerance is None or entry.tolerance <= allowance(atol, entry.scale or 0.0):
         return _scaled(entry)
-    if not entry.passed and entry.rounding > allowance(ROUNDING_CEILING, entry.scale or 0.0):
+    if not entry.passed and (entry.rounding or 0.0) > allowance(ROUNDING_CEILING, entry.scale or 0.0):
         return math.inf
     return atol * (entry.max_abs or 0.0) / entry.tolerance

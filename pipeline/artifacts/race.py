@@ -27,7 +27,8 @@ class Candidate(BaseModel):
     """One way to ship the model: how it was made, how it was proven, what it costs.
 
     `outcome`: "passed" = proven, and timed; "failed" = could not be made or is not the same function; "skipped" = this
-    model or installation has none. `budget` is what it was proven by, at most `allowed` of it: float32 rounding
+    model or installation has none. `reason` says why it failed or was skipped, or why one that passed and is faster
+    than the one that ships does not. `budget` is what it was proven by, at most `allowed` of it: float32 rounding
     (`max_scaled`, the largest error over max(1, max|reference|)), or the accuracy on the calibration part
     (`accuracy_drop_points` against the shrunk model, `accuracy_drop_points_dense` against the dense one; the larger
     counts), with the mean `cross_entropy` there in nats. `session` holds the session configuration entries that it must
@@ -60,6 +61,11 @@ class Candidate(BaseModel):
     operators: dict[str, int] = Field(default_factory=dict)
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+
+    @property
+    def reduced_precision(self) -> bool:
+        """Whether it is another function on purpose, so that its accuracy is judged and not float rounding."""
+        return self.budget == "accuracy"
 
 
 class Optimized(Artifact):

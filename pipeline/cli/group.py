@@ -39,8 +39,7 @@ class _Group(click.Group):
         except BrokenPipeError:
             sys.exit(0)
         except Exception as error:
-            from exporters.errors import ExportError
-            from validators.errors import ValidationError
+            from foundation.errors import ExportError, ValidationError
 
             if isinstance(error, ExportError | ValidationError):
                 complain(console, error.message, error.hint)

@@ -18,7 +18,7 @@ import numpy as np
 
 from exporters.summary import describe
 from exporters.to_ort import session_of
-from foundation.errors import ConfigError, UserError, first_line
+from foundation.errors import ConfigError, UserError, ValidationError, first_line
 from pipeline.data.parts import Data
 from pipeline.gate import policy
 from pipeline.gate.policy import rules
@@ -35,7 +35,6 @@ from validators.accuracy import (
     similarity,
     top_k,
 )
-from validators.errors import ValidationError
 from validators.feeds import Feed, random_feeds
 from validators.gates import Measured
 from validators.latency import Bound, LatencyReport, race

@@ -95,6 +95,7 @@ class Plan:
 
 def plan(config: Config) -> Plan:
     """Analyse the model as it is built (weights decide which channels go, not how many). Nothing is written."""
+    runner.check(config)
     source, data = runner.sources(config.model, None, config)
     model = source.build()
     analysis = analyse(capture(model, models.example(source)), policy_of(config.prune.groups))

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from pipeline.recipe.section import Section
 
-CandidateName = Literal[
-    "portable", "basic", "host", "opset18", "opset19", "opset20", "opset21", "opset22", "opset23", "opset24", "opset25",
-    "fused", "ort-portable", "ort-host", "int8-minmax", "int8-entropy", "int8-percentile", "int8-dynamic", "legacy",
-]  # fmt: skip
-"""What `exporters.candidates` can make."""
-
 
 class OptimizeSection(Section):
     """Stage 6: which candidates race, how they are proven, and which of them may ship."""
 
-    candidates: tuple[CandidateName, ...] = Field(
-        ("portable", "basic", "host", "opset18", "opset23", "fused", "ort-portable", "ort-host", "legacy"),
-        description="which candidates to make; the first is what the others are timed against",
-        min_length=1,
+    candidates: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="which candidates of the table in exporters/candidates.py to make, the first of which the others "
+        "are timed against; left out: those that race by default",
     )
-    int8: bool = Field(False, description="race int8-minmax, int8-entropy, int8-percentile and int8-dynamic as well")
+    int8: bool = Field(
+        False,
+        description="race int8-minmax, int8-entropy, int8-percentile and int8-dynamic as well, and each with -host",
+    )
     ship: Literal["portable", "host"] = Field(
         "portable", description="files for any machine, or also for this one only"
     )
@@ -47,9 +44,3 @@ class OptimizeSection(Section):
         if any(value < 1 for value in values):
             raise ValueError("must be at least 1")
         return values
-
-    @property
-    def names(self) -> tuple[CandidateName, ...]:
-        """Every candidate to make, once."""
-        int8: tuple[CandidateName, ...] = ("int8-minmax", "int8-entropy", "int8-percentile", "int8-dynamic")
-        return tuple(dict.fromkeys((*self.candidates, *(int8 if self.int8 else ()))))

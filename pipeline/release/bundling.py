@@ -91,7 +91,7 @@ def _variant(
 ) -> Variant:
     timed = next((t for t in row.latencies if t.batch_size == 1 and t.threads == threads), None)
     tolerance = ELSEWHERE * row.allowed
-    if row.budget == "accuracy":
+    if row.reduced_precision:
         found = OrtRunner(folder / row.file, threads=1, session=row.session).infer(golden)
         errors = (
             scaled(float(np.abs(found[name] - wanted).max()), float(np.abs(wanted).max()))

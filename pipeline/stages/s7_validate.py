@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from exporters.summary import describe
+from foundation.errors import ValidationError
 from pipeline.artifacts.eager import Baseline, Folded
 from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.artifacts.race import Candidate, Optimized
@@ -18,17 +21,16 @@ from pipeline.artifacts.verdict import Hop, Promoted, Validated
 from pipeline.channels.program.capture import Captured, capture
 from pipeline.data.parts import Data
 from pipeline.gate import measuring, policy
-from pipeline.gate.precise import SEEDS, Precise
+from pipeline.models.precise import SEEDS, Precise
 from pipeline.models.source import ModelSource, example
 from pipeline.progress import Progress
 from pipeline.recipe.policy import GateSection
 from pipeline.tasks.pictures import pictured
 from validators.accuracy import compare_accuracy, evaluate
 from validators.divergence import repro_pack
-from validators.errors import ValidationError
 from validators.feeds import Feed, edge_feeds, random_feeds, real_feeds
 from validators.matching import Trail, first_unmatched, onnx_trail, torch_trail
-from validators.parity import ChainReport, ParityReport, compare_chain
+from validators.parity import ChainReport, Opener, ParityReport, compare_chain
 from validators.runners import OrtRunner, Runner, TorchRunner
 
 BATCHES = (1, 3, 8)
@@ -61,11 +63,13 @@ def run(
     parity: ChainReport | None = None
     apart: list[str] = []
     with crashed.noted("parity"):
-        chain = _chain(cfg, source, folded, shrunk, exported, optimized)
+        chain = _chain(cfg, source, baseline, folded, shrunk, exported, optimized)
         feeds = _feeds(cfg, chain.runners[-1], data)
         progress.say(f"  parity of {len(chain.runners)} models on {len(feeds)} feeds")
         precise, *shaken = chain.precise
-        parity = compare_chain(chain.runners, feeds, atol=cfg.parity, rtol=0.0, precise=precise, shaken=shaken)
+        parity = compare_chain(
+            chain.runners, feeds, atol=cfg.parity, rtol=0.0, precise=precise, shaken=shaken, yardstick=chain.yardstick
+        )
         apart = _apart(cfg, out, parity, feeds, chain, exported, optimized)
     files = {"dense": baseline.onnx, "shipped": optimized.onnx}
     if promoted.onnx is not None:
@@ -79,7 +83,7 @@ def run(
         for hop, report in zip(hops, reports, strict=True)
         if hop.judged
     }
-    if winner.budget == "accuracy":
+    if winner.reduced_precision:
         measurements[policy.BEYOND_BUDGET] = None
         with crashed.noted("accuracy lost to reduced precision"):
             if hops and hops[-1].passed:
@@ -146,10 +150,12 @@ def run(
 @dataclass(frozen=True)
 class _Chain:
     """Folded, shrunk, exported, optimised as runners, each compared with the one before it; the first two as graphs,
-    with their inputs' and outputs' names; and folded in float64, then shaken.
+    with their inputs' and outputs' names; folded in float64, then shaken; and the dense model in each runtime, which is
+    the yardstick of what runtimes differ by.
     """
 
     runners: Sequence[Runner]
+    yardstick: Sequence[Opener | None]
     precise: Sequence[Runner]
     captured: Captured
     small: ExportedProgram
@@ -158,7 +164,13 @@ class _Chain:
 
 
 def _chain(
-    cfg: GateSection, source: ModelSource, folded: Folded, shrunk: Shrunk, exported: Exported, optimized: Optimized
+    cfg: GateSection,
+    source: ModelSource,
+    baseline: Baseline,
+    folded: Folded,
+    shrunk: Shrunk,
+    exported: Exported,
+    optimized: Optimized,
 ) -> _Chain:
     summary = describe(exported.onnx)
     names = [spec.name for spec in summary.inputs]
@@ -166,20 +178,32 @@ def _chain(
     model = source.build()
     model.load_state_dict(folded.weights())
     inputs, small = example(source), shrunk.program()
-    torch_runners = [
-        TorchRunner(
+
+    def in_torch(name: str, program: nn.Module | ExportedProgram) -> Runner:
+        return TorchRunner(
             program, example=inputs, threads=torch.get_num_threads(), input_names=names, output_names=outputs, name=name
         )
-        for name, program in (("folded", model.eval()), ("shrunk", small))
+
+    def dense_in_torch() -> Runner:
+        dense = source.build()
+        dense.load_state_dict(baseline.weights())
+        return in_torch("dense", dense.eval())
+
+    yardstick = [
+        None,  # from folded to shrunk is torch on both sides: exactness is what is proven there
+        dense_in_torch,
+        partial(OrtRunner, baseline.onnx, threads=cfg.threads, optimize=False, name="dense, exported"),
+        partial(OrtRunner, baseline.onnx, threads=cfg.threads, name="dense, optimized"),
     ]
     chain: list[Runner] = [
-        *torch_runners,
+        in_torch("folded", model.eval()),
+        in_torch("shrunk", small),
         OrtRunner(exported.onnx, threads=cfg.threads, optimize=False, name="exported"),
         OrtRunner(optimized.onnx, threads=cfg.threads, name="optimized", session=optimized.winner.session),
     ]
     captured = capture(model, inputs)
     precise = [Precise(captured, chain[0], outputs, seed) for seed in SEEDS]
-    return _Chain(chain, precise, captured, small, names, outputs)
+    return _Chain(chain, yardstick, precise, captured, small, names, outputs)
 
 
 def _feeds(cfg: GateSection, shipped: Runner, data: Data) -> list[Feed]:
@@ -206,7 +230,7 @@ def _apart(
     if broken is None or (hop := parity.hops[broken]).worst is None:
         return []
     last = broken == len(parity.hops) - 1
-    if last and (optimized.winner.budget != "rounding" or optimized.onnx.suffix != ".onnx"):
+    if last and (optimized.winner.reduced_precision or optimized.onnx.suffix != ".onnx"):
         return []
     feed = next(feed for feed in feeds if feed.label == hop.worst.feed)
     pack = out / REPRO
@@ -231,7 +255,7 @@ def _apart(
 def _last_hop(report: ParityReport, winner: Candidate) -> Hop:
     """Exported to optimised. Reduced precision is another function on purpose: there, only what is missing fails."""
     hop = _hop(report)
-    if winner.budget == "rounding":
+    if not winner.reduced_precision:
         return hop
     comparable = report.max_scaled is not None
     reason = f"{winner.name} is judged by the accuracy that it costs, not by float rounding"
@@ -265,7 +289,7 @@ def _hop(report: ParityReport) -> Hop:
         cosine=_least(o.cosine for o in report.outputs),
         worst_feed=report.worst.feed if report.worst else "",
         feeds=len(report.feeds),
-        reasons=report.reasons,
+        reasons=report.reasons or report.notes,
     )
 
 

@@ -87,6 +87,40 @@ def test_a_control_that_stays_close_proves_nothing(zoo: ModuleType) -> None:
     assert zoo.verdict(line(zoo, control_diff=1.0, **found), (), Expected, onnx=True)[0] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("found", "dense", "status"),
+    [
+        (2.3e-5, 1e-5, "exact"),  # 1.15 times the tolerance of 2e-5, at a scale of 2
+        (2.3e-5, 1e-7, "failed"),
+        (5e-5, 1e-5, "failed"),  # more than twice what the dense model differs by
+        (0.1, 0.2, "failed"),  # a dense model that is wrong itself vouches for nothing
+        (float("nan"), 1e-5, "failed"),
+        (2.3e-5, None, "failed"),
+    ],
+)
+def test_what_the_dense_model_differs_by_in_onnxruntime_is_the_yardstick(
+    zoo: ModuleType, found: float, dense: float | None, status: str
+) -> None:
+    class Expected:
+        params, macs = 5, 7
+
+    known = {"output_scale": 2.0, "max_abs_diff": 1e-7, "macs_after": 7, "control_diff": 1.0}
+    made = line(zoo, ort_max_abs_diff=found, dense_ort_diff=dense, **known)
+    assert zoo.verdict(made, (), Expected, onnx=True)[0] == status
+    assert "onnxruntime differs by" in zoo.verdict(made, (), Expected, onnx=True)[1]
+
+
+def test_the_dense_model_runs_in_onnxruntime_only_where_the_tolerance_is_missed(
+    zoo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net.py").write_text(DEAD_AT_FIRST.replace("-self.sign", "self.sign"))
+    entry = {"model": f"{tmp_path / 'net.py'}:Net", "input": [3, 8, 8]}
+    exact = zoo.shrink_one(entry, 0.5, 0, True)
+    assert (exact["status"], exact["dense_ort_diff"]) == ("exact", None)
+    monkeypatch.setattr(zoo, "TOLERANCE", 0.0)
+    assert zoo.shrink_one(entry, 0.5, 0, True)["dense_ort_diff"] is not None
+
+
 DEAD_AT_FIRST = """
 import torch
 from torch import nn

@@ -6,7 +6,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from exporters import ExportError, quantize
+from exporters import ExportError, calibrate, quantize
 
 # The package exports a function of the module's name, which hides the module.
 module = importlib.import_module("exporters.quantize")
@@ -31,12 +31,23 @@ def integer_weights(path):
 
 @pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])
 def test_a_quantised_model_is_close_to_the_float_one(exported, batches, tmp_path, calibration):
-    made = quantize(exported, tmp_path / "q.onnx", batches=batches, calibration=calibration, reduce_range=False)
+    made = quantize(exported, tmp_path / "q.onnx", batches=batches, calibration=calibration)
     x = batches[0]["input"]
     wanted, found = run(exported, x), run(made.path, x)
     assert 0 < np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
     assert made.batches == 3
     assert len(integer_weights(made.path)) == 3
+
+
+def test_quantising_leaves_the_ranges_as_they_were_found(exported, batches, tmp_path):
+    """onnxruntime's quantiser gives the input of a Relu the range of its output, in the table that it was given."""
+    ranges = calibrate(exported, batches=batches)
+    before = {name: data.range_value for name, data in ranges.tensors.items()}
+    made = quantize(exported, tmp_path / "q.onnx", batches=ranges)
+    assert {name: data.range_value for name, data in ranges.tensors.items()} == before
+    direct = quantize(exported, tmp_path / "direct.onnx", batches=batches)
+    assert made.path.read_bytes() == direct.path.read_bytes()
+    assert (made.batches, made.calibration) == (direct.batches, direct.calibration) == (3, "minmax")
 
 
 def test_reduced_range_keeps_the_weights_to_seven_bits(exported, batches, tmp_path):

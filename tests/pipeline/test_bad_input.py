@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up_in_the_middle_is_said_and_the_run_can_go_on(tmp_pa
         "--set",
         "gate.max_accuracy_drop_points=100",
         "--set",
-        "gate.max_latency_ratio=9",
+        "gate.max_latency_ratio=1000",
     ]
     try:
         result = CliRunner().invoke(main, ["deploy", *words])

@@ -137,7 +137,7 @@ def test_a_person_can_ask_which_channels_of_a_layer_went_and_why(artifacts, vers
 def test_a_stored_version_is_judged_again_and_only_a_passed_one_is_promoted(artifacts, version, tmp_path, monkeypatch):
     deploy(artifacts, "--set", "gate.max_size_ratio=0.001")
     loose, strict = tmp_path / "loose.toml", tmp_path / "strict.toml"
-    common = "max_accuracy_drop_points = 15.0\nmax_latency_ratio = 5.0\n"
+    common = "max_accuracy_drop_points = 15.0\nmax_latency_ratio = 1000.0\n"
     loose.write_text(common)
     strict.write_text(common + '[[limits]]\nmetric = "parameters"\nagainst = "dense"\nmax = 0.1\n')
     monkeypatch.setattr(measuring, "contest", lambda *args, **kwargs: pytest.fail("something was measured"))

@@ -240,6 +240,7 @@ def test_p99_is_compared_with_its_own_interval(clock, function_runner):
 def test_a_busy_machine_a_drifting_clock_and_throttling_are_reported(clock, function_runner, tmp_path, monkeypatch):
     (tmp_path / "cpu.stat").write_text("nr_periods 5\nnr_throttled 1\n")
     monkeypatch.setattr(latency, "CGROUP", tmp_path / "cpu.stat")
+    monkeypatch.setattr(latency, "CPUS", tmp_path)
     monkeypatch.setattr(latency, "_load", lambda: 0.0)
 
     def quiet():

@@ -279,3 +279,83 @@ def test_a_feed_on_which_float32_loses_everything_fails(function_runner):
     assert not hop.passed
     assert "nothing can be told" in hop.reasons[0]
     assert hop.judged == np.inf
+
+
+# -- the dense model as the yardstick --------------------------------------------------------------------------------
+
+
+def beside_dense(function_runner, error, dense_error, dense_scale=1.0, kinds=("torch", "file")):
+    """A hop on an output of scale 8 that is off by `error`, beside a dense model that is off by `dense_error`."""
+    feed = Feed("any", {"input": np.linspace(-8, 8, 30, dtype=F32).reshape(10, 3)})
+    wanted = feed.arrays["input"]
+    opened = []
+
+    def end(name, answer):
+        def opener():
+            opened.append(name)
+            return function_runner(lambda x: answer.astype(F32), f"dense in {name}")
+
+        return opener if name in kinds else None
+
+    dense = wanted * F32(dense_scale / 8)
+    yardstick = [end("torch", dense), end("file", dense + F32(dense_error))]
+    chain = [function_runner(np.copy, "shrunk"), function_runner(lambda x: x + F32(error), "exported")]
+    report = compare_chain(chain, [feed], atol=1e-5, rtol=0, yardstick=yardstick)
+    return report.hops[0], opened
+
+
+def test_what_the_dense_model_differs_by_itself_is_allowed_and_said(function_runner):
+    hop, opened = beside_dense(function_runner, error=9.2e-5, dense_error=9e-6)  # 1.15 times the limit of 8e-5
+    assert opened == ["torch", "file"]
+    assert hop.passed, hop.reasons
+    assert hop.judged <= 1e-5 < hop.max_scaled
+    assert "any: output: differs by 1.15e-05 of its scale, more than 1e-05; the dense model itself" in hop.notes[0]
+    again = ParityReport.model_validate_json(hop.model_dump_json())
+    assert again == hop
+
+
+@pytest.mark.parametrize(
+    ("error", "dense_error"),
+    [
+        (9.2e-5, 0.0),  # the dense model is exact: so must this one be
+        (1.7e-4, 9e-6),  # more than twice what the dense model differs by, its scale being an eighth
+        (1e-2, 1e-6),
+        (8e-2, 2e-2),  # a dense model that is wrong itself vouches for nothing
+    ],
+)
+def test_a_fault_beyond_the_yardstick_fails(function_runner, error, dense_error):
+    hop, _ = beside_dense(function_runner, error, dense_error)
+    assert not hop.passed
+    assert hop.judged > 1e-5
+    assert hop.notes == ()
+    assert "elements differ by up to" in hop.reasons[0]
+
+
+def test_the_yardstick_is_measured_in_shares_of_the_scale(function_runner):
+    """A dense model of scale 80 that is off by 8e-4 is off by 1e-5 of it: no more than that for the small one."""
+    assert beside_dense(function_runner, error=9.2e-5, dense_error=8e-4, dense_scale=80)[0].passed
+    assert not beside_dense(function_runner, error=2.4e-4, dense_error=8e-4, dense_scale=80)[0].passed
+
+
+def test_the_yardstick_is_left_alone_where_the_rule_holds_or_an_end_has_none(function_runner):
+    hop, opened = beside_dense(function_runner, error=7e-5, dense_error=9e-6)
+    assert (hop.passed, opened) == (True, [])
+    hop, opened = beside_dense(function_runner, error=9.2e-5, dense_error=9e-6, kinds=("torch",))
+    assert (hop.passed, opened) == (False, [])
+    with pytest.raises(ValidationError, match="1 yardsticks for 2 models"):
+        compare_chain([function_runner(np.copy)] * 2, [], atol=1, rtol=0, yardstick=[None])
+
+
+def test_each_feed_has_a_yardstick_of_its_own(function_runner):
+    """A feed on which the dense model differs much buys nothing for another one."""
+    wild, calm = (Feed(name, {"input": np.full((2, 3), value, F32)}) for name, value in (("wild", 2), ("calm", 1)))
+    off = lambda x: x + F32(1e-4)  # noqa: E731
+    dense = lambda x: np.where(x > 1.5, off(x), x).astype(F32)  # noqa: E731
+    hop = compare_chain(
+        [function_runner(np.copy, "shrunk"), function_runner(off, "exported")],
+        [wild, calm],
+        atol=1e-5,
+        rtol=0,
+        yardstick=[lambda: function_runner(np.copy), lambda: function_runner(dense)],
+    ).hops[0]
+    assert [entry.passed for entry in hop.outputs] == [True, False]

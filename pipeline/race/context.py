@@ -1,0 +1,152 @@
+"""What every candidate is made from and held against."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import log_softmax
+from torch import nn
+from torch.export import ExportedProgram
+
+from exporters.candidates import Source
+from exporters.fusions import expected_attention
+from exporters.summary import describe
+from pipeline.artifacts.eager import Baseline
+from pipeline.artifacts.program import Exported, Shrunk
+from pipeline.channels.program.capture import Captured
+from pipeline.data.parts import Data
+from pipeline.models.precise import SEEDS, Precise
+from pipeline.models.source import ModelSource, example
+from pipeline.race.cached import CachedRunner
+from pipeline.recipe.race import OptimizeSection
+from validators.accuracy import AccuracyReport, evaluate
+from validators.feeds import Feed, edge_feeds, random_feeds, real_feeds
+from validators.parity import Opener, ParityReport, compare, compare_chain
+from validators.runners import OrtRunner, Runner, TorchRunner
+
+BATCHES = (1, 3)
+EVALUATION_BATCH = 64
+CALIBRATION_BATCH = 32
+CROSS_ENTROPY = "cross-entropy"
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class RaceContext:
+    """What every candidate is made from and held against.
+
+    `reference` is the shrunk program, `precise` the same in float64, plainly and with shaken numbers. `dense` is the
+    dense model's file; `yardstick` opens the dense model in torch and in onnxruntime. `image` names the input that the
+    data goes into, `attentions` counts the attentions of the shrunk program.
+    """
+
+    cfg: OptimizeSection
+    source: Source
+    data: Data
+    reference: CachedRunner
+    precise: Sequence[Runner]
+    feeds: Sequence[Feed]
+    image: str
+    dense: Path
+    yardstick: Sequence[Opener]
+    attentions: int
+
+    def parity(self, runner: Runner) -> ParityReport:
+        """`runner` against the shrunk model; what is measured beside the limit is so only where that is missed."""
+        precise, *shaken = self.precise
+        return compare_chain(
+            [self.reference, runner],
+            self.feeds,
+            atol=self.cfg.parity,
+            rtol=0.0,
+            precise=precise,
+            shaken=shaken,
+            yardstick=self.yardstick,
+        ).hops[0]
+
+    def difference(self, runner: Runner) -> ParityReport:
+        """`runner` against the shrunk model by the limit alone: how far it is off, where that decides nothing."""
+        return compare(self.reference, runner, self.feeds, atol=self.cfg.parity, rtol=0.0)
+
+    def evaluate(self, runner: Runner) -> AccuracyReport:
+        """A classifier on the calibration part, with the cross-entropy of each sample."""
+        batches = self.data.batches("calibration", EVALUATION_BATCH)
+        return evaluate(runner, batches, metrics={CROSS_ENTROPY: _cross_entropy})
+
+
+def open_context(
+    cfg: OptimizeSection,
+    out: Path,
+    source: ModelSource,
+    data: Data,
+    baseline: Baseline,
+    shrunk: Shrunk,
+    exported: Exported,
+) -> RaceContext:
+    """The shrunk program as the reference, and the feeds: random, zeros and large values, and real samples."""
+    summary = describe(exported.onnx)
+    inputs = example(source)
+    names, outputs = [spec.name for spec in summary.inputs], [spec.name for spec in summary.outputs]
+    program = shrunk.program()
+
+    def in_torch(name: str, model: nn.Module | ExportedProgram) -> CachedRunner:
+        threads = torch.get_num_threads()
+        return CachedRunner(
+            TorchRunner(model, example=inputs, threads=threads, input_names=names, output_names=outputs, name=name)
+        )
+
+    def dense_in_torch() -> Runner:
+        model = source.build()
+        model.load_state_dict(baseline.weights())
+        return in_torch("dense", model.eval())
+
+    def dense_in_onnxruntime() -> Runner:
+        return CachedRunner(OrtRunner(baseline.onnx, threads=1, name="dense, exported"))
+
+    reference = in_torch("shrunk", program)
+    captured = Captured(program, inputs, program.state_dict)
+    image = names[0]
+    return RaceContext(
+        cfg=cfg,
+        source=Source(
+            onnx=exported.onnx,
+            program=lambda: program,
+            example=inputs,
+            calibration=lambda: _calibration(data, image, cfg.calibration_samples),
+            folder=out,
+        ),
+        data=data,
+        reference=reference,
+        precise=[CachedRunner(Precise(captured, reference, outputs, seed)) for seed in SEEDS],
+        feeds=[
+            *random_feeds(reference.inputs, seed=cfg.seed, batches=BATCHES),
+            *edge_feeds(reference.inputs, seed=cfg.seed, batches=BATCHES[:1]),
+            *real_feeds({image: data.sample("calibration", max(BATCHES)).numpy()}, batches=BATCHES),
+        ],
+        image=image,
+        dense=baseline.onnx,
+        yardstick=[functools.cache(dense_in_torch), functools.cache(dense_in_onnxruntime)],
+        attentions=expected_attention(program),
+    )
+
+
+def _cross_entropy(logits: Array, labels: Array) -> Array:
+    """Of each sample, in nats: finer than right or wrong, of which a small set has few."""
+    found: Array = -log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels]
+    return found
+
+
+def _calibration(data: Data, name: str, count: int) -> Iterator[Mapping[str, Array]]:
+    """The first `count` samples of the calibration part, in batches of one size, as onnxruntime's histograms need."""
+    size = min(CALIBRATION_BATCH, count, len(data.calibration))
+    for number, (x, _) in enumerate(data.batches("calibration", size), start=1):
+        if len(x) < size or number * size > count:
+            return
+        yield {name: x.numpy()}
