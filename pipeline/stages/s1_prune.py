@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from exporters.host import vector_block
 from pipeline.artifacts import Baseline, Pruned, WidthChange
-from pipeline.channels.coupling.groups import Analysis, analyse
+from pipeline.channels.coupling.analyse import analyse
+from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.operators.trace import Policy
 from pipeline.channels.program.capture import capture
 from pipeline.data.parts import Data

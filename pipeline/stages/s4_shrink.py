@@ -10,7 +10,8 @@ import torch
 
 from pipeline import channels
 from pipeline.artifacts import Folded, Pruned, Shrunk, WidthChange
-from pipeline.channels.coupling.groups import Analysis, analyse
+from pipeline.channels.coupling.analyse import analyse
+from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.coupling.layers import layers
 from pipeline.channels.dead.liveness import liveness
 from pipeline.channels.program.capture import capture

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from pipeline.channels.dead.dependence import follow
-from pipeline.channels.operators.table import base_name, bind
+from pipeline.channels.operators.table import bind, find
 from pipeline.channels.operators.trace import Contraction, Trace
 from pipeline.channels.operators.values import Atoms, Flags, Value
 from pipeline.channels.program.capture import Captured
@@ -33,10 +33,6 @@ Numbers = npt.NDArray[np.float64]
 
 # Pooling and resizing average a constant with rounding; in float64 it stays far below this share of it.
 SAME = 1e-12
-
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-PRODUCTS = ("matmul", "mm", "addmm")
 
 BORDER = "a constant; zero padding makes its part in the sum differ at the border"
 PLACES = "independent of the input, yet not the same at every place (padding before it)"
@@ -105,17 +101,22 @@ class Survey:
         if reader.weight is None or not numbers.any():
             return None
         w, c = self.weights[reader.node].to(torch.float64), torch.from_numpy(numbers)
-        name = base_name(reader.node.target)
-        if name in (*CONVOLUTIONS, *TRANSPOSED):
+        card = find(reader.node.target)
+        assert card is not None
+        weighted = card.weighted
+        if weighted is not None and weighted.windows:
             taps = w.flatten(2).sum(-1)  # a convolution's [out, in of a group], transposed [in, out of a group]
             groups = bind(reader.node)["groups"]
-            form = "gi,gio->go" if name in TRANSPOSED else "gi,goi->go"
+            form = "gi,gio->go" if weighted.transposed else "gi,goi->go"
             amount = torch.einsum(form, c.reshape(groups, -1), taps.reshape(groups, -1, taps.shape[1])).reshape(-1)
             return Shift(amount, numbers)
         if w.dim() != 2:
             return None
-        rows = name in PRODUCTS and reader.weight is reader.node.args[1 if name == "addmm" else 0]  # weight · input
-        return Shift(w @ c if rows or name == "linear" else c @ w, numbers, rows)
+        if weighted is not None:
+            return Shift(w @ c, numbers)
+        assert card.matrices is not None
+        rows = reader.weight is reader.node.args[card.matrices[0]]  # weight · input
+        return Shift(w @ c if rows else c @ w, numbers, rows)
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,16 @@ class Shift:
 
 def readers(contraction: Contraction, trace: Trace) -> list[Reader]:
     """The contraction as weight times activation: one for every activation side that a weight stands beside."""
-    node, name = contraction.node, base_name(contraction.node.target)
-    if name in (*CONVOLUTIONS, *TRANSPOSED, "linear"):
+    node = contraction.node
+    card = find(node.target)
+    if card is not None and card.weighted is not None and card.weighted.input_dim is not None:
         a = bind(node)
-        source, weight = a["input"], a["weight"]
+        source = a[card.weighted.input]
         x = trace.value(source)
-        dim = len(x.shape) - 1 if name == "linear" else 1
-        return [] if x.derived else [Reader(node, source, dim, weight)]
-    if name in PRODUCTS and len(contraction.sides) == 2:
+        if x.derived:
+            return []
+        return [Reader(node, source, card.weighted.input_dim % len(x.shape), a[card.weighted.weight])]
+    if card is not None and card.matrices is not None and len(contraction.sides) == 2:
         left, right = contraction.sides
         return [
             Reader(node, source, dim, weight)
@@ -151,17 +154,18 @@ def readers(contraction: Contraction, trace: Trace) -> list[Reader]:
 
 def _obstacles(survey: Survey, reader: Reader, size: int, alone: bool) -> list[str]:
     """For every index, why its constant cannot go into a bias of the reader; "" where it can."""
-    name = base_name(reader.node.target)
     if reader.weight is None:
         return [AMONG if alone else MEETS] * size
     w = survey.weights[reader.node]
-    if name in CONVOLUTIONS:
+    card = find(reader.node.target)
+    weighted = card.weighted if card is not None else None
+    if weighted is None or not weighted.windows:
+        return ["" if w.dim() == 2 else MEETS] * size
+    if not weighted.transposed:
         return [BORDER if hidden else "" for hidden in _hidden(survey, reader, size)]
-    if name in TRANSPOSED:
-        a = bind(reader.node)
-        plain = set(w.shape[2:]) == set(_each(a["stride"])) == {1} and not any(_each(a["padding"]))
-        return ["" if plain else TAPS] * size
-    return ["" if w.dim() == 2 else MEETS] * size
+    a = bind(reader.node)
+    plain = set(w.shape[2:]) == set(_each(a["stride"])) == {1} and not any(_each(a["padding"]))
+    return ["" if plain else TAPS] * size
 
 
 def _each(entry: Any) -> list[int]:

@@ -19,14 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
-from pipeline.channels.coupling.couple import walk
 from pipeline.channels.coupling.groups import Analysis
+from pipeline.channels.coupling.walk import walk
 from pipeline.channels.dead.constants import MIXED, survey
+from pipeline.channels.dead.refusal import Causes, Refusal, refusals_of
 from pipeline.channels.operators.trace import Contraction, Trace
 from pipeline.channels.operators.values import Flags, Value
 from pipeline.channels.program.capture import Captured
-from pipeline.channels.removal.ledger import Refusal
-from pipeline.channels.removal.verify import refusals_of
 
 Slices = dict[tuple[str, int], npt.NDArray[np.bool_]]
 
@@ -69,7 +68,7 @@ def liveness(analysis: Analysis, state: Mapping[str, Tensor]) -> Liveness:
 
 def _with_constants(
     analysis: Analysis, captured: Captured, own: Flags, zero: Flags, slices: Slices
-) -> tuple[Flags, dict[int, tuple[fx.Node, str]]]:
+) -> tuple[Flags, Causes]:
     """Dead classes, constants that can go into a bias included; and why other constants cannot."""
     class_of = analysis.solution.class_of
     if not _may_be_constant(analysis, slices, own & ~zero):

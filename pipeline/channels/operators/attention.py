@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from torch import fx
+import math
+from typing import Any
 
+from torch import Tensor, fx
+
+from pipeline.channels.operators.card import Card, Shape
 from pipeline.channels.operators.cut import Cut
-from pipeline.channels.operators.table import bind, rule
+from pipeline.channels.operators.masks import Masks, NoAnswer
+from pipeline.channels.operators.table import bind, family
 from pipeline.channels.operators.trace import Trace
 from pipeline.channels.operators.values import Atoms, Flags, Value
 
@@ -18,7 +23,28 @@ def edit_scale(c: Cut, node: fx.Node) -> None:
         c.set(node, scale=float(q.shape[-1]) ** -0.5)
 
 
-@rule("scaled_dot_product_attention", edit=edit_scale)
+def depends_attention(m: Masks, node: fx.Node, value: Any) -> Tensor:
+    """Rows of a softmax sum to one: a value channel that is the same for every token comes out as it is."""
+    a = bind(node)
+    mask = m.mask(a["value"])
+    v: Tensor = m.values[a["value"]]
+    varies = (v.amax(-2, keepdim=True) != v.amin(-2, keepdim=True)) | mask.any(-2, keepdim=True)
+    m.ask(a["attn_mask"])
+    if varies.shape[:-2] != value.shape[:-2]:
+        raise NoAnswer
+    return varies.expand(value.shape)
+
+
+def macs_attention(node: fx.Node, shape: Shape) -> int:
+    """Scores, and the sum of values."""
+    a = bind(node)
+    query, key, value = shape(a["query"]), shape(a["key"]), shape(a["value"])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+@family(
+    Card("attention", edit=edit_scale, depends=depends_attention, macs=macs_attention), "scaled_dot_product_attention"
+)
 def attention(t: Trace, node: fx.Node) -> Value:
     """Heads live together in q, k and v; positions in q with k, and in v with the output; tokens stay."""
     a = bind(node)

@@ -6,17 +6,27 @@ zero keeps h = 0: LSTM has tanh(0) = 0 for its candidate and its cell; GRU's can
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from torch import fx
 
-from pipeline.channels.operators.table import base_name, rule
+from pipeline.channels.operators.card import Card, Shape
+from pipeline.channels.operators.table import base_name, family
 from pipeline.channels.operators.trace import NoRule, Trace
 from pipeline.channels.operators.values import Atoms, Flags, Value, opaque
 
 
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def macs_recurrent(node: fx.Node, shape: Shape) -> int:
+    """Every matrix of weights once per step."""
+    source: Any = node.args[0]
+    weights: Any = node.args[2]
+    steps = math.prod(shape(source)[:2])
+    return sum(steps * math.prod(shape(w)) for w in weights if len(shape(w)) == 2)
+
+
+@family(Card("recurrent", macs=macs_recurrent), "lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(t: Trace, node: fx.Node) -> Any:
     """Input [T, B, I] or [B, T, I]; states [layers·directions, B, H]; output [.., directions·H]."""
     args = node.args

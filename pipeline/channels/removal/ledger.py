@@ -14,21 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.channels.dead.refusal import Refusal
 from pipeline.channels.operators.cut import Rewrite
 from pipeline.errors import WeightsError
 
 FORMAT = "leanort-ledger/1"
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Groups of a cluster that stayed although they were asked to go."""
-
-    cluster: str
-    groups: tuple[int, ...]
-    op: str
-    node: str
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from pipeline.channels.coupling.frozen import frozen_part
 from pipeline.channels.coupling.groups import Analysis, Removed
 from pipeline.channels.dead.constants import Reader, Shift
+from pipeline.channels.dead.refusal import Refusal
 from pipeline.channels.operators.cut import Cut
 from pipeline.channels.operators.table import base_name, bind, find, writes
 from pipeline.channels.operators.values import Flags, Value
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import execute, feeds_of, run_program
-from pipeline.channels.removal.ledger import Fold, Ledger, Refusal
+from pipeline.channels.removal.ledger import Fold, Ledger
 from pipeline.channels.removal.verify import Shifts, zero_check
 from pipeline.errors import RefusedError
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from exporters import to_onnx
 from pipeline.channels import centre, prove, small
-from pipeline.channels import streams as found
+from pipeline.channels.centring import streams as found
 from pipeline.channels.removal.verify import difference
 from pipeline.errors import RefusedError
 
