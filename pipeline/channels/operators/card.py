@@ -90,7 +90,7 @@ class Card:
     """Every fact of one family of operators.
 
     `weighted`: its operands, where the weight is always the same argument. `matrices`: positions of the left and the
-    right argument, where it is a matrix product of which either may be a weight. `order`: of a permutation. `carries`:
+    right argument, where either may be one matrix of weights for all samples. `order`: of a permutation. `carries`:
     where it takes a dimension whole, if it is linear in its first operand. `random`: draws numbers in evaluation.
     `undefined`: what it holds is not known until something is written to it. `type_only`: of its first operand it uses
     the type, not the numbers. `training`: the argument that switches to what it does in training.

@@ -41,8 +41,8 @@ def macs_addmm(node: fx.Node, shape: Shape) -> int:
     return math.prod(left) * (right[-1] if len(right) > 1 else 1)
 
 
-@family(Card("contraction", depends=depends_addmm, macs=macs_addmm, matrices=(1, 2)), "addmm", "addbmm", "baddbmm")
-@family(Card("contraction", depends=depends_addmm, macs=macs_addmm), "addmv")
+@family(Card("contraction", depends=depends_addmm, macs=macs_addmm, matrices=(1, 2)), "addmm")
+@family(Card("contraction", depends=depends_addmm, macs=macs_addmm), "addbmm", "baddbmm", "addmv")
 def addmm(t: Trace, node: fx.Node) -> Value:
     """bias + a·b."""
     a = bind(node)
@@ -78,8 +78,8 @@ def macs_matmul(node: fx.Node, shape: Shape) -> int:
     return math.prod(shape(node)) * shape(node.args[0])[-1]  # type: ignore[arg-type]
 
 
-@family(Card("contraction", depends=depends_matmul, macs=macs_matmul, matrices=(0, 1)), "matmul", "mm", "bmm")
-@family(Card("contraction", depends=depends_matmul, macs=macs_matmul), "mv", "dot")
+@family(Card("contraction", depends=depends_matmul, macs=macs_matmul, matrices=(0, 1)), "matmul", "mm")
+@family(Card("contraction", depends=depends_matmul, macs=macs_matmul), "bmm", "mv", "dot")
 def matmul(t: Trace, node: fx.Node) -> Value:
     """a·b over the last dimension of a and the last but one of b, batch dimensions broadcast."""
     return _matmul(t, node, *node.args[:2])  # type: ignore[arg-type]
