@@ -38,6 +38,7 @@ def layers(analysis: Analysis, removed: Removed) -> tuple[Layer, ...]:
         for spec in program.graph_signature.input_specs
         if spec.kind == InputKind.PARAMETER and spec.target is not None
     }
+    # Class -> number of its cluster, −1 where it stays.
     cluster_of = np.full(solution.reason_of.shape[0], -1, np.int64)
     for k, cluster in enumerate(analysis.clusters):
         cluster_of[analysis.members[cluster.name]] = k
@@ -59,7 +60,7 @@ def layers(analysis: Analysis, removed: Removed) -> tuple[Layer, ...]:
         classes = solution.class_of[atoms]
         numbers = cluster_of[classes]
         after = before - int(gone[atoms].sum())
-        if (numbers >= 0).any():
+        if (numbers >= 0).any():  # its outputs may belong to several clusters: the one that holds most of them
             lead = analysis.clusters[int(np.bincount(numbers[numbers >= 0]).argmax())]
             found.append(Layer(name, base_name(node.target), before, after, lead.name, lead.kind, ""))
         else:

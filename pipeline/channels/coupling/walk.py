@@ -56,13 +56,14 @@ def walk(captured: Captured, policy: Policy, zeros: Zeros | None = None) -> tupl
         return sizes[key]
 
     t = Trace(policy, size_of)
+    # Parameters first: the numbering of atoms must not depend on what is zero.
     slots = _placeholders(t, captured, zeros)
     t.static.update(static_values(captured))
     shuffles, between = find_shuffles(program.graph, t.shape)
     t.notes.update(shuffles)
     for node in program.graph.nodes:
         if node.op == "call_function":
-            if node not in t.static and node not in between:
+            if node not in t.static and node not in between:  # the last view of a shuffle stands for all of it
                 t.values[node] = _apply(t, node)
                 _after_write(t, node)
         elif node.op == "output":
@@ -143,6 +144,7 @@ def _placeholders(t: Trace, captured: Captured, zeros: Zeros | None) -> list[Slo
         if not named or spec.target is None or not val.dtype.is_floating_point:
             continue  # a constant: see static_values
         tensor = program.state_dict[spec.target]
+        # Tied tensors share their memory, and so one value.
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else spec.target
         masked = spec.kind == InputKind.PARAMETER or not _is_statistic(node)
         unmasked = _direction_dims(node)

@@ -206,55 +206,74 @@ def _hidden(survey: Survey, reader: Reader, size: int) -> Flags:
 
 def survey(captured: Captured, trace: Trace, class_of: Atoms, contractions: Iterable[Contraction]) -> Survey:
     """Run `captured` once and see what is constant; `contractions` are those that will be judged."""
-    found = Survey(trace, class_of)
-    found.fixed_classes = np.zeros(int(class_of.max()) + 1, np.bool_)
-    wanted: dict[fx.Node, set[int]] = {}
-    weight_of: dict[fx.Node, list[fx.Node]] = {}
-    for contraction in contractions:
-        for reader in readers(contraction, trace):
-            wanted.setdefault(reader.source, set()).add(reader.dim)
-            if reader.weight is not None:
-                weight_of.setdefault(reader.weight, []).append(reader.node)
-    classes_at: dict[fx.Node, Flags] = {}  # activation -> which classes are constant in it
-    feeds = feeds_of(captured.program, captured.example, captured.state)  # weights as they are, not a wider copy
-    summing = {contraction.node for contraction in trace.contractions}
-    last = {source: user for user in captured.program.graph.nodes for source in user.all_input_nodes}
+    watch = _Watch(captured, trace, class_of, contractions)
+    follow(captured, watch.seen)
+    return watch.found
 
-    def seen(node: fx.Node, value: Tensor, depends: Tensor) -> None:
-        for reader in weight_of.get(node, ()):
-            found.weights[reader] = feeds[node.name] if node.op == "placeholder" else value.detach()
-        known = trace.values.get(node)
+
+class _Watch:
+    """One run, tensor by tensor: what a survey keeps of it."""
+
+    def __init__(self, captured: Captured, trace: Trace, class_of: Atoms, contractions: Iterable[Contraction]) -> None:
+        self.found = Survey(trace, class_of, fixed_classes=np.zeros(int(class_of.max()) + 1, np.bool_))
+        self.wanted: dict[fx.Node, set[int]] = {}  # activation -> dimensions whose numbers a reader needs
+        self.weight_of: dict[fx.Node, list[fx.Node]] = {}  # weight -> its readers
+        for contraction in contractions:
+            for reader in readers(contraction, trace):
+                self.wanted.setdefault(reader.source, set()).add(reader.dim)
+                if reader.weight is not None:
+                    self.weight_of.setdefault(reader.weight, []).append(reader.node)
+        self.summing = {contraction.node for contraction in trace.contractions}
+        self.feeds = feeds_of(captured.program, captured.example, captured.state)  # as they are, not in float64
+        self.last_user = {source: user for user in captured.program.graph.nodes for source in user.all_input_nodes}
+        self.constant_in: dict[fx.Node, Flags] = {}  # activation -> which classes are constant in it
+
+    def seen(self, node: fx.Node, value: Tensor, depends: Tensor) -> None:
+        """One tensor of the run."""
+        for reader in self.weight_of.get(node, ()):
+            self.found.weights[reader] = self.feeds[node.name] if node.op == "placeholder" else value.detach()
+        known = self.found.trace.values.get(node)
         if not isinstance(known, Value) or known.derived or value.dim() != len(known.shape):
             return
-        here = np.zeros_like(found.fixed_classes)
-        varying = np.zeros_like(here)
+        constant = np.zeros_like(self.found.fixed_classes)
+        varying = np.zeros_like(constant)
         for dim, atoms in enumerate(known.atoms):
-            if atoms is None or atoms.shape[0] != value.shape[dim]:
-                continue
-            others = [d for d in range(value.dim()) if d != dim]
-            moves = depends.to(torch.uint8).amax(dim=others) if others else depends
-            fixed = ~moves.bool().numpy()
-            varying[class_of[atoms[~fixed]]] = True
-            if not fixed.any() and dim not in wanted.get(node, ()):
-                continue
-            low, high = (value.amin(others).numpy(), value.amax(others).numpy()) if others else (value.numpy(),) * 2
-            here[class_of[atoms[fixed & ((low != 0) | (high != 0))]]] = True
-            if dim in wanted.get(node, ()):
-                one = fixed & (high - low <= SAME * np.maximum(1.0, np.abs(high))) & np.isfinite(high)
-                found.fixed[node, dim] = fixed
-                found.constant[node, dim] = np.where(one, np.where(low == high, high, (low + high) / 2), np.nan)
-        classes_at[node] = here
-        found.fixed_classes |= here
-        for source in node.all_input_nodes:
-            before = classes_at.get(source)
-            if before is not None and node not in summing:
-                for cls in np.flatnonzero(before & varying):
-                    found.mixed.setdefault(int(cls), node)
-            if last[source] is node:
-                classes_at.pop(source, None)
+            if atoms is not None and atoms.shape[0] == value.shape[dim]:
+                fixed, not_zero = self._slices(node, dim, value, depends)
+                constant[self.found.class_of[atoms[not_zero]]] = True
+                varying[self.found.class_of[atoms[~fixed]]] = True
+        self.constant_in[node] = constant
+        self.found.fixed_classes |= constant
+        self._mixed(node, varying)
 
-    follow(captured, seen)
-    return found
+    def _slices(self, node: fx.Node, dim: int, value: Tensor, depends: Tensor) -> tuple[Flags, Flags]:
+        """For every index of `dim`: whether no input has a part in it, and whether it is then not all zero.
+
+        Where a reader needs them, the numbers are kept too.
+        """
+        others = [d for d in range(value.dim()) if d != dim]
+        moves = depends.to(torch.uint8).amax(dim=others) if others else depends
+        fixed: Flags = ~moves.bool().numpy()
+        wanted = dim in self.wanted.get(node, ())
+        if not fixed.any() and not wanted:
+            return fixed, fixed
+        low, high = (value.amin(others).numpy(), value.amax(others).numpy()) if others else (value.numpy(),) * 2
+        if wanted:
+            one = fixed & (high - low <= SAME * np.maximum(1.0, np.abs(high))) & np.isfinite(high)
+            self.found.fixed[node, dim] = fixed
+            # Averaging rounds: the middle, but an exact number as it is.
+            self.found.constant[node, dim] = np.where(one, np.where(low == high, high, (low + high) / 2), np.nan)
+        return fixed, fixed & ((low != 0) | (high != 0))
+
+    def _mixed(self, node: fx.Node, varying: Flags) -> None:
+        """Note classes that were constant in an operand and vary in the node, where that is no sum over them."""
+        for source in node.all_input_nodes:
+            before = self.constant_in.get(source)
+            if before is not None and node not in self.summing:
+                for cls in np.flatnonzero(before & varying):
+                    self.found.mixed.setdefault(int(cls), node)
+            if self.last_user[source] is node:
+                self.constant_in.pop(source, None)
 
 
 def shifts(found: Survey, contractions: Iterable[Contraction], gone: Flags) -> dict[fx.Node, tuple[Reader, Shift]]:

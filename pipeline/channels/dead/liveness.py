@@ -2,7 +2,7 @@
 
 A group is dead when at every place where its indices are summed one side is exactly zero: nothing reads it (zero
 columns), or nothing but zero comes in (zero rows and bias, zero scale and shift, carried on through every operator by
-its own rule). What is dead makes more dead: its rows and columns no longer count, so a row whose only weights were on
+its own card). What is dead makes more dead: its rows and columns no longer count, so a row whose only weights were on
 dead inputs is zero itself. The walk is repeated until nothing changes.
 
 A group that is a constant instead of zero (rows or scale zero, shift not) is dead as well where every reader can take

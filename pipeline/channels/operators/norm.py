@@ -135,6 +135,7 @@ def edit_layer_norm(c: Cut, node: fx.Node) -> None:
         return
 
     def padded(new: fx.Node) -> fx.Node:
+        # Over n channels again, the mean and the variance are the original ones, zeros included.
         full, kept = x.shape[-1], sizes[0]
         missing = [0, full - kept]
         affine = [None if a[k] is None else c.call(_PAD, c.new_of[a[k]], missing) for k in ("weight", "bias")]

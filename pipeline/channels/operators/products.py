@@ -91,7 +91,7 @@ def _matmul_shape(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:
 
 def _matmul(t: Trace, node: fx.Node, left: fx.Node, right: fx.Node) -> Value:
     a, b = t.value(left), t.value(right)
-    activations = not (a.derived or b.derived)
+    activations = not (a.derived or b.derived)  # as in attention: batch dimensions are heads
     inner = max(len(b.shape) - 2, 0)
     if activations:
         t.role("position", a.atoms[-1])
@@ -100,6 +100,7 @@ def _matmul(t: Trace, node: fx.Node, left: fx.Node, right: fx.Node) -> Value:
     for v, d in ((a, len(a.shape) - 1), (b, inner)):
         if v.derived:
             t.reading(v.atoms[d])
+    # Batch dimensions broadcast: counted from the right, and one that is one wide follows the other.
     rank = max(len(a.shape), len(b.shape)) - 2
     atoms: list[Atoms | None] = []
     zeros: list[Flags | None] = []
@@ -155,7 +156,7 @@ def einsum(t: Trace, node: fx.Node) -> Value:
     """Letters tie dimensions; a letter that is not in the output is summed."""
     operands = list(node.args[1])  # type: ignore[arg-type]
     letters, output = parse_einsum(str(node.args[0]), [len(t.shape(n)) for n in operands])
-    where: dict[str, list[tuple[fx.Node, int]]] = {}
+    where: dict[str, list[tuple[fx.Node, int]]] = {}  # letter -> every (operand, dimension) that has it
     for source, names in zip(operands, letters, strict=True):
         for d, name in enumerate(names):
             if t.shape(source)[d] > 1:

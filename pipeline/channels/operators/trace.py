@@ -187,7 +187,7 @@ class Trace:
             self.reads.append(atoms)
 
     def give_up(self, node: fx.Node, reason: str) -> Any:
-        """No rule covers this node: all that it touches stays."""
+        """No card covers this node: all that it touches stays."""
         self.unknown[node] = reason
         for source in node.all_input_nodes:
             if source in self.static and source not in self.values and isinstance(self.static[source], Tensor):

@@ -27,7 +27,7 @@ def static_values(captured: Captured) -> dict[fx.Node, Tensor]:
         if isinstance(value, Tensor) and (constant or integer):
             roots[spec.arg.name] = value
     banned: set[fx.Node] = set()
-    while True:
+    while True:  # what is written to from outside is not static, and then neither is what was made of it
         static = _static_nodes(program.graph, {named[n] for n in roots}, banned)
         more = _written_from_outside(program.graph, static)
         if not more:

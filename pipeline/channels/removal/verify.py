@@ -32,7 +32,7 @@ FAR = 30.0
 
 
 Shifts = Mapping[fx.Node, tuple[Reader, Shift]]
-"""Reader -> what it has to add once constant channels before it are away."""
+"""Node that sums over channels -> what its bias has to take once the constant ones among them are away."""
 
 NOT_ZERO = "not exactly zero where it is summed"
 
@@ -40,7 +40,7 @@ NOT_ZERO = "not exactly zero where it is summed"
 def zero_check(
     captured: Captured, analysis: Analysis, gone: Flags, removed: Removed
 ) -> tuple[Flags, tuple[Refusal, ...], Shifts]:
-    """`gone` without the classes that may not go, those as refusals, and what readers have to add for the others.
+    """(`gone` without the classes that may not go; those as refusals; what biases have to take of the others).
 
     At every contraction, each index to be removed must be zero on one side, or a constant that a bias can take (see
     `constants`). A parameter side is read off the weights; only where that does not settle it is the graph run, once,
@@ -50,7 +50,8 @@ def zero_check(
     class_of = analysis.solution.class_of
     found: Survey | None = None
     why: dict[int, tuple[fx.Node, str]] = {}
-    while True:  # what is refused reads and is read again, so what counted on its going is asked once more
+    # A refused group stays, and its rows and columns count again: what was zero without them is asked once more.
+    while True:
         open_ = _not_zero(captured, _open(captured, analysis, names, gone))
         if not open_:
             break
@@ -78,7 +79,7 @@ def _open(captured: Captured, analysis: Analysis, names: dict[str, str], gone: F
         if not going.any():
             continue
         left = going & ~_zero_in_weights(captured, names, contraction, going)
-        if left.any():  # rows that go as well read nothing any more
+        if left.any():  # a column may be zero in all rows that stay
             left &= ~_zero_in_weights(captured, names, contraction, left, analysis.trace, gone)
         if left.any():
             open_[contraction] = left
@@ -184,7 +185,7 @@ def prove(
     ledger = getattr(shrunk, "ledger", None)
     rounded |= ledger is not None and ledger.rounded  # some values are stored that float64 would compute anew
     tolerance_precise = allowance(TOLERANCE_FLOAT32 if rounded else TOLERANCE_FLOAT64, scale)
-    if _has_float64(folded) and _has_float64(shrunk):
+    if _has_float64(folded) and _has_float64(shrunk):  # where a mistake cannot hide in rounding
         precise, _, _ = difference(folded, shrunk, inputs, torch.float64)
         if not rounded:  # far inputs too: what the usual ones leave dead may be alive there
             far = [tuple(FAR * x if _is_float(x) else x for x in inputs[0])]
