@@ -69,3 +69,20 @@ def test_a_head_is_a_unit_of_as_many_indices_as_its_leading_tensor_holds() -> No
     (cluster,) = analyse(capture(Parallel(), (torch.randn(2, 5, 8),))).clusters
     assert (cluster.name, cluster.kind, cluster.size, cluster.unit) == ("qkv", "head", 2, 12)
     assert cluster.labels["out.weight", 1].tolist() == [0] * 4 + [1] * 4
+
+
+class Backwards(nn.Module):
+    """What reads the channels, in reverse, is named before what writes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.stem = nn.Conv2d(4, 2, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x).flip(1))
+
+
+def test_groups_are_numbered_as_the_leading_tensor_holds_them() -> None:
+    (cluster,) = analyse(capture(Backwards(), (IMAGE,))).clusters
+    assert cluster.name == "stem" and cluster.labels["stem.weight", 0].tolist() == [0, 1, 2, 3]
+    assert cluster.labels["head.weight", 1].tolist() == [3, 2, 1, 0]

@@ -52,3 +52,13 @@ def test_view_permute_view_deals_the_channels_out(form: Callable[[Tensor], Tenso
 )
 def test_what_only_looks_like_it_is_none(form: Callable[[Tensor], Tensor]) -> None:
     assert shuffles(form) == []
+
+
+def test_two_permutations_are_taken_one_after_the_other() -> None:
+    def form(x: Tensor) -> Tensor:
+        x = torch.cat([x, x + 1], 1).view(-1, 2, 3, 2, 4, 4)
+        return x.transpose(1, 2).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12, 4, 4)
+
+    numbered = torch.arange(12.0).view(1, 2, 3, 2)
+    want = numbered.transpose(1, 2).permute(0, 2, 3, 1).flatten().long().tolist()
+    assert shuffles(form) == [(1, want)]

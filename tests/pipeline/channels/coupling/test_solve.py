@@ -78,6 +78,14 @@ def test_a_flat_index_that_stays_keeps_its_place_along_every_factor(t: Trace) ->
     assert stays(found, flat) == [False] * 3 + [True] * 3
 
 
+def test_a_factor_all_of_whose_places_are_held_leaves_the_other_free(t: Trace) -> None:
+    flat, (outer, inner) = product(t, 2, 3)
+    t.pin(flat[:3], NODE, "fixed")  # each place of the inner factor once, at the first place of the outer one
+    found = solve(t)
+    assert stays(found, inner) == [True] * 3 and stays(found, outer) == [True, False]
+    assert stays(found, flat) == [True] * 3 + [False] * 3
+
+
 def test_the_only_free_factor_takes_the_flat_dimension_along(t: Trace) -> None:
     flat, (outer, inner) = product(t, 2, 3)
     t.pin(outer, NODE, "fixed")

@@ -106,10 +106,11 @@ def test_what_cannot_take_it_says_why(reader: nn.Module, image: bool, reason: st
     assert not any(able) and reasons == ["", reason, "", ""]
 
 
-def test_a_kernel_that_is_zero_where_it_meets_the_padding_takes_it() -> None:
+@pytest.mark.parametrize(("tap", "takes"), [((1, 1), True), *[(at, False) for at in ((0, 1), (1, 0), (2, 1), (1, 2))]])
+def test_a_kernel_that_is_zero_where_it_meets_the_padding_takes_it(tap: tuple[int, int], takes: bool) -> None:
     reader = nn.Conv2d(4, 5, 3, padding=1)
     with torch.no_grad():
         reader.weight[:, 1] = 0
-        reader.weight[:, 1, 1, 1] = 1.0
+        reader.weight[:, 1, tap[0], tap[1]] = 1.0
     able, *_ = judged(reader)
-    assert able == ONE
+    assert able == (ONE if takes else [False] * 4)
