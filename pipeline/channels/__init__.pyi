@@ -1,15 +1,16 @@
 from .centring.centre import Centred as Centred
 from .centring.centre import centre as centre
+from .coupling.analyse import analyse as analyse
 from .coupling.groups import Analysis as Analysis
 from .coupling.groups import Blocked as Blocked
 from .coupling.groups import Cluster as Cluster
 from .coupling.groups import Size as Size
-from .coupling.groups import analyse as analyse
 from .coupling.layers import Layer as Layer
 from .coupling.layers import layers as layers
 from .dead.liveness import Liveness as Liveness
 from .dead.liveness import dead_groups as dead_groups
 from .dead.liveness import liveness as liveness
+from .dead.refusal import Refusal as Refusal
 from .operators.trace import Policy as Policy
 from .program.capture import Captured as Captured
 from .program.capture import capture as capture
@@ -17,7 +18,6 @@ from .program.capture import small as small
 from .program.macs import count_macs as count_macs
 from .removal.ledger import Fold as Fold
 from .removal.ledger import Ledger as Ledger
-from .removal.ledger import Refusal as Refusal
 from .removal.recover import Trainable as Trainable
 from .removal.recover import with_weights as with_weights
 from .removal.rewrite import Shrunk as Shrunk

@@ -10,7 +10,8 @@ from itertools import groupby
 from typing import Any
 
 from pipeline import models, runner
-from pipeline.channels.coupling.groups import Analysis, Blocked, Cluster, Size, analyse
+from pipeline.channels.coupling.analyse import analyse
+from pipeline.channels.coupling.groups import Analysis, Blocked, Cluster, Size
 from pipeline.channels.coupling.layers import Layer, layers
 from pipeline.channels.program.capture import capture
 from pipeline.drawing.widths import widths_svg

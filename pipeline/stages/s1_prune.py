@@ -9,7 +9,8 @@ import numpy as np
 from foundation.files import save_tensors
 from pipeline.artifacts.base import WidthChange, write_json, write_table
 from pipeline.artifacts.eager import Baseline, Pruned
-from pipeline.channels.coupling.groups import Analysis, analyse
+from pipeline.channels.coupling.analyse import analyse
+from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.program.capture import capture
 from pipeline.data.parts import Data
 from pipeline.drawing.plots import sparsity_plot

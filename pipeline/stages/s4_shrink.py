@@ -12,7 +12,8 @@ from pipeline import channels
 from pipeline.artifacts.base import WidthChange, write_table
 from pipeline.artifacts.eager import Folded, Pruned
 from pipeline.artifacts.program import Shrunk
-from pipeline.channels.coupling.groups import Analysis, analyse
+from pipeline.channels.coupling.analyse import analyse
+from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.coupling.layers import layers
 from pipeline.channels.dead.liveness import liveness
 from pipeline.channels.program.capture import capture

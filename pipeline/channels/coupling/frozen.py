@@ -1,6 +1,8 @@
-"""Weights that are computed from parameters (standardised, weight-normed): when a reduction inside that computation
-runs over
-channels that go, the result is computed once on the folded weights at full size, sliced, and kept as a parameter."""
+"""Weights that are computed from parameters (standardised, weight-normed).
+
+Where a reduction inside that computation runs over channels that go, the result is computed once, on the folded weights
+at full size, then sliced and kept as a parameter.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch.export.graph_signature import InputKind
 
 from pipeline.channels.coupling.groups import Analysis, Kind, Removed
-from pipeline.channels.operators.table import base_name, bind
+from pipeline.channels.operators.table import base_name, bind, find
 from pipeline.channels.operators.values import Value
 
 
@@ -38,18 +38,21 @@ def layers(analysis: Analysis, removed: Removed) -> tuple[Layer, ...]:
         for spec in program.graph_signature.input_specs
         if spec.kind == InputKind.PARAMETER and spec.target is not None
     }
+    # Class -> number of its cluster, −1 where it stays.
     cluster_of = np.full(solution.reason_of.shape[0], -1, np.int64)
     for k, cluster in enumerate(analysis.clusters):
         cluster_of[analysis.members[cluster.name]] = k
     found: list[Layer] = []
-    for node in trace.notes["<counted>"]:
+    for node in analysis.counted:
+        card = find(node.target)
         value = trace.values.get(node)
-        arguments = bind(node)
-        weight = arguments.get("weight")
-        name = owner.get(getattr(weight, "name", ""))
-        if name is None or not isinstance(value, Value) or value.derived:
+        if card is None or card.weighted is None or not isinstance(value, Value) or value.derived:
             continue
-        dim = len(value.shape) - 1 if base_name(node.target) == "linear" else 1
+        weight = bind(node)[card.weighted.weight]
+        name = owner.get(getattr(weight, "name", ""))
+        if name is None:
+            continue
+        dim = card.weighted.output_dim % len(value.shape)
         before, atoms = value.shape[dim], value.atoms[dim]
         if atoms is None:
             found.append(Layer(name, base_name(node.target), before, before, "", None, "its outputs are fixed"))
@@ -57,7 +60,7 @@ def layers(analysis: Analysis, removed: Removed) -> tuple[Layer, ...]:
         classes = solution.class_of[atoms]
         numbers = cluster_of[classes]
         after = before - int(gone[atoms].sum())
-        if (numbers >= 0).any():
+        if (numbers >= 0).any():  # its outputs may belong to several clusters: the one that holds most of them
             lead = analysis.clusters[int(np.bincount(numbers[numbers >= 0]).argmax())]
             found.append(Layer(name, base_name(node.target), before, after, lead.name, lead.kind, ""))
         else:

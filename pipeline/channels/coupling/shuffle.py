@@ -1,35 +1,30 @@
-"""Channel shuffle: view, permute, view back. Together they permute one dimension; taken apart they would tie channels
-in
-powers of two."""
+"""Channel shuffle: view, permute, view back. Together they permute one dimension.
+
+Taken apart they would tie channels in powers of two, because each index lands where another came from.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from torch import fx
 
-from pipeline.channels.operators.table import base_name
+from pipeline.channels.operators.table import find, kind_of
+from pipeline.channels.operators.views import Shuffle
 
-_VIEWS = ("view", "reshape", "flatten", "unflatten", "_unsafe_view")
-_MOVES = ("permute", "transpose", "contiguous", "clone", "swapaxes")
+Shape = Callable[[fx.Node], tuple[int, ...]]
 
 
-def find_shuffles(
-    graph: fx.Graph, shape: Callable[[fx.Node], tuple[int, ...]]
-) -> tuple[dict[fx.Node, Any], set[fx.Node]]:
-    """Last view of each shuffle -> (the tensor shuffled, its dimension, source index of every place); and the
-    nodes between.
-    """
-    found: dict[fx.Node, Any] = {}
+def find_shuffles(graph: fx.Graph, shape: Shape) -> tuple[dict[fx.Node, Shuffle], set[fx.Node]]:
+    """(last view of each shuffle -> what it does to the first one's operand; the nodes before it in the shuffle)."""
+    found: dict[fx.Node, Shuffle] = {}
     between: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "call_function" and base_name(node.target) in _VIEWS:
+        if kind_of(node) == "view":
             hit = _shuffle(node, shape)
             if hit is not None:
-                last = hit[0]
-                found[last] = hit[1]
+                last, found[last] = hit
                 step = node
                 while step is not last:
                     between.add(step)
@@ -37,47 +32,37 @@ def find_shuffles(
     return found, between
 
 
-def _shuffle(first: fx.Node, shape: Callable[[fx.Node], tuple[int, ...]]) -> tuple[fx.Node, Any] | None:
+def _shuffle(first: fx.Node, shape: Shape) -> tuple[fx.Node, Shuffle] | None:
+    """The shuffle that the view `first` begins, if it does."""
     source = first.args[0]
-    before, inside = shape(source), shape(first)  # type: ignore[arg-type]
-    dim = next((d for d, (a, b) in enumerate(zip(before, inside, strict=False)) if a != b), None)
-    extra = len(inside) - len(before)
-    if dim is None or extra < 1 or before[dim + 1 :] != inside[dim + 1 + extra :]:
-        return None
-    order = list(range(len(inside)))
+    assert isinstance(source, fx.Node)
+    before, split = shape(source), shape(first)
+    dim = next((d for d, (a, b) in enumerate(zip(before, split, strict=False)) if a != b), None)
+    extra = len(split) - len(before)
+    if dim is None or extra < 1 or before[dim + 1 :] != split[dim + 1 + extra :]:
+        return None  # it does not split one dimension alone
+    order = list(range(len(split)))  # dimension k holds what `first` has in dimension order[k]
     node = first
     while True:
         if len(node.users) != 1:
             return None
         node = next(iter(node.users))
-        name = base_name(node.target)
-        if name in _VIEWS:
+        kind = kind_of(node)
+        if kind == "view":
             break
-        if name not in _MOVES:
+        if kind == "permutation":
+            card = find(node.target)
+            assert card is not None and card.order is not None
+            order = [order[d] for d in card.order(node, len(order))]
+        elif kind != "same":
             return None
-        order = _moved(node, order)
-    split = range(dim, dim + extra + 1)
-    outside_fixed = all(order[d] == d for d in range(len(order)) if d not in split)
-    if (
-        base_name(node.target) not in ("view", "reshape", "_unsafe_view")
-        or shape(node) != before
-        or not outside_fixed
-        or order == sorted(order)
-    ):
+    parts = range(dim, dim + extra + 1)
+    outside_fixed = all(order[d] == d for d in range(len(order)) if d not in parts)
+    if shape(node) != before or not outside_fixed or order == sorted(order):
         return None
-    grid = np.arange(before[dim]).reshape([inside[d] for d in split])
-    return node, (source, dim, grid.transpose([order[d] - dim for d in split]).reshape(-1))
-
-
-def _moved(node: fx.Node, order: list[int]) -> list[int]:
-    name = base_name(node.target)
-    if name == "permute":
-        axes: Any = node.args[1]
-        return [order[d % len(order)] for d in axes]
-    if name in ("transpose", "swapaxes"):
-        dims: Any = node.args[1:3]
-        i, j = (d % len(order) for d in dims)
-        moved = list(order)
-        moved[i], moved[j] = moved[j], moved[i]
-        return moved
-    return order
+    card = find(node.target)
+    if card is None or card.edit is None:  # it is this view's edit that makes one operator of the shuffle
+        return None
+    # What happens to the indices themselves: numbered, split, permuted, and flat again.
+    numbered = np.arange(before[dim]).reshape([split[d] for d in parts])
+    return node, Shuffle(source, dim, numbered.transpose([order[d] - dim for d in parts]).reshape(-1))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from pipeline.channels.dead.dependence import follow
-from pipeline.channels.operators.table import base_name, bind
+from pipeline.channels.operators.table import bind, find
 from pipeline.channels.operators.trace import Contraction, Trace
 from pipeline.channels.operators.values import Atoms, Flags, Value
 from pipeline.channels.program.capture import Captured
@@ -33,10 +33,6 @@ Numbers = npt.NDArray[np.float64]
 
 # Pooling and resizing average a constant with rounding; in float64 it stays far below this share of it.
 SAME = 1e-12
-
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-PRODUCTS = ("matmul", "mm", "addmm")
 
 BORDER = "a constant; zero padding makes its part in the sum differ at the border"
 PLACES = "independent of the input, yet not the same at every place (padding before it)"
@@ -105,17 +101,22 @@ class Survey:
         if reader.weight is None or not numbers.any():
             return None
         w, c = self.weights[reader.node].to(torch.float64), torch.from_numpy(numbers)
-        name = base_name(reader.node.target)
-        if name in (*CONVOLUTIONS, *TRANSPOSED):
+        card = find(reader.node.target)
+        assert card is not None
+        weighted = card.weighted
+        if weighted is not None and weighted.windows:
             taps = w.flatten(2).sum(-1)  # a convolution's [out, in of a group], transposed [in, out of a group]
             groups = bind(reader.node)["groups"]
-            form = "gi,gio->go" if name in TRANSPOSED else "gi,goi->go"
+            form = "gi,gio->go" if weighted.transposed else "gi,goi->go"
             amount = torch.einsum(form, c.reshape(groups, -1), taps.reshape(groups, -1, taps.shape[1])).reshape(-1)
             return Shift(amount, numbers)
         if w.dim() != 2:
             return None
-        rows = name in PRODUCTS and reader.weight is reader.node.args[1 if name == "addmm" else 0]  # weight · input
-        return Shift(w @ c if rows or name == "linear" else c @ w, numbers, rows)
+        if weighted is not None:
+            return Shift(w @ c, numbers)
+        assert card.matrices is not None
+        rows = reader.weight is reader.node.args[card.matrices[0]]  # weight · input
+        return Shift(w @ c if rows else c @ w, numbers, rows)
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,16 @@ class Shift:
 
 def readers(contraction: Contraction, trace: Trace) -> list[Reader]:
     """The contraction as weight times activation: one for every activation side that a weight stands beside."""
-    node, name = contraction.node, base_name(contraction.node.target)
-    if name in (*CONVOLUTIONS, *TRANSPOSED, "linear"):
+    node = contraction.node
+    card = find(node.target)
+    if card is not None and card.weighted is not None and card.weighted.input_dim is not None:
         a = bind(node)
-        source, weight = a["input"], a["weight"]
+        source = a[card.weighted.input]
         x = trace.value(source)
-        dim = len(x.shape) - 1 if name == "linear" else 1
-        return [] if x.derived else [Reader(node, source, dim, weight)]
-    if name in PRODUCTS and len(contraction.sides) == 2:
+        if x.derived:
+            return []
+        return [Reader(node, source, card.weighted.input_dim % len(x.shape), a[card.weighted.weight])]
+    if card is not None and card.matrices is not None and len(contraction.sides) == 2:
         left, right = contraction.sides
         return [
             Reader(node, source, dim, weight)
@@ -151,17 +154,18 @@ def readers(contraction: Contraction, trace: Trace) -> list[Reader]:
 
 def _obstacles(survey: Survey, reader: Reader, size: int, alone: bool) -> list[str]:
     """For every index, why its constant cannot go into a bias of the reader; "" where it can."""
-    name = base_name(reader.node.target)
     if reader.weight is None:
         return [AMONG if alone else MEETS] * size
     w = survey.weights[reader.node]
-    if name in CONVOLUTIONS:
+    card = find(reader.node.target)
+    weighted = card.weighted if card is not None else None
+    if weighted is None or not weighted.windows:
+        return ["" if w.dim() == 2 else MEETS] * size
+    if not weighted.transposed:
         return [BORDER if hidden else "" for hidden in _hidden(survey, reader, size)]
-    if name in TRANSPOSED:
-        a = bind(reader.node)
-        plain = set(w.shape[2:]) == set(_each(a["stride"])) == {1} and not any(_each(a["padding"]))
-        return ["" if plain else TAPS] * size
-    return ["" if w.dim() == 2 else MEETS] * size
+    a = bind(reader.node)
+    plain = set(w.shape[2:]) == set(_each(a["stride"])) == {1} and not any(_each(a["padding"]))
+    return ["" if plain else TAPS] * size
 
 
 def _each(entry: Any) -> list[int]:
@@ -202,55 +206,74 @@ def _hidden(survey: Survey, reader: Reader, size: int) -> Flags:
 
 def survey(captured: Captured, trace: Trace, class_of: Atoms, contractions: Iterable[Contraction]) -> Survey:
     """Run `captured` once and see what is constant; `contractions` are those that will be judged."""
-    found = Survey(trace, class_of)
-    found.fixed_classes = np.zeros(int(class_of.max()) + 1, np.bool_)
-    wanted: dict[fx.Node, set[int]] = {}
-    weight_of: dict[fx.Node, list[fx.Node]] = {}
-    for contraction in contractions:
-        for reader in readers(contraction, trace):
-            wanted.setdefault(reader.source, set()).add(reader.dim)
-            if reader.weight is not None:
-                weight_of.setdefault(reader.weight, []).append(reader.node)
-    classes_at: dict[fx.Node, Flags] = {}  # activation -> which classes are constant in it
-    feeds = feeds_of(captured.program, captured.example, captured.state)  # weights as they are, not a wider copy
-    summing = {contraction.node for contraction in trace.contractions}
-    last = {source: user for user in captured.program.graph.nodes for source in user.all_input_nodes}
+    watch = _Watch(captured, trace, class_of, contractions)
+    follow(captured, watch.seen)
+    return watch.found
 
-    def seen(node: fx.Node, value: Tensor, depends: Tensor) -> None:
-        for reader in weight_of.get(node, ()):
-            found.weights[reader] = feeds[node.name] if node.op == "placeholder" else value.detach()
-        known = trace.values.get(node)
+
+class _Watch:
+    """One run, tensor by tensor: what a survey keeps of it."""
+
+    def __init__(self, captured: Captured, trace: Trace, class_of: Atoms, contractions: Iterable[Contraction]) -> None:
+        self.found = Survey(trace, class_of, fixed_classes=np.zeros(int(class_of.max()) + 1, np.bool_))
+        self.wanted: dict[fx.Node, set[int]] = {}  # activation -> dimensions whose numbers a reader needs
+        self.weight_of: dict[fx.Node, list[fx.Node]] = {}  # weight -> its readers
+        for contraction in contractions:
+            for reader in readers(contraction, trace):
+                self.wanted.setdefault(reader.source, set()).add(reader.dim)
+                if reader.weight is not None:
+                    self.weight_of.setdefault(reader.weight, []).append(reader.node)
+        self.summing = {contraction.node for contraction in trace.contractions}
+        self.feeds = feeds_of(captured.program, captured.example, captured.state)  # as they are, not in float64
+        self.last_user = {source: user for user in captured.program.graph.nodes for source in user.all_input_nodes}
+        self.constant_in: dict[fx.Node, Flags] = {}  # activation -> which classes are constant in it
+
+    def seen(self, node: fx.Node, value: Tensor, depends: Tensor) -> None:
+        """One tensor of the run."""
+        for reader in self.weight_of.get(node, ()):
+            self.found.weights[reader] = self.feeds[node.name] if node.op == "placeholder" else value.detach()
+        known = self.found.trace.values.get(node)
         if not isinstance(known, Value) or known.derived or value.dim() != len(known.shape):
             return
-        here = np.zeros_like(found.fixed_classes)
-        varying = np.zeros_like(here)
+        constant = np.zeros_like(self.found.fixed_classes)
+        varying = np.zeros_like(constant)
         for dim, atoms in enumerate(known.atoms):
-            if atoms is None or atoms.shape[0] != value.shape[dim]:
-                continue
-            others = [d for d in range(value.dim()) if d != dim]
-            moves = depends.to(torch.uint8).amax(dim=others) if others else depends
-            fixed = ~moves.bool().numpy()
-            varying[class_of[atoms[~fixed]]] = True
-            if not fixed.any() and dim not in wanted.get(node, ()):
-                continue
-            low, high = (value.amin(others).numpy(), value.amax(others).numpy()) if others else (value.numpy(),) * 2
-            here[class_of[atoms[fixed & ((low != 0) | (high != 0))]]] = True
-            if dim in wanted.get(node, ()):
-                one = fixed & (high - low <= SAME * np.maximum(1.0, np.abs(high))) & np.isfinite(high)
-                found.fixed[node, dim] = fixed
-                found.constant[node, dim] = np.where(one, np.where(low == high, high, (low + high) / 2), np.nan)
-        classes_at[node] = here
-        found.fixed_classes |= here
-        for source in node.all_input_nodes:
-            before = classes_at.get(source)
-            if before is not None and node not in summing:
-                for cls in np.flatnonzero(before & varying):
-                    found.mixed.setdefault(int(cls), node)
-            if last[source] is node:
-                classes_at.pop(source, None)
+            if atoms is not None and atoms.shape[0] == value.shape[dim]:
+                fixed, not_zero = self._slices(node, dim, value, depends)
+                constant[self.found.class_of[atoms[not_zero]]] = True
+                varying[self.found.class_of[atoms[~fixed]]] = True
+        self.constant_in[node] = constant
+        self.found.fixed_classes |= constant
+        self._mixed(node, varying)
 
-    follow(captured, seen)
-    return found
+    def _slices(self, node: fx.Node, dim: int, value: Tensor, depends: Tensor) -> tuple[Flags, Flags]:
+        """For every index of `dim`: whether no input has a part in it, and whether it is then not all zero.
+
+        Where a reader needs them, the numbers are kept too.
+        """
+        others = [d for d in range(value.dim()) if d != dim]
+        moves = depends.to(torch.uint8).amax(dim=others) if others else depends
+        fixed: Flags = ~moves.bool().numpy()
+        wanted = dim in self.wanted.get(node, ())
+        if not fixed.any() and not wanted:
+            return fixed, fixed
+        low, high = (value.amin(others).numpy(), value.amax(others).numpy()) if others else (value.numpy(),) * 2
+        if wanted:
+            one = fixed & (high - low <= SAME * np.maximum(1.0, np.abs(high))) & np.isfinite(high)
+            self.found.fixed[node, dim] = fixed
+            # Averaging rounds: the middle, but an exact number as it is.
+            self.found.constant[node, dim] = np.where(one, np.where(low == high, high, (low + high) / 2), np.nan)
+        return fixed, fixed & ((low != 0) | (high != 0))
+
+    def _mixed(self, node: fx.Node, varying: Flags) -> None:
+        """Note classes that were constant in an operand and vary in the node, where that is no sum over them."""
+        for source in node.all_input_nodes:
+            before = self.constant_in.get(source)
+            if before is not None and node not in self.summing:
+                for cls in np.flatnonzero(before & varying):
+                    self.found.mixed.setdefault(int(cls), node)
+            if self.last_user[source] is node:
+                self.constant_in.pop(source, None)
 
 
 def shifts(found: Survey, contractions: Iterable[Contraction], gone: Flags) -> dict[fx.Node, tuple[Reader, Shift]]:

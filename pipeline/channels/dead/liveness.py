@@ -2,7 +2,7 @@
 
 A group is dead when at every place where its indices are summed one side is exactly zero: nothing reads it (zero
 columns), or nothing but zero comes in (zero rows and bias, zero scale and shift, carried on through every operator by
-its own rule). What is dead makes more dead: its rows and columns no longer count, so a row whose only weights were on
+its own card). What is dead makes more dead: its rows and columns no longer count, so a row whose only weights were on
 dead inputs is zero itself. The walk is repeated until nothing changes.
 
 A group that is a constant instead of zero (rows or scale zero, shift not) is dead as well where every reader can take
@@ -19,14 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
-from pipeline.channels.coupling.couple import walk
 from pipeline.channels.coupling.groups import Analysis
+from pipeline.channels.coupling.walk import walk
 from pipeline.channels.dead.constants import MIXED, survey
+from pipeline.channels.dead.refusal import Causes, Refusal, refusals_of
 from pipeline.channels.operators.trace import Contraction, Trace
 from pipeline.channels.operators.values import Flags, Value
 from pipeline.channels.program.capture import Captured
-from pipeline.channels.removal.ledger import Refusal
-from pipeline.channels.removal.verify import refusals_of
 
 Slices = dict[tuple[str, int], npt.NDArray[np.bool_]]
 
@@ -69,7 +68,7 @@ def liveness(analysis: Analysis, state: Mapping[str, Tensor]) -> Liveness:
 
 def _with_constants(
     analysis: Analysis, captured: Captured, own: Flags, zero: Flags, slices: Slices
-) -> tuple[Flags, dict[int, tuple[fx.Node, str]]]:
+) -> tuple[Flags, Causes]:
     """Dead classes, constants that can go into a bias included; and why other constants cannot."""
     class_of = analysis.solution.class_of
     if not _may_be_constant(analysis, slices, own & ~zero):

@@ -1,21 +1,56 @@
-"""What every operator relates, by family. Importing this package fills the table."""
+"""What every operator is, by family: one card each. Importing this package fills the table."""
 
-from pipeline.channels.operators import attention, contract, create, layout, norm, pointwise, recurrent, space
-from pipeline.channels.operators.table import RULES, Rule, base_name, bind, find, rule
+from pipeline.channels.operators import (
+    attention,
+    blocks,
+    convolution,
+    create,
+    indexing,
+    joining,
+    linear,
+    norm,
+    padding,
+    permutations,
+    pointwise,
+    products,
+    recurrent,
+    reduction,
+    repetition,
+    same,
+    sizes,
+    slicing,
+    space,
+    transforms,
+    views,
+    weight_norm,
+)
+from pipeline.channels.operators.card import Card
+from pipeline.channels.operators.table import CARDS, TAGGED
 
 __all__ = [
-    "RULES",
-    "Rule",
+    "CARDS",
+    "TAGGED",
+    "Card",
     "attention",
-    "base_name",
-    "bind",
-    "contract",
+    "blocks",
+    "convolution",
     "create",
-    "find",
-    "layout",
+    "indexing",
+    "joining",
+    "linear",
     "norm",
+    "padding",
+    "permutations",
     "pointwise",
+    "products",
     "recurrent",
-    "rule",
+    "reduction",
+    "repetition",
+    "same",
+    "sizes",
+    "slicing",
     "space",
+    "transforms",
+    "views",
+    "weight_norm",
 ]

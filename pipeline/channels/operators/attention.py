@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from torch import fx
+import math
+from typing import Any
 
+from torch import Tensor, fx
+
+from pipeline.channels.operators.card import Card, Shape
 from pipeline.channels.operators.cut import Cut
-from pipeline.channels.operators.table import bind, rule
+from pipeline.channels.operators.masks import Masks, NoAnswer
+from pipeline.channels.operators.table import bind, family
 from pipeline.channels.operators.trace import Trace
 from pipeline.channels.operators.values import Atoms, Flags, Value
 
@@ -18,7 +23,28 @@ def edit_scale(c: Cut, node: fx.Node) -> None:
         c.set(node, scale=float(q.shape[-1]) ** -0.5)
 
 
-@rule("scaled_dot_product_attention", edit=edit_scale)
+def depends_attention(m: Masks, node: fx.Node, value: Any) -> Tensor:
+    """Rows of a softmax sum to one: a value channel that is the same for every token comes out as it is."""
+    a = bind(node)
+    mask = m.mask(a["value"])
+    v: Tensor = m.values[a["value"]]
+    varies = (v.amax(-2, keepdim=True) != v.amin(-2, keepdim=True)) | mask.any(-2, keepdim=True)
+    m.ask(a["attn_mask"])
+    if varies.shape[:-2] != value.shape[:-2]:
+        raise NoAnswer
+    return varies.expand(value.shape)
+
+
+def macs_attention(node: fx.Node, shape: Shape) -> int:
+    """Scores, and the sum of values."""
+    a = bind(node)
+    query, key, value = shape(a["query"]), shape(a["key"]), shape(a["value"])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+@family(
+    Card("attention", edit=edit_scale, depends=depends_attention, macs=macs_attention), "scaled_dot_product_attention"
+)
 def attention(t: Trace, node: fx.Node) -> Value:
     """Heads live together in q, k and v; positions in q with k, and in v with the output; tokens stay."""
     a = bind(node)
@@ -33,33 +59,17 @@ def attention(t: Trace, node: fx.Node) -> Value:
     atoms: list[Atoms | None] = []
     zeros: list[Flags | None] = []
     for d in range(rank - 2):
-        batch, flags = q.atoms[d], v.zeros[d]
+        flags = v.zeros[d]  # a head whose values are zero gives zero, whatever its scores are
         if d == rank - 3 and a.get("enable_gqa") and q.shape[d] != k.shape[d]:
-            shared, ratio = k.shape[d], q.shape[d] // k.shape[d]
-            t.tie(k.atoms[d], v.atoms[d], node)
-            t.role("head", k.atoms[d])
-            if batch is None or k.atoms[d] is None:
-                t.pin(batch, node, "shares a dimension with something fixed")
-                t.pin(k.atoms[d], node, "shares a dimension with something fixed")
-                batch = None
-            else:
-                inner = t.fresh(ratio)
-                t.pin(inner, node, "query heads of one key head")
-                t.product(node, batch, (k.atoms[d], inner), (shared, ratio))
-            flags = None if flags is None else flags.repeat(ratio)
+            batch = _shared_heads(t, node, q, k, v, d)
+            flags = None if flags is None else flags.repeat(q.shape[d] // k.shape[d])
         else:
-            for other in (k, v):
-                if other.shape[d] == q.shape[d]:
-                    t.tie(batch, other.atoms[d], node)
-                    batch = None if other.atoms[d] is None else batch
-                else:
-                    t.pin(batch if q.shape[d] > 1 else other.atoms[d], node, "broadcast over heads")
-                    batch = None
+            batch = _own_heads(t, node, q, k, v, d)
         t.role("head", batch)
         atoms.append(batch)
         zeros.append(flags if batch is not None else None)
     if a["attn_mask"] is not None:
-        mask = t.value(a["attn_mask"])
+        mask = t.value(a["attn_mask"])  # added to the scores, [..., heads, query tokens, key tokens], by broadcasting
         scores = [*atoms, q.atoms[-2], None]
         for d, n in enumerate(mask.shape):
             at = d - len(mask.shape) + rank
@@ -68,3 +78,32 @@ def attention(t: Trace, node: fx.Node) -> Value:
                 if at < rank - 2 and mask.atoms[d] is None:
                     atoms[at] = zeros[at] = None
     return Value(t.shape(node), (*atoms, q.atoms[-2], v.atoms[-1]), (*zeros, None, v.zeros[-1]))
+
+
+def _shared_heads(t: Trace, node: fx.Node, q: Value, k: Value, v: Value, d: int) -> Atoms | None:
+    """Several query heads to one head of keys and values: they go with it, all together."""
+    shared, ratio = k.shape[d], q.shape[d] // k.shape[d]
+    t.tie(k.atoms[d], v.atoms[d], node)
+    t.role("head", k.atoms[d])
+    heads, key_heads = q.atoms[d], k.atoms[d]
+    if heads is None or key_heads is None:
+        t.pin(heads, node, "shares a dimension with something fixed")
+        t.pin(key_heads, node, "shares a dimension with something fixed")
+        return None
+    inner = t.fresh(ratio)
+    t.pin(inner, node, "query heads of one key head")
+    t.product(node, heads, (key_heads, inner), (shared, ratio))
+    return heads
+
+
+def _own_heads(t: Trace, node: fx.Node, q: Value, k: Value, v: Value, d: int) -> Atoms | None:
+    """As many heads in q, k and v; a dimension that is broadcast over the others' stays."""
+    heads = q.atoms[d]
+    for other in (k, v):
+        if other.shape[d] == q.shape[d]:
+            t.tie(heads, other.atoms[d], node)
+            heads = None if other.atoms[d] is None else heads
+        else:
+            t.pin(heads if q.shape[d] > 1 else other.atoms[d], node, "broadcast over heads")
+            heads = None
+    return heads

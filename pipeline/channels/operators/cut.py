@@ -1,19 +1,20 @@
-"""What an operator's edit is handed: which indices stay, the old node, and the new graph to change."""
+"""What a card's `edit` is handed: which indices stay, the old node, and the new graph to change."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from pipeline.channels.operators.values import Atoms, Flags, Value
+from pipeline.channels.operators.values import Atoms, Flags, Indices, Value
 
 aten = torch.ops.aten
+N = TypeVar("N")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Cut:
 
     gone: Flags  # atom -> True = goes
     values: dict[fx.Node, Any]
-    notes: dict[Any, Any]
+    notes: Mapping[fx.Node, object]
     graph: fx.Graph
     new_of: dict[fx.Node, fx.Node]
     constant: Callable[[str, Tensor], fx.Node]  # adds a constant tensor to the program
@@ -71,6 +72,11 @@ class Cut:
         assert isinstance(value, Value)
         return value
 
+    def note(self, node: fx.Node, kind: type[N]) -> N | None:
+        """What the card's `relate` left for its `edit`, if it is a `kind`."""
+        found = self.notes.get(node)
+        return found if isinstance(found, kind) else None
+
     # -- changing the new graph ------------------------------------------------------------------------------------
 
     def set(self, node: fx.Node, **arguments: Any) -> None:
@@ -95,6 +101,22 @@ class Cut:
         new = self.new_of[node]
         self.rewrites.append(Rewrite(node.name, str(new.target), "operator", str(new.target), str(target)))
         new.target, new.args, new.kwargs = target, args, {}
+
+    def pick(self, node: fx.Node, source: Any, dim: int, picked: Indices) -> None:
+        """Make `node`'s new twin an index_select: what is left of the places `picked` in `dim` of the old `source`."""
+        index = self.constant(f"{node.name}_index", self.moved(self.value(source).atoms[dim], picked))
+        self.retarget(node, aten.index_select.default, (self.new_of[source], dim, index))
+
+    def moved(self, atoms: Atoms | None, picked: Indices) -> Tensor:
+        """The places `picked` without those that go, counted among what stays."""
+        keep = self.keep(atoms)
+        if keep is None:
+            return torch.from_numpy(picked.copy())
+        return torch.from_numpy((np.cumsum(keep) - 1)[picked[keep[picked]]])
+
+    def twin(self, entry: Any) -> Any:
+        """An argument in the new graph: a node's twin, anything else as it is."""
+        return self.new_of[entry] if isinstance(entry, fx.Node) else entry
 
     def size(self, entry: Any, kept: int, before: int) -> Any:
         """A size argument that was `entry` (an int, −1, or a symbolic size of `before`) for `kept` indices."""

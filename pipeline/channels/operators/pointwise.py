@@ -13,16 +13,40 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from pipeline.channels.operators.table import bind, rule, tensors
-from pipeline.channels.operators.trace import NoRule, Trace
+from pipeline.channels.operators.card import Card
+from pipeline.channels.operators.carry import times_number
+from pipeline.channels.operators.masks import Masks
+from pipeline.channels.operators.table import bind, family, tensors
+from pipeline.channels.operators.trace import Trace
 from pipeline.channels.operators.values import Flags, Value
 
 _PROBES = 64
 _answers: dict[tuple[Any, ...], bool] = {}
 
 
-@rule("<pointwise>", "type_as", "hardswish", "hardtanh", "nan_to_num", "where", "masked_fill", "copy", "fill", "zero",
-      "lerp")  # fmt: skip
+def depends_pointwise(m: Masks, node: fx.Node, value: Any) -> Tensor:
+    """An element depends where any of its operands does."""
+    found = torch.zeros(value.shape, dtype=torch.bool)
+    for source in tensors(node):
+        found = found | m.mask(source)
+    return found
+
+
+def depends_multiplied(m: Masks, node: fx.Node, value: Any) -> Tensor:
+    """A product: a factor that is zero whatever the input cuts the other off."""
+    a, b = node.args[:2]
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return depends_pointwise(m, node, value)
+    return (m.mask(a) & m.filled(b)) | (m.filled(a) & m.mask(b))
+
+
+@family(Card("pointwise", depends=depends_multiplied, carries=times_number), "mul")
+@family(Card("pointwise", depends=depends_pointwise, carries=times_number), "div")
+@family(
+    Card("pointwise", depends=depends_pointwise),
+    "type_as", "hardswish", "hardtanh", "nan_to_num", "where", "masked_fill", "copy", "fill", "zero", "lerp",
+    tag=torch.Tag.pointwise,
+)  # fmt: skip
 def pointwise(t: Trace, node: fx.Node) -> Value:
     """Broadcast: tie the operands index by index."""
     operands = tensors(node)
@@ -50,33 +74,10 @@ def pointwise(t: Trace, node: fx.Node) -> Value:
     return Value(shape, tuple(atoms), tuple(zeros), all(v.derived for v in values))
 
 
-@rule(
-    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "contiguous", "clone", "detach", "alias",
-    "lift_fresh_copy", "lift_fresh", "to", "_to_copy", "zeros_like_keep", "conj", "resolve_conj", "resolve_neg",
-    "float", "native_dropout_keep", "requires_grad",
-)  # fmt: skip
-def unchanged(t: Trace, node: fx.Node) -> Value:
-    """Dropout in evaluation, copies and casts: the same tensor."""
-    x = t.value(node.args[0])
-    if x.shape != t.shape(node):
-        raise NoRule("changes the shape")
-    return x
-
-
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
-def like(t: Trace, node: fx.Node) -> Value:
-    """A fresh tensor of the operand's shape loses what the operand loses."""
-    x = t.value(node.args[0])
-    filled = node.target._schema.name == "aten::zeros_like"  # type: ignore[union-attr]
-    zeros = tuple(np.full(n, filled) if a is not None else None for a, n in zip(x.atoms, x.shape, strict=True))
-    return Value(x.shape, x.atoms, zeros)
-
-
-@rule("prelu", "_prelu_kernel")
+@family(Card("pointwise"), "prelu", "_prelu_kernel")
 def prelu(t: Trace, node: fx.Node) -> Value:
     """One slope per channel (dimension 1), or one for all."""
-    a = bind(node)
-    x, slope = t.value(a[_first(a)]), t.value(node.args[1])
+    x, slope = t.value(node.args[0]), t.value(node.args[1])
     if slope.shape and slope.shape[-1] > 1 and len(slope.shape) == 1:
         t.tie(x.atoms[1], slope.atoms[0], node)
     elif len(slope.shape) > 1:
@@ -84,7 +85,7 @@ def prelu(t: Trace, node: fx.Node) -> Value:
     return x
 
 
-@rule("glu")
+@family(Card("pointwise"), "glu")
 def glu(t: Trace, node: fx.Node) -> Value:
     """a·sigmoid(b) of the two halves of one dimension: the halves stay equally long."""
     a = bind(node)
@@ -95,10 +96,6 @@ def glu(t: Trace, node: fx.Node) -> Value:
         return x.replace_dim(dim, None, None, half)
     t.tie(atoms[:half], atoms[half:], node)
     return x.replace_dim(dim, atoms[:half], None if flags is None else flags[:half], half)
-
-
-def _first(bound: dict[str, Any]) -> str:
-    return next(iter(bound))
 
 
 def _zeros(node: fx.Node, operands: list[fx.Node], flags: list[Flags | None]) -> Flags | None:

@@ -1,45 +1,43 @@
-"""The table of rules: an operator's name -> what it relates, and how its constants change when channels go."""
+"""The table of cards: an operator's name -> its family's card; and what any node says of itself by its schema."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
-from pipeline.channels.operators.cut import Cut
-from pipeline.channels.operators.trace import Trace
+from pipeline.channels.operators.card import Card, Relate
 
-Relate = Callable[[Trace, fx.Node], Any]
-Edit = Callable[[Cut, fx.Node], None]
 R = TypeVar("R", bound=Relate)
 
-
-@dataclass(frozen=True)
-class Rule:
-    """`relate` states the relations and returns the node's value; `edit` fixes the node's constants afterwards."""
-
-    relate: Relate
-    edit: Edit | None = None
+CARDS: dict[str, Card] = {}
+TAGGED: dict[torch.Tag, Card] = {}
+"""Cards for operators that have none of their own, by PyTorch's own tag."""
 
 
-RULES: dict[str, Rule] = {}
+def register(card: Card, *names: str) -> None:
+    """Put the card of the ATen operators `names` (in-place twins included) in the table."""
+    for name in names:
+        if name in CARDS:
+            raise ValueError(f"two cards for {name}")
+        CARDS[name] = card
 
 
-def rule(*names: str, edit: Edit | None = None) -> Callable[[R], R]:
-    """Register a function as the rule of the ATen operators `names` (in-place twins included)."""
+def family(card: Card, *names: str, tag: torch.Tag | None = None) -> Callable[[R], R]:
+    """Register `card`, completed by the decorated function as its `relate`, for `names` and for the tag, if given."""
 
-    def register(relate: R) -> R:
-        for name in names:
-            if name in RULES:
-                raise ValueError(f"two rules for {name}")
-            RULES[name] = Rule(relate, edit)
+    def complete(relate: R) -> R:
+        whole = replace(card, relate=relate)
+        register(whole, *names)
+        if tag is not None:
+            TAGGED[tag] = whole
         return relate
 
-    return register
+    return complete
 
 
 @lru_cache(maxsize=4096)
@@ -56,14 +54,30 @@ def writes(node: fx.Node) -> bool:
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
-def find(target: Any) -> Rule | None:
-    """The rule for a node's target, or None."""
-    if isinstance(target, torch._ops.OpOverload) and target.namespace != "aten":
+def find(target: Any) -> Card | None:
+    """The card for a node's target, or None."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
-    found = RULES.get(base_name(target))
+    found = CARDS.get(base_name(target))
     if found is None and is_pointwise(target):
-        return RULES["<pointwise>"]
+        return TAGGED[torch.Tag.pointwise]
     return found
+
+
+def kind_of(node: fx.Node) -> str:
+    """The kind of the node's operator, "" where it has no card."""
+    card = find(node.target) if node.op == "call_function" else None
+    return "" if card is None else card.kind
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether the node's values differ from run to run; where it has no card, PyTorch's own tag decides."""
+    card = find(node.target)
+    if card is None:
+        return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    if card.kind == "dropout" and card.training is not None:
+        return bool(bind(node)[card.training])
+    return card.random
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,6 @@
 """The relations that one walk over the graph collects: ties, pins, products, contractions, roles.
 
-A rule (see `rules/`) is handed the trace and a node, and states relations only; nothing is solved or decided here.
+A card's `relate` is handed the trace and a node, and states relations only; nothing is solved or decided here.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class Contraction:
 
 
 class NoRule(Exception):  # noqa: N818  # not an error: the node's channels are pinned, and the report says why
-    """Raised by a rule for a form of its operator that it does not cover."""
+    """Raised by a card's `relate` for a form of its operator that it does not cover."""
 
 
 @dataclass
 class Trace:
-    """Everything the rules said about one graph."""
+    """Everything the cards said about one graph."""
 
     policy: Policy
     size_of: Callable[[Any], int]
@@ -85,11 +85,11 @@ class Trace:
     reads: list[Atoms] = field(default_factory=list)
     linear_only: dict[fx.Node, bool] = field(default_factory=dict)
     frozen: set[fx.Node] = field(default_factory=set)
-    notes: dict[Any, Any] = field(default_factory=dict)
+    notes: dict[fx.Node, object] = field(default_factory=dict)  # what a card's relate leaves for its edit
     unknown: dict[fx.Node, str] = field(default_factory=dict)
     count: int = 1
 
-    # -- what rules read -------------------------------------------------------------------------------------------
+    # -- what cards read -------------------------------------------------------------------------------------------
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Sizes of the node's tensor at the example's batch."""
@@ -119,7 +119,7 @@ class Trace:
         )
         return Value(shape, atoms, zeros, derived=True)
 
-    # -- what rules state ------------------------------------------------------------------------------------------
+    # -- what cards state ------------------------------------------------------------------------------------------
 
     def fresh(self, size: int) -> Atoms:
         """New atoms, tied to nothing yet."""
@@ -187,7 +187,7 @@ class Trace:
             self.reads.append(atoms)
 
     def give_up(self, node: fx.Node, reason: str) -> Any:
-        """No rule covers this node: all that it touches stays."""
+        """No card covers this node: all that it touches stays."""
         self.unknown[node] = reason
         for source in node.all_input_nodes:
             if source in self.static and source not in self.values and isinstance(self.static[source], Tensor):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 Atoms = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.int64]
 
 PINNED = 0
 

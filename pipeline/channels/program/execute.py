@@ -64,6 +64,7 @@ def execute(
                 if dtype is not None:
                     args = swap_dtype(args, dtype)
                     kwargs = swap_dtype(kwargs, dtype)
+                    # Without an eps it takes the type's own, which would be another in this precision.
                     if node.target is torch.ops.aten.rms_norm.default and (len(args) < 4 or args[3] is None):
                         args = (*(*args, None, None)[:3], torch.finfo(torch.float32).eps)
                 values[node] = node.target(*args, **kwargs) if compute is None else compute(node, args, kwargs)

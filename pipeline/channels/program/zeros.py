@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
-from pipeline.channels.operators.table import base_name, bind
+from pipeline.channels.operators.table import bind, find
 from pipeline.channels.operators.values import Flags
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -59,15 +59,17 @@ def without_zeros(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     The same numbers in another order of summation: a left out product is 0·x = 0 (for finite x; NaN otherwise).
     """
-    name = base_name(node.target)
-    if name in ("linear", "conv1d", "conv2d", "conv3d") and not kwargs:
-        a = dict(zip(bind(node), args, strict=False))
-        x, weight = a["input"], a["weight"]
-        fits = weight.dim() > 1 and (name == "linear" or x.dim() == weight.dim())
-        if fits and weight.numel() >= _LARGE and a.get("groups", 1) == 1:
-            rows, columns = (torch.from_numpy(np.flatnonzero(~zero_slices(weight, d))) for d in (0, 1))
-            if 0 < len(rows) * len(columns) <= _LEFT * weight.shape[0] * weight.shape[1]:
-                return _product(node, args, a, rows, columns, dim=x.dim() - 1 if name == "linear" else 1)
+    card = find(node.target)
+    weighted = card.weighted if card is not None else None
+    if weighted is None or weighted.input_dim is None or weighted.transposed or kwargs:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    a = dict(zip(bind(node), args, strict=False))
+    x, weight = a[weighted.input], a[weighted.weight]
+    fits = weight.dim() > 1 and (not weighted.windows or x.dim() == weight.dim())
+    if fits and weight.numel() >= _LARGE and a.get("groups", 1) == 1:
+        rows, columns = (torch.from_numpy(np.flatnonzero(~zero_slices(weight, d))) for d in (0, 1))
+        if 0 < len(rows) * len(columns) <= _LEFT * weight.shape[0] * weight.shape[1]:
+            return _product(node, args, a, rows, columns, dim=weighted.input_dim % x.dim())
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

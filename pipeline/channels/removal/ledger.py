@@ -15,20 +15,10 @@ import torch
 from torch import Tensor
 
 from foundation.errors import WeightsError
+from pipeline.channels.dead.refusal import Refusal
 from pipeline.channels.operators.cut import Rewrite
 
 FORMAT = "leanort-ledger/1"
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Groups of a cluster that stayed although they were asked to go."""
-
-    cluster: str
-    groups: tuple[int, ...]
-    op: str
-    node: str
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Train a shrunk program further: its graph says `training=False` at every norm and dropout, so the flags are set
-there.
+"""Train a shrunk program further.
+
+Its graph says `training=False` at every norm and dropout; the flags are set in the graph itself.
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pipeline.channels.operators.table import base_name
+from pipeline.channels.operators.table import bind, find
 from pipeline.channels.removal.rewrite import Shrunk
-
-_FLAG = {"batch_norm": "training", "dropout": "train", "feature_dropout": "train", "alpha_dropout": "train"}
 
 
 class Trainable(nn.Module):
@@ -53,15 +52,17 @@ class Trainable(nn.Module):
 
 
 def _set_flag(node: fx.Node, mode: bool) -> None:
-    flag = _FLAG.get(base_name(node.target))
-    if flag is None:
+    card = find(node.target)
+    if card is None or card.training is None:
         return
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    if flag == "training" and (len(node.args) < 4 or node.args[3] is None):
+    arguments = bind(node)
+    if card.kind == "norm" and arguments["running_mean"] is None:
         return
-    args = list(node.args)
-    args[names.index(flag)] = mode
-    node.args = tuple(args)
+    at = list(arguments).index(card.training)
+    if at < len(node.args):
+        node.update_arg(at, mode)
+    else:
+        node.update_kwarg(card.training, mode)
 
 
 def with_weights(shrunk: Shrunk, weights: dict[str, Tensor]) -> Shrunk:

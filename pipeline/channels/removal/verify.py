@@ -14,13 +14,13 @@ from foundation.errors import RefusedError
 from foundation.rounding import allowance, scaled
 from pipeline.channels.coupling.groups import Analysis, Removed
 from pipeline.channels.dead.constants import Reader, Shift, Survey, shifts, survey
-from pipeline.channels.operators.table import base_name
+from pipeline.channels.dead.refusal import Refusal, refusals_of
+from pipeline.channels.operators.table import draws
 from pipeline.channels.operators.trace import Contraction, Trace
 from pipeline.channels.operators.values import Flags
 from pipeline.channels.program.capture import Captured, small
 from pipeline.channels.program.execute import execute, feeds_of, run_program
 from pipeline.channels.program.zeros import without_zeros, zero_slices
-from pipeline.channels.removal.ledger import Refusal
 
 # Float32 rounding through a deep network; the same network in float64 must agree far more closely.
 TOLERANCE_FLOAT32 = 1e-5
@@ -32,11 +32,7 @@ FAR = 30.0
 
 
 Shifts = Mapping[fx.Node, tuple[Reader, Shift]]
-"""Reader -> what it has to add once constant channels before it are away."""
-
-# Operators whose values differ from run to run.
-RANDOM = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "multinomial",
-          "normal", "uniform", "exponential"}  # fmt: skip
+"""Node that sums over channels -> what its bias has to take once the constant ones among them are away."""
 
 NOT_ZERO = "not exactly zero where it is summed"
 
@@ -44,7 +40,7 @@ NOT_ZERO = "not exactly zero where it is summed"
 def zero_check(
     captured: Captured, analysis: Analysis, gone: Flags, removed: Removed
 ) -> tuple[Flags, tuple[Refusal, ...], Shifts]:
-    """`gone` without the classes that may not go, those as refusals, and what readers have to add for the others.
+    """(`gone` without the classes that may not go; those as refusals; what biases have to take of the others).
 
     At every contraction, each index to be removed must be zero on one side, or a constant that a bias can take (see
     `constants`). A parameter side is read off the weights; only where that does not settle it is the graph run, once,
@@ -54,10 +50,9 @@ def zero_check(
     class_of = analysis.solution.class_of
     found: Survey | None = None
     why: dict[int, tuple[fx.Node, str]] = {}
-    while True:  # what is refused reads and is read again, so what counted on its going is asked once more
-        open_ = _open(captured, analysis, names, gone)
-        if open_:
-            _look(captured, open_)
+    # A refused group stays, and its rows and columns count again: what was zero without them is asked once more.
+    while True:
+        open_ = _not_zero(captured, _open(captured, analysis, names, gone))
         if not open_:
             break
         found = found or survey(captured, analysis.trace, class_of, analysis.trace.contractions)
@@ -84,26 +79,11 @@ def _open(captured: Captured, analysis: Analysis, names: dict[str, str], gone: F
         if not going.any():
             continue
         left = going & ~_zero_in_weights(captured, names, contraction, going)
-        if left.any():  # rows that go as well read nothing any more
+        if left.any():  # a column may be zero in all rows that stay
             left &= ~_zero_in_weights(captured, names, contraction, left, analysis.trace, gone)
         if left.any():
             open_[contraction] = left
     return open_
-
-
-def refusals_of(analysis: Analysis, why: Mapping[int, tuple[fx.Node, str]]) -> tuple[Refusal, ...]:
-    """Class -> (node, reason) as refusals, the groups of a cluster that share both in one."""
-    refusals = []
-    for name, classes in analysis.members.items():
-        by_cause: dict[tuple[fx.Node, str], list[int]] = {}
-        for group, cls in enumerate(classes.tolist()):
-            if cls in why:
-                by_cause.setdefault(why[cls], []).append(group)
-        refusals += [
-            Refusal(name, tuple(groups), base_name(node.target), node.name, reason)
-            for (node, reason), groups in by_cause.items()
-        ]
-    return tuple(refusals)
 
 
 def _parameters(captured: Captured) -> dict[str, str]:
@@ -136,8 +116,11 @@ def _zero_in_weights(
     return zero
 
 
-def _look(captured: Captured, open_: dict[Contraction, Flags]) -> None:
-    """Run the graph and strike out of `open_` what turns out to be zero."""
+def _not_zero(captured: Captured, open_: Mapping[Contraction, Flags]) -> dict[Contraction, Flags]:
+    """What of `open_` is still not zero on either side once the graph has been run."""
+    if not open_:
+        return {}
+    left = {contraction: flags.copy() for contraction, flags in open_.items()}
     watched: dict[fx.Node, list[tuple[Contraction, int]]] = {}
     for contraction in open_:
         for node, dim in contraction.sides:
@@ -145,15 +128,14 @@ def _look(captured: Captured, open_: dict[Contraction, Flags]) -> None:
 
     def watch(node: fx.Node, value: Any) -> None:
         for contraction, dim in watched.get(node, ()):
-            left = open_[contraction]
-            if left.any():
-                left &= ~zero_slices(torch.nan_to_num(value), dim)  # 0·inf far out: the near sample decides
+            if left[contraction].any():
+                # Far out, 0·inf is not a number; then the near sample alone decides.
+                left[contraction] &= ~zero_slices(torch.nan_to_num(value), dim)
 
     with torch.no_grad():
         feeds = feeds_of(captured.program, _scales(captured), captured.state)
         execute(captured.program.graph, feeds, watch=watch, compute=without_zeros)
-    for contraction in [c for c, left in open_.items() if not left.any()]:
-        del open_[contraction]
+    return {contraction: flags for contraction, flags in left.items() if flags.any()}
 
 
 def _scales(captured: Captured) -> tuple[Any, ...]:
@@ -203,7 +185,7 @@ def prove(
     ledger = getattr(shrunk, "ledger", None)
     rounded |= ledger is not None and ledger.rounded  # some values are stored that float64 would compute anew
     tolerance_precise = allowance(TOLERANCE_FLOAT32 if rounded else TOLERANCE_FLOAT64, scale)
-    if _has_float64(folded) and _has_float64(shrunk):
+    if _has_float64(folded) and _has_float64(shrunk):  # where a mistake cannot hide in rounding
         precise, _, _ = difference(folded, shrunk, inputs, torch.float64)
         if not rounded:  # far inputs too: what the usual ones leave dead may be alive there
             far = [tuple(FAR * x if _is_float(x) else x for x in inputs[0])]
@@ -274,7 +256,7 @@ def _random(model: Any) -> fx.Node | None:
     """The first node of the model's graph that draws random numbers."""
     program = getattr(model, "program", None)
     nodes = program.graph.nodes if program is not None else ()
-    return next((n for n in nodes if n.op == "call_function" and base_name(n.target) in RANDOM), None)
+    return next((n for n in nodes if n.op == "call_function" and draws(n)), None)
 
 
 def _is_float(x: Any) -> bool:

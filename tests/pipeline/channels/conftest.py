@@ -4,7 +4,7 @@ can fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.channels import (
     shrink,
     small,
 )
+from pipeline.channels.operators.strict import strictly
 from pipeline.channels.removal.verify import difference
 
 
@@ -91,3 +92,17 @@ def _experiment() -> Callable[..., Experiment]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     return experiment
+
+
+@pytest.fixture(autouse=True)
+def strict() -> Iterator[None]:
+    """A mistake in a card is raised here; for users it is a refusal."""
+    with strictly():
+        yield
+
+
+@pytest.fixture
+def lenient() -> Iterator[None]:
+    """As for users: a card that does not fit is a refusal."""
+    with strictly(False):
+        yield
