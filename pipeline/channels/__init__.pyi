@@ -10,14 +10,14 @@ from .coupling.layers import layers as layers
 from .dead.liveness import Liveness as Liveness
 from .dead.liveness import dead_groups as dead_groups
 from .dead.liveness import liveness as liveness
-from .dead.refusal import Refusal as Refusal
+from .ledger import Fold as Fold
+from .ledger import Ledger as Ledger
+from .ledger import Refusal as Refusal
 from .operators.trace import Policy as Policy
 from .program.capture import Captured as Captured
 from .program.capture import capture as capture
 from .program.capture import small as small
 from .program.macs import count_macs as count_macs
-from .removal.ledger import Fold as Fold
-from .removal.ledger import Ledger as Ledger
 from .removal.recover import Trainable as Trainable
 from .removal.recover import with_weights as with_weights
 from .removal.rewrite import Shrunk as Shrunk

@@ -12,7 +12,7 @@ from foundation.errors import StoreError, UserError, nearest
 from foundation.files import sha256
 from pipeline.artifacts.eager import Pruned
 from pipeline.artifacts.program import Shrunk
-from pipeline.channels.removal.ledger import Ledger
+from pipeline.channels.ledger import Ledger
 from pipeline.release import records
 
 SHOWN = 24  # indices written out before a range is cut short

@@ -16,9 +16,9 @@ from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.coupling.layers import layers
 from pipeline.channels.dead.liveness import liveness
+from pipeline.channels.ledger import Ledger
 from pipeline.channels.program.capture import capture
 from pipeline.channels.program.macs import count_macs
-from pipeline.channels.removal.ledger import Ledger
 from pipeline.channels.removal.verify import prove
 from pipeline.data.parts import Data
 from pipeline.drawing.widths import widths_svg

@@ -22,7 +22,8 @@ from torch import Tensor, fx
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.coupling.walk import walk
 from pipeline.channels.dead.constants import MIXED, survey
-from pipeline.channels.dead.refusal import Causes, Refusal, refusals_of
+from pipeline.channels.dead.refusal import Causes, refusals_of
+from pipeline.channels.ledger import Refusal
 from pipeline.channels.operators.trace import Contraction, Trace
 from pipeline.channels.operators.values import Flags, Value
 from pipeline.channels.program.capture import Captured

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import fx
 
 from pipeline.channels.coupling.groups import Analysis
+from pipeline.channels.ledger import Refusal
 from pipeline.channels.operators.table import base_name
 
 Causes = Mapping[int, tuple[fx.Node, str]]
 """Class -> the node because of which it stays, and the reason."""
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Groups of a cluster that stayed although they were asked to go."""
-
-    cluster: str
-    groups: tuple[int, ...]
-    op: str
-    node: str
-    reason: str
 
 
 def refusals_of(analysis: Analysis, why: Causes) -> tuple[Refusal, ...]:

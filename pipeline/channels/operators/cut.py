@@ -11,21 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from pipeline.channels.ledger import Rewrite
 from pipeline.channels.operators.values import Atoms, Flags, Indices, Value
 
 aten = torch.ops.aten
 N = TypeVar("N")
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """One constant of the graph that changed: the node, the argument, before and after."""
-
-    node: str
-    op: str
-    argument: str
-    before: Any
-    after: Any
 
 
 @dataclass

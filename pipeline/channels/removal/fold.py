@@ -11,10 +11,10 @@ from torch import Tensor, fx
 from foundation.editor import Editor
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.dead.constants import Reader, Shift
+from pipeline.channels.ledger import Fold
 from pipeline.channels.operators.cut import Cut
 from pipeline.channels.operators.table import base_name, bind
 from pipeline.channels.program.capture import Captured
-from pipeline.channels.removal.ledger import Fold
 
 aten = torch.ops.aten
 

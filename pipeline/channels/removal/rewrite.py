@@ -15,7 +15,7 @@ from foundation.editor import Editor, asserts
 from foundation.errors import RefusedError
 from pipeline.channels.coupling.frozen import frozen_part
 from pipeline.channels.coupling.groups import Analysis, Removed
-from pipeline.channels.dead.refusal import Refusal
+from pipeline.channels.ledger import Ledger, Refusal
 from pipeline.channels.operators.cut import Cut
 from pipeline.channels.operators.table import base_name, bind, find
 from pipeline.channels.operators.values import Flags, Value
@@ -23,7 +23,6 @@ from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.editing import finished
 from pipeline.channels.program.execute import execute, feeds_of, run_program
 from pipeline.channels.removal.fold import Folding
-from pipeline.channels.removal.ledger import Ledger
 from pipeline.channels.removal.slice import kept_part, sliced_state, smaller
 from pipeline.channels.removal.verify import Shifts, zero_check
 

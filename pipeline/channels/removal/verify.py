@@ -14,7 +14,8 @@ from foundation.errors import RefusedError
 from foundation.rounding import allowance, scaled
 from pipeline.channels.coupling.groups import Analysis, Removed
 from pipeline.channels.dead.constants import Reader, Shift, Survey, shifts, survey
-from pipeline.channels.dead.refusal import Refusal, refusals_of
+from pipeline.channels.dead.refusal import refusals_of
+from pipeline.channels.ledger import Refusal
 from pipeline.channels.operators.table import draws
 from pipeline.channels.operators.trace import Contraction, Trace
 from pipeline.channels.operators.values import Flags

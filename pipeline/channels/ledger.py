@@ -9,16 +9,36 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from foundation.errors import WeightsError
-from pipeline.channels.dead.refusal import Refusal
-from pipeline.channels.operators.cut import Rewrite
+
+if TYPE_CHECKING:  # a stored ledger is read without torch
+    from torch import Tensor
 
 FORMAT = "leanort-ledger/1"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Groups of a cluster that stayed although they were asked to go."""
+
+    cluster: str
+    groups: tuple[int, ...]
+    op: str
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One constant of the graph that changed: the node, the argument, before and after."""
+
+    node: str
+    op: str
+    argument: str
+    before: Any
+    after: Any
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,8 @@ class Ledger:
         `constants`: add what constant channels gave to biases, as this removal did; a state that `restore_state` gave
         has it in its biases already. Tensors that stand for a computation (`frozen`), or were created, are not made.
         """
+        import torch
+
         shrunk: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
             if name in self.dropped:
@@ -127,6 +149,8 @@ class Ledger:
         It computes what the shrunk model does, constants included, as long as no bias had to be created for them
         (`folds`): the dense architecture has no place for such a bias, and that alone is lost.
         """
+        import torch
+
         dense: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
             if name in self.dropped or name not in shrunk:
