@@ -80,7 +80,7 @@ def test_what_a_package_imports_when_it_is_imported_counts_and_type_checking_doe
     assert "exporters.summary" in reached  # where the face says that `describe` comes from
     assert not [name for name in reached if name.startswith("pipeline.cli")]
     assert "pipeline.channels.operators.values" in reached  # imported inside a function
-    assert "pipeline.channels.operators.contract" in reached  # imported by the package around it
+    assert "pipeline.channels.operators.products" in reached  # imported by the package around it
 
 
 def test_an_edited_report_command_or_promotion_reuses_every_stage(artifacts, copied):

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from exporters import candidates, describe, host, session_of, to_onnx
+from foundation.files import save_tensors
 from pipeline import data, models
 from pipeline.artifacts import Baseline, Exported, Optimized, Pruned, Shrunk
 from pipeline.data.parts import Split
-from pipeline.models import weights
 from pipeline.progress import Progress
 from pipeline.race import budgets, timing
 from pipeline.recipe.race import OptimizeSection
@@ -77,7 +77,7 @@ class Race:
         torch.export.save(program, folder / "4-shrink" / "shrunk.pt2")
         to_onnx(program, folder / "5-export" / "model.onnx", example=(x,), opset=20, metadata={"parent": "abc"})
         to_onnx(whole, folder / "0-baseline" / "dense.onnx", example=(x,), opset=20, metadata={})
-        weights.save(whole.state_dict(), folder / "0-baseline" / Baseline.WEIGHTS)
+        save_tensors(whole.state_dict(), folder / "0-baseline" / Baseline.WEIGHTS)
         self.exported = folder / "5-export" / "model.onnx"
 
     def run(self, *names, removed=True, progress=None, **settings) -> Optimized:

@@ -113,7 +113,7 @@ def test_overrides_reach_the_layer_they_name(source, digits, baseline, tmp_path)
 
 @pytest.mark.parametrize("block", [4, 8, 16])
 def test_the_default_alignment_is_the_hosts_vector_block(source, digits, baseline, tmp_path, monkeypatch, block):
-    monkeypatch.setattr(s1_prune, "vector_block", lambda: block)
+    monkeypatch.setattr("pipeline.selection.choose.vector_block", lambda: block)
     pruned = prune(source, digits, baseline, tmp_path / "p", ratio=0.4)
     wide = {w.cluster: (w.before, w.after) for w in pruned.widths if w.before > block}
     assert wide["blocks.0.conv1"] == (32, {4: 20, 8: 16, 16: 16}[block])  # 19.2 in whole blocks; halfway goes up

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from exporters import to_onnx
+from foundation.files import save_tensors
 from pipeline import data, models
 from pipeline.artifacts import Baseline, Candidate, Exported, Folded, Optimized, Promoted, Shrunk
-from pipeline.models import weights
 from pipeline.progress import Progress
 from pipeline.recipe.policy import GateSection
 from pipeline.stages import s7_validate
@@ -31,7 +31,7 @@ def stages(tmp_path):
     for folder in folders.values():
         folder.mkdir()
     for name in ("0-baseline", "3-fold"):
-        weights.save(model.state_dict(), folders[name] / Baseline.WEIGHTS)
+        save_tensors(model.state_dict(), folders[name] / Baseline.WEIGHTS)
     torch.export.save(program, folders["4-shrink"] / "shrunk.pt2")
     for folder, name in (("0-baseline", "dense"), ("5-export", "model"), ("6-optimize", "model.portable")):
         to_onnx(program, folders[folder] / f"{name}.onnx", example=(X,), opset=20, metadata={})
