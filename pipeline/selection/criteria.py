@@ -81,9 +81,20 @@ def _l2(cluster: Cluster, seen: Evidence) -> Scores:
     return np.sqrt(over_groups(cluster, {name: seen.weights[name].square() for name, _ in cluster.labels}))
 
 
+def _taylor(cluster: Cluster, seen: Evidence) -> Scores:
+    """|Σ g·w| over the coupled group: by how much the loss would change to first order without it.
+
+    Molchanov et al. 2017, arXiv:1611.06440, with the weights in the place of the activations as in Molchanov et al.
+    2019, arXiv:1906.10771. A parameter that takes no part in the loss has no gradient, and counts nothing.
+    """
+    products = {name: seen.gradients[name] * seen.weights[name] for name, _ in cluster.labels if name in seen.gradients}
+    return np.abs(over_groups(cluster, products))
+
+
 CRITERIA: Mapping[str, Criterion] = {
     "l1": Criterion("the lowest L1 norms", _l1),
     "l2": Criterion("the lowest L2 norms", _l2),
+    "taylor": Criterion("the least effect on the loss, to first order", _taylor, frozenset({"gradients"})),
 }
 
 

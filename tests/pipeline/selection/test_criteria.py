@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from foundation.errors import ConfigError
+from pipeline import data
 from pipeline.recipe.config import load
 from pipeline.selection import criteria
 from pipeline.selection.criteria import CRITERIA, Evidence
+from pipeline.selection.observe import observe
 
 
 def cluster(size, labels):
@@ -44,3 +47,23 @@ def test_recipes_that_say_norm_go_on_working():
     assert load(None, {"prune.norm": "l1"}).prune.criterion == "l1"
     with pytest.raises(ConfigError, match="prune.norm"):
         load(None, {"prune.norm": "l1", "prune.criterion": "l2"})
+
+
+def test_taylor_counts_what_the_loss_would_change_by_and_signs_cancel_inside_a_group():
+    state = {"a.weight": torch.tensor([[3.0, -1.0], [2.0, 2.0]]), "a.bias": torch.tensor([1.0, 5.0])}
+    gradients = {"a.weight": torch.tensor([[1.0, 1.0], [0.5, -0.5]])}  # the bias takes no part in the loss
+    both = cluster(2, {("a.weight", 0): np.array([0, 1]), ("a.bias", 0): np.array([0, 1])})
+    assert CRITERIA["taylor"].score(both, Evidence(state, gradients)) == pytest.approx([2.0, 0.0])
+
+
+def test_gradients_are_gathered_only_where_a_criterion_asks_and_leave_the_model_as_it_was():
+    digits = data.load("digits", input_size=(1, 8, 8))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).train()
+    assert observe(model, digits, CRITERIA["l2"].observes).gradients == {}
+    seen = observe(model, digits, CRITERIA["taylor"].observes)
+    images, labels = next(digits.batches("calibration", len(digits.calibration)))
+    nn.functional.cross_entropy(model(images), labels).backward()
+    assert torch.allclose(seen.gradients["1.weight"], model[1].weight.grad, atol=1e-6)
+    assert model.training
+    assert not torch.equal(seen.weights["1.weight"], torch.zeros(10, 64))
