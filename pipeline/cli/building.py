@@ -128,8 +128,7 @@ def deploy(
         return 0
     print_release(release)
     if os.environ.get("GITHUB_STEP_SUMMARY"):
-        from pipeline.gate import outcome
-        from pipeline.report import pages
+        from pipeline.report import outcome, pages
 
         outcome.append_step_summary(pages.markdown_summary(release.manifest, release.artifacts))
     return EXIT_CODES[release[Validated].verdict.outcome]

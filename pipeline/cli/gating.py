@@ -172,8 +172,8 @@ def _tell(
     report: Path | None,
 ) -> int:
     """Print the verdict, write what CI reads, return the exit code."""
-    from pipeline.gate import outcome
     from pipeline.gate.policy import name_of
+    from pipeline.report import outcome
     from pipeline.report.figures import significant
 
     console = Console()

@@ -20,9 +20,9 @@ from pipeline.artifacts.eager import Baseline, Pruned
 from pipeline.artifacts.program import Shrunk
 from pipeline.artifacts.race import Candidate, CandidateLatency, Optimized
 from pipeline.artifacts.verdict import Validated
-from pipeline.gate.outcome import JUNIT, MARKDOWN, VERDICT, judged, junit, reasons, verdict_json
 from pipeline.release.records import Manifest
 from pipeline.report.figures import duration, grouped, milliseconds, percent, points, ratio, significant
+from pipeline.report.outcome import JUNIT, MARKDOWN, VERDICT, judged, junit, reasons, verdict_json
 from pipeline.report.templating import markdown, page
 from validators.accuracy import AccuracyComparison
 from validators.latency import LatencyReport

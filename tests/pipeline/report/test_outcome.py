@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from foundation.errors import StoreError
-from pipeline.gate import outcome
+from pipeline.report import outcome
 from validators import Limit, Measured, judge
 
 LIMITS = [
