@@ -13,7 +13,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import onnx
-from onnxruntime.transformers.optimizer import optimize_model
 from pydantic import BaseModel, ConfigDict
 from torch.export import ExportedProgram
 
@@ -48,6 +47,8 @@ def fuse(src: Path, dst: Path) -> FusedFile:
 
     Raises ExportError when `src` is no ONNX model, the tool fails, or onnxruntime cannot load the result.
     """
+    from onnxruntime.transformers.optimizer import optimize_model  # slow to import, and raced only where asked for
+
     src, dst = Path(src), Path(dst)
     before = describe(src)
     images = any(len(spec.shape) == 4 for spec in before.inputs)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -170,6 +169,8 @@ def cut_parts(
 
 def _cut(labels: Tensor, count: int, seed: int, name: str) -> tuple[Tensor, Tensor]:
     """Positions of the rest and of `count` samples, both with every class in its share."""
+    from sklearn.model_selection import train_test_split  # a second to import
+
     try:
         rest, taken = train_test_split(np.arange(len(labels)), test_size=count, stratify=labels, random_state=seed)
     except ValueError as error:

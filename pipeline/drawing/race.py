@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from pipeline.artifacts.race import Candidate
 
 
 def plot(rows: Sequence[Candidate], winner: Candidate, path: Path) -> None:
     """Draw the medians of every race, as SVG, one group of bars per candidate."""
+    from matplotlib.figure import Figure
+
     shown = [row for row in rows if row.latencies]
     figure = Figure(figsize=(7, max(1.5, 0.35 * len(shown) + 0.9)), layout="constrained")
     axes = figure.subplots()
