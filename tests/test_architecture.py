@@ -56,16 +56,33 @@ def test_help_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_readme_lists_every_file_of_the_three_packages_and_none_that_is_gone():
-    readme = (ROOT / "README.md").read_text()
-    tree = readme.partition("## The tree")[2]
-    for package in ("pipeline", "exporters", "validators"):
-        for path in (ROOT / package).glob("**/*.py"):
-            if path.name != "__init__.py" and path.parent.name not in ("rules", "models"):
-                assert path.name in tree, f"README's tree lacks {path.relative_to(ROOT)}"
-    present = {p.name for p in ROOT.rglob("*.py") if ".venv" not in p.parts}
-    for name in re.findall(r"\b\w+\.py\b", tree.partition("\n## ")[0]):
-        assert name in present, f"README's tree names {name}, which is gone"
+def tree_of(text: str) -> dict[str, set[str]]:
+    """Room -> the files that docs/architecture.md names in it, read off its first block."""
+    rooms: dict[str, set[str]] = {}
+    for line in text.partition("## The tree")[2].split("```")[1].splitlines():
+        if line and not line.startswith(" "):
+            room = rooms.setdefault(line.split("/  ")[0].split()[0].rstrip("/"), set())
+        elif line:
+            room |= set(line.split())
+    return rooms
+
+
+def test_the_tree_in_the_docs_names_every_file_of_the_four_packages_in_its_room_and_none_that_is_gone():
+    told = tree_of((ROOT / "docs" / "architecture.md").read_text())
+    there: dict[str, set[str]] = {}
+    for package in ("pipeline", "exporters", "validators", "foundation"):
+        for path in (ROOT / package).glob("**/*"):
+            if path.is_file() and not path.name.startswith("__init__.py") and path.suffix not in (".typed", ".pyc"):
+                there.setdefault(str(path.parent.relative_to(ROOT)), set()).add(path.name)
+    lacking = {f"{room}/{name}" for room, names in there.items() for name in names - told.get(room, set())}
+    gone = {f"{room}/{name}" for room, names in told.items() for name in names - there.get(room, set())}
+    assert not lacking, "docs/architecture.md lacks " + ", ".join(sorted(lacking))
+    assert not gone, "docs/architecture.md names what is gone: " + ", ".join(sorted(gone))
+
+
+def test_the_benchmarks_in_the_docs_are_those_there_are():
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("Beside them:")[2].partition("\n## ")[0]
+    assert set(re.findall(r"\b\w+\.py\b", text)) == {path.name for path in (ROOT / "benchmarks").glob("*.py")}
 
 
 def test_every_command_and_make_target_is_in_the_readme():

@@ -16,6 +16,7 @@ from torch.utils.data import (
 from foundation.errors import DataError
 from pipeline.data.assemble import Raw, cut_parts, listed
 from pipeline.data.parts import Augmentation, Part, Split
+from pipeline.models.extras import need
 from pipeline.models.source import Size
 
 SCANNED = 50_000
@@ -105,6 +106,7 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
 
 def _image_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """Class names and (file, class number) of a folder, every file opened as far as its header."""
+    need("torchvision")
     from pipeline.models import torchvision_operators  # noqa: F401  # before torchvision itself
 
     # isort: split

@@ -26,6 +26,7 @@ from pipeline.data.arrays import arrays, from_arrays
 from pipeline.data.assemble import Raw, check_finite, cut_parts, listed
 from pipeline.data.imagefolder import SCANNED
 from pipeline.data.parts import PARTS, Part, Split
+from pipeline.models.extras import need
 from pipeline.models.from_code import user_code
 from pipeline.seeding import seeded
 
@@ -115,6 +116,7 @@ class _Samples(Dataset[tuple[Tensor, int]]):
             )
         image, label = sample
         if isinstance(image, Image.Image):
+            need("torchvision")
             from pipeline.models import torchvision_operators  # noqa: F401  # before torchvision itself
 
             # isort: split

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from foundation.errors import CaptureError, ModelError
 from pipeline.channels.program.capture import unsupported
 from pipeline.models import from_code
+from pipeline.models.extras import installed, need
 from pipeline.models.inspection import own_code, structure, tensor_bytes
 from pipeline.models.source import ModelSource, Origin, Shape, build_module
 
@@ -35,7 +36,8 @@ def load(
 
     `num_classes` and `input_size` (see `Shape`) are handed to the library or the callable where it takes them; None
     leaves its own default. The weights are the initial ones, decided
-    by `seed`. Raises ModelError, with the near names if there is no such model.
+    by `seed`. Raises ModelError, with the near names if there is no such model, with the extra to
+    install if its library is missing.
     """
     if isinstance(spec, ModelSource):
         return spec
@@ -61,10 +63,12 @@ def _origin(
         return from_code.origin_of_callable(spec, text, num_classes, input_size), text
     library, colon, name = spec.partition(":")
     if library == "timm" and colon:
+        need("timm", "torchvision")  # timm itself imports torchvision
         from pipeline.models import from_timm
 
         return from_timm.origin(name, num_classes, input_size), spec
     if library == "hf" and colon:
+        need("transformers")
         from pipeline.models import from_transformers
 
         return from_transformers.origin(name, num_classes, input_size), spec
@@ -78,11 +82,14 @@ def _origin(
         raise ModelError(
             "No model was named.", "Give a torchvision name such as resnet50, timm:NAME or file.py:callable."
         )
+    need("torchvision")
     from pipeline.models import from_torchvision
 
     try:
         return from_torchvision.origin(spec, num_classes, input_size), spec
     except ModelError as error:
+        if not installed("timm"):
+            raise
         from pipeline.models import from_timm
 
         if spec not in from_torchvision.names() and spec in from_timm.names():

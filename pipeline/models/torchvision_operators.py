@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from pipeline.models.extras import installed
+
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
@@ -27,7 +29,7 @@ def _operator_library() -> Path | None:
 
 def _declare_missing_operators() -> torch.library.Library | None:
     """Declare `nms` and `qnms` if torchvision's own library cannot; the returned handle keeps them declared."""
-    if hasattr(torch.ops.torchvision, "nms"):
+    if not installed("torchvision") or hasattr(torch.ops.torchvision, "nms"):
         return None
     path = _operator_library()
     if path is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -24,8 +25,12 @@ _TOOLS = ("numpy", "onnx", "onnxruntime", "onnxscript", "scikit-learn", "timm", 
 
 @functools.cache
 def tools() -> dict[str, str]:
-    """Versions of Python and of the libraries whose code decides the result."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _TOOLS}
+    """Versions of Python and of the libraries whose code decides the result, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in _TOOLS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # some are extras
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 @functools.cache

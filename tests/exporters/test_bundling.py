@@ -293,8 +293,8 @@ def test_a_bundle_serves_a_folder_of_images(model, tmp_path):
     assert "model.onnx is missing" in done.stderr
 
 
-def test_the_readme_shows_the_server_as_it_is():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    shown = re.search(r"```python\n(\"\"\"Classify a folder.*?)```", readme, re.DOTALL)
+def test_the_docs_show_the_server_as_it_is():
+    page = (Path(__file__).parents[2] / "docs" / "shipping.md").read_text()
+    shown = re.search(r"```python\n(\"\"\"Classify a folder.*?)```", page, re.DOTALL)
     assert shown
     assert shown[1] == (Path(selftest.__file__).with_name("serve.py")).read_text()

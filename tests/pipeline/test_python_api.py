@@ -1,4 +1,4 @@
-"""The README's Python examples: objects in, typed results out, nothing printed."""
+"""What docs/python.md shows: objects in, typed results out, nothing printed."""
 
 import runpy
 from pathlib import Path
