@@ -18,10 +18,9 @@ class PruneSection(Section):
     ratio: float = Field(0.5, ge=0.0, lt=1.0, description="share of groups (structured) or weights to remove")
     criterion: str = Field(
         "l2",
-        validation_alias=AliasChoices(
-            "criterion", "norm"
-        ),  # `norm` is how it was called while norms were all there was
-        description="how much a group matters: l1, l2, ...; the least ones go",
+        # `norm` is how it was called while norms were all there was.
+        validation_alias=AliasChoices("criterion", "norm"),
+        description="how much a group matters: l1, l2, ...; those that matter least go",
     )
     scope: Literal["layer", "global"] = Field("layer", description="rank inside each layer, or over the whole model")
     align: int | Literal["auto"] = Field("auto", description="kept channels are a multiple; auto = host vector block")
