@@ -20,6 +20,8 @@ from pipeline.release.records import digest
 ROOT = Path(__file__).resolve().parents[2]
 """Where the packages lie."""
 _PACKAGES = ("pipeline", "exporters", "validators", "foundation")
+_WORDS = ("pipeline/cli/", "pipeline/report/", "pipeline/inquiry/")
+"""Rooms that say what was found and decide nothing."""
 _TOOLS = ("numpy", "onnx", "onnxruntime", "onnxscript", "scikit-learn", "timm", "torch", "torchvision", "transformers")
 
 
@@ -78,9 +80,10 @@ def code_digest(module: str) -> str:
 
 @functools.cache
 def project_digest() -> str:
-    """Digest of every file of this project's packages, templates and schemas included."""
-    files = (path for package in _PACKAGES for path in (ROOT / package).rglob("*"))
-    return digest({str(p.relative_to(ROOT)): sha256(p) for p in files if p.is_file() and "__pycache__" not in p.parts})
+    """Digest of every file of this project's packages, templates and schemas included, but of those in `_WORDS`."""
+    files = (path.relative_to(ROOT) for package in _PACKAGES for path in (ROOT / package).rglob("*"))
+    deciding = (path for path in files if "__pycache__" not in path.parts and not path.as_posix().startswith(_WORDS))
+    return digest({str(path): sha256(ROOT / path) for path in deciding if (ROOT / path).is_file()})
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from pipeline.channels.operators.table import writes
+from foundation.editor import writes
 from pipeline.channels.operators.trace import Trace
 from pipeline.channels.operators.values import Value
 

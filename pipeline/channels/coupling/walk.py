@@ -14,9 +14,10 @@ import numpy as np
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
+from foundation.editor import writes
 from pipeline.channels.coupling.shuffle import find_shuffles
 from pipeline.channels.operators.strict import BUGS, strict
-from pipeline.channels.operators.table import base_name, bind, find, kind_of, writes
+from pipeline.channels.operators.table import base_name, bind, find, kind_of
 from pipeline.channels.operators.trace import NoRule, Policy, Trace
 from pipeline.channels.operators.values import Atoms, Flags, Value, opaque
 from pipeline.channels.program.capture import Captured

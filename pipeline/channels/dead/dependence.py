@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from foundation.editor import writes
 from pipeline.channels.operators.masks import Masks, NoAnswer, alike, parts
 from pipeline.channels.operators.strict import BUGS, strict
-from pipeline.channels.operators.table import draws, find, writes
+from pipeline.channels.operators.table import draws, find
 from pipeline.channels.program.capture import Captured, small
 from pipeline.channels.program.execute import execute, feeds_of, last_uses
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from foundation.editor import Editor, argument
 from pipeline.channels.ledger import Rewrite
 from pipeline.channels.operators.values import Atoms, Flags, Indices, Value
 
@@ -25,9 +26,8 @@ class Cut:
     gone: Flags  # atom -> True = goes
     values: dict[fx.Node, Any]
     notes: Mapping[fx.Node, object]
-    graph: fx.Graph
+    editor: Editor
     new_of: dict[fx.Node, fx.Node]
-    constant: Callable[[str, Tensor], fx.Node]  # adds a constant tensor to the program
     rewrites: list[Rewrite] = field(default_factory=list)
     _kept: dict[int, tuple[Atoms, Flags | None]] = field(default_factory=dict)
 
@@ -72,29 +72,21 @@ class Cut:
     def set(self, node: fx.Node, **arguments: Any) -> None:
         """Set arguments of `node`'s new twin by their schema names."""
         new = self.new_of[node]
-        names = [a.name for a in new.target._schema.arguments]  # type: ignore[union-attr]
-        args = list(new.args)
-        kwargs = dict(new.kwargs)
         for name, value in arguments.items():
-            at = names.index(name)
-            before = args[at] if at < len(args) else kwargs.get(name)
-            if at < len(args):
-                args[at] = value
-            else:
-                kwargs[name] = value
+            before = argument(new, name)
             if before != value:
                 self.rewrites.append(Rewrite(node.name, str(new.target), name, _plain(before), _plain(value)))
-        new.args, new.kwargs = tuple(args), kwargs
+        self.editor.set_arguments(new, **arguments)
 
     def retarget(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
         """Make `node`'s new twin another operator."""
         new = self.new_of[node]
         self.rewrites.append(Rewrite(node.name, str(new.target), "operator", str(new.target), str(target)))
-        new.target, new.args, new.kwargs = target, args, {}
+        self.editor.retarget(new, target, *args)
 
     def pick(self, node: fx.Node, source: Any, dim: int, picked: Indices) -> None:
         """Make `node`'s new twin an index_select: what is left of the places `picked` in `dim` of the old `source`."""
-        index = self.constant(f"{node.name}_index", self.moved(self.value(source).atoms[dim], picked))
+        index = self.editor.constant(f"{node.name}_index", self.moved(self.value(source).atoms[dim], picked))
         self.retarget(node, aten.index_select.default, (self.new_of[source], dim, index))
 
     def moved(self, atoms: Atoms | None, picked: Indices) -> Tensor:
@@ -114,30 +106,24 @@ class Cut:
             return entry
         if isinstance(entry, int):
             return kept
-        scaled = self.graph.call_function(operator.mul, (entry, kept))
-        whole = self.graph.call_function(operator.floordiv, (scaled, before))
-        scaled.meta["val"] = entry.meta["val"] * kept
-        whole.meta["val"] = scaled.meta["val"] // before
-        return whole
+        return self.call(operator.floordiv, self.call(operator.mul, entry, kept), before)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node at the insertion point."""
-        return self.graph.call_function(target, args, kwargs)
+        return self.editor.call(target, *args, **kwargs)
 
     def replace(self, node: fx.Node, build: Callable[[fx.Node], fx.Node], note: str) -> None:
         """Put `build(new twin)`'s result where the twin was used; the twin itself may be among its inputs."""
         new = self.new_of[node]
-        users = list(new.users)
-        with self.graph.inserting_before(new.next):
+        with self.editor.after(new):
             result = build(new)
-        for user in users:
-            user.replace_input_with(new, result)
+        self.editor.replace(new, result)
         self.new_of[node] = result
         self.rewrites.append(Rewrite(node.name, str(node.target), "operator", str(node.target), note))
 
     def indices(self, name: str, keep: Flags) -> fx.Node:
         """A constant that lists the kept indices."""
-        return self.constant(name, torch.from_numpy(np.flatnonzero(keep)))
+        return self.editor.constant(name, torch.from_numpy(np.flatnonzero(keep)))
 
 
 def _plain(value: Any) -> Any:

@@ -35,7 +35,7 @@ def edit_index(c: Cut, node: fx.Node) -> None:
     atoms = c.value(node.args[0]).atoms[found.dim]
     if c.keep(atoms) is None:
         return
-    index = c.constant(f"{node.name}_index", c.moved(atoms, found.places))
+    index = c.editor.constant(f"{node.name}_index", c.moved(atoms, found.places))
     if found.argument == "index":
         c.set(node, index=index)
     else:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from foundation.editor import writes
 from pipeline.channels.operators.card import Card
 from pipeline.channels.operators.carry import without
 from pipeline.channels.operators.cut import Cut
 from pipeline.channels.operators.masks import Masks, NoAnswer, spread
 from pipeline.channels.operators.original_count import kept_share, over_channels, variance, with_absent
 from pipeline.channels.operators.pointwise import depends_pointwise, pointwise
-from pipeline.channels.operators.table import base_name, bind, family, writes
+from pipeline.channels.operators.table import base_name, bind, family
 from pipeline.channels.operators.trace import Trace
 from pipeline.channels.operators.values import Value
 

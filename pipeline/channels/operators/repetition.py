@@ -19,7 +19,7 @@ from pipeline.channels.operators.values import Atoms, Flags, Value
 def edit_expand(c: Cut, node: fx.Node) -> None:
     """A written length follows the kept count."""
     value, entries = c.value(node), bind(node)["size"]
-    with c.graph.inserting_before(c.new_of[node]):
+    with c.editor.before(c.new_of[node]):
         sizes = [c.size(c.twin(e), c.count(a, n), n) for e, a, n in zip(entries, value.atoms, value.shape, strict=True)]
     c.set(node, size=sizes)
 
@@ -63,7 +63,7 @@ def edit_repeat(c: Cut, node: fx.Node) -> None:
     """A dimension of length one repeated as often as copies stay."""
     x, value = c.value(node.args[0]), c.value(node)
     lead = len(value.shape) - len(x.shape)
-    with c.graph.inserting_before(c.new_of[node]):
+    with c.editor.before(c.new_of[node]):
         repeats = [
             c.size(c.twin(e), c.count(value.atoms[d], value.shape[d]), value.shape[d])
             if d < lead or x.shape[d - lead] == 1

@@ -49,11 +49,6 @@ def base_name(target: Any) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-def writes(node: fx.Node) -> bool:
-    """Whether the node's operator changes one of its operands in place."""
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
-
-
 def find(target: Any) -> Card | None:
     """The card for a node's target, or None."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":

@@ -165,7 +165,7 @@ def edit_sizes(c: Cut, node: fx.Node) -> None:
     first = len(value.shape) - len(entries)
     if name == "sizes":  # unflatten: the entries replace one dimension of the operand
         first = arguments["dim"] % len(c.value(node.args[0]).shape)
-    with c.graph.inserting_before(c.new_of[node]):
+    with c.editor.before(c.new_of[node]):
         sizes = [
             c.size(c.twin(e), c.count(value.atoms[first + k], value.shape[first + k]), value.shape[first + k])
             for k, e in enumerate(entries)

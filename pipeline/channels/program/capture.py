@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from foundation.editor import writes
 from foundation.errors import CaptureError
-from pipeline.channels.operators.table import writes
 from pipeline.channels.program.execute import run_program
 from pipeline.channels.program.zeros import masked
 

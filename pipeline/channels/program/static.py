@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
-from pipeline.channels.operators.table import draws, find, writes
+from foundation.editor import writes
+from pipeline.channels.operators.table import draws, find
 from pipeline.channels.program.capture import Captured
 
 

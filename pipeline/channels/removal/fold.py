@@ -13,7 +13,7 @@ from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.dead.constants import Reader, Shift
 from pipeline.channels.ledger import Fold
 from pipeline.channels.operators.cut import Cut
-from pipeline.channels.operators.table import base_name, bind
+from pipeline.channels.operators.table import base_name, bind, find
 from pipeline.channels.program.capture import Captured
 
 aten = torch.ops.aten
@@ -29,9 +29,10 @@ class Folding:
 
     def fold(self, reader: Reader, shift: Shift) -> None:
         """Give `reader` what the constant channels before it gave: in its bias, in one made for it, or in a sum."""
-        node, name = reader.node, base_name(reader.node.target)
+        node, card = reader.node, find(reader.node.target)
         out = self.analysis.trace.value(node)
-        dim = 1 if "conv" in name else len(out.shape) - (2 if shift.rows else 1)
+        weighted = None if card is None else card.weighted
+        dim = (weighted.output_dim if weighted else -2 if shift.rows else -1) % len(out.shape)
         keep = self.cut.keep(out.atoms[dim])
         amount = shift.amount if keep is None else shift.amount[torch.from_numpy(np.flatnonzero(keep))]
         if not bool((amount != 0).any()):
@@ -55,7 +56,7 @@ class Folding:
         self.folds.append(
             Fold(
                 parameter=parameter,
-                op=name,
+                op=base_name(node.target),
                 node=node.name,
                 created=own is None,
                 amounts=tuple(amount.tolist()),

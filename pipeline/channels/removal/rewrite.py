@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from foundation.editor import Editor, asserts
+from foundation.editor import Editor
 from foundation.errors import RefusedError
 from pipeline.channels.coupling.frozen import frozen_part
 from pipeline.channels.coupling.groups import Analysis, Removed
 from pipeline.channels.ledger import Ledger, Refusal
 from pipeline.channels.operators.cut import Cut
-from pipeline.channels.operators.table import base_name, bind, find
+from pipeline.channels.operators.strict import BUGS, strict
+from pipeline.channels.operators.table import bind, find, kind_of
 from pipeline.channels.operators.values import Flags, Value
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.editing import finished
@@ -92,7 +93,7 @@ class _Removal:
         # The captured graph's node -> the node that gives its kept part; nodes that are not run any more are absent.
         self.new_of = dict(self.editor.copies)
         self.frozen: dict[str, str] = {}  # parameter that was put in -> the node whose value it holds
-        self.cut = Cut(gone, self.trace.values, self.trace.notes, self.editor.graph, self.new_of, self.editor.constant)
+        self.cut = Cut(gone, self.trace.values, self.trace.notes, self.editor, self.new_of)
 
     def run(self, shifts: Shifts, refused: tuple[Refusal, ...], spared: Mapping[str, tuple[int, ...]]) -> Shrunk:
         """Do it."""
@@ -130,7 +131,7 @@ class _Removal:
     def _drop_assertions(self) -> None:
         """They hold for the old sizes."""
         for node in self.captured.program.graph.nodes:
-            if asserts(node):
+            if kind_of(node) == "assertion":
                 self.editor.erase(self.new_of.pop(node))
 
     def _freeze(self) -> None:
@@ -193,7 +194,7 @@ class _Removal:
                 continue
             if self.new_of[node].op == "placeholder":
                 continue
-            if base_name(node.target).startswith("sym_size"):
+            if kind_of(node) == "size":
                 self._original_size(node)
                 continue
             rule = find(node.target)
@@ -202,7 +203,9 @@ class _Removal:
             if self.cut.touched(values.get(node)) or any(self.cut.touched(values.get(s)) for s in node.all_input_nodes):
                 try:
                     rule.edit(self.cut, node)
-                except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+                except BUGS as error:
+                    if strict() or isinstance(error, RuntimeError):
+                        raise
                     raise RefusedError(
                         f"{node.target} at '{node.name}' cannot be rewritten ({type(error).__name__}: {error}).",
                         "Exclude the channels around it, or report the model.",
@@ -219,11 +222,9 @@ class _Removal:
         if kept == before:
             return
         new = self.new_of[node]
-        users = list(new.users)
         with self.editor.after(new):
             whole = self.cut.size(new, before, kept)
-        for user in users:
-            user.replace_input_with(new, whole)
+        self.editor.replace(new, whole)
         self.new_of[node] = whole
 
     def _settle(self) -> None:
