@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +55,11 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def memory_of(name: str, tensor: Tensor) -> Hashable:
+    """What tied tensors have in common: address, type, sizes and strides. An empty one has no memory: its name."""
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
+
+
 def read_tensors(path: Path | str) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file; tied names share one tensor again, as `save_tensors` found them."""
     import safetensors
@@ -84,11 +89,11 @@ def save_tensors(state: Mapping[str, Tensor], path: Path | str) -> None:
     path = Path(path)
     plain: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    seen: dict[tuple[object, ...], str] = {}
+    seen: dict[Hashable, str] = {}
     for name, tensor in state.items():
         detached = tensor.detach().cpu()
-        key = (detached.data_ptr(), detached.dtype, detached.shape, detached.stride())
-        if detached.numel() and key in seen:
+        key = memory_of(name, detached)
+        if key in seen:
             aliases[name] = seen[key]
             continue
         seen[key] = name

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.export.graph_signature import InputKind
 
+from foundation.files import memory_of
 from pipeline.channels.coupling.blocked import account
 from pipeline.channels.coupling.clusters import form
 from pipeline.channels.coupling.groups import Analysis
@@ -54,7 +55,7 @@ def _parameters(captured: Captured) -> tuple[str, ...]:
             continue
         name = spec.target
         tensor = program.state_dict[name]
-        key = (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else name
+        key = memory_of(name, tensor)
         if key not in seen:
             seen.add(key)
             names.append(name)

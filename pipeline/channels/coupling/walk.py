@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
 from foundation.editor import writes
+from foundation.files import memory_of
 from pipeline.channels.coupling.shuffle import find_shuffles
 from pipeline.channels.operators.strict import BUGS, strict
 from pipeline.channels.operators.table import base_name, bind, find, kind_of
@@ -146,7 +147,7 @@ def _placeholders(t: Trace, captured: Captured, zeros: Zeros | None) -> list[Slo
             continue  # a constant: see static_values
         tensor = program.state_dict[spec.target]
         # Tied tensors share their memory, and so one value.
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else spec.target
+        key = memory_of(spec.target, tensor)
         masked = spec.kind == InputKind.PARAMETER or not _is_statistic(node)
         unmasked = _direction_dims(node)
         if not node.users and key not in known:

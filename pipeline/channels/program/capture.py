@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from foundation.editor import writes
 from foundation.errors import CaptureError
+from foundation.files import memory_of
 from pipeline.channels.program.execute import run_program
 from pipeline.channels.program.zeros import masked
 
@@ -47,12 +48,11 @@ class Captured:
 
         A tied tensor given under one of its names is taken for all of them.
         """
-        given = {_identity(self.state[name]): value for name, value in state.items() if name in self.state}
+        given = {memory_of(name, self.state[name]): value for name, value in state.items() if name in self.state}
         return replace(
             self,
             state={
-                name: state.get(name, given.get(_identity(value), value) if value.numel() else value)
-                for name, value in self.state.items()
+                name: state.get(name, given.get(memory_of(name, value), value)) for name, value in self.state.items()
             },
         )
 
@@ -68,10 +68,6 @@ class Captured:
     def __call__(self, *inputs: Any, dtype: torch.dtype | None = None) -> Any:
         """The outputs for `inputs`; one tensor where the graph has one output, else a tuple."""
         return run_program(self.program, inputs, self.state, dtype)
-
-
-def _identity(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    return tensor.data_ptr(), tuple(tensor.shape)
 
 
 def capture(model: nn.Module, example: tuple[Any, ...], *, dynamic_batch: bool = True) -> Captured:

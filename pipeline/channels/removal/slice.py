@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foundation.editor import Editor
+from foundation.files import memory_of
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.operators.cut import Cut
 from pipeline.channels.operators.values import Value
@@ -45,9 +46,9 @@ def sliced_state(
             indices.setdefault(slot.name, {})[slot.dim] = torch.from_numpy(stay)
     parameters = set(captured.program.graph_signature.parameters)
     state: dict[str, Tensor] = {}
-    cut_once: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    cut_once: dict[Hashable, Tensor] = {}
     for name, tensor in captured.state.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
+        key = memory_of(name, tensor)
         if key not in cut_once:
             small = tensor.detach()
             for dim, places in indices.get(name, {}).items():
