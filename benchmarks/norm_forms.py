@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from exporters import to_onnx
-from pipeline import channels
-from pipeline.channels import Policy
+from pipeline.channels import Policy, analyse, capture, centre, shrink
 from pipeline.models.find import load
 from pipeline.models.source import example
 from validators import OrtRunner, race, random_feeds
@@ -81,7 +80,7 @@ def forms(folder: Path, full: int, kept: int) -> None:
     for kind in KINDS:
         form = Form(kind, full, kept).eval()
         x = (torch.randn(2, TOKENS, form.width),)
-        program = channels.capture(form, x).program
+        program = capture(form, x).program
         runners[kind] = onnx(program, folder / f"{kind}{full}.onnx", x)
     seconds = 3.0
     times = {}
@@ -96,22 +95,22 @@ def models(folder: Path, spec: str, ratio: float, seconds: float) -> None:
     """Latency of one model in four forms."""
     source = load(spec)
     inputs = example(source)
-    captured = channels.capture(source.build(), inputs)
+    captured = capture(source.build(), inputs)
     runners = {"dense": onnx(captured.program, folder / "dense.onnx", inputs)}
     for name, policy in (("kept", Policy(residual=False)), ("removed", Policy())):
-        analysis = channels.analyse(captured, policy)
+        analysis = analyse(captured, policy)
         rng = np.random.default_rng(0)
         removed = {}
         for cluster in analysis.clusters:
             count = cluster.size - max(1, round(cluster.size * (1 - ratio)))
             removed[cluster.name] = np.isin(np.arange(cluster.size), rng.permutation(cluster.size)[:count])
         folded = captured.fold(analysis.masks(removed))
-        small = channels.shrink(folded, analysis, removed).program
+        small = shrink(folded, analysis, removed).program
         if name == "kept":
             runners["stream kept"] = onnx(small, folder / "kept.onnx", inputs)
         else:
             runners["removed, padded"] = onnx(small, folder / "padded.onnx", inputs)
-            runners["removed, centred"] = onnx(channels.centre(small).program, folder / "centred.onnx", inputs)
+            runners["removed, centred"] = onnx(centre(small).program, folder / "centred.onnx", inputs)
     feed = random_feeds(runners["dense"].inputs, seed=0, batches=(1,))[0]
     report = race(runners, feed, reference="dense", seconds=seconds, seed=0)
     print(f"{spec}, ratio {ratio}, {report.blocks} blocks")

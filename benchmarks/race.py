@@ -31,7 +31,7 @@ from exporters import (
     make,
     to_onnx,
 )
-from pipeline import channels
+from pipeline.channels import analyse, capture, shrink
 from pipeline.models.find import load
 from pipeline.models.source import example
 from validators import Feed, OrtRunner, TorchRunner, compare, race
@@ -52,11 +52,11 @@ def main() -> int:
     torch.set_num_threads(1)
     source = load(args.model, input_size=tuple(args.input) if args.input else None, seed=args.seed)
     inputs = example(source, seed=args.seed)
-    captured = channels.capture(source.build(), inputs)
-    analysis = channels.analyse(captured)
+    captured = capture(source.build(), inputs)
+    analysis = analyse(captured)
     rng = np.random.default_rng(args.seed)
     removed = {c.name: rng.random(c.size) < args.ratio for c in analysis.clusters}
-    program = channels.shrink(captured.fold(analysis.masks(removed)), analysis, removed).program
+    program = shrink(captured.fold(analysis.masks(removed)), analysis, removed).program
     names = [one.name for one in source.inputs]
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "model.onnx"

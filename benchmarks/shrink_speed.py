@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import nn
 
-from pipeline import channels
+from pipeline.channels import Analysis, Captured, analyse, capture, shrink
 from pipeline.models.find import load
 from pipeline.models.source import example
 
@@ -47,21 +47,21 @@ def main() -> None:
         huge()
 
 
-def halves(analysis: channels.Analysis) -> dict[str, np.ndarray]:
+def halves(analysis: Analysis) -> dict[str, np.ndarray]:
     """Half of every cluster's groups, at random."""
     rng = np.random.default_rng(0)
     return {c.name: rng.random(c.size) < 0.5 for c in analysis.clusters}
 
 
-def ours(captured: channels.Captured) -> tuple[float, float]:
+def ours(captured: Captured) -> tuple[float, float]:
     """Seconds of (analyse, shrink); masking and folding between them are the pipeline's, and not counted."""
     started = time.process_time()
-    analysis = channels.analyse(captured)
+    analysis = analyse(captured)
     analysed = time.process_time() - started
     removed = halves(analysis)
     folded = captured.fold(analysis.masks(removed))
     started = time.process_time()
-    channels.shrink(folded, analysis, removed)
+    shrink(folded, analysis, removed)
     return analysed, time.process_time() - started
 
 
@@ -88,17 +88,17 @@ def compare(name: str, repeat: int) -> None:
     source = load(name)
     inputs = example(source, batch=1)
     started = time.process_time()
-    captured = channels.capture(source.build(), inputs)
-    capture = time.process_time() - started
+    captured = capture(source.build(), inputs)
+    capturing = time.process_time() - started
     ours(captured)  # warm: the first call fills the table of operators
     rows = []
     for _ in range(repeat):
-        analyse, shrink = ours(captured)
-        rows.append((analyse, shrink, theirs(source.build(), inputs)))
+        analysing, shrinking = ours(captured)
+        rows.append((analysing, shrinking, theirs(source.build(), inputs)))
     a, s, t = (statistics.median(column) for column in zip(*rows, strict=True))
     other = "fails" if t != t else f"{t:.3f}"
     ratio = "-" if t != t else f"{(a + s) / t:.2f}"
-    print(f"{name:<24}{capture:>9.2f}{a:>9.3f}{s:>9.3f}{a + s:>9.3f}{other:>15}{ratio:>8}", flush=True)
+    print(f"{name:<24}{capturing:>9.2f}{a:>9.3f}{s:>9.3f}{a + s:>9.3f}{other:>15}{ratio:>8}", flush=True)
 
 
 class Tower(nn.Module):
@@ -124,7 +124,7 @@ def sweep(repeat: int) -> None:
     """Seconds per node over depth, and per channel over width: flat lines mean linear growth."""
     shapes = [(8, 64), (16, 64), (32, 64), (64, 64), (16, 128), (16, 256), (16, 512)]
     for depth, width in shapes:
-        captured = channels.capture(Tower(depth, width), (torch.randn(1, 3, 8, 8),))
+        captured = capture(Tower(depth, width), (torch.randn(1, 3, 8, 8),))
         total = statistics.median(sum(ours(captured)) for _ in range(repeat))
         nodes = len(captured.program.graph.nodes)
         print(
@@ -156,12 +156,12 @@ def huge() -> None:
     source = load("vit_h_14")
     model = source.build()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    captured = channels.capture(model, example(source, batch=1))
+    captured = capture(model, example(source, batch=1))
 
     def work() -> None:
-        analysis = channels.analyse(captured)
+        analysis = analyse(captured)
         removed = halves(analysis)
-        channels.shrink(captured.fold(analysis.masks(removed)), analysis, removed)
+        shrink(captured.fold(analysis.masks(removed)), analysis, removed)
 
     seconds, peak = peak_above(work)
     print(f"vit_h_14: {seconds:.1f} s, peak {peak / size:.2f} x the model's {size / 1e9:.2f} GB above the loaded model")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from foundation.errors import MaskError, ModelError, StoreError, TrainingError
 from pipeline import data, models
+from pipeline.drawing.plots import history_plot
 from pipeline.progress import Progress
 from pipeline.recipe.train import TrainSettings
 from pipeline.selection.schedules import cubic_ratio
@@ -27,7 +28,7 @@ from pipeline.tasks.classification import divergence, evaluate
 from pipeline.training import loop as training
 from pipeline.training import masks
 from pipeline.training.defaults import default_settings, has_batch_norm
-from pipeline.training.history import Epoch, history_csv, history_plot
+from pipeline.training.history import Epoch, history_csv
 
 DIGITS = data.load("digits", input_size=(1, 8, 8))
 SHORT = TrainSettings(epochs=3, batch_size=128, lr=0.05, optimizer="sgd", weight_decay=5e-4)
