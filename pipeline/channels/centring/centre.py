@@ -8,8 +8,8 @@ exactly. T is folded into the weights of all that writes to the stream (linear, 
 layer scales with them), U into the linear layers that read it raw; the norm's shift goes into the linear layers behind
 it. Where a writer or a reader takes neither, T or U is put in as a few small operators, if the norms still gain by it.
 
-`shrink` leaves every such norm as pad, layer_norm, slice (see `rules.norm`), which is what is looked for here. It runs
-on the shrunk program before export; the ledger, and training, go on with the plain one.
+`shrink` leaves every such norm as pad, layer_norm, slice (see its card), which is what is looked for here. It runs on
+the shrunk program before export; the ledger, and training, go on with the plain one.
 """
 
 from __future__ import annotations
@@ -26,17 +26,22 @@ from torch.export import ExportedProgram
 from foundation.editor import Editor
 from pipeline.channels.centring.streams import (
     GAIN,
+    Layer,
     Norm,
     Site,
     Stream,
     find_norms,
     find_streams,
     held_tensors,
+    layer_of,
     moved,
     reads_raw,
+    reads_size,
     shape_of,
 )
-from pipeline.channels.operators.table import base_name, bind
+from pipeline.channels.operators.carry import keeps_constants
+from pipeline.channels.operators.table import bind
+from pipeline.channels.operators.views import written_sizes
 from pipeline.channels.program.editing import finished
 from pipeline.channels.program.execute import run_program
 
@@ -106,8 +111,8 @@ class _Centring:
         for node, dim in s.members:
             if node not in s.dissolved:
                 self._sizes(s, node, dim)
-        for node, dim in s.widen:
-            self._widen(s, node, dim)
+        for (node, dim), readers in s.widen.items():
+            self._widen(s, node, dim, readers)
         for norm in s.norms:
             self._norm(s, norm)
 
@@ -120,20 +125,18 @@ class _Centring:
         return torch.cat([x - mean, mean * math.sqrt(s.full - s.kept)], dim).to(tensor.dtype)
 
     def _rows(self, s: Stream, node: fx.Node, scale: fx.Node | None) -> None:
-        a = bind(node)
+        """T, behind the layer scale, along what the layer writes: its weight's outputs and its bias."""
+        layer = self._layer(node)
         factor = None if scale is None else self.held[scale].double().flatten()
 
-        def rows(tensor: Tensor) -> Tensor:
-            x = tensor.double() if factor is None else tensor.double() * factor.view(-1, *[1] * (tensor.dim() - 1))
-            return self._wide(s, x, 0).to(tensor.dtype)
+        def rows(tensor: Tensor, dim: int) -> Tensor:
+            x = tensor.double() if factor is None else tensor.double() * _along(factor, dim, tensor.dim())
+            return self._wide(s, x, dim).to(tensor.dtype)
 
-        if base_name(node.target) == "embedding":
-            self._set(node, "weight", a["weight"], ("rows", s, None), lambda w: self._wide(s, w, 1))
-            return
-        for name in ("weight", "bias"):
-            if a[name] is not None:
-                self._set(node, name, a[name], ("rows", s, scale), rows)
-        self.editor.outdate(node)
+        out = layer.facts.weight_out
+        self._set(node, layer.facts.weight, layer.weight, ("rows", s, scale, out), lambda w: rows(w, out))
+        if layer.facts.bias is not None and layer.bias is not None:
+            self._set(node, layer.facts.bias, layer.bias, ("rows", s, scale, 0), lambda b: rows(b, 0))
 
     def _table(self, s: Stream, node: fx.Node, argument: int, dim: int) -> None:
         source: Any = node.args[argument]
@@ -144,11 +147,13 @@ class _Centring:
     def _columns(self, s: Stream, node: fx.Node) -> None:
         """W·U: the last column reads what the others lack of the mean."""
         root = math.sqrt(s.full - s.kept)
+        layer = self._layer(node)
+        dim = layer.facts.weight_in
 
         def columns(w: Tensor) -> Tensor:
-            return torch.cat([w.double(), w.double().sum(1, keepdim=True) / root], 1).to(w.dtype)
+            return torch.cat([w.double(), w.double().sum(dim, keepdim=True) / root], dim).to(w.dtype)
 
-        self._set(node, "weight", bind(node)["weight"], ("columns", s, None), columns)
+        self._set(node, layer.facts.weight, layer.weight, ("columns", s, dim), columns)
 
     def _narrow(self, s: Stream, reader: fx.Node, member: fx.Node, dim: int) -> None:
         with self.editor.before(reader):
@@ -158,11 +163,11 @@ class _Centring:
             x = self.editor.call(aten.add.Tensor, most, mean)
         self.editor.replace(member, x, [reader])
 
-    def _widen(self, s: Stream, node: fx.Node, dim: int) -> None:
+    def _widen(self, s: Stream, node: fx.Node, dim: int, readers: list[fx.Node]) -> None:
         """T as operators, behind a writer whose weights cannot take it."""
         node = self.now.get(node, node)
         inside = {n for n, _ in s.members} | {n.pad for n in s.norms}
-        users = [u for u in node.users if u in inside]
+        users = [u for u in readers if u in inside]
         with self.editor.after(node):
             total = self.editor.call(aten.mean.dim, node, [dim], True)
             mean = self.editor.call(aten.mul.Tensor, total, s.kept / s.full)
@@ -174,19 +179,14 @@ class _Centring:
     def _sizes(self, s: Stream, node: fx.Node, dim: int) -> None:
         """The channels' size among a view's or an expansion's sizes."""
         self.editor.outdate(node)
-        name = base_name(node.target)
-        if name in ("view", "reshape", "_unsafe_view", "expand"):
-            sizes = list(node.args[1])  # type: ignore[arg-type]
-            if sizes[dim] != -1:
-                sizes[dim] = s.kept + 1
-            node.update_arg(1, sizes)
-        elif name == "unflatten":
-            a = bind(node)
-            sizes = list(a["sizes"])
-            at = dim - a["dim"] % len(shape_of(node.args[0]))  # type: ignore[arg-type]
-            if 0 <= at < len(sizes) and sizes[at] != -1:
-                sizes[at] = s.kept + 1
-                node.update_arg(2, sizes)
+        written = written_sizes(node) if node.op == "call_function" else None
+        if written is None:
+            return
+        name, first = written
+        sizes = list(bind(node)[name])
+        if 0 <= dim - first < len(sizes) and sizes[dim - first] != -1:
+            sizes[dim - first] = s.kept + 1
+            self.editor.set_arguments(node, **{name: sizes})
 
     def _norm(self, s: Stream, norm: Norm) -> None:
         """RMSNorm over the centred stream; its shift and the extra channel go into the linear layers behind it."""
@@ -227,41 +227,44 @@ class _Centring:
             node, dim = waiting.pop()
             for user in node.users:
                 if reads_raw(user, node, dim, self.held):
-                    bias = bind(user)["bias"]
-                    if bias is not None and bias not in self.held:
+                    layer = self._layer(user)
+                    if layer.facts.bias is None or (layer.bias is not None and layer.bias not in self.held):
                         return None
                     readers.append(user)
                     continue
-                to = None
-                if (
-                    user.op == "call_function"
-                    and user.args
-                    and user.args[0] is node
-                    and base_name(user.target) != "sum"
-                ):
-                    to = moved(user, node, dim)
+                # What the linear layers' biases take is the norm's shift as it is.
+                passes = bool(user.args) and user.args[0] is node and keeps_constants(user)
+                to = moved(user, dim) if passes else None
                 if to is not None:
                     between.append((user, to))
                     waiting.append((user, to))
-                elif (
-                    not base_name(user.target).startswith("sym_size") or bind(user)["dim"] % len(shape_of(node)) == dim
-                ):
+                elif not reads_size(user, node, dim):
                     return None
         return (readers, between) if readers else None
 
     def _behind_norm(self, reader: fx.Node, beta: fx.Node | None) -> None:
         """A linear layer on the norm: one column of zeros, and its bias takes W·β."""
-        a = bind(reader)
+        layer = self._layer(reader)
+        facts = layer.facts
         if beta is not None:
-            shift, w = self.held[beta], self.held[a["weight"]].double()
+            assert facts.bias is not None
+            shift, w = self.held[beta], self.held[layer.weight].double().movedim(facts.weight_in, 1)
 
             def bias(old: Tensor | None) -> Tensor:
                 added = w[:, : len(shift)] @ shift.double()
                 return (added if old is None else old.double() + added).to(shift.dtype)
 
-            self._set(reader, "bias", a["bias"], ("beta", a["weight"], beta), bias)
-        key = ("zero column", None, None)
-        self._set(reader, "weight", a["weight"], key, lambda w: torch.cat([w, w.new_zeros(len(w), 1)], 1))
+            self._set(reader, facts.bias, layer.bias, ("beta", layer.weight, beta), bias)
+
+        def padded(w: Tensor) -> Tensor:
+            return torch.cat([w, torch.zeros_like(w.narrow(facts.weight_in, 0, 1))], facts.weight_in)
+
+        self._set(reader, facts.weight, layer.weight, ("zero column", facts.weight_in, None), padded)
+
+    def _layer(self, node: fx.Node) -> Layer:
+        layer = layer_of(node, self.held)
+        assert layer is not None
+        return layer
 
     # -- the graph -------------------------------------------------------------------------------------------------
 
@@ -277,3 +280,8 @@ class _Centring:
             node = self.known[whole] = self.editor.parameter(f"centred_{len(self.known)}", tensor)
             self.held[node] = tensor
         return self.known[whole]
+
+
+def _along(factors: Tensor, dim: int, rank: int) -> Tensor:
+    """One factor per index of dimension `dim` of a tensor of that rank."""
+    return factors.view([-1 if d == dim else 1 for d in range(rank)])

@@ -5,21 +5,20 @@ Found from the norms backwards and forwards, through every operator that is line
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from pipeline.channels.operators.table import base_name, bind
+from pipeline.channels.operators.card import WeightedSum
+from pipeline.channels.operators.carry import carried
+from pipeline.channels.operators.table import base_name, bind, find, kind_of
 
 # Microseconds in onnxruntime on one AVX2 core, 384 -> 191 channels, 197 tokens (benchmarks/norm_forms.py): what a norm
 # gains by the change, and what T and U cost as operators. Only their ratios matter.
 GAIN, WIDEN_COST, NARROW_COST = 72.0, 80.0, 30.0
-
-_WRITERS = ("linear", "conv1d", "conv2d", "conv3d", "embedding")
 
 Site = tuple[fx.Node, int]
 """A tensor of the graph and the dimension in which it holds the stream's channels."""
@@ -39,6 +38,25 @@ class Norm:
     beta: fx.Node | None
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A layer with a weight of its own: what its card says, and what is in those places."""
+
+    facts: WeightedSum
+    weight: fx.Node
+    bias: fx.Node | None
+
+
+def layer_of(node: fx.Node, held: Mapping[fx.Node, Tensor]) -> Layer | None:
+    """The node as a layer, if its weight is a parameter."""
+    card = find(node.target)
+    if card is None or card.weighted is None:
+        return None
+    facts, a = card.weighted, bind(node)
+    weight = a[facts.weight]
+    return Layer(facts, weight, a[facts.bias] if facts.bias else None) if weight in held else None
+
+
 @dataclass
 class Stream:
     """Everything that holds one stream, writes to it or reads it."""
@@ -50,7 +68,7 @@ class Stream:
     rows: dict[fx.Node, fx.Node | None] = field(default_factory=dict)  # linear or convolution -> its layer scale
     tables: dict[tuple[fx.Node, str], int] = field(default_factory=dict)  # (node, argument), parameter -> dimension
     columns: dict[fx.Node, None] = field(default_factory=dict)  # linear layers that read it raw
-    widen: dict[Site, None] = field(default_factory=dict)
+    widen: dict[Site, list[fx.Node]] = field(default_factory=dict)  # where T is put in -> what follows the stream
     narrow: dict[tuple[fx.Node, fx.Node, int], None] = field(default_factory=dict)  # (reader, member, dimension)
     dissolved: dict[fx.Node, fx.Node] = field(default_factory=dict)  # layer scale's product -> its activation
 
@@ -73,7 +91,7 @@ def held_tensors(program: ExportedProgram, graph: fx.Graph) -> dict[fx.Node, Ten
 
 
 def find_norms(graph: fx.Graph) -> list[Norm]:
-    """Every LayerNorm over a dimension that lost channels, as `rules.norm` leaves it: pad, layer_norm, slice."""
+    """Every LayerNorm over a dimension that lost channels, as its card leaves it: pad, layer_norm, slice."""
     found: list[Norm] = []
     for node in graph.nodes:
         if node.op != "call_function" or base_name(node.target) != "layer_norm":
@@ -132,7 +150,7 @@ def _collect(stream: Stream, start: Site, by_pad: Mapping[fx.Node, Norm], held: 
             continue
         sources = _sources(stream, site, held)
         if sources is None:
-            stream.widen[site] = None  # it stays as it is beside its centred twin
+            stream.widen[site] = []  # it stays as it is beside its centred twin
         else:
             stream.members[site] = None
             waiting += sources
@@ -143,10 +161,12 @@ def _collect(stream: Stream, start: Site, by_pad: Mapping[fx.Node, Norm], held: 
             norm = by_pad.get(user)
             if norm is not None and dim == len(shape_of(node)) - 1 and norm.full == stream.full:
                 stream.norms.append(norm)
+                stream.widen.get(site, []).append(user)
                 continue
             ahead = _forward(user, node, dim)
             if ahead is not None:
                 waiting.append(ahead)
+                stream.widen.get(site, []).append(user)
             elif sources is None:
                 continue
             elif reads_raw(user, node, dim, held):
@@ -160,8 +180,8 @@ def _sources(stream: Stream, site: Site, held: Mapping[fx.Node, Tensor]) -> list
     node, dim = site
     if node.op != "call_function":
         return None
-    name = base_name(node.target)
-    if name in _WRITERS:
+    name, card = base_name(node.target), find(node.target)
+    if card is not None and card.weighted is not None:
         return [] if _writes_rows(stream, node, dim, held) else None
     if name in ("add", "sub"):
         return _addends(stream, node, dim, held)
@@ -179,18 +199,11 @@ def _sources(stream: Stream, site: Site, held: Mapping[fx.Node, Tensor]) -> list
 
 
 def _writes_rows(stream: Stream, node: fx.Node, dim: int, held: Mapping[fx.Node, Tensor]) -> bool:
-    if base_name(node.target) not in _WRITERS:
+    layer = layer_of(node, held)
+    if layer is None or (layer.bias is not None and layer.bias not in held):
         return False
-    a = bind(node)
-    if a["weight"] not in held or (a.get("bias") is not None and a["bias"] not in held):
-        return False
-    name = base_name(node.target)
-    if name == "linear":
-        written = dim == len(shape_of(node)) - 1 and held[a["weight"]].dim() == 2
-    elif name == "embedding":
-        written = dim == len(shape_of(node)) - 1
-    else:
-        written = dim == 1 and a["groups"] == 1
+    plain = bind(node)["groups"] == 1 if layer.facts.windows else held[layer.weight].dim() == 2
+    written = plain and dim == layer.facts.output_dim % len(shape_of(node))
     if written:
         stream.rows[node] = None
     return written
@@ -251,7 +264,7 @@ def _scaled(stream: Stream, node: fx.Node, dim: int, held: Mapping[fx.Node, Tens
             (end, *_), end_dim = _nodes(end), before
         else:
             return None
-        if base_name(end.target) == "embedding" or not _writes_rows(stream, end, end_dim, held):
+        if not _writes_rows(stream, end, end_dim, held):
             return None
         stream.rows[end] = scale
         stream.dissolved[node] = branch
@@ -262,12 +275,21 @@ def _scaled(stream: Stream, node: fx.Node, dim: int, held: Mapping[fx.Node, Tens
 
 def _scale_parameter(node: fx.Node, dim: int, size: int, held: Mapping[fx.Node, Tensor]) -> fx.Node | None:
     """The parameter behind `node` if that holds one number per channel in dimension `dim` (negative), else None."""
-    shape = shape_of(node)
-    if len(shape) < -dim or shape[dim] != size or any(n != 1 for d, n in enumerate(shape) if d != dim + len(shape)):
-        return None
-    while node not in held and base_name(node.target) in (*_VIEWS, "unsqueeze", *_SAME):
-        node = _nodes(node)[0]
-    return node if node in held else None
+    at: int | None = dim + len(shape_of(node))
+    while at is not None and at >= 0 and _one_each(shape_of(node), at, size):
+        if node in held:
+            return node
+        card = find(node.target)
+        if card is None or not card.moves:
+            return None
+        at = _backward(node, at)
+        (node, *_) = _nodes(node)
+    return None
+
+
+def _one_each(shape: tuple[int | None, ...], dim: int, size: int) -> bool:
+    """Whether `dim` is of `size` and every other dimension of length one."""
+    return all(n == (size if d == dim else 1) for d, n in enumerate(shape))
 
 
 def _nodes(node: fx.Node) -> list[fx.Node]:
@@ -275,17 +297,12 @@ def _nodes(node: fx.Node) -> list[fx.Node]:
     return [a for a in node.args if isinstance(a, fx.Node)]
 
 
-_SAME = {"clone", "contiguous", "dropout", "detach", "alias", "feature_dropout", "lift_fresh_copy"}
-_VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
-_OTHERS = {"slice", "select", "index_select", "roll", "flip", "mean", "sum", "expand", "squeeze", "unsqueeze"}
-
-
 def _backward(node: fx.Node, dim: int) -> int | None:
     """The first operand's dimension that holds the channels, where the operator is linear and treats all alike."""
     source: Any = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
         return None
-    ahead = {d: moved(node, source, d) for d in range(len(shape_of(source)))}
+    ahead = {d: moved(node, d) for d in range(len(shape_of(source)))}
     hits = [d for d, to in ahead.items() if to == dim]
     return hits[0] if len(hits) == 1 else None
 
@@ -303,98 +320,30 @@ def _forward(user: fx.Node, node: fx.Node, dim: int) -> Site | None:
     if name == "cat":
         a = bind(user)
         return None if a["dim"] % len(shape_of(user)) == dim else (user, dim)
-    to = moved(user, node, dim) if user.args and user.args[0] is node else None
+    to = moved(user, dim) if user.args and user.args[0] is node else None
     return None if to is None else (user, to)
 
 
-def moved(node: fx.Node, source: fx.Node, dim: int) -> int | None:
-    """Where `source`'s dimension `dim` goes; None where its indices are mixed or the operator is not known."""
-    name = base_name(node.target)
-    rank = len(shape_of(source))
-    if not isinstance(node.meta.get("val"), Tensor):
+def moved(node: fx.Node, dim: int) -> int | None:
+    """Where the first operand's dimension `dim` goes. None where its indices are mixed, where the operator is not known
+    or was only just put in, and where its sizes are those of something else, which would not follow.
+    """
+    to = carried(node, dim) if isinstance(node.meta.get("val"), Tensor) else None
+    if to is None:
         return None
-    if name in _SAME:
-        return dim
-    if name == "permute":
-        order = [d % rank for d in bind(node)["dims"]]
-        return order.index(dim)
-    if name in ("transpose", "swapaxes"):
-        pair: Any = node.args[1:3]
-        i, j = (int(d) % rank for d in pair)
-        return j if dim == i else i if dim == j else dim
-    if name in ("mul", "div") and not isinstance(node.args[1], fx.Node):
-        return dim
-    if name in _VIEWS:
-        return _through_view(shape_of(source), shape_of(node), dim)
-    if name in _OTHERS:
-        return _OTHER_RULES[name](bind(node), dim, rank, len(shape_of(node)))
-    return None
-
-
-def _through_view(before: Any, after: Any, dim: int) -> int | None:
-    """A view keeps a dimension whole where the sizes behind it have the same product."""
-    behind = _product(before[dim + 1 :])
-    if behind is None or before[dim] is None:
-        return None
-    for to in range(len(after)):
-        if after[to] == before[dim] and _product(after[to + 1 :]) == behind:
-            return to
-    return None
-
-
-def _product(sizes: Sequence[int | None]) -> int | None:
-    known = [n for n in sizes if n is not None]
-    return math.prod(known) if len(known) == len(sizes) else None
-
-
-def _named(a: Mapping[str, Any], rank: int) -> set[int]:
-    given = a.get("dim", a.get("dims"))
-    return set(range(rank)) if given is None or given == [] else {
-        d % rank for d in ([given] if isinstance(given, int) else given)
-    }  # fmt: skip
-
-
-def _reduced(a: Mapping[str, Any], dim: int, rank: int, out: int) -> int | None:
-    over = _named(a, rank)
-    if dim in over:
-        return None
-    return dim if out == rank else dim - sum(d < dim for d in over)
-
-
-def _unsqueezed(a: Mapping[str, Any], dim: int, rank: int, out: int) -> int:
-    return dim + int(dim >= a["dim"] % out)
-
-
-def _expanded(a: Mapping[str, Any], dim: int, rank: int, out: int) -> int:
-    return dim + out - rank
-
-
-def _untouched(a: Mapping[str, Any], dim: int, rank: int, out: int) -> int | None:
-    return None if dim in _named(a, rank) else dim
-
-
-def _selected(a: Mapping[str, Any], dim: int, rank: int, out: int) -> int | None:
-    at = a["dim"] % rank
-    return None if at == dim else dim - (at < dim)
-
-
-_OTHER_RULES: dict[str, Callable[[Mapping[str, Any], int, int, int], int | None]] = {
-    **dict.fromkeys(["slice", "index_select", "roll", "flip"], _untouched),
-    **dict.fromkeys(["mean", "sum", "squeeze"], _reduced),
-    "select": _selected,
-    "unsqueeze": _unsqueezed,
-    "expand": _expanded,
-}
+    a = bind(node)
+    return None if "stride" in a or isinstance(a.get("other"), fx.Node) else to
 
 
 def reads_raw(user: fx.Node, node: fx.Node, dim: int, held: Mapping[fx.Node, Tensor]) -> bool:
     """Whether `user` is a linear layer with a weight of its own that sums over `node`'s dimension `dim`."""
-    if user.op != "call_function" or base_name(user.target) != "linear" or user.args[0] is not node:
+    layer = layer_of(user, held)
+    if layer is None or layer.facts.windows or layer.facts.input_dim is None:
         return False
-    weight = bind(user)["weight"]
-    return weight in held and held[weight].dim() == 2 and dim == len(shape_of(node)) - 1
+    reads = bind(user)[layer.facts.input] is node and dim == layer.facts.input_dim % len(shape_of(node))
+    return reads and held[layer.weight].dim() == 2
 
 
 def reads_size(user: fx.Node, node: fx.Node, dim: int) -> bool:
     """Whether `user` asks for a size of `node` other than the channels'."""
-    return base_name(user.target).startswith("sym_size") and bind(user)["dim"] % len(shape_of(node)) != dim
+    return kind_of(user) == "size" and bind(user)["dim"] % len(shape_of(node)) != dim

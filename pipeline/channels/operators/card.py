@@ -93,7 +93,8 @@ class Card:
     right argument, where either may be one matrix of weights for all samples. `order`: of a permutation. `carries`:
     where it takes a dimension whole, if it is linear in its first operand. `random`: draws numbers in evaluation.
     `undefined`: what it holds is not known until something is written to it. `type_only`: of its first operand it uses
-    the type, not the numbers. `training`: the argument that switches to what it does in training.
+    the type, not the numbers. `averages`: gives means of its first operand's elements. `training`: the argument that
+    switches to what it does in training.
     """
 
     kind: Kind
@@ -108,9 +109,15 @@ class Card:
     random: bool = False
     undefined: bool = False
     type_only: bool = False
+    averages: bool = False
     training: str | None = None
 
     @property
     def gives_tensors(self) -> bool:
         """Whether tensors come out, in which indices can be followed."""
         return self.kind not in ("size", "number", "assertion")
+
+    @property
+    def moves(self) -> bool:
+        """Whether elements come out as they went in, in other places or several times."""
+        return self.kind in ("view", "permutation", "same", "dropout", "arrangement")

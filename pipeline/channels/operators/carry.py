@@ -28,14 +28,20 @@ def carried(node: fx.Node, dim: int) -> int | None:
     return None if card.carries is None else card.carries(node, dim)
 
 
+def keeps_constants(node: fx.Node) -> bool:
+    """Whether a number added to the first operand is added to the output as well: a sum multiplies it."""
+    card = find(node.target)
+    return card is not None and (card.moves or card.averages)
+
+
 def in_place(node: fx.Node, dim: int) -> int | None:
     """Every dimension stays where it is."""
     return dim
 
 
 def times_number(node: fx.Node, dim: int) -> int | None:
-    """Multiplied or divided by one number."""
-    return None if isinstance(node.args[1], fx.Node) else dim
+    """Multiplied or divided by one number, and not rounded."""
+    return None if isinstance(node.args[1], fx.Node) or bind(node).get("rounding_mode") else dim
 
 
 def beside(node: fx.Node, dim: int) -> int | None:
@@ -46,10 +52,10 @@ def beside(node: fx.Node, dim: int) -> int | None:
 def without(node: fx.Node, dim: int) -> int | None:
     """The dimensions named are gone, or of length one."""
     over = _named(node)
-    if dim in over:
+    dropped = len(_sizes(node.args[0])) - len(_sizes(node))
+    if dim in over or dropped not in (0, len(over)):  # a squeeze may drop some of them only
         return None
-    kept = len(_sizes(node)) == len(_sizes(node.args[0]))
-    return dim if kept else dim - sum(d < dim for d in over)
+    return dim - sum(d < dim for d in over) if dropped else dim
 
 
 def selected(node: fx.Node, dim: int) -> int | None:

@@ -95,7 +95,7 @@ def edit_mean(c: Cut, node: fx.Node) -> None:
     c.replace(node, build, f"variance with the original count (kept share {ratio:.6g})")
 
 
-@family(Card("reduction", edit=edit_mean, depends=depends_reduced, carries=without), "mean")
+@family(Card("reduction", edit=edit_mean, depends=depends_reduced, carries=without, averages=True), "mean")
 def mean(t: Trace, node: fx.Node) -> Value:
     """A mean over channels keeps the original count, also of squared deviations, as a norm written out takes it."""
     a = bind(node)

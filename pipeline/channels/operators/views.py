@@ -154,21 +154,29 @@ def depends_view(m: Masks, node: fx.Node, value: Any) -> Tensor:
     return mask.reshape(value.shape)
 
 
+def written_sizes(node: fx.Node) -> tuple[str, int] | None:
+    """(the argument that lists sizes, the output's dimension of its first entry), where the operator has one."""
+    arguments = bind(node)
+    name = next((n for n in ("size", "shape", "sizes") if n in arguments), None)
+    if name is None:
+        return None
+    # unflatten: the entries replace one dimension of the operand
+    split = name == "sizes"
+    return name, arguments["dim"] % len(node.args[0].meta["val"].shape) if split else 0  # type: ignore[union-attr]
+
+
 def edit_sizes(c: Cut, node: fx.Node) -> None:
     """Sizes written in a view follow the kept counts."""
     if c.note(node, Shuffle) is not None:
         edit_shuffled(c, node)
         return
-    value, arguments = c.value(node), bind(node)
-    name = next(n for n in ("size", "shape", "sizes") if n in arguments)
-    entries = arguments[name]
-    first = len(value.shape) - len(entries)
-    if name == "sizes":  # unflatten: the entries replace one dimension of the operand
-        first = arguments["dim"] % len(c.value(node.args[0]).shape)
+    value, written = c.value(node), written_sizes(node)
+    assert written is not None
+    name, first = written
     with c.editor.before(c.new_of[node]):
         sizes = [
             c.size(c.twin(e), c.count(value.atoms[first + k], value.shape[first + k]), value.shape[first + k])
-            for k, e in enumerate(entries)
+            for k, e in enumerate(bind(node)[name])
         ]
     c.set(node, **{name: sizes})
 
@@ -190,5 +198,9 @@ def view(t: Trace, node: fx.Node) -> Value:
 
 @family(Card("view", depends=depends_view, carries=through_view), "flatten", "view_as", "reshape_as", "ravel")
 def flatten(t: Trace, node: fx.Node) -> Value:
-    """Views without a size of their own."""
-    return reshape_value(t, node, t.value(node.args[0]), t.shape(node))
+    """Views without a size of their own; where another tensor gives the sizes, the two live together."""
+    value = reshape_value(t, node, t.value(node.args[0]), t.shape(node))
+    other = bind(node).get("other")
+    for own, given in zip(value.atoms, t.value(other).atoms, strict=True) if other is not None else ():
+        t.tie(own, given, node)
+    return value

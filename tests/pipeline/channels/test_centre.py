@@ -124,12 +124,84 @@ class PostNorm(nn.Module):
         return self.head(self.second(x + self.layer(x)))
 
 
+class Scaled(nn.Module):
+    """A number is multiplied into the stream; behind a norm that changes its shift, as a sum of tokens does."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.embed = nn.Linear(6, width)
+        self.first, self.second, self.last = (nn.LayerNorm(width) for _ in range(3))
+        self.layer, self.mix, self.head = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = self.embed(x) * 2
+        x = x + self.layer(self.first(x) * 0.5)
+        x = x + self.mix(self.second(x).sum(1, keepdim=True))
+        return self.head(self.last(x).mean(1))
+
+
+class OtherWriters(nn.Module):
+    """A transposed convolution writes the stream, and a table of embeddings behind a layer scale."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.up = nn.ConvTranspose1d(6, width, 2, 2)
+        self.table = nn.Embedding(14, width)
+        self.scale = nn.Parameter(torch.randn(width))
+        self.first, self.last = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.layer, self.head = nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        y = self.up(x.transpose(1, 2)).transpose(1, 2)
+        y = y + self.table(torch.arange(14)[: x.shape[1] * 2]) * self.scale
+        y = y + self.layer(self.first(y))
+        return self.head(self.last(y))
+
+
+class NormAdded(nn.Module):
+    """A norm's output is added to the stream that it reads, and a linear layer reads it too."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, width), nn.Linear(width, 3)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = x + self.layers[0](self.norms[0](x))
+        y = self.norms[1](x)
+        x = x + y + self.layers[1](y)
+        x = x + self.layers[2](self.norms[2](x))
+        return self.head(self.norms[3](x))
+
+
+class SizesOfAnother(nn.Module):
+    """A view takes its sizes from a tensor that is not of the stream."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.embed, self.other = nn.Linear(6, width), nn.Linear(6, width)
+        self.first, self.second, self.last = (nn.LayerNorm(width) for _ in range(3))
+        self.layer, self.mix, self.head = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        y = self.embed(x)
+        y = y + self.layer(self.first(y))
+        y = y + self.mix(self.second(y))
+        return self.head(self.last(y)) + y.view_as(torch.sigmoid(self.other(x))).square().mean(-1, True)
+
+
 NETS = {
     "pre-norm": (PreNorm(), torch.randn(2, 3, 8, 8), 3),
     "raw readers": (RawReaders(), torch.randn(2, 7, 6), 4),
     "windows": (Windows(), torch.randn(2, 4, 4, 5), 2),
     "computed writer": (ComputedWriter(), torch.randn(2, 7, 6), 5),
     "tied": (Tied(), torch.randint(0, 9, (2, 7)), 3),
+    "scaled": (Scaled(), torch.randn(2, 7, 6), 3),
+    "other writers": (OtherWriters(), torch.randn(2, 7, 6), 2),
+    "norm added": (NormAdded(), torch.randn(2, 7, 6), 4),
+    "sizes of another": (SizesOfAnother(), torch.randn(2, 7, 6), 3),
 }
 
 
@@ -156,6 +228,12 @@ def test_shifts_and_means_go_into_the_weights_around(experiment):
     assert (done.widened, done.narrowed) == (0, 0)
     assert not any("constant_pad" in str(n.target) for n in done.program.graph.nodes)
     assert not any("narrow" in n.name or "slice_tensor" in n.name for n in done.program.graph.nodes)
+
+
+@pytest.mark.parametrize("name", ["scaled", "other writers"])
+def test_whatever_has_weights_takes_the_mean_in_them(experiment, name):
+    done = centre(experiment(NETS[name][0], NETS[name][1]).shrunk.program)
+    assert (done.widened, done.narrowed) == (0, 0)
 
 
 def test_readers_that_take_no_weights_get_the_plain_stream(experiment):

@@ -236,6 +236,18 @@ class ChannelShuffle(Ends):
         return self.head(x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w))
 
 
+@case(TOKENS, neuron=12)
+class SizesOfAnother(nn.Module):
+    """A view that takes its sizes from another tensor: the two lose the same channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x).flatten(1).view_as(torch.sigmoid(self.b(x))))
+
+
 @case(IMAGE, channel=10)
 class PixelShuffle(Ends):
     def __init__(self) -> None:

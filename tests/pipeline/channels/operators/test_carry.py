@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from pipeline.channels.operators import CARDS
-from pipeline.channels.operators.carry import carried
+from pipeline.channels.operators.carry import carried, keeps_constants
 
 aten = torch.ops.aten
 X = torch.randn(2, 3, 4, dtype=torch.float64)
@@ -43,8 +43,8 @@ WHERE: list[tuple[Any, tuple[Any, ...], list[int | None]]] = [
 ]
 
 
-@pytest.mark.parametrize(("target", "rest", "where"), WHERE, ids=[f"{t}{k}" for k, (t, *_) in enumerate(WHERE)])
-def test_a_dimension_is_where_the_card_says(target: Any, rest: tuple[Any, ...], where: list[int | None]) -> None:
+def call(x: torch.Tensor, target: Any, rest: tuple[Any, ...]) -> fx.Node:
+    """A node of `target` on `x` and `rest` that knows its value."""
     graph = fx.Graph()
 
     def operand(a: Any) -> Any:
@@ -54,8 +54,14 @@ def test_a_dimension_is_where_the_card_says(target: Any, rest: tuple[Any, ...], 
         node.meta["val"] = a
         return node
 
-    node = graph.call_function(target, tuple(map(operand, (X, *rest))))
-    node.meta["val"] = target(X, *rest)
+    node = graph.call_function(target, tuple(map(operand, (x, *rest))))
+    node.meta["val"] = target(x, *rest)
+    return node
+
+
+@pytest.mark.parametrize(("target", "rest", "where"), WHERE, ids=[f"{t}{k}" for k, (t, *_) in enumerate(WHERE)])
+def test_a_dimension_is_where_the_card_says(target: Any, rest: tuple[Any, ...], where: list[int | None]) -> None:
+    node = call(X, target, rest)
     assert [carried(node, d) for d in range(3)] == where
     for dim, to in enumerate(where):
         if to is not None:
@@ -68,3 +74,22 @@ def test_a_dimension_is_where_the_card_says(target: Any, rest: tuple[Any, ...], 
 def test_every_fact_of_this_kind_is_tried_above() -> None:
     tried = {t._schema.name.split("::")[1] for t, _, _ in WHERE}
     assert {c.carries for c in CARDS.values()} == {CARDS[n].carries for n in tried if n in CARDS} | {None}
+
+
+def test_a_squeeze_that_drops_some_of_its_dimensions_is_not_followed() -> None:
+    assert carried(call(X[:1], aten.squeeze.dims, ([0, 1],)), 2) is None
+    assert carried(call(X[:1, :1], aten.squeeze.dims, ([0, 1],)), 2) == 0
+
+
+def test_a_quotient_that_is_rounded_is_not_followed() -> None:
+    node = call(X, aten.div.Tensor, (3.0,))
+    node.target, node.kwargs = aten.div.Tensor_mode, {"rounding_mode": "floor"}
+    assert carried(node, 0) is None
+
+
+@pytest.mark.parametrize(("target", "rest", "where"), WHERE, ids=[f"{t}{k}" for k, (t, *_) in enumerate(WHERE)])
+def test_a_number_that_is_added_before_is_added_after(target: Any, rest: tuple[Any, ...], where: Any) -> None:
+    if not any(to is not None for to in where):
+        return
+    added = torch.allclose(target(X + 2, *rest), target(X, *rest) + 2)
+    assert keeps_constants(call(X, target, rest)) == added
