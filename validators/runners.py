@@ -159,7 +159,9 @@ class TorchRunner:
         try:
             with torch.inference_mode():
                 leaves = pytree.tree_leaves(self._call(*(_tensor(feed[spec.name]) for spec in self.inputs)))
-        except Exception as error:  # the model's own code may raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the model's own code may raise anything, and call sys.exit
             raise ValidationError(f"{self.name} cannot run: {first_line(error)}") from error
         finally:
             torch.set_num_threads(before)

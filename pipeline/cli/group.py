@@ -26,7 +26,11 @@ class _Group(click.Group):
         console = Console(stderr=True)
         try:
             code = super().main(*args, **kwargs)
-            sys.exit(code if isinstance(code, int) else 0)
+        except (
+            SystemExit
+        ) as stop:  # click raises none here: other people's code did, and its code is no verdict of ours
+            complain(console, f"Code that was run here called sys.exit({stop.code!r}).", "Let it return or raise.")
+            sys.exit(STAGE_FAILED)
         except LeanortError as error:
             complain(console, error.message, error.hint)
             sys.exit(error.exit_code)
@@ -47,6 +51,11 @@ class _Group(click.Group):
             traceback.print_exc()
             complain(console, "That is a bug in leanort.", "Please report the lines above.")
             sys.exit(STAGE_FAILED)
+        except BaseException:  # of the user's own making: Python's exit code for it, 1, means that a gate failed
+            traceback.print_exc()
+            complain(console, "An exception of no known kind ended the run.", "Let your code raise an Exception.")
+            sys.exit(STAGE_FAILED)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def complain(console: Console, message: str, hint: str) -> None:

@@ -58,14 +58,14 @@ class Crashes(dict[str, str]):
         """
         try:
             yield
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             raise
-        except Exception as error:  # models and metrics are other people's code
+        except BaseException as error:  # models and metrics are other people's code, and may call sys.exit
             if isinstance(error, OSError) and error.errno in _NO_DISK:
                 raise
             self.note(validator, error)
 
-    def note(self, validator: str, error: Exception) -> None:
+    def note(self, validator: str, error: BaseException) -> None:
         """Keep why `validator` broke off: the first reason is the one that counts."""
         kind = "" if isinstance(error, ValidationError) else f"{type(error).__name__}: "
         self.setdefault(validator, f"{kind}{first_line(error)}")
@@ -238,7 +238,9 @@ def _guarded(name: str, metric: Metric, crashed: Crashes) -> Metric:
         nothing = np.full(labels.shape, np.nan)
         try:
             made = np.asarray(metric(outputs, labels), dtype=np.float64)
-        except Exception as error:  # the user's own code
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the user's own code, which may call sys.exit
             crashed.note(_of_metric(name), error)
             return nothing
         if made.shape != labels.shape:

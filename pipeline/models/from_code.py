@@ -123,12 +123,15 @@ def _module(place: str, spec: str, error: type[UserError]) -> ModuleType:
 
 @contextmanager
 def user_code(spec: str, error: type[UserError]) -> Iterator[None]:
-    """Turn an exception in the user's code into one line with its place; the traceback stays as the cause."""
+    """Turn an exception in the user's code into one line with its place; the traceback stays as the cause.
+
+    Whatever its class: a `sys.exit(0)` there must not end the command as if all had gone well.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as failure:
+    except BaseException as failure:
         last = traceback.extract_tb(failure.__traceback__)[-1]
         place = f"{Path(last.filename).name}, line {last.lineno}"
         reason = (str(failure).splitlines() or [""])[0]

@@ -20,7 +20,9 @@ def check(model: nn.Module, inputs: tuple[Tensor, ...], classes: int | None = No
     try:
         with torch.no_grad():
             out = model(*inputs)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a forward pass that calls sys.exit, too
         reason = first_line(error)
         raise ModelError(
             f"{name} does not take input of shape {shapes}: {reason[:200]}", "Set data.input_size to one that it takes."

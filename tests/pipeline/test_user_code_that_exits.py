@@ -1,0 +1,71 @@
+"""No exception class of the user's code decides an exit code: not SystemExit, not one of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.chain import QUICK, leanort
+
+ENDINGS = {
+    "exit(0)": "sys.exit(0)",
+    "exit()": "sys.exit()",
+    "own": "raise Mine('gone')",
+    "generator": "raise GeneratorExit('gone')",
+}
+CODE = """
+import sys
+import torch
+
+class Mine(BaseException):
+    pass
+
+def score(outputs, labels):
+    {ending}
+
+def build(num_classes=10):
+    {ending}
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(3 * 16 * 16, 10)
+
+    def forward(self, x):
+        {ending}
+
+def samples():
+    {ending}
+"""
+
+
+@pytest.fixture(params=ENDINGS)
+def code(request, tmp_path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(CODE.format(ending=ENDINGS[request.param]))
+    return path
+
+
+def test_a_metric_that_ends_the_process_fails_the_gate(artifacts, version, code, tmp_path):
+    dense = version / "0-baseline" / "dense.onnx"
+    words = ["gate", str(dense), "--against", str(dense), "--data", "digits", "--input-size", "3,16,16"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *words, "--seconds", "0.2", "--metric", f"{code}:score"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "score could not be measured" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["build", "Net"])
+def test_a_model_that_ends_the_process_is_refused(code, tmp_path, name):
+    done = leanort(tmp_path, "deploy", f"{code}:{name}", *QUICK)
+    assert done.returncode == 2, done.stderr
+    assert "error:" in done.stderr
+
+
+def test_data_that_ends_the_process_is_refused(code, tmp_path):
+    done = leanort(tmp_path, "deploy", "resnet18", "--data", f"{code}:samples", *QUICK)
+    assert done.returncode == 2, done.stderr
+    assert "mine.py, line" in done.stderr
