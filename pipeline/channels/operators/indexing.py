@@ -15,7 +15,7 @@ from pipeline.channels.operators.cut import Cut
 from pipeline.channels.operators.movement import depends_moved
 from pipeline.channels.operators.table import bind, family
 from pipeline.channels.operators.trace import NoRule, Trace
-from pipeline.channels.operators.values import Indices, Value
+from pipeline.channels.operators.values import Flags, Indices, Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +85,31 @@ def _pick(t: Trace, node: fx.Node, x: Value, dim: int, source: fx.Node, argument
     picked = t.static[source].numpy() % x.shape[dim]
     t.notes[node] = Picked(dim, picked, argument)
     return x.replace_dim(dim, atoms[picked], None if zeros is None else zeros[picked], shape[dim])
+
+
+@family(Card("arrangement", depends=depends_moved), "gather")
+def gather(t: Trace, node: fx.Node) -> Value:
+    """y[i, j, k] = x[i, index[i, j, k], k] for the second dimension: what is looked up in stays, and beside it the
+    index, which may be shorter than x, loses what x loses.
+    """
+    a = bind(node)
+    x, places = t.value(a["self"]), t.value(a["index"])
+    if not x.shape:
+        raise NoRule("a number without dimensions")
+    dim = a["dim"] % len(x.shape)
+    t.pin(x.atoms[dim], node, "looked up by index")
+    atoms = list(places.atoms)
+    zeros: list[Flags | None] = [None] * len(atoms)
+    for d, size in enumerate(places.shape):
+        own = x.atoms[d]
+        if d == dim:
+            continue
+        t.tie(None if own is None else own[:size], atoms[d], node)
+        if own is None:
+            atoms[d] = None
+        elif atoms[d] is not None and (flags := x.zeros[d]) is not None:
+            zeros[d] = flags[:size]
+    return Value(places.shape, tuple(atoms), tuple(zeros), x.derived and places.derived)
 
 
 @family(Card("arrangement", depends=depends_moved, carries=beside), "flip")

@@ -248,6 +248,40 @@ class SizesOfAnother(nn.Module):
         return self.head(self.a(x).flatten(1).view_as(torch.sigmoid(self.b(x))))
 
 
+@case(TOKENS, neuron=12)
+class BestTokens(nn.Module):
+    """The tokens with the highest scores are looked up, as a detector picks its queries, all channels of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.score, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 1), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = self.score(x).squeeze(-1).topk(3, dim=1).indices.unsqueeze(-1)
+        y = self.a(x)
+        y = y.gather(1, best.repeat(1, 1, y.shape[-1])) + self.b(x).gather(1, best.expand(-1, -1, 12)).relu()
+        return self.head(y)
+
+
+@case(TOKENS, neuron=12)
+class FirstChannelsOfBestTokens(nn.Module):
+    """Of the tokens looked up, the first seven channels only: the index is shorter than what it looks up in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.score, self.head, self.rest = (
+            nn.Linear(12, 12),
+            nn.Linear(12, 1),
+            nn.Linear(7, 4),
+            nn.Linear(12, 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = self.score(x).squeeze(-1).topk(3, dim=1).indices.unsqueeze(-1)
+        y = self.a(x)
+        return self.head(y.gather(1, best.expand(-1, -1, 7))) + self.rest(y)[:, :3]
+
+
 @case(IMAGE, channel=10)
 class PixelShuffle(Ends):
     def __init__(self) -> None:
@@ -816,7 +850,7 @@ USED_BY = {
     "zeros_like": "WrittenInPlace", "mT": "Reordered", "movedim": "Reordered", "stack": "Reordered",
     "channel_shuffle": "Reordered", "expand_as": "Reordered", "col2im": "Blocks", "unfold": "Blocks", "amax": "Blocks",
     "std": "Blocks", "grid_sampler": "Blocks", "fft_rfft2": "Spectrum", "view_as_complex": "Spectrum",
-    "bilinear": "TwoFactors",
+    "bilinear": "TwoFactors", "gather": "BestTokens",
 }  # fmt: skip
 NO_ORDER = {"counted", "created"}  # cards whose indices are tied to nothing: there is no order to get wrong
 

@@ -80,6 +80,7 @@ EXACT: dict[str, Callable[[], tuple[Any, ...]]] = {
     "upsample_bilinear2d": lambda: (aten.upsample_bilinear2d.default, some(1, 2, 3, 3, share=0.1), [6, 6], False),
     "cat": lambda: (aten.cat.default, [some(2, 3), some(2, 4)], 1),
     "slice": lambda: (aten.slice.Tensor, some(2, 6), 1, 1, 5, 2),
+    "gather": lambda: (aten.gather.default, some(2, 6, 3), 1, known(torch.randint(0, 6, (2, 4, 3)))),
     "index_select": lambda: (aten.index_select.default, some(2, 6), 1, known(torch.tensor([4, 0, 0]))),
     "pad": lambda: (aten.pad.default, some(2, 3), [1, 2]),
     "channel_shuffle": lambda: (aten.channel_shuffle.default, some(1, 6, 2, 2), 2),
