@@ -8,7 +8,7 @@ import functools
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,8 +117,10 @@ def cone(module: str) -> Mapping[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _imports(path: Path, package: str) -> Iterator[str]:
+@functools.cache
+def _imports(path: Path, package: str) -> tuple[str, ...]:
     """The modules that a file of `package` imports; each name imported from a module is offered as a module, too."""
+    found: list[str] = []
     waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while waiting:
         node = waiting.pop()
@@ -127,13 +129,12 @@ def _imports(path: Path, package: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             inside = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
             origin = ".".join([*inside, *([node.module] if node.module else [])])
-            yield origin
-            for alias in node.names:
-                yield _face(origin).get(alias.name, f"{origin}.{alias.name}")
+            found += [origin, *(_face(origin).get(alias.name, f"{origin}.{alias.name}") for alias in node.names)]
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        else:
+            found += [alias.name for alias in node.names]
+        elif not isinstance(node, ast.expr):  # no import inside an expression
             waiting += ast.iter_child_nodes(node)
+    return tuple(found)
 
 
 @functools.cache

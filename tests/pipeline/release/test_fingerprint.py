@@ -29,7 +29,7 @@ def copied(tmp_path, monkeypatch) -> Path:
 
 
 def forget() -> None:
-    for cached in (fingerprint.cone, fingerprint.project_digest, fingerprint._face):
+    for cached in (fingerprint.cone, fingerprint.project_digest, fingerprint._face, fingerprint._imports):
         cached.cache_clear()
 
 
