@@ -22,6 +22,7 @@ def test_each_package_is_ours_and_not_a_namesake_from_the_index(name):
 def test_every_artifact_type_has_one_producer_and_stages_take_only_what_came_before():
     from pipeline.artifacts.base import Artifact
     from pipeline.recipe.section import Section
+    from pipeline.release.opening import ARTIFACTS
     from pipeline.stages.order import STAGES
 
     made: list[type] = []
@@ -33,6 +34,7 @@ def test_every_artifact_type_has_one_producer_and_stages_take_only_what_came_bef
                 assert kind in made, f"{stage.__name__} takes {kind.__name__} before it is made"
         assert hints["return"] not in made
         made.append(hints["return"])
+    assert tuple(made) == ARTIFACTS
     assert set(made) == {
         k
         for k in Artifact.__subclasses__() + [w for a in Artifact.__subclasses__() for w in a.__subclasses__()]

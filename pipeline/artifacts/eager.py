@@ -6,12 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from foundation.errors import MaskError, WeightsError
 from foundation.files import read_tensors
 from pipeline.artifacts.base import Artifact, WidthChange
 from pipeline.recipe.removal import GroupSwitches
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def read_masks(path: Path | str) -> dict[str, Tensor]:
+    """Read masks; raises MaskError if the file is unreadable or holds anything but bool tensors."""
+    import torch
+
+    try:
+        found = read_tensors(path)
+    except WeightsError as error:
+        raise MaskError(error.message, error.hint) from error
+    wrong = [name for name, mask in found.items() if mask.dtype != torch.bool]
+    if wrong:
+        raise MaskError(f"{path} holds {found[wrong[0]].dtype} for {wrong[0]}, not a mask.", "Give a file of masks.")
+    return found
 
 
 class Weighted(Artifact):
@@ -91,7 +106,7 @@ class Pruned(Weighted):
 
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> bool tensor of its shape, True = kept."""
-        return read_tensors(self.folder / self.MASKS)
+        return read_masks(self.folder / self.MASKS)
 
 
 class Finetuned(Weighted):

@@ -36,7 +36,7 @@ def _recipe_options(command: Any) -> Any:  # decorates any click command
             click.option("--out", type=click.Path(path_type=Path), help="The artifacts folder (default: artifacts)."),
             click.option("--seed", type=int, help="Seed of every stage."),
             click.option(
-                "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe key: --set prune.norm=l1"
+                "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe key: --set prune.criterion=l1"
             ),
         ]
     ):

@@ -123,7 +123,11 @@ def metrics(cfg: GateSection) -> tuple[dict[str, Metric], tuple[str, ...]]:
                     f"There are top5, {', '.join(_SIMILARITIES)}, and path/to/file.py:callable.",
                 )
             scores[name.rpartition(":")[2]] = load_callable(name, ConfigError)[0]
-    return scores, tuple(name for name in _SIMILARITIES if name in cfg.metrics)
+    return scores, _similarities_of(cfg)
+
+
+def _similarities_of(cfg: GateSection) -> tuple[str, ...]:
+    return tuple(name for name in _SIMILARITIES if name in cfg.metrics)
 
 
 def contest(
@@ -166,7 +170,7 @@ def contest(
                     found |= _lost(name, accuracy[name])
                 similarities = _similarities(cfg, runners, data, crashed)
                 if "dense" in similarities:
-                    asked = metrics(cfg)[1]
+                    asked = _similarities_of(cfg)
                     found |= {name: policy.exactly(getattr(similarities["dense"], name)) for name in asked}
         with crashed.noted("latency"):
             latency = _latency(cfg, runners, progress, sizes)
@@ -220,7 +224,7 @@ def _similarities(
 ) -> dict[str, Similarity]:
     """How alike the embeddings of "shipped" and of each other model are, where the recipe asks for that."""
     found: dict[str, Similarity] = {}
-    for name in runners if metrics(cfg)[1] else ():
+    for name in runners if _similarities_of(cfg) else ():
         if name != "shipped":
             with crashed.noted(f"similarity to {name}"):
                 found[name] = similarity(runners[name], runners["shipped"], data.batches("test", EVALUATION_BATCH))

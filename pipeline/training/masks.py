@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from foundation.errors import MaskError, WeightsError
-from foundation.files import read_tensors, save_tensors
+from foundation.errors import MaskError
+from foundation.files import save_tensors
 from pipeline.artifacts.eager import Sparsity
 
 Masks = Mapping[str, Tensor]
@@ -237,18 +237,6 @@ def _renaming(model: nn.Module) -> tuple[dict[str, str], set[str]]:
 def save(masks: Masks, path: Path | str) -> None:
     """Write masks as safetensors, complete or not at all; raises StoreError."""
     save_tensors(masks, path)
-
-
-def load(path: Path | str) -> dict[str, Tensor]:
-    """Read masks; raises MaskError if the file is unreadable or holds anything but bool tensors."""
-    try:
-        found = read_tensors(path)
-    except WeightsError as error:
-        raise MaskError(error.message, error.hint) from error
-    wrong = [name for name, mask in found.items() if mask.dtype != torch.bool]
-    if wrong:
-        raise MaskError(f"{path} holds {found[wrong[0]].dtype} for {wrong[0]}, not a mask.", "Give a file of masks.")
-    return found
 
 
 # ── counting ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from foundation.errors import ConfigError, MaskError
 from pipeline import models
+from pipeline.artifacts.eager import read_masks
 from pipeline.selection.schedules import cubic_ratio
 from pipeline.selection.weights import prunable, two_four, unstructured_l1
 from pipeline.training import masks
@@ -136,7 +137,7 @@ def test_masks_are_read_back_as_given(model, tmp_path):
     assert list(found) == list(chosen)
     assert all(torch.equal(found[name], mask) for name, mask in chosen.items())
     masks.save(found, tmp_path / "masks.safetensors")
-    back = masks.load(tmp_path / "masks.safetensors")
+    back = read_masks(tmp_path / "masks.safetensors")
     assert back.keys() == chosen.keys()
     assert all(torch.equal(back[name], mask) and back[name].dtype == torch.bool for name, mask in chosen.items())
 
@@ -243,10 +244,10 @@ def test_what_cannot_be_masked_says_so():
 
 def test_a_file_that_holds_no_masks_is_refused(tmp_path):
     with pytest.raises(MaskError, match="cannot be read"):
-        masks.load(tmp_path / "nowhere.safetensors")
+        read_masks(tmp_path / "nowhere.safetensors")
     masks.save({"x": torch.ones(2)}, tmp_path / "a.safetensors")
     with pytest.raises(MaskError, match=r"float32 for x, not a mask"):
-        masks.load(tmp_path / "a.safetensors")
+        read_masks(tmp_path / "a.safetensors")
 
 
 # ── choosing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
