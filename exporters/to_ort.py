@@ -212,8 +212,15 @@ def load(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
 
 
 def _tag(path: Path, metadata: dict[str, str]) -> None:
-    """Set the file's metadata, and drop the operator domains that onnxruntime declares without using them."""
+    """Set the file's metadata, and drop the operator domains that onnxruntime declares without using them.
+
+    The nodes that onnxruntime put in are named anew, in their order: it names them in the order of its memory, so that
+    two runs would not give the same bytes.
+    """
     model = read_graph(path)
+    for number, node in enumerate(model.graph.node):
+        if "_token_" in node.name or node.op_type.startswith("Reorder"):
+            node.name = f"{node.op_type}_{number}"
     used = domains(model) | {""}
     kept = [entry for entry in model.opset_import if entry.domain in used]
     del model.opset_import[:]

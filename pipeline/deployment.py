@@ -17,7 +17,7 @@ from pipeline.artifacts.verdict import Validated
 from pipeline.progress import Progress
 from pipeline.recipe.config import Config, to_toml
 from pipeline.recipe.section import Section
-from pipeline.release import checks, fingerprint, records, store
+from pipeline.release import checks, fingerprint, journal, records, store
 from pipeline.release.opening import Release, open_release
 from pipeline.release.reuse import candidates, compared_with, folder_name, make_current, matches
 
@@ -47,6 +47,8 @@ def deploy(
     progress = progress or Progress()
     config = config or Config()
     request = request_of(model, data, config)
+    if promote:
+        journal.whole(config.artifacts)  # what could not be promoted afterwards is not built
     if start is None and until is None:
         release = _answered(config.artifacts / (config.name or folder_name(model)), request)
         if release is not None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from foundation.errors import CaptureError, ConfigError, UserError, nearest
 from foundation.files import sha256
+from pipeline.artifacts import archive
 from pipeline.artifacts.base import Artifact
 from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.artifacts.race import Optimized
@@ -28,7 +29,7 @@ from pipeline.race.entrants import entrants
 from pipeline.recipe import config as recipes
 from pipeline.recipe.config import Config
 from pipeline.recipe.section import Section
-from pipeline.release import bundling, checks, fingerprint, records, store
+from pipeline.release import bundling, checks, fingerprint, journal, records, store
 from pipeline.release.opening import Release, open_release
 from pipeline.release.records import Manifest, StageRecord
 from pipeline.release.reuse import candidates, compared_with, folder_name, make_current, matches
@@ -63,6 +64,7 @@ def run(
     source, dataset = sources(model, data, config)
     folder = config.artifacts / (config.name or folder_name(model))
     with store.locked(folder, lambda: progress.say(f"Another run is building {folder}; waiting for it to end.")):
+        store.tidy(folder)
         partial = store.open_partial(folder)
         wires: dict[type, Any] = {ModelSource: source, Data: dataset, Progress: progress}
         digests = {"model": source.fingerprint, "data": dataset.fingerprint}
@@ -198,8 +200,15 @@ def _fingerprint(stage: ModuleType, config: Config, digests: dict[str, str]) -> 
 
 
 def _intact(stage_folder: Path) -> bool:
+    """Whether a stage's files are as they were written, and hold nothing that reading them would run."""
     record = records.read_stage(stage_folder)
-    return record is not None and records.record_files(stage_folder) == record.files
+    program = stage_folder / Shrunk.PROGRAM
+    return (
+        record is not None
+        and records.record_files(stage_folder) == record.files
+        and not store.strays_in(stage_folder)
+        and not (program.exists() and archive.faults(program))
+    )
 
 
 def _stage(
@@ -268,6 +277,7 @@ def _run(
     record = StageRecord(
         stage=target.name,
         fingerprint=wanted,
+        section=records.section_digest(section),
         inputs={name: digests[name] for name in producers},
         files=records.record_files(work),
         seconds=round(time.perf_counter() - began, 3),
@@ -305,6 +315,7 @@ def _finish(
         known = store.versions(folder)
         made = Manifest(
             project=records.project_version(),
+            name=folder.name,
             model=source.spec,
             version=f"v{int(known[-1].name[1:]) + 1 if known else 1:04d}",
             created=datetime.now(UTC),
@@ -328,8 +339,11 @@ def _finish(
         stages = tuple(record.stage for record in made.stages)
         outside = {n: f for n, f in records.record_files(partial).items() if n.partition("/")[0] not in stages}
         made = made.model_copy(update={"files": outside})
-        (partial / records.MANIFEST).write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        records.write(partial, made)
         release = open_release(store.seal(folder, partial))
+        with journal.locked(folder.parent):
+            seal = records.seal_of(release.folder)
+            journal.append(folder.parent, "seal", folder.name, release.folder.name, manifest=seal)
     make_current(release, promote, same is not None, progress)
     return release
 

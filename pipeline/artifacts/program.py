@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from pipeline.artifacts import archive
 from pipeline.artifacts.base import Artifact, WidthChange
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ class Shrunk(Artifact):
     """The physically smaller program, proven equal to the folded model."""
 
     STAGE: ClassVar[str] = "4-shrink"
+    PROGRAM: ClassVar[str] = "shrunk.pt2"
 
     removed: bool
     statement: str
@@ -30,10 +32,8 @@ class Shrunk(Artifact):
     kept_back: tuple[str, ...]
 
     def program(self) -> ExportedProgram:
-        """The shrunk program, batch-dynamic."""
-        import torch
-
-        return torch.export.load(self.folder / "shrunk.pt2")
+        """The shrunk program, batch-dynamic. Raises StoreError where its file is not one that was written here."""
+        return archive.read(self.folder / self.PROGRAM)
 
 
 class Exported(Artifact):

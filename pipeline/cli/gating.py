@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from foundation.errors import ConfigError
+from foundation.errors import ConfigError, VersionError
 from pipeline.cli.group import EXIT_CODES, OUT, main, plain
 
 if TYPE_CHECKING:
@@ -115,21 +115,16 @@ def check(a: Path, b: Path, policy: Path | None, report: Path | None, **options:
 
 
 def _judge_version(out: Path, target: str, limits: Policy | None, report: Path | None) -> int:
-    from pipeline.artifacts.verdict import Validated
-    from pipeline.gate import policy as policies
-    from pipeline.release import opening, store
+    from pipeline.release import checks, judging, records, store
 
-    release = opening.open_release(store.resolve(out, target))
-    checked = release[Validated]
-    verdict, notes = policies.decide(
-        limits or opening.recipe(release).gate,
-        checked.measurements,
-        hops=[f"{policies.PARITY}{hop.reference} - {hop.candidate}" for hop in checked.hops if hop.judged],
-        promoted=bool(checked.promoted),
-        crashed=checked.crashed,
-    )
-    found = checked.measurements
-    return _tell(release.manifest.model, release.folder.name, verdict, notes, found, report)
+    folder = store.resolve(out, target)
+    if faults := checks.faults(folder):
+        raise VersionError(f"{folder} is not judged, since it is not what was sealed: {faults[0]}.", "Deploy again.")
+    checked, own = judging.measured(folder)
+    verdict, notes = judging.judge(checked, limits or own)
+    if limits is None and verdict.outcome == "pass" and checked.verdict.outcome != "pass":
+        notes = (*notes, f"when it was made, the verdict was {checked.verdict.outcome}: see {folder / 'report.html'}")
+    return _tell(records.read(folder).model, folder.name, verdict, notes, checked.measurements, report)
 
 
 def _judge_files(

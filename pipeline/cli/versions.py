@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from foundation.errors import LeanortError, StoreError, VersionError
+from foundation.errors import LeanortError, VersionError
 from pipeline.cli.group import OUT, main, plain
 
 if TYPE_CHECKING:
@@ -36,11 +36,15 @@ def list_(out: Path, as_json: bool, log: bool) -> None:
         except (LeanortError, OSError, ValueError):  # one damaged version must not hide the others
             return None
 
-    rows = [
-        (folder.name, version.name, version == store.current(folder), figures_of(version))
-        for folder in store.models(out)
-        for version in store.versions(folder)
-    ]
+    faults = []
+    rows = []
+    for folder in store.models(out):
+        now = store.current(folder)  # once: it may move while the versions are read
+        if fault := store.pointer_fault(folder):
+            faults.append(f"{folder.name}: {fault}.")
+        rows += [(folder.name, v.name, v == now, figures_of(v)) for v in store.versions(folder)]
+    for fault in faults:
+        click.echo(fault, err=True)
     if as_json:
         click.echo(
             json.dumps(
@@ -99,6 +103,23 @@ def show(version: str, out: Path, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("version", metavar="MODEL[/VERSION]")
+@OUT
+def path(version: str, out: Path) -> None:
+    """Print the folder of one version, links resolved.
+
+    Several files read through MODEL/current may be of two versions where one is promoted in between: ask once, and read
+    below the folder that is printed.
+
+    \b
+    folder=$(leanort path resnet50/current)
+    """
+    from pipeline.release import store
+
+    click.echo(store.resolve(out, version).resolve())
+
+
+@main.command()
 @click.argument("a", metavar="MODEL[/VERSION]")
 @click.argument("b", metavar="MODEL[/VERSION]")
 @OUT
@@ -133,6 +154,8 @@ def verify(version: str, out: Path) -> None:
 
     folder = store.resolve(out, version)
     faults = checks.faults(folder)
+    if pointer := store.pointer_fault(folder.parent):
+        faults.append(f"{folder.parent.name}: {pointer}")
     for fault in faults:
         click.echo(f"{folder}: {fault}")
     if faults:
@@ -233,7 +256,7 @@ def _was(before: str) -> str:
 def _print_log(out: Path, as_json: bool) -> None:
     from pipeline.release import journal
 
-    entries, faults = journal.read(out)
+    entries, _ = journal.read(out)
     if as_json:
         click.echo(json.dumps([entry.model_dump(mode="json") for entry in entries]))
     else:
@@ -242,12 +265,12 @@ def _print_log(out: Path, as_json: bool) -> None:
             table.add_column(column, overflow="fold", no_wrap=column in ("when", "verdict"))
         for entry in entries:
             what = f"{entry.action} --force" if entry.forced else entry.action
+            what += {"done": "", "begun": " (broke off)", "void": " (did not happen)"}[entry.state]
             when = entry.time.strftime("%Y-%m-%d %H:%M:%S")
             words = (f"{entry.model}/{entry.version}", entry.previous, entry.verdict, entry.by, entry.reason)
             table.add_row(when, what, *map(plain, words))
         Console().print(table)
-    if faults:
-        raise StoreError(f"The log in {out} was tampered with: {faults[0]}.", "Compare it with a backup.")
+    journal.whole(out)
 
 
 def _shown(*cells: tuple[str, *tuple[float | None, ...]]) -> list[str]:

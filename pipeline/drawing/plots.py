@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.artifacts.eager import Sparsity
 from pipeline.training.history import Epoch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def sparsity_plot(layers: Sequence[Sparsity], path: Path) -> None:
@@ -20,12 +24,11 @@ def sparsity_plot(layers: Sequence[Sparsity], path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="zero weights, %")
     axes.tick_params(axis="y", labelsize=6)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def history_plot(history: Sequence[Epoch], best_epoch: int, path: Path) -> None:
     """Draw loss and accuracy over the epochs, the best one marked; the suffix decides the format (.svg, .png)."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     epochs = [one.epoch for one in history]
@@ -41,6 +44,12 @@ def history_plot(history: Sequence[Epoch], best_epoch: int, path: Path) -> None:
         if best_epoch:
             axes.axvline(best_epoch, linestyle=":", color="grey", label="kept")
         axes.legend()
-    # A fixed salt and no date: the same history gives the same file.
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, with a fixed salt and no date: the same figure gives the same file."""
+    import matplotlib as mpl
+
     with mpl.rc_context({"svg.hashsalt": "leanort"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

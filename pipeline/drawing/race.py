@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.artifacts.race import Candidate
+from pipeline.drawing.plots import save
 
 
 def plot(rows: Sequence[Candidate], winner: Candidate, path: Path) -> None:
@@ -31,4 +32,4 @@ def plot(rows: Sequence[Candidate], winner: Candidate, path: Path) -> None:
     axes.set_xlabel("latency, median, ms")
     if settings:
         axes.legend(fontsize=7)
-    figure.savefig(path)
+    save(figure, path)

@@ -24,6 +24,9 @@ from pipeline.recipe.section import Section
 from pipeline.recipe.source import BaselineSection
 from pipeline.recipe.train import FinetuneSection
 
+RESERVED = "releases.jsonl"
+"""What lies in an artifacts folder beside the models."""
+
 
 class Config(Section):
     """A whole recipe."""
@@ -47,6 +50,8 @@ class Config(Section):
     def _plain_name(cls, value: str | None) -> str | None:
         if value is not None and (not value or value.startswith(".") or "/" in value or "\\" in value):
             raise ValueError("must be a plain folder name, without slashes or a leading dot")
+        if value is not None and value.casefold() == RESERVED:
+            raise ValueError(f"must not be {RESERVED}, which is the log of the artifacts folder")
         return value
 
     @model_validator(mode="before")

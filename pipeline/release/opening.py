@@ -43,7 +43,12 @@ class Release:
 
 
 def open_release(version: Path) -> Release:
-    """A stored version, read back. Raises StoreError when its manifest is damaged."""
+    """A stored version, read back. Raises StoreError when its manifest is damaged.
+
+    `version` may be `artifacts/MODEL/current`: it is resolved once, here, so that all that is read through the answer
+    is of one version, whatever is promoted meanwhile.
+    """
+    version = version.resolve() if version.is_symlink() else version
     made = records.read(version)
     return Release(version, made, tuple(kind.load(version / kind.STAGE) for kind in ARTIFACTS))
 

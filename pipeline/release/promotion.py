@@ -1,62 +1,46 @@
 """Which version is live: promoting one, going back, and throwing away what nothing needs any more.
 
-The pointer `current` moves in one atomic step and only together with an entry in the log, both under one lock.
+The pointer `current` moves in one atomic step, after a line in the log that says so and before one that says it is
+done, all under one lock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from foundation.errors import ConfigError, StoreError, VersionError
-from pipeline.artifacts.verdict import Validated
-from pipeline.release import checks, journal, records, store
-
-
-def verdict(version: Path) -> str:
-    """The stored outcome of a version's gate. Raises StoreError when it cannot be read."""
-    try:
-        return Validated.load(version / Validated.STAGE).verdict.outcome
-    except (OSError, ValueError) as error:
-        raise StoreError(f"The verdict of {version} cannot be read: {error}.", "Deploy again.") from None
+from pipeline.release import checks, journal, judging, records, store
 
 
 def promote(version: Path, *, forced: bool = False, reason: str = "") -> str:
     """Make `version` the current one and log it. Returns the version that was current before, "" for none.
 
-    Raises VersionError unless its gate has passed (`forced` overrides that and needs a `reason`), and StoreError when
-    any byte of it is not as it was sealed, forced or not.
+    Its stored measurements are judged again. Raises VersionError unless its gate passes (`forced` overrides that and
+    needs a `reason`), and StoreError when any byte of it is not as it was sealed, forced or not.
     """
-    outcome = verdict(version)
     folder = version.parent
     if forced and not reason.strip():
         raise ConfigError("--force needs a reason.", 'Give one with --reason "...": it is logged with your name.')
+    if faults := checks.faults(version):
+        raise StoreError(
+            f"{folder.name}/{version.name} is not promoted: {faults[0]}.", "Deploy again; force does not help here."
+        )
+    outcome = judging.outcome(version)
     if outcome != "pass" and not forced:
         raise VersionError(
             f"{folder.name}/{version.name} is not promoted: its verdict is {outcome}.",
             f"See {version / 'report.html'}, or override with --force --reason.",
         )
-    if faults := checks.faults(version):
-        raise StoreError(
-            f"{folder.name}/{version.name} is not promoted: {faults[0]}.", "Deploy again; force does not help here."
-        )
     with journal.locked(folder.parent):
-        before = store.current(folder)
-        if before == version:
-            return version.name
-        store.point_current(folder, version)
-        previous = before.name if before else ""
-        journal.append(
-            folder.parent,
-            "promote",
-            folder.name,
-            version.name,
-            previous=previous,
-            verdict=outcome,
-            forced=outcome != "pass",
-            reason=reason,
-        )
-        return previous
+        settle(folder.parent)
+        stack = history(folder)
+        before = stack[-1] if stack else ""
+        if before == version.name and not store.pointer_fault(folder) and store.current(folder) == version:
+            return before
+        _move(version, "promote", before, outcome, outcome != "pass", reason)
+        return before
 
 
 def rollback(folder: Path, *, reason: str = "") -> tuple[str, str]:
@@ -65,6 +49,7 @@ def rollback(folder: Path, *, reason: str = "") -> tuple[str, str]:
     Raises VersionError when there is none, and StoreError when it is damaged.
     """
     with journal.locked(folder.parent):
+        settle(folder.parent)
         stack = history(folder)
         if len(stack) < 2:
             raise VersionError(
@@ -75,35 +60,87 @@ def rollback(folder: Path, *, reason: str = "") -> tuple[str, str]:
             raise VersionError(f"{folder.name}/{target.name} is gone.", "Promote another one: see `leanort list`.")
         if faults := checks.faults(target):
             raise StoreError(f"{folder.name}/{target.name} is damaged: {faults[0]}.", "Promote another one.")
-        store.point_current(folder, target)
-        journal.append(
-            folder.parent,
-            "rollback",
-            folder.name,
-            target.name,
-            previous=now,
-            verdict=verdict(target),
-            reason=reason,
-        )
+        _move(target, "rollback", now, judging.outcome(target), False, reason)
         return now, target.name
 
 
+def settle(artifacts: Path) -> None:
+    """Bring log and pointers together after a kill, a full disk or a hand in between; the caller holds the log.
+
+    A move that was begun is written down as done where the pointer has moved, and as void where it has not. A pointer
+    that moved without a line gets one. Raises StoreError where the log was tampered with.
+    """
+    journal.whole(artifacts)
+    for entry in journal.unfinished(artifacts):
+        folder = artifacts / entry.model
+        if entry.action == "remove":
+            happened = not (folder / entry.version).exists()
+        else:
+            now = store.current(folder)
+            happened = now is not None and now.name == entry.version
+        journal.finish(artifacts, entry, "done" if happened else "void")
+    for folder in store.models(artifacts):
+        store.tidy(folder)
+        now, stack = store.current(folder), _promoted(folder)
+        if now is not None and stack[-1:] != [now.name]:
+            previous = stack[-1] if stack else ""
+            reason = "found as the current one, with no line that says how"
+            digest = records.seal_of(now)
+            journal.append(
+                artifacts, "promote", folder.name, now.name, manifest=digest, previous=previous, reason=reason
+            )
+
+
 def history(folder: Path) -> list[str]:
-    """The versions promoted one over the other, the current one last; a rollback takes the last one away."""
-    stack: list[str] = []
-    for entry in journal.read(folder.parent)[0]:
-        if entry.model != folder.name:
-            continue
-        if entry.action == "promote":
-            if not stack and entry.previous:
-                stack.append(entry.previous)
-            stack.append(entry.version)
-        elif entry.action == "rollback" and stack:
-            stack.pop()
+    """The versions promoted one over the other, the current one last; a rollback takes the last one away.
+
+    Raises StoreError where the log was tampered with.
+    """
+    journal.whole(folder.parent)
+    stack = _promoted(folder)
     now = store.current(folder)
     if now is not None and stack[-1:] != [now.name]:  # moved by hand, or before there was a log
         stack.append(now.name)
     return stack
+
+
+def _promoted(folder: Path) -> list[str]:
+    """What the log alone says, as `history`."""
+    stack: list[str] = []
+    for entry in journal.read(folder.parent)[0]:
+        if entry.model != folder.name or entry.state != "done":
+            continue
+        if entry.action == "promote":
+            if not stack and entry.previous:
+                stack.append(entry.previous)
+            if stack[-1:] != [entry.version]:  # promoted once more, since its link was lost
+                stack.append(entry.version)
+        elif entry.action == "rollback" and stack:
+            stack.pop()
+    return stack
+
+
+def _move(
+    version: Path, action: Literal["promote", "rollback"], previous: str, verdict: str, forced: bool, reason: str
+) -> None:
+    """The line that says so, the pointer, the line that it is done."""
+    folder = version.parent
+    if version not in store.versions(folder):
+        raise VersionError(f"{folder.name}/{version.name} is gone.", "Promote another one: see `leanort list`.")
+    entry = journal.append(
+        folder.parent,
+        action,
+        folder.name,
+        version.name,
+        state="begun",
+        manifest=records.seal_of(version),
+        previous=previous,
+        verdict=verdict,
+        forced=forced,
+        reason=reason,
+    )
+    store.point_current(folder, version)
+    journal.finish(folder.parent, entry, "done")
 
 
 def rolled_back(version: Path) -> bool:
@@ -136,10 +173,12 @@ def collect(folder: Path, versions: Sequence[Path]) -> int:
     for version in versions:
         size = sum(p.stat().st_size for p in store.files_in(version).values() if p.stat().st_nlink == 1)
         with journal.locked(folder.parent):
+            settle(folder.parent)
             if version.name in history(folder)[-2:]:
                 continue
+            entry = journal.append(folder.parent, "remove", folder.name, version.name, state="begun")
             store.discard(version)
-            journal.append(folder.parent, "remove", folder.name, version.name)
+            journal.finish(folder.parent, entry, "done")
         store.sweep(folder)
         freed += size
     store.sweep(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from foundation.errors import StoreError, first_line
 from foundation.files import sha256
+from pipeline.recipe.section import Section
 from pipeline.release import store
 
-MANIFEST = "manifest.json"
+MANIFEST = store.MANIFEST
+SEAL = "manifest.sha256"
+"""The manifest's own digest, in the form that `sha256sum --check` reads."""
 RECIPE = "config.toml"
 RECORD = "stage.json"
 
@@ -35,6 +39,7 @@ class StageRecord(_Plain):
 
     stage: str
     fingerprint: str
+    section: str = Field("", description="digest of the stage's section of the recipe, own files named in it included")
     inputs: dict[str, str] = Field(description="producer -> digest of what it wrote")
     files: dict[str, FileRecord]
     seconds: float
@@ -50,7 +55,8 @@ class Manifest(_Plain):
     """A whole version."""
 
     project: str
-    model: str
+    name: str = Field(description="the model's folder below the artifacts folder")
+    model: str = Field(description="the spec that it was built from")
     version: str
     created: datetime
     model_fingerprint: str
@@ -69,6 +75,19 @@ class Manifest(_Plain):
 def digest(value: object) -> str:
     """sha256 of a JSON-able value, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def section_digest(cfg: Section) -> str:
+    """Digest of one section of a recipe and of the user's own files that it names."""
+    return digest(cfg.model_dump(mode="json") | cfg.code())
+
+
+def recipe_digest(sections: Iterable[str]) -> str:
+    """Digest of the choices that led to an exported file: the `section_digest` of every stage up to the export.
+
+    Neither timings nor hosts are in it, nor what is chosen afterwards: the same choices give the same bytes.
+    """
+    return digest(list(sections))
 
 
 def record_files(folder: Path, skip: tuple[str, ...] = (RECORD,)) -> dict[str, FileRecord]:
@@ -94,6 +113,17 @@ def read(version: Path) -> Manifest:
         return Manifest.model_validate_json((version / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
         raise StoreError(f"The manifest of {version} cannot be read: {first_line(error)}.", "Deploy again.") from None
+
+
+def write(version: Path, manifest: Manifest) -> None:
+    """Write a manifest, and its digest beside it, so that no line of it can change unseen."""
+    (version / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (version / SEAL).write_text(f"{sha256(version / MANIFEST)}  {MANIFEST}\n", encoding="utf-8")
+
+
+def seal_of(version: Path) -> str:
+    """The sha256 of a version's manifest."""
+    return sha256(version / MANIFEST)
 
 
 def read_if_whole(version: Path) -> Manifest | None:

@@ -10,13 +10,15 @@ from pipeline.artifacts.program import Shrunk
 from pipeline.artifacts.race import Optimized
 from pipeline.artifacts.verdict import Promoted
 from pipeline.progress import Progress
-from pipeline.release import promotion, records, store
+from pipeline.release import journal, promotion, records, store
 from pipeline.release.opening import Release
 
 
 def make_current(release: Release, promote: bool, known: bool, progress: Progress) -> None:
     """Promote a version whose gate has passed, unless it is a `known` one that somebody rolled back."""
     folder = release.folder.parent
+    with journal.locked(folder.parent):
+        promotion.settle(folder.parent)
     if release.passed and promote and store.current(folder) != release.folder:
         if known and promotion.rolled_back(release.folder):
             name = release.folder.name

@@ -28,6 +28,8 @@ from foundation.files import sync
 
 PARTIAL = ".partial"
 CURRENT = "current"
+MANIFEST = "manifest.json"
+_SPARE = f".{CURRENT}."
 _DISCARDED = ".discarded."
 _VERSION = re.compile(r"v\d{4,}")
 
@@ -43,6 +45,16 @@ def files_in(folder: Path) -> dict[str, Path]:
             raise StoreError(f"{path} is a link; a version holds plain files only.", "Delete it, then run again.")
         if path.is_file():
             found[path.relative_to(folder).as_posix()] = path
+    return found
+
+
+def strays_in(folder: Path) -> list[str]:
+    """What lies below `folder` and is neither a plain file nor a folder with something in it, by relative name."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        empty = path.is_dir() and not any(path.iterdir())
+        if path.is_symlink() or empty or not (path.is_dir() or path.is_file()):
+            found.append(path.relative_to(folder).as_posix())
     return found
 
 
@@ -77,8 +89,10 @@ def resolve(artifacts: Path, name: str) -> Path:
         return known[-1]
     if wanted == CURRENT:
         target = current(folder)
+        if target is None and (fault := pointer_fault(folder)):
+            raise VersionError(f"In {folder}, {fault}.", f"Promote one: leanort promote {model}/{known[-1].name}")
         if target is None:
-            raise VersionError(f"No version of {model!r} has passed its gate yet.", "See `leanort list`.")
+            raise VersionError(f"No version of {model!r} has been promoted yet.", "See `leanort list`.")
         return target
     for version in known:
         if version.name == wanted:
@@ -87,20 +101,61 @@ def resolve(artifacts: Path, name: str) -> Path:
 
 
 def current(folder: Path) -> Path | None:
-    """The version that `current` points to, or None."""
+    """The version that `current` names, or None.
+
+    It is a link as we write it. What copies a folder may have followed the link, or written its text into a file: then
+    it is the version that the copy is the same as, or that the text names. Ask once per command: another process may
+    move it at any time.
+    """
     link = folder / CURRENT
-    if not link.is_symlink():
-        return None
-    target = link.readlink().name
-    return next((v for v in versions(folder) if v.name == target), None)
+    known = {version.name: version for version in versions(folder)}
+    try:
+        if link.is_symlink():
+            return known.get(os.fspath(link.readlink()).rstrip("/"))
+        if link.is_file():
+            return known.get(link.read_text(encoding="utf-8").strip()) if link.stat().st_size < 64 else None
+        if link.is_dir():
+            manifest = (link / MANIFEST).read_bytes()
+            return next((v for v in known.values() if (v / MANIFEST).read_bytes() == manifest), None)
+    except (OSError, ValueError):  # moved or removed meanwhile, or no text
+        pass
+    return None
+
+
+def pointer_fault(folder: Path) -> str:
+    """What is wrong with `current`, in words; "" where it is a link to a version beside it, or where there is none."""
+    link = folder / CURRENT
+    if link.is_symlink():
+        target = os.fspath(link.readlink())
+        if not _VERSION.fullmatch(target.rstrip("/")):
+            return f"{CURRENT} points to {target}, which is no version beside it"
+        return "" if (folder / target).is_dir() else f"{CURRENT} points to {target}, which is not there"
+    if not link.exists():
+        return ""
+    now = current(folder)
+    kind = "folder" if link.is_dir() else "file"
+    holds = f"it stands for {now.name}" if now is not None else "it stands for none of these versions"
+    return f"{CURRENT} is a {kind} and no link, as a copy makes it that does not keep links; {holds}"
 
 
 def point_current(folder: Path, version: Path) -> None:
-    """Move `current` to `version` in one atomic step: a reader sees the old or the new one, never neither."""
-    spare = folder / f".{CURRENT}.{uuid.uuid4().hex}"
+    """Move `current` to `version` in one atomic step: a reader sees the old or the new one, never neither.
+
+    A folder in its place that is a copy of a version makes way. Raises StoreError for one that is none.
+    """
+    link = folder / CURRENT
+    if link.is_dir() and not link.is_symlink():
+        if current(folder) is None:
+            raise StoreError(
+                f"{link} is a folder and no link, and none of these versions.", f"Move it away: mv {link} {link}.old"
+            )
+        link.chmod(link.stat().st_mode | stat.S_IRWXU)
+        link.rename(folder / f"{_DISCARDED}{CURRENT}.{uuid.uuid4().hex}")
+    spare = folder / f"{_SPARE}{uuid.uuid4().hex}"
     spare.symlink_to(version.name, target_is_directory=True)
-    spare.replace(folder / CURRENT)
+    spare.replace(link)
     sync(folder)
+    sweep(folder)
 
 
 @contextlib.contextmanager
@@ -160,10 +215,23 @@ def seal(folder: Path, partial: Path) -> Path:
     for directory in [p for p in partial.rglob("*") if p.is_dir()]:
         sync(directory)
         directory.chmod(0o555)
+    sync(partial)
     partial.rename(final)
     final.chmod(0o555)
     sync(folder)
     return final
+
+
+def tidy(folder: Path) -> None:
+    """Finish what a killed run left half done, where it changes nothing: its spare links, what it discarded, a sealed
+    version that it had no time to make read-only.
+    """
+    for spare in folder.glob(f"{_SPARE}*"):
+        spare.unlink(missing_ok=True)
+    sweep(folder)
+    for version in versions(folder):
+        if version.stat().st_mode & 0o222:
+            version.chmod(0o555)
 
 
 def discard(version: Path) -> None:

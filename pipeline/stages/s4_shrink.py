@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from pipeline import channels
+from pipeline.artifacts import archive
 from pipeline.artifacts.base import WidthChange, write_table
 from pipeline.artifacts.eager import Folded, Pruned
 from pipeline.artifacts.program import Shrunk
@@ -42,7 +42,7 @@ def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: 
     small = channels.shrink(captured, analysis, live.dead, refused=live.refusals)
     feeds = [channels.small(captured, seed=cfg.seed), (data.sample("calibration", REAL_SAMPLES),)]
     proof = prove(captured, small, feeds)
-    torch.export.save(small.program, out / "shrunk.pt2")
+    archive.write(small.program, out / Shrunk.PROGRAM)
     (out / "ledger.json").write_text(small.ledger.to_json() + "\n", encoding="utf-8")
     (out / "blocked.json").write_text(
         json.dumps(

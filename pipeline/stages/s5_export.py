@@ -15,7 +15,7 @@ from pipeline.channels.removal.verify import prove
 from pipeline.data.parts import Data
 from pipeline.models.source import ModelSource, example
 from pipeline.recipe.export import ExportSection
-from pipeline.release.records import digest, project_version, read_stage
+from pipeline.release.records import project_version, read_stage, recipe_digest, section_digest
 
 SAMPLES = 4
 # From this opset on ONNX has RMSNormalization; below it, the operator falls apart into seven small ones.
@@ -81,6 +81,6 @@ def _centred(cfg: ExportSection, source: ModelSource, data: Data, shrunk: Shrunk
 
 
 def _recipe_digest(cfg: ExportSection, history: tuple[Artifact, ...]) -> str:
-    """Digest of every choice that led to the file: the stages' fingerprints cover their sections of the recipe."""
+    """Digest of every choice that led to the file."""
     records = [read_stage(artifact.folder) for artifact in history]
-    return digest([cfg.model_dump(mode="json"), *(r.fingerprint if r else "" for r in records)])
+    return recipe_digest([*(record.section if record else "" for record in records), section_digest(cfg)])

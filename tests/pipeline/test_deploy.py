@@ -152,11 +152,13 @@ def test_a_stored_version_is_judged_again_and_only_a_passed_one_is_promoted(arti
     assert "v0001 is current; it was v0002" in said(artifacts, "rollback", "tiny")
     log = json.loads(said(artifacts, "list", "--log", "--json"))
     assert [(e["action"], e["version"], e["forced"]) for e in log] == [
+        ("seal", "v0001", False),
         ("promote", "v0001", False),
+        ("seal", "v0002", False),
         ("promote", "v0002", True),
         ("rollback", "v0001", False),
     ]
-    assert log[1]["reason"] == "size is no matter here"
+    assert log[3]["reason"] == "size is no matter here"
     assert "would remove nothing" in said(artifacts, "gc", "tiny", "--dry-run")
 
 
@@ -186,3 +188,19 @@ def test_plan_writes_nothing_and_names_groups(tmp_path):
     assert plan["expected_params"] < plan["params"]
     assert all(step["action"] == "run" for step in plan["stages"])
     assert not (tmp_path / "none").exists()
+
+
+def test_the_same_inputs_give_the_same_bytes(version, tmp_path):
+    done = deploy(tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    again = tmp_path / "tiny" / "v0001"
+    models = {
+        p.relative_to(version) for p in version.rglob("*") if p.suffix in (".onnx", ".ort", ".safetensors", ".pt2")
+    }
+    assert len(models) > 8
+    for path in models:
+        if (again / path).exists():
+            assert sha256(version / path) == sha256(again / path), path
+    assert {p for p in models if not (again / p).exists()} <= {
+        p for p in models if p.parts[0] in ("6-optimize", "bundle")
+    }

@@ -1,6 +1,5 @@
 """What was asked before is answered from the store; whatever could make another answer goes to the runner."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,8 @@ import pytest
 
 from pipeline import deployment, runner
 from pipeline.recipe.config import Config, load
-from pipeline.release import fingerprint
+from pipeline.release import fingerprint, journal, records
+from tests.pipeline.release.fabricated import writable
 
 
 class Said:
@@ -26,11 +26,10 @@ def asked(artifacts, tmp_path) -> Config:
     """A store whose one version was made for the request that is this recipe: resnet18 on the digits."""
     shutil.copytree(artifacts, tmp_path / "artifacts", symlinks=True)
     config = Config(model="resnet18", name="tiny", artifacts=tmp_path / "artifacts")
-    manifest = tmp_path / "artifacts" / "tiny" / "v0001" / "manifest.json"
-    manifest.parent.chmod(0o755)
-    manifest.chmod(0o644)
-    made = json.loads(manifest.read_text()) | {"request": deployment.request_of("resnet18", None, config)}
-    manifest.write_text(json.dumps(made))
+    version = writable(tmp_path / "artifacts" / "tiny" / "v0001")
+    request = deployment.request_of("resnet18", None, config)
+    records.write(version, records.read(version).model_copy(update={"request": request}))
+    (tmp_path / "artifacts" / journal.FILE).unlink()
     return config
 
 

@@ -77,7 +77,7 @@ def test_resolve_names_the_versions_there_are(tmp_path):
         store.resolve(tmp_path, "resnet50/v0007")
     with pytest.raises(VersionError, match="resnet50"):
         store.resolve(tmp_path, "resnet5")
-    with pytest.raises(VersionError, match="passed"):
+    with pytest.raises(VersionError, match="has been promoted"):
         store.resolve(tmp_path, "resnet50/current")
 
 

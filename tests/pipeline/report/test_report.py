@@ -225,7 +225,8 @@ def run(
         for i, s in enumerate(STAGES)
     )  # fmt: skip
     manifest = Manifest(
-        project="0.1.0", model=f"resnet50{text}", version="v0003", created=datetime(2026, 7, 30, 14, 3, tzinfo=UTC),
+        project="0.1.0", name="resnet50", model=f"resnet50{text}", version="v0003",
+        created=datetime(2026, 7, 30, 14, 3, tzinfo=UTC),
         model_fingerprint="a1" * 32, data_fingerprint="b2" * 32, recipe="c3" * 32, stages=records,
         reused={"0-baseline": "v0001"}, files={}, tools={"onnxruntime": "1.31.1", f"torch{text}": "2.13.0"},
         host={"isa": "avx2", "cpu": f"EPYC{text}"}, git={"commit": "712ce76b0d3b", "dirty": "true"},

@@ -13,7 +13,7 @@ from torch import nn
 from exporters import candidates, describe, host, session_of, to_onnx
 from foundation.files import save_tensors
 from pipeline import data, models
-from pipeline.artifacts import Baseline, Exported, Optimized, Pruned, Shrunk
+from pipeline.artifacts import Baseline, Exported, Optimized, Pruned, Shrunk, archive
 from pipeline.data.parts import Split
 from pipeline.progress import Progress
 from pipeline.race import budgets, timing
@@ -74,7 +74,7 @@ class Race:
         program = torch.export.export(self.net, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
         for name in ("0-baseline", "4-shrink", "5-export", "6-optimize"):
             (folder / name).mkdir()
-        torch.export.save(program, folder / "4-shrink" / "shrunk.pt2")
+        archive.write(program, folder / "4-shrink" / "shrunk.pt2")
         to_onnx(program, folder / "5-export" / "model.onnx", example=(x,), opset=20, metadata={"parent": "abc"})
         to_onnx(whole, folder / "0-baseline" / "dense.onnx", example=(x,), opset=20, metadata={})
         save_tensors(whole.state_dict(), folder / "0-baseline" / Baseline.WEIGHTS)

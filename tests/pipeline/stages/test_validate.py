@@ -7,7 +7,7 @@ from torch import nn
 from exporters import to_onnx
 from foundation.files import save_tensors
 from pipeline import data, models
-from pipeline.artifacts import Baseline, Candidate, Exported, Folded, Optimized, Promoted, Shrunk
+from pipeline.artifacts import Baseline, Candidate, Exported, Folded, Optimized, Promoted, Shrunk, archive
 from pipeline.progress import Progress
 from pipeline.recipe.policy import GateSection
 from pipeline.stages import s7_validate
@@ -32,7 +32,7 @@ def stages(tmp_path):
         folder.mkdir()
     for name in ("0-baseline", "3-fold"):
         save_tensors(model.state_dict(), folders[name] / Baseline.WEIGHTS)
-    torch.export.save(program, folders["4-shrink"] / "shrunk.pt2")
+    archive.write(program, folders["4-shrink"] / "shrunk.pt2")
     for folder, name in (("0-baseline", "dense"), ("5-export", "model"), ("6-optimize", "model.portable")):
         to_onnx(program, folders[folder] / f"{name}.onnx", example=(X,), opset=20, metadata={})
     winner = Candidate(name="portable", outcome="passed", file="model.portable.onnx", allowed=1e-5)

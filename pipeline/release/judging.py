@@ -1,0 +1,39 @@
+"""The verdict on a stored version, from what was measured when it was made: stored verdicts are not believed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from foundation.errors import ConfigError, StoreError, first_line
+from pipeline.artifacts.verdict import Validated
+from pipeline.gate import policy
+from pipeline.recipe import config
+from pipeline.recipe.policy import Policy
+from pipeline.release import records
+from validators.gates import Verdict
+
+
+def judge(checked: Validated, limits: Policy) -> tuple[Verdict, tuple[str, ...]]:
+    """The verdict by `limits` on a version's stored measurements, and what was not judged, and why."""
+    return policy.decide(
+        limits,
+        checked.measurements,
+        hops=[f"{policy.PARITY}{hop.reference} - {hop.candidate}" for hop in checked.hops if hop.judged],
+        promoted=bool(checked.promoted),
+        crashed=checked.crashed,
+    )
+
+
+def measured(version: Path) -> tuple[Validated, Policy]:
+    """What was measured on a version, and its own recipe's limits. Raises StoreError when either cannot be read."""
+    try:
+        return Validated.load(version / Validated.STAGE), config.load(version / records.RECIPE).gate
+    except (OSError, ValueError, ConfigError) as error:
+        raise StoreError(f"The verdict of {version} cannot be read: {first_line(error)}.", "Deploy again.") from None
+
+
+def outcome(version: Path) -> str:
+    """The outcome by the version's own recipe, judged again; the stored one where that is worse."""
+    checked, limits = measured(version)
+    found = judge(checked, limits)[0].outcome
+    return found if checked.verdict.outcome == "pass" else checked.verdict.outcome
