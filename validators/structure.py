@@ -106,5 +106,8 @@ def _fresh_process(
         except subprocess.CalledProcessError as error:
             last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
             raise ValidationError(f"{path} cannot run in a fresh process: {last}") from error
-    fresh: dict[str, float] = json.loads(done.stdout)
+        try:
+            fresh: dict[str, float] = {**json.loads(done.stdout)}
+        except (ValueError, TypeError) as error:  # it ended early, with whatever code
+            raise ValidationError(f"{path} ended its fresh process without an answer.") from error
     return fresh

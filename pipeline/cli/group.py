@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -15,6 +18,24 @@ from foundation.errors import LeanortError
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
 INTERRUPTED = 130
 STAGE_FAILED = 3
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell says it
+
+
+@contextlib.contextmanager
+def _no_way_out() -> Iterator[None]:
+    """Let `os._exit` raise SystemExit in this process: it would end the command with a code that no gate has given."""
+    here, leave = os.getpid(), os._exit
+
+    def refused(code: int) -> NoReturn:
+        if os.getpid() != here:  # a child that multiprocessing forked
+            leave(code)
+        raise SystemExit(code)
+
+    os._exit = refused
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 class _Group(click.Group):
@@ -25,23 +46,25 @@ class _Group(click.Group):
         kwargs["standalone_mode"] = False
         console = Console(stderr=True)
         try:
-            code = super().main(*args, **kwargs)
+            with _no_way_out():
+                code = super().main(*args, **kwargs)
         except (
             SystemExit
         ) as stop:  # click raises none here: other people's code did, and its code is no verdict of ours
-            complain(console, f"Code that was run here called sys.exit({stop.code!r}).", "Let it return or raise.")
+            complain(console, f"Code that was run here called exit({stop.code!r}).", "Let it return or raise.")
             sys.exit(STAGE_FAILED)
         except LeanortError as error:
             complain(console, error.message, error.hint)
-            sys.exit(error.exit_code)
+            sys.exit(error.exit_code if error.exit_code in (2, 3) else STAGE_FAILED)  # a class of the user's own
         except click.ClickException as error:
             error.show()
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt):
             complain(console, "Interrupted.", "The same command goes on from the last complete stage.")
             sys.exit(INTERRUPTED)
-        except BrokenPipeError:
-            sys.exit(0)
+        except BrokenPipeError:  # whoever read the output has gone, so that it never heard the verdict
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed there
+            sys.exit(BROKEN_PIPE)
         except Exception as error:
             from foundation.errors import ExportError, ValidationError
 

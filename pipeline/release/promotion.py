@@ -37,10 +37,11 @@ def promote(version: Path, *, forced: bool = False, reason: str = "") -> str:
         settle(folder.parent)
         stack = history(folder)
         before = stack[-1] if stack else ""
-        if before == version.name and not store.pointer_fault(folder) and store.current(folder) == version:
-            return before
+        live = store.current(folder)
+        if live == version and not store.pointer_fault(folder):
+            return version.name
         _move(version, "promote", before, outcome, outcome != "pass", reason)
-        return before
+        return before if live is not None else ""
 
 
 def rollback(folder: Path, *, reason: str = "") -> tuple[str, str]:

@@ -12,6 +12,11 @@ ENDINGS = {
     "exit(0)": "sys.exit(0)",
     "exit()": "sys.exit()",
     "own": "raise Mine('gone')",
+    "os._exit": "import os; os._exit(0)",
+    "broken pipe": "raise BrokenPipeError",
+    "click": "import click; raise click.exceptions.Exit(0)",
+    "an error of ours": "from foundation.errors import UserError\n"
+    "    class Fine(UserError):\n        exit_code = 0\n    raise Fine('all is well')",
     "generator": "raise GeneratorExit('gone')",
 }
 CODE = """

@@ -2,7 +2,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from validators import Feed, StructureReport, ValidationError, measure
+from validators import Feed, StructureReport, ValidationError, cold_start, measure
 
 FEED = Feed("f", {"input": np.zeros((1, 3), np.float32)})
 
@@ -49,3 +49,17 @@ def test_a_model_that_cannot_run_is_one_line(linear_onnx):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValidationError, match="cannot load"):
         measure(linear_onnx().parent / "missing.onnx", FEED, threads=1)
+
+
+@pytest.mark.parametrize(
+    "child",
+    ["raise SystemExit(0)", "import os; os._exit(0)", "import os; os.kill(os.getpid(), 9)",
+     "import time; time.sleep(60)",
+     "print('{')", "print('[]')", "raise SystemExit(7)"],
+)  # fmt: skip
+def test_a_child_that_ends_or_hangs_is_no_measurement(linear_onnx, tmp_path, monkeypatch, child):
+    program = tmp_path / "child.py"
+    program.write_text(child)
+    monkeypatch.setattr(cold_start, "__file__", str(program))
+    with pytest.raises(ValidationError):
+        measure(linear_onnx(), FEED, threads=1, loads=1, timeout=2.0)
