@@ -37,6 +37,9 @@ GUESSES: tuple[Span, ...] = (BINARY, (0, 9), (0, 255), (-1000, 1000), (-1_000_00
 _FAR: tuple[Span, ...] = ((-1000, 1000), (-1_000_000, 1_000_000))
 # A mask is turned into something that drowns all scores by a factor like -1e4, or the type's lowest number.
 _DROWNS = 1e3
+# Constants of up to so many elements are read; one with more than so many is compared with each of them.
+_SMALL = 1 << 17
+_ONE_BY_ONE = 8
 _MASK = re.compile(r"mask(?![a-z])")
 
 # Operators that hand numbers on as they are -> the inputs that hold them; None: every one.
@@ -125,7 +128,7 @@ class _State:
 
 
 def integer_domains(path: Path) -> dict[str, Domain]:
-    """The domain of each integer and boolean input of the ONNX file at `path`.
+    """The domain of each integer and boolean input of the ONNX file at `path`, and of floats that become indices.
 
     Raises ValidationError when the file cannot be read.
     """
@@ -144,6 +147,8 @@ def integer_domains(path: Path) -> dict[str, Domain]:
         dtype = helper.tensor_dtype_to_np_dtype(element)
         if dtype.kind in "iub":
             found[value.name] = _domain(value.name, dtype, graph.uses(value.name))
+        elif dtype.kind == "f" and (uses := graph.uses(value.name)).rows:  # indices that come as floats
+            found[value.name] = _domain(value.name, np.dtype(np.int64), uses)
     return found
 
 
@@ -224,7 +229,7 @@ class _Graph:
 
     def _hold(self, name: str, tensor: onnx.TensorProto) -> None:
         self.shapes[name] = list(tensor.dims)
-        if tensor.data_location != onnx.TensorProto.EXTERNAL and np.prod(tensor.dims, dtype=np.int64) <= 4096:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL and math.prod(tensor.dims) <= _SMALL:
             self.constants[name] = numpy_helper.to_array(tensor)
 
     def number(self, node: onnx.NodeProto, at: int) -> float | None:
@@ -233,6 +238,11 @@ class _Graph:
         if array is None or array.dtype.kind not in "iufb" or not array.size or (array != array.flat[0]).any():
             return None
         return float(array.flat[0])
+
+    def _compared(self, node: onnx.NodeProto, at: int) -> np.ndarray[Any, np.dtype[Any]] | None:
+        """The constant numbers that an input is, if it is constant."""
+        array = self.constants.get(node.input[at])
+        return array if array is not None and array.size and array.dtype.kind in "iuf" else None
 
     def dim(self, node: onnx.NodeProto, at: int, axis: int) -> Size | None:
         """The size of an axis of an input."""
@@ -280,8 +290,13 @@ class _Graph:
             else:
                 uses.limits += [-state.shift] if state.plain else []
                 uses.unknown |= state.summed
-        elif operator in _COMPARES and other is not None and state.plain:
-            uses.limits.append(other - state.shift)
+        elif operator in _COMPARES and state.plain and (held := self._compared(node, 1 - slot)) is not None:
+            low, high = float(held.min()), float(held.max())
+            if operator == "Equal" and held.size > _ONE_BY_ONE:  # a one-hot vector by hand
+                uses.rows.append((int(high) + 1, state.shift))
+                uses.bare = True
+            else:
+                uses.limits += [low - state.shift, high - state.shift]
         elif operator in ("Clip", "Max", "Min") and state.plain and (ends := self._ends(node, slot)) is not None:
             below, above = (end if end is None else end - state.shift for end in ends)
             uses.limits += [end for end in (below, above) if end is not None]

@@ -4,7 +4,7 @@ Nothing is known of the files but what stands in them, so the feeds come from th
 
 - Batch sizes: 1 to 64, each of them, where that is cheap, by the multiply-accumulates that it takes; else 1, 3, 8 and
   further ones drawn by `seed`, as many as a fixed amount of work allows, at least two.
-- Other dynamic dimensions: some sizes that the reference takes, or those that were given.
+- Other dynamic dimensions: sizes that the reference takes, 1 to 64 where that is cheap, or those that were given.
 - Integers: their domain, and each row of a table at least once, with all masks on; at every position where
   that is cheap.
 - Floats: standard normal, in [0, 1), all zeros, and huge of both signs; or in a range that was given.
@@ -41,6 +41,7 @@ _ELEMENT = 20.0  # what drawing and comparing a number costs, in multiply-accumu
 # Sizes that are tried for a dynamic dimension, until the reference has taken some.
 _SIZES = (16, 7, 32, 5, 64, 12, 128, 3, 224, 2, 256, 1, 384, 512)
 _ENOUGH = 3
+_DRAWN_SIZES = 4
 
 # A sweep of tables with the masks that may mean either turned round.
 OTHER_WAY = "sweep the other way"
@@ -68,7 +69,7 @@ class _Plan:
     batch: frozenset[str]
     seed: int
     unit: bool = False
-    assignments: Sequence[Sizes] = ()
+    assignments: Sequence[dict[str, int]] = ()
     batches: Sequence[int] = ()
     cost: float = 1.0
 
@@ -84,7 +85,7 @@ class _Plan:
     def _fill(self, kind: str, spec: InputSpec, sizes: Sizes, rng: np.random.Generator, number: int) -> Array:
         shape, dtype = shape_of(spec, sizes), np.dtype(spec.dtype)
         given = self.ranges.get(spec.name)
-        if np.issubdtype(dtype, np.floating):
+        if np.issubdtype(dtype, np.floating) and spec.name not in self.domains:
             if given is not None:
                 low, high = given
                 made = {"zeros": np.full(shape, low), "large": np.full(shape, high)}.get(kind)
@@ -104,7 +105,8 @@ class _Plan:
             return np.full(shape, low, dtype)
         if kind == "large":
             return np.full(shape, high, dtype)
-        return np.asarray(rng.integers(low, high, shape, dtype, endpoint=True))
+        drawn = np.int64 if dtype.kind == "f" else dtype
+        return np.asarray(rng.integers(low, high, shape, drawn, endpoint=True), dtype)
 
 
 def _mask(kind: str, keeps: Literal[0, 1, "either"], shape: tuple[int, ...], rng: np.random.Generator) -> Array:
@@ -130,7 +132,7 @@ def _mask(kind: str, keeps: Literal[0, 1, "either"], shape: tuple[int, ...], rng
 def _held(span: Span, dtype: np.dtype[Any]) -> tuple[int, int]:
     """A span cut down to what a type holds."""
     low, high = (int(end) for end in span)
-    if dtype.kind == "b":
+    if dtype.kind in "bf":
         return low, high
     info = np.iinfo(dtype)
     return max(low, int(info.min)), min(high, int(info.max))
@@ -170,6 +172,7 @@ def plan(
     main = made.assignments[0]
     asked = sorted({size for name in made.batch for size in sizes.get(name, ())})
     made = replace(made, unit=_better_in_unit(made, reference, main), cost=_cost(made, reference, graph, main))
+    made = replace(made, assignments=[*made.assignments, *_further(made, reference, sizes)])
     made = replace(made, batches=asked or (_batches(made.cost, seed) if made.batch else (1,)))
     sweeps, reached = _sweeps(made, main)
 
@@ -236,16 +239,11 @@ def _accepted(
     left = [name for name in free if name not in given]
     trouble = ""
 
-    def suits(sizes: Sizes) -> bool:
+    def suits(assignment: Sizes) -> bool:
         nonlocal trouble
-        for batch in (2, 1):
-            try:
-                made = reference.infer(plan.feed("sweep", batch, sizes, 0).arrays)
-            except (ValidationError, KeyError, ValueError) as error:
-                trouble = first_line(error)
-            else:
-                return any(array.size for array in made.values())
-        return False
+        wrong = _refused(plan, reference, assignment)
+        trouble = wrong or trouble
+        return wrong is None
 
     def assigned(turn: int, value: int) -> dict[str, int]:
         return {name: given[name][turn % len(given[name])] if name in given else value for name in free}
@@ -266,6 +264,31 @@ def _accepted(
         mixed = found[0] | {name: values[at % len(values)] for at, name in enumerate(left)}
         found += [mixed] if suits(mixed) else []
     return found, trouble
+
+
+def _refused(plan: _Plan, reference: Runner, sizes: Sizes) -> str | None:
+    """Why the reference cannot be run with these sizes, or gives nothing; None where it can."""
+    trouble = "its outputs are empty"
+    for batch in (2, 1):
+        try:
+            made = reference.infer(plan.feed("sweep", batch, sizes, 0).arrays)
+        except (ValidationError, KeyError, ValueError) as error:
+            trouble = first_line(error)
+        else:
+            return None if any(array.size for array in made.values()) else trouble
+    return trouble
+
+
+def _further(plan: _Plan, reference: Runner, sizes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """More sizes of the dynamic dimensions that nobody gave: every one where that is cheap, else some drawn ones."""
+    left = [name for name in plan.assignments[0] if name not in sizes]
+    if not left:
+        return []
+    cheap = plan.cost * sum(range(1, LARGEST_BATCH + 1)) <= _EVERY_BATCH
+    order = np.random.default_rng(plan.seed).permutation(range(1, LARGEST_BATCH + 1))[: None if cheap else _DRAWN_SIZES]
+    tried = {assigned[left[0]] for assigned in plan.assignments}
+    wanted = [plan.assignments[0] | dict.fromkeys(left, int(value)) for value in order if value not in tried]
+    return [assigned for assigned in wanted if _refused(plan, reference, assigned) is None]
 
 
 def _drawn(plan: _Plan) -> Iterator[Feed]:
@@ -381,16 +404,11 @@ def _words(plan: _Plan, domains: Mapping[str, Domain], sizes: Mapping[str, Seque
     """What was tried, in one line."""
     said = []
     if plan.batch:
-        drawn = [batch for batch in plan.batches if batch not in BATCHES]
-        if any(name in sizes for name in plan.batch):
-            said.append(f"batch {_listed(plan.batches)} only, as --size says")
-        elif len(plan.batches) == LARGEST_BATCH:
-            said.append(f"every batch size from 1 to {LARGEST_BATCH}")
-        else:
-            said.append(f"batch {_listed(BATCHES)}, and drawn by the seed {_listed(drawn)}")
+        only = " only, as --size says" if any(name in sizes for name in plan.batch) else ""
+        said.append(f"batch {_listed(plan.batches)}{only}")
     for name in plan.assignments[0]:
-        tried = list(dict.fromkeys(assigned[name] for assigned in plan.assignments))
-        said.append(f"{name} {_listed(tried)}{' only, as --size says' if name in sizes else ''}")
+        only = " only, as --size says" if name in sizes else ""
+        said.append(f"{name} {_listed([assigned[name] for assigned in plan.assignments])}{only}")
     for name, domain in domains.items():
         spans = ", ".join(f"{low:g} to {high:g}" if high < 1e6 else f"{low} to {high}" for low, high in domain.spans)
         said.append(f"{name} {spans} ({domain.why})")
@@ -398,7 +416,14 @@ def _words(plan: _Plan, domains: Mapping[str, Domain], sizes: Mapping[str, Seque
 
 
 def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
+    """Numbers in order, with runs as "1 to 64"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def shape_of(spec: InputSpec, sizes: Sizes) -> tuple[int, ...]:
@@ -480,7 +505,7 @@ def _domains(
     read = integer_domains(graph) if graph is not None else {}
     found = {}
     for spec in inputs:
-        if np.issubdtype(np.dtype(spec.dtype), np.floating):
+        if np.issubdtype(np.dtype(spec.dtype), np.floating) and (spec.name not in read or spec.name in ranges):
             continue
         domain = read.get(spec.name) or without_graph(spec.name, spec.dtype)
         seen = [feed.arrays[spec.name] for feed in given if feed.arrays[spec.name].size]

@@ -80,6 +80,8 @@ def judge_files(
     given does not fit.
     """
     given = given or Given()
+    if given.inputs and equal is None:
+        raise ConfigError("--inputs are for comparing two files.", "Name the other one: --equal-to FILE.onnx")
     measurements: dict[str, Measured | None] = {}
     notes: list[str] = []
     hops: list[str] = []
@@ -93,10 +95,14 @@ def judge_files(
             notes += found
     sizes, ranges = {name: values[0] for name, values in given.sizes.items()}, dict[str, tuple[int, int]]()
     with crashed.noted("inputs"):
-        shipped = files["shipped"]
-        runner = OrtRunner(shipped, threads=cfg.threads, session=session_of(shipped))
-        graph = _graph(shipped, files["dense"])
-        sizes, ranges = suited(runner, graph=graph, batch=cfg.batch_size, sizes=given.sizes, ranges=given.ranges)
+        # Their names for a dimension may differ; where one name stands for two sizes, the shipped file's counts.
+        named = [name for name in files if name != "shipped"] + ["shipped"]
+        runners = [OrtRunner(files[name], threads=cfg.threads, session=session_of(files[name])) for name in named]
+        _fitting([spec for runner in runners for spec in runner.inputs], given)
+        for runner in runners:
+            graph = _graph(runner.path, *files.values())
+            fit = suited(runner, graph=graph, batch=cfg.batch_size, sizes=given.sizes, ranges=given.ranges)
+            sizes, ranges = sizes | fit[0], ranges | fit[1]
     findings = measuring.contest(cfg, files, data, progress, sizes=sizes, ranges=ranges)
     crashed |= findings.crashed
     measurements |= findings.measurements
