@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict
 
 from foundation.errors import ExportError, first_line
+from foundation.links import leaves
 
 # Integers of these types are shapes, indices and masks, never weights.
 _NOT_WEIGHTS = {onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.STRING}
@@ -90,7 +91,7 @@ def external_files(model: onnx.ModelProto, path: Path) -> tuple[str, ...]:
                 end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
                 ends[entries["location"]] = max(end, ends.get(entries["location"], 0))
     for name, end in ends.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if leaves(path.parent, name):
             raise ExportError(f"{path} points to weights outside its folder ({name}).", "Do not use this file.")
         if not (path.parent / name).is_file():
             raise ExportError(f"{path} keeps its weights in {name}, which is missing.", f"Put {name} beside it.")

@@ -21,6 +21,7 @@ from exporters.atomic import staged
 from exporters.quiet import quiet
 from exporters.summary import OnnxSummary, describe, domains, read_graph
 from foundation.errors import ExportError, first_line
+from foundation.links import plain_files
 
 Level = Literal["basic", "extended", "all"]
 
@@ -203,7 +204,8 @@ def session_options(threads: int, disabled: Sequence[str] = ()) -> ort.SessionOp
 def load(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     """A CPU session of the model at `path`. Raises ExportError with onnxruntime's reason when it cannot load it."""
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        with plain_files(path) as plain:
+            return ort.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exception classes share no base of their own
         raise ExportError(
             f"onnxruntime {ort.__version__} cannot load {path.name}: {first_line(error)}",

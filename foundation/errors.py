@@ -24,6 +24,7 @@ A message is one line that says what was wrong; `hint` is one line that says wha
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -31,9 +32,9 @@ class Explained(Exception):  # noqa: N818  # the packages name theirs: LeanortEr
     """Base of every error raised on purpose: `message` says what was wrong, `hint` what to do next, one line each."""
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        # A reason of others may end in a full stop, and the sentence around it ends in one of its own.
+        self.message, self.hint = (re.sub(r"(?<=\w)\.\.(?=\s|$)", ".", text) for text in (message, hint))
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()

@@ -26,6 +26,7 @@ from onnx import helper
 from pydantic import BaseModel, ConfigDict
 
 from foundation.errors import ValidationError, first_line
+from foundation.links import load_whole
 from foundation.rounding import allowance
 from validators.feeds import Feed
 from validators.runners import Array, run_unoptimized
@@ -220,7 +221,7 @@ class _Search:
 
 def _load(path: Path) -> onnx.ModelProto:
     try:
-        return onnx.load(path)
+        return load_whole(path)
     except Exception as error:  # protobuf's and onnx's own classes share no base
         raise ValidationError(f"{path} cannot be read: {first_line(error)}") from error
 

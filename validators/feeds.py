@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -11,6 +12,10 @@ from foundation.errors import ValidationError
 from validators.runners import Array, InputSpec
 
 BATCHES = (1, 3, 8)
+
+# Where inputs come from: data that the model is meant for; made up for a model that is meant to take any; tried out,
+# since nobody said which batch sizes, lengths or ranges the model takes.
+Origin = Literal["real", "made", "tried"]
 
 # Far outside normalised data, yet far from overflow in float32 after many layers.
 LARGE = 1e3
@@ -21,10 +26,18 @@ BINARY = (0, 2)
 
 @dataclass(frozen=True)
 class Feed:
-    """One inference's inputs: name -> array, batch first, and a label that reports use."""
+    """One inference's inputs: name -> array, batch first, a label that reports use, and where they come from."""
 
     label: str
     arrays: Mapping[str, Array]
+    origin: Origin = "real"
+
+
+def drawn_batches(seed: int, spans: Sequence[tuple[int, int]] = ((2, 8), (9, 32))) -> tuple[int, ...]:
+    """`BATCHES`, and one more size drawn from each of `spans` (both ends included), by `seed`."""
+    rng = np.random.default_rng(seed)
+    choices = [[size for size in range(low, high + 1) if size not in BATCHES] for low, high in spans]
+    return (*BATCHES, *(int(rng.choice(sizes)) for sizes in choices))
 
 
 def random_feeds(
@@ -45,9 +58,9 @@ def random_feeds(
 
     def fill(spec: InputSpec, shape: tuple[int, ...]) -> Array:
         if np.issubdtype(spec.dtype, np.floating):
-            return rng.standard_normal(shape).astype(spec.dtype)
+            return np.asarray(rng.standard_normal(shape), spec.dtype)
         low, high = _range(spec, ranges)
-        return rng.integers(low, high, shape).astype(spec.dtype)
+        return np.asarray(rng.integers(low, high, shape), spec.dtype)  # of a scalar numpy makes no array
 
     return _feeds("random", inputs, fill, batches, sizes)
 
@@ -72,7 +85,7 @@ def edge_feeds(
 
     def large(spec: InputSpec, shape: tuple[int, ...]) -> Array:
         if np.issubdtype(spec.dtype, np.floating):
-            return (LARGE * rng.choice([-1.0, 1.0], shape)).astype(spec.dtype)
+            return np.asarray(LARGE * rng.choice([-1.0, 1.0], shape), spec.dtype)
         return np.full(shape, _range(spec, ranges)[1] - 1, spec.dtype)
 
     return _feeds("zeros", inputs, zeros, batches, sizes) + _feeds("large", inputs, large, batches, sizes)
@@ -105,9 +118,13 @@ def _feeds(
         raise ValidationError("The model has no inputs.", "Compare its outputs by hand.")
     leading = next((spec.shape[0] for spec in inputs if spec.shape), None)
     if not isinstance(leading, str):
-        return [Feed(f"{label}, fixed batch", {s.name: fill(s, _shape(s, sizes or {})) for s in inputs})]
+        return [Feed(f"{label}, fixed batch", {s.name: fill(s, _shape(s, sizes or {})) for s in inputs}, "made")]
     return [
-        Feed(f"{label}, batch {batch}", {s.name: fill(s, _shape(s, {**(sizes or {}), leading: batch})) for s in inputs})
+        Feed(
+            f"{label}, batch {batch}",
+            {s.name: fill(s, _shape(s, {**(sizes or {}), leading: batch})) for s in inputs},
+            "made",
+        )
         for batch in batches
     ]
 

@@ -17,6 +17,7 @@ import onnx
 from onnx import helper, inliner
 
 from foundation.errors import ValidationError, first_line
+from foundation.links import plain_files
 from validators.feeds import Feed
 from validators.runners import run_unoptimized
 
@@ -114,7 +115,8 @@ def _shapes(model: onnx.ModelProto, path: Path, nodes: Sequence[onnx.NodeProto],
         probe.graph.node.append(helper.make_node("Shape", [name], [name + _SUFFIX]))
         probe.graph.output.append(helper.make_tensor_value_info(name + _SUFFIX, onnx.TensorProto.INT64, None))
     try:
-        found = run_unoptimized(probe, [name + _SUFFIX for name in wanted], feed.arrays, folder=path.parent)
+        with plain_files(path) as plain:
+            found = run_unoptimized(probe, [name + _SUFFIX for name in wanted], feed.arrays, folder=plain.parent)
     except Exception as error:  # onnxruntime's exception classes share no base of their own
         raise ValidationError(f"{path}: its MACs cannot be counted: {first_line(error)}") from error
     return known | {name: tuple(int(n) for n in shape) for name, shape in zip(wanted, found, strict=True)}

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from foundation.errors import ValidationError, first_line
+from foundation.links import plain_files
 from foundation.rounding import allowance
 from validators.divergence import Divergence, statistics, versions, write_pack
 from validators.feeds import Feed
@@ -97,7 +98,9 @@ def onnx_trail(path: Path, feed: Feed) -> Trail:
         ends = [value.name for value in model.graph.output]
         del model.graph.output[:]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-        values = dict(zip(names, run_unoptimized(model, names, feed.arrays, folder=path.parent), strict=True))
+        with plain_files(path) as plain:
+            made = run_unoptimized(model, names, feed.arrays, folder=plain.parent)
+        values = dict(zip(names, made, strict=True))
     except Exception as error:  # the classes of onnx and onnxruntime share no base of their own
         raise ValidationError(f"{path} cannot be run node by node: {first_line(error)}") from error
     steps = {

@@ -21,16 +21,22 @@ max|dense|) of that output on that very feed, the candidate may differ by YARDST
 and the report's `notes` say so. A feed on which the dense model itself differs by more than ROUNDING_CEILING grants
 nothing.
 
-These fail whatever the tolerance: another shape, type or set of outputs; a NaN anywhere; an infinity that is not in
-both at the same place; integers or booleans that differ; a model that raises; and a comparison that could not have
-failed, since there were no feeds, or since an output stayed below the tolerance in every feed (where all zeros would
-have passed) without agreeing to `atol` of its own scale.
+These fail whatever the tolerance: another shape, type or set of outputs; a NaN on real inputs; a NaN or an infinity
+that is not in both at the same place; integers or booleans that differ; a model that raises; and a comparison that
+could not have failed, since there were no feeds, since an output was never finite, or since it stayed below the
+tolerance in every feed (where all zeros would have passed) without agreeing to `atol` of its own scale.
+
+Inputs that were made up may lie outside of what a model takes: the logarithm of a negative number, a division by a
+spread of 0. There a NaN at the same places in both is agreement, though not evidence: what is finite beside it is
+compared. Where no one said that a model takes such inputs at all (`origin` "tried": a batch size, a length, a range),
+both models raising is agreement of the same kind.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -40,7 +46,7 @@ from pydantic import BaseModel, ConfigDict
 
 from foundation.errors import ValidationError
 from foundation.rounding import allowance, scaled
-from validators.feeds import Feed
+from validators.feeds import Feed, Origin
 from validators.runners import Array, Runner
 
 # Either side of a comparison has its own rounding error, and an operator that sums has more than one rounding.
@@ -58,8 +64,9 @@ class OutputParity(BaseModel):
     rounding at the tensor's scale alone exceeds them. `scale` is max|reference|, `tolerance` is atol · max(1, scale),
     or ROUNDING_MARGIN · `rounding` or YARDSTICK_MARGIN · `yardstick` · max(1, scale) where that is more; `rounding` is
     the measured float32 error of the first model, `yardstick` the dense model's own difference over max(1, its scale).
-    `telling` whether all zeros would have failed, or agreement is within atol · scale. `ulp_*` count the representable
-    numbers between the two values (median, 99th percentile, largest). `cosine` is over the flattened tensors. `top1` is
+    `compared` is False where made-up inputs gave nothing finite in either: no difference, and no evidence. `telling`
+    whether all zeros would have failed, or agreement is within atol · scale. `ulp_*` count the representable numbers
+    between the two values (median, 99th percentile, largest). `cosine` is over the flattened tensors. `top1` is
     the share of rows with the same largest element, `top5` of those with the same five, for 2-D outputs that have more
     than as many columns. What cannot be computed is None.
     """
@@ -70,6 +77,7 @@ class OutputParity(BaseModel):
     output: str
     passed: bool
     reason: str
+    compared: bool = True
     shape: tuple[int, ...] | None = None
     elements: int = 0
     scale: float | None = None
@@ -92,10 +100,11 @@ class OutputParity(BaseModel):
 class ParityReport(BaseModel):
     """Two models compared on several feeds. `reasons` is empty when it passed; `worst` is the largest error's entry.
 
-    `notes` names what passed by the yardstick alone. `max_abs` and `max_scaled` (max_abs / max(1, scale)) are the
-    largest over all outputs and feeds, `top1` is the smallest. `judged` is what `atol` bounds when rtol is 0:
-    `max_scaled`, but for outputs whose tolerance was measured the same share of that tolerance. All are None unless
-    every output of every feed was compared, so that a limit on one of them cannot be met by what was left out.
+    `notes` names what passed by the yardstick alone, and what made-up inputs could not tell. `max_abs` and `max_scaled`
+    (max_abs / max(1, scale)) are the largest over all outputs and feeds, `top1` is the smallest. `judged` is what
+    `atol` bounds when rtol is 0: `max_scaled`, but for outputs whose tolerance was measured the same share of that
+    tolerance. All are None unless every output of every feed was compared, so that a limit on one of them cannot be met
+    by what was left out.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -141,14 +150,14 @@ class _Grounds:
     yardstick: Mapping[str, float] = field(default_factory=dict)
 
 
-def compare(reference: Runner, candidate: Runner, feeds: Sequence[Feed], *, atol: float, rtol: float) -> ParityReport:
-    """Compare two models on `feeds` by the rule at the top of this module."""
+def compare(reference: Runner, candidate: Runner, feeds: Iterable[Feed], *, atol: float, rtol: float) -> ParityReport:
+    """Compare two models on `feeds`, one after the other, by the rule at the top of this module."""
     return compare_chain([reference, candidate], feeds, atol=atol, rtol=rtol).hops[0]
 
 
 def compare_chain(
     runners: Sequence[Runner],
-    feeds: Sequence[Feed],
+    feeds: Iterable[Feed],
     *,
     atol: float,
     rtol: float,
@@ -172,29 +181,24 @@ def compare_chain(
         raise ValidationError(f"Tolerances must be finite and not negative (atol={atol}, rtol={rtol}).")
     if yardstick and len(yardstick) != len(runners):
         raise ValidationError(f"{len(yardstick)} yardsticks for {len(runners)} models.")
-    answers = [[_answer(runner, feed) for feed in feeds] for runner in runners]
-    openers = list(yardstick) or [None] * len(runners)
-    measured: dict[str, dict[str, float]] = {}
-    hops = []
-    for at, ((left, before), (right, after)) in enumerate(pairwise(zip(runners, answers, strict=True))):
-        judged = partial(_report, left.name, right.name, feeds, before, after, atol=atol, rtol=rtol)
-        grounds: dict[str, _Grounds] = {}
-        report = judged(grounds)
-        if precise is not None and (loose := _loose(report)):
-            for feed, first in zip(feeds, answers[0], strict=True):
-                if feed.label in loose and feed.label not in measured:
-                    measured[feed.label] = _rounding(first, feed, precise, shaken)
-            grounds = {label: _Grounds(measured[label]) for label in loose}
-            report = judged(grounds)
-        first_end, second_end = openers[at], openers[at + 1]
-        if first_end is not None and second_end is not None and (loose := _loose(report)):
-            pair = first_end(), second_end()
-            for feed in feeds:
-                if feed.label in loose:
-                    known = grounds.get(feed.label, _Grounds())
-                    grounds[feed.label] = replace(known, yardstick=_own_difference(*pair, feed))
-            report = judged(grounds)
-        hops.append(report)
+    openers = [functools.cache(opener) if opener else None for opener in yardstick] or [None] * len(runners)
+    tallies = [_Tally(left.name, right.name, atol, rtol) for left, right in pairwise(runners)]
+    for feed in feeds:  # one at a time: the outputs of all of them may not fit into memory
+        answers = [_answer(runner, feed) for runner in runners]
+        measured: dict[str, float] | None = None
+        for at, tally in enumerate(tallies):
+            judged = partial(_judged_feed, feed, answers[at], answers[at + 1], atol, rtol)
+            grounds = _Grounds()
+            found = judged(grounds)
+            if precise is not None and found.loose:
+                measured = _rounding(answers[0], feed, precise, shaken) if measured is None else measured
+                grounds = _Grounds(measured)
+                found = judged(grounds)
+            first_end, second_end = openers[at], openers[at + 1]
+            if first_end is not None and second_end is not None and found.loose:
+                found = judged(replace(grounds, yardstick=_own_difference(first_end(), second_end(), feed)))
+            tally.add(feed, found)
+    hops = [tally.report() for tally in tallies]
     broken = next((hop for hop in hops if not hop.passed), None)
     return ChainReport(
         passed=broken is None,
@@ -213,11 +217,12 @@ def compare_arrays(
     yardstick: float | None = None,
     feed: str = "",
     output: str = "",
+    origin: Origin = "real",
 ) -> OutputParity:
     """Compare two tensors by the rule at the top of this module.
 
     `rounding` is the measured float32 error, `yardstick` the dense model's own difference over max(1, its scale), where
-    they were measured.
+    they were measured. `origin` is that of the inputs.
     """
 
     def failed(reason: str) -> OutputParity:
@@ -227,16 +232,19 @@ def compare_arrays(
         return failed(f"shape {candidate.shape} instead of {reference.shape}")
     if reference.dtype != candidate.dtype:
         return failed(f"type {candidate.dtype} instead of {reference.dtype}")
+    nothing = OutputParity(feed=feed, output=output, passed=True, reason="", compared=False, shape=reference.shape)
     if reference.size == 0:
-        return failed("the output is empty")
-    for owner, array in (("the reference", reference), ("the candidate", candidate)):
-        if count := int(np.isnan(array).sum()):
-            return failed(f"{count} NaN in {owner}")
+        return nothing if origin == "tried" else failed("the output is empty")
+    holes = np.isnan(reference), np.isnan(candidate)
+    for owner, hole in zip(("the reference", "the candidate"), holes, strict=True):
+        if hole.any() and (origin == "real" or not np.array_equal(holes[0], holes[1])):
+            return failed(f"{int(hole.sum())} NaN in {owner}")
     finite = np.isfinite(reference)
-    if not np.array_equal(reference[~finite], candidate[~finite]) or not np.isfinite(candidate[finite]).all():
+    unlike = ~finite & ~holes[0]
+    if not np.array_equal(reference[unlike], candidate[unlike]) or not np.isfinite(candidate[finite]).all():
         return failed("an infinity in one is not in the other")
     if not finite.any():
-        return failed("no finite element to compare")
+        return failed("no finite element to compare") if origin == "real" else nothing
     return _measured(reference, candidate, finite, atol, rtol, rounding, yardstick, feed, output)
 
 
@@ -361,70 +369,110 @@ def _own_difference(before: Runner, after: Runner, feed: Feed) -> dict[str, floa
     return found
 
 
-def _loose(report: ParityReport) -> set[str]:
-    """The feeds of which an output could be compared and differs by too much."""
-    return {entry.feed for entry in report.outputs if not entry.passed and entry.max_abs is not None}
+@dataclass(frozen=True)
+class _Found:
+    """Two answers to one feed compared: an entry for each output; what could not be compared; whether both raised."""
+
+    entries: Sequence[OutputParity] = ()
+    gaps: Sequence[str] = ()
+    neither: str = ""
+
+    @property
+    def loose(self) -> bool:
+        """Whether an output could be compared and differs by too much."""
+        return any(not entry.passed and entry.max_abs is not None for entry in self.entries)
 
 
-def _report(
-    reference: str,
-    candidate: str,
-    feeds: Sequence[Feed],
-    wanted: Sequence[_Answer],
-    found: Sequence[_Answer],
-    grounds: Mapping[str, _Grounds],
-    atol: float,
-    rtol: float,
-) -> ParityReport:
-    outputs: list[OutputParity] = []
-    gaps: list[str] = []
-    for feed, left, right in zip(feeds, wanted, found, strict=True):
-        known = grounds.get(feed.label, _Grounds())
-        if isinstance(left, str) or isinstance(right, str):
-            gaps += [f"{feed.label}: {answer}" for answer in (left, right) if isinstance(answer, str)]
-        elif left.keys() != right.keys() or not left:
-            gaps.append(f"{feed.label}: outputs {', '.join(right) or 'none'} instead of {', '.join(left) or 'none'}")
-        else:
-            outputs += [
-                compare_arrays(
-                    left[name],
-                    right[name],
-                    atol=atol,
-                    rtol=rtol,
-                    rounding=known.rounding.get(name),
-                    yardstick=known.yardstick.get(name),
-                    feed=feed.label,
-                    output=name,
-                )
-                for name in left
-            ]
-    if not feeds:
-        gaps.append("nothing was compared")
-    for name in dict.fromkeys(entry.output for entry in outputs):
-        mine = [entry for entry in outputs if entry.output == name and entry.passed]
-        if mine and not any(entry.telling for entry in mine):
-            largest = max(entry.scale or 0.0 for entry in mine)
-            gaps.append(f"{name}: never above {largest:.3g}, so a tolerance of {atol:.3g} tells nothing")
-    reasons = gaps + [f"{entry.feed}: {entry.output}: {entry.reason}" for entry in outputs if not entry.passed]
-    unmeasured = next((entry for entry in outputs if entry.max_abs is None), None)
-    worst = unmeasured or max(outputs, key=_scaled, default=None)
-    complete = outputs if not gaps and not unmeasured else []
-    return ParityReport(
-        reference=reference,
-        candidate=candidate,
-        atol=atol,
-        rtol=rtol,
-        passed=not reasons,
-        reasons=tuple(reasons),
-        notes=tuple(_words(entry, atol) for entry in outputs if _by_yardstick(entry, atol)),
-        feeds=tuple(feed.label for feed in feeds),
-        outputs=tuple(outputs),
-        worst=worst,
-        max_abs=max((entry.max_abs or 0.0 for entry in complete), default=None),
-        max_scaled=max(map(_scaled, complete), default=None),
-        judged=max((_judged(entry, atol) for entry in complete), default=None),
-        top1=min((entry.top1 for entry in complete if entry.top1 is not None), default=None),
+def _judged_feed(feed: Feed, left: _Answer, right: _Answer, atol: float, rtol: float, known: _Grounds) -> _Found:
+    if isinstance(left, str) and isinstance(right, str) and feed.origin == "tried":
+        return _Found(neither=f"{feed.label}: {left}")
+    if isinstance(left, str) or isinstance(right, str):
+        return _Found(gaps=[f"{feed.label}: {answer}" for answer in (left, right) if isinstance(answer, str)])
+    if left.keys() != right.keys() or not left:
+        made = f"outputs {', '.join(right) or 'none'} instead of {', '.join(left) or 'none'}"
+        return _Found(gaps=[f"{feed.label}: {made}"])
+    return _Found(
+        [
+            compare_arrays(
+                left[name],
+                right[name],
+                atol=atol,
+                rtol=rtol,
+                rounding=known.rounding.get(name),
+                yardstick=known.yardstick.get(name),
+                feed=feed.label,
+                output=name,
+                origin=feed.origin,
+            )
+            for name in left
+        ]
     )
+
+
+class _Tally:
+    """What was found on one hop, feed by feed."""
+
+    def __init__(self, reference: str, candidate: str, atol: float, rtol: float) -> None:
+        self.names, self.atol, self.rtol = (reference, candidate), atol, rtol
+        self.feeds: list[str] = []
+        self.outputs: list[OutputParity] = []
+        self.gaps: list[str] = []
+        self.neither: list[str] = []
+
+    def add(self, feed: Feed, found: _Found) -> None:
+        self.feeds.append(feed.label)
+        self.outputs += found.entries
+        self.gaps += found.gaps
+        if found.neither:
+            self.neither.append(found.neither)
+
+    def report(self) -> ParityReport:
+        gaps = [*self.gaps, *self._nothing_told()]
+        wrong = [f"{entry.feed}: {entry.output}: {entry.reason}" for entry in self.outputs if not entry.passed]
+        compared = [entry for entry in self.outputs if entry.compared]
+        unmeasured = next((entry for entry in compared if entry.max_abs is None), None)
+        worst = unmeasured or max(compared, key=_scaled, default=None)
+        complete = compared if not gaps and not unmeasured else []
+        return ParityReport(
+            reference=self.names[0],
+            candidate=self.names[1],
+            atol=self.atol,
+            rtol=self.rtol,
+            passed=not gaps and not wrong,
+            reasons=(*gaps, *wrong),
+            notes=(
+                *(_words(entry, self.atol) for entry in self.outputs if _by_yardstick(entry, self.atol)),
+                *self._outside(),
+            ),
+            feeds=tuple(self.feeds),
+            outputs=tuple(self.outputs),
+            worst=worst,
+            max_abs=max((entry.max_abs or 0.0 for entry in complete), default=None),
+            max_scaled=max(map(_scaled, complete), default=None),
+            judged=max((_judged(entry, self.atol) for entry in complete), default=None),
+            top1=min((entry.top1 for entry in complete if entry.top1 is not None), default=None),
+        )
+
+    def _nothing_told(self) -> Iterator[str]:
+        """What makes the comparison one that could not have failed."""
+        if not self.outputs and not self.gaps:
+            yield f"nothing was compared; {self.neither[0]}" if self.neither else "nothing was compared"
+        for name in dict.fromkeys(entry.output for entry in self.outputs):
+            mine = [entry for entry in self.outputs if entry.output == name and entry.passed]
+            told = [entry for entry in mine if entry.compared]
+            if told and not any(entry.telling for entry in told):
+                largest = max(entry.scale or 0.0 for entry in told)
+                yield f"{name}: never above {largest:.3g}, so a tolerance of {self.atol:.3g} tells nothing"
+            elif mine and not told:
+                yield f"{name}: never finite on the made-up inputs, so nothing was compared; real ones are needed"
+
+    def _outside(self) -> Iterator[str]:
+        """How much of what was made up lay outside of what the models take."""
+        silent = {entry.feed for entry in self.outputs if not entry.compared}
+        if silent:
+            yield f"{len(silent)} of {len(self.feeds)} feeds gave nothing finite in either model, which tells nothing"
+        if self.neither:
+            yield f"{len(self.neither)} of {len(self.feeds)} feeds were taken by neither model; {self.neither[0]}"
 
 
 def _by_yardstick(entry: OutputParity, atol: float) -> bool:

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from foundation.errors import ValidationError, first_line
+from foundation.links import plain_files
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -101,7 +102,7 @@ class OrtRunner:
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            self._session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+            self._session = _session(self.path, options)
         except Exception as error:  # onnxruntime's exception classes share no base of their own
             raise ValidationError(
                 f"onnxruntime {ort.__version__} cannot load {self.path}: {first_line(error)}",
@@ -172,6 +173,17 @@ class TorchRunner:
                 f"Pass {len(outputs)} output names.",
             )
         return {key: tensor.numpy(force=True) for key, tensor in zip(self._outputs, outputs, strict=True)}
+
+
+def _session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A session of the file at `path`; its weights may be links. Raises whatever onnxruntime raises."""
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception:  # looked at only now: the time of a load is measured, and this reads the graph once more
+        with plain_files(path) as plain:
+            if plain == path:
+                raise
+            return ort.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
 
 
 def _tensor(array: Array) -> Tensor:

@@ -16,6 +16,7 @@ import onnx
 from pydantic import BaseModel, ConfigDict
 
 from foundation.errors import ValidationError
+from foundation.links import plain_files
 from validators import cold_start
 from validators.feeds import Feed
 from validators.runners import OrtRunner
@@ -58,11 +59,12 @@ def measure(
     """
     path = Path(path)
     times = []
-    for _ in range(loads):
-        start = time.perf_counter()
-        OrtRunner(path, threads=threads, session=session)
-        times.append(time.perf_counter() - start)
-    fresh = _fresh_process(path, feed, threads, timeout, session or {})
+    with plain_files(path) as plain:
+        for _ in range(loads):
+            start = time.perf_counter()
+            OrtRunner(plain, threads=threads, session=session)
+            times.append(time.perf_counter() - start)
+        fresh = _fresh_process(plain, feed, threads, timeout, session or {})
     return StructureReport(
         path=path,
         threads=threads,
@@ -97,7 +99,7 @@ def _fresh_process(
     with tempfile.TemporaryDirectory() as folder:
         arrays = Path(folder) / "feed.npz"
         np.savez(arrays, *feed.arrays.values())
-        fixed = [str(path.resolve()), str(threads), json.dumps(dict(session)), str(arrays)]
+        fixed = [str(path.absolute()), str(threads), json.dumps(dict(session)), str(arrays)]
         command = [sys.executable, cold_start.__file__, *fixed, *feed.arrays]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True)

@@ -35,7 +35,33 @@ def _measuring_options(command: Any) -> Any:  # decorates any click command
             click.option(
                 "--seconds", type=click.FloatRange(0, min_open=True), default=4.0, help="Time for the latency."
             ),
-            click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="A dynamic dimension of an input."),
+            click.option(
+                "--size",
+                "sizes",
+                multiple=True,
+                metavar="NAME=N[,N]",
+                help="A dynamic dimension of an input: try these sizes only.",
+            ),
+            click.option(
+                "--range",
+                "ranges",
+                multiple=True,
+                metavar="NAME=LOW:HIGH",
+                help="The values that an input takes, both ends included, where the graph does not say so.",
+            ),
+            click.option(
+                "--inputs",
+                multiple=True,
+                type=click.Path(path_type=Path),
+                metavar="FILE.npz",
+                help="Inputs to compare on: an array for each input, by its name. Several may be given.",
+            ),
+            click.option(
+                "--seed",
+                type=click.IntRange(0, 2**31 - 1),
+                metavar="N",
+                help="Draws what the models are compared on; by default the files' own bytes do.",
+            ),
             click.option("--metric", "metrics", multiple=True, help="Also: top5, cosine, spearman, file.py:callable."),
         ]
     ):
@@ -143,7 +169,7 @@ def _judge_files(
     from pipeline.progress import TerminalProgress
     from pipeline.recipe.policy import GateSection
 
-    foreign.existing(files, equal)
+    foreign.existing((*files.values(), *([equal] if equal else []), *options["inputs"]))
     cfg = GateSection(
         **dict(limits),
         threads=options["threads"],
@@ -151,10 +177,15 @@ def _judge_files(
         seconds=options["seconds"],
         metrics=tuple(options["metrics"]),
     )
-    sizes = measuring.parse_sizes(options["sizes"])
+    given = foreign.Given(
+        sizes=measuring.parse_sizes(options["sizes"]),
+        ranges=measuring.parse_ranges(options["ranges"]),
+        inputs=options["inputs"],
+        seed=options["seed"],
+    )
     measuring.metrics(cfg)
     data = datasets.load(options["data"], input_size=size(options["input_size"])) if options["data"] else None
-    made = foreign.judge_files(cfg, files, data, TerminalProgress(), equal=equal, sizes=sizes, rules=own, report=report)
+    made = foreign.judge_files(cfg, files, data, TerminalProgress(), equal=equal, given=given, rules=own, report=report)
     return _tell(subject, "", made.verdict, made.notes, made.measurements, report)
 
 

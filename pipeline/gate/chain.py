@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from exporters.summary import describe
 from foundation.errors import ValidationError
+from foundation.files import sha256
 from pipeline.artifacts.eager import Baseline, Folded
 from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.artifacts.race import Candidate, Optimized
@@ -25,12 +26,11 @@ from pipeline.models.source import ModelSource, example
 from pipeline.recipe.policy import GateSection
 from validators.accuracy import compare_accuracy, evaluate
 from validators.divergence import repro_pack
-from validators.feeds import Feed, edge_feeds, random_feeds, real_feeds
+from validators.feeds import BATCHES, Feed, drawn_batches, edge_feeds, random_feeds, real_feeds
 from validators.matching import Trail, first_unmatched, onnx_trail, torch_trail
 from validators.parity import ChainReport, Opener, ParityReport
 from validators.runners import OrtRunner, Runner, TorchRunner
 
-BATCHES = (1, 3, 8)
 # The first hop that failed, cut down to where it parts.
 REPRO = "repro.zip"
 
@@ -95,11 +95,13 @@ def open_chain(
     return Chain(chain, yardstick, precise, captured, small, names, outputs)
 
 
-def chain_feeds(cfg: GateSection, shipped: Runner, data: Data) -> list[Feed]:
-    """Seeded random, edge (zeros, large values) and real test samples, at batch 1, 3 and 8."""
+def chain_feeds(cfg: GateSection, shipped: Runner, file: Path, data: Data) -> list[Feed]:
+    """Seeded random, edge (zeros, large values) and real test samples, at batch 1, 3 and 8; random ones at two further
+    sizes, drawn by the seed and the bytes of the shipped `file`, so that no file is made for the sizes that are tried.
+    """
     name = shipped.inputs[0].name
     return [
-        *random_feeds(shipped.inputs, seed=cfg.seed, batches=BATCHES),
+        *random_feeds(shipped.inputs, seed=cfg.seed, batches=drawn_batches(cfg.seed + int(sha256(file)[:12], 16))),
         *edge_feeds(shipped.inputs, seed=cfg.seed, batches=BATCHES),
         *real_feeds({name: data.sample("test", max(BATCHES)).numpy()}, batches=BATCHES),
     ]

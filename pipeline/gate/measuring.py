@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,10 +138,12 @@ def contest(
     progress: Progress,
     *,
     sizes: Mapping[str, int] | None = None,
+    ranges: Mapping[str, tuple[int, int]] | None = None,
     sessions: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Findings:
     """Measure the file "shipped" against the others. `sizes` gives dynamic dimensions other than the batch.
 
+    `ranges` gives integer inputs their half-open range of values.
     `sessions` holds session configuration entries by model, where one needs others than its file asks for.
 
     Without `data` there is no accuracy. Whatever breaks off is in the findings' `crashed`; only UserError and a full
@@ -173,7 +176,7 @@ def contest(
                     asked = _similarities_of(cfg)
                     found |= {name: policy.exactly(getattr(similarities["dense"], name)) for name in asked}
         with crashed.noted("latency"):
-            latency = _latency(cfg, runners, progress, sizes)
+            latency = _latency(cfg, runners, progress, sizes, ranges)
             mine = latency.runners["shipped"]
             found |= {"latency": policy.exactly(mine.median_ms), "latency_p99": policy.exactly(mine.p99_ms)}
             for name in others:
@@ -181,7 +184,7 @@ def contest(
                 found[f"latency_p99 vs {name}"] = mine.ratios[name].p99
     for name, runner in runners.items():
         with crashed.noted(f"size, load and memory of {name}"):
-            feed = _feed(cfg, runner, sizes)
+            feed = _feed(cfg, runner, sizes, ranges)
             structure[name] = measure(files[name], feed, threads=cfg.threads, session=entries[name])
     costs = {name: _costs(report) for name, report in structure.items()}
     if "shipped" in costs:
@@ -259,12 +262,16 @@ def _guarded(name: str, metric: Metric, crashed: Crashes) -> Metric:
 
 
 def _latency(
-    cfg: GateSection, runners: Mapping[str, OrtRunner], progress: Progress, sizes: Mapping[str, int] | None
+    cfg: GateSection,
+    runners: Mapping[str, OrtRunner],
+    progress: Progress,
+    sizes: Mapping[str, int] | None,
+    ranges: Mapping[str, tuple[int, int]] | None,
 ) -> LatencyReport:
     progress.say(f"  latency of {', '.join(runners)}, {cfg.threads} thread(s), batch {cfg.batch_size}")
     return race(
         runners,
-        _feed(cfg, runners["shipped"], sizes),
+        _feed(cfg, runners["shipped"], sizes, ranges),
         reference="dense" if "dense" in runners else "shipped",
         seconds=cfg.seconds,
         seed=cfg.seed,
@@ -287,8 +294,13 @@ def bounds(policy: Policy, *, promoted: bool) -> list[Bound]:
     return found
 
 
-def _feed(cfg: GateSection, runner: OrtRunner, sizes: Mapping[str, int] | None) -> Feed:
-    return random_feeds(runner.inputs, seed=cfg.seed, batches=(cfg.batch_size,), sizes=sizes)[0]
+def _feed(
+    cfg: GateSection,
+    runner: OrtRunner,
+    sizes: Mapping[str, int] | None,
+    ranges: Mapping[str, tuple[int, int]] | None,
+) -> Feed:
+    return random_feeds(runner.inputs, seed=cfg.seed, batches=(cfg.batch_size,), sizes=sizes, ranges=ranges)[0]
 
 
 def against(
@@ -311,7 +323,13 @@ def _costs(report: StructureReport) -> dict[str, float | None]:
 
 
 def counts(
-    cfg: GateSection, name: str, path: Path, crashed: Crashes, *, sizes: Mapping[str, int] | None = None
+    cfg: GateSection,
+    name: str,
+    path: Path,
+    crashed: Crashes,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    ranges: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, float | None]:
     """How many weights the file of the model `name` holds, and multiply-accumulates per sample; None: not countable."""
     found: dict[str, float | None] = {"parameters": None, "macs": None}
@@ -320,19 +338,55 @@ def counts(
     with crashed.noted(f"parameters of {name}"):
         found["parameters"] = describe(path).parameters
     with crashed.noted(f"MACs of {name}"):
-        found["macs"] = count_macs(path, _feed(cfg, OrtRunner(path, threads=cfg.threads), sizes))
+        found["macs"] = count_macs(path, _feed(cfg, OrtRunner(path, threads=cfg.threads), sizes, ranges))
     return found
 
 
-def parse_sizes(given: Sequence[str]) -> dict[str, int]:
-    """`name=value` for each dynamic dimension. Raises ConfigError."""
-    sizes: dict[str, int] = {}
+def parse_sizes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """`name=value` or `name=value,value` for each dynamic dimension. Raises ConfigError."""
+    sizes: dict[str, tuple[int, ...]] = {}
     for text in given:
-        name, _, value = text.partition("=")
-        if not name or not value.isdigit() or not int(value):
-            raise ConfigError(f"--size {text!r} is not NAME=NUMBER.", "Write it like --size sequence=128")
-        sizes[name] = int(value)
+        name, _, values = text.partition("=")
+        numbers = [_whole(value) for value in values.split(",")]
+        if not name or not all(number and 0 < number <= _LARGEST_SIZE for number in numbers):
+            raise ConfigError(f"--size {_short(text)} is not NAME=NUMBER.", "Write it like --size sequence=128")
+        sizes[name] = tuple(number for number in numbers if number)
     return sizes
+
+
+def parse_ranges(given: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """`name=low:high`, both ends included, for each input. Raises ConfigError."""
+    ranges: dict[str, tuple[float, float]] = {}
+    for text in given:
+        name, _, values = text.rpartition("=")
+        ends = [_number(value) for value in values.split(":")]
+        known = [end for end in ends if end is not None]
+        if not name or len(ends) != 2 or len(known) != 2 or known[0] > known[1]:
+            raise ConfigError(f"--range {_short(text)} is not NAME=LOW:HIGH.", "Write it like --range ids=0:30521")
+        ranges[name] = (known[0], known[1])
+    return ranges
+
+
+_LARGEST_SIZE = 1 << 31
+
+
+def _whole(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 10 else None
+
+
+def _number(text: str) -> float | None:
+    """A finite number; whole ones stay exact."""
+    if re.fullmatch(r"[+-]?[0-9]{1,20}", text.strip()):
+        return int(text)
+    try:
+        made = float(text)
+    except ValueError:
+        return None
+    return made if math.isfinite(made) else None
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")
 
 
 def _times(measured: Measured, factor: float) -> Measured:

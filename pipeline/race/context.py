@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from exporters.candidates import Source
 from exporters.fusions import expected_attention
 from exporters.summary import describe
+from foundation.files import sha256
 from pipeline.artifacts.eager import Baseline
 from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.channels.program.capture import Captured
@@ -26,7 +27,7 @@ from pipeline.models.source import ModelSource, example
 from pipeline.race.cached import CachedRunner
 from pipeline.recipe.race import OptimizeSection
 from validators.accuracy import AccuracyReport, evaluate
-from validators.feeds import Feed, edge_feeds, random_feeds, real_feeds
+from validators.feeds import Feed, drawn_batches, edge_feeds, random_feeds, real_feeds
 from validators.parity import Opener, ParityReport, compare, compare_chain
 from validators.runners import OrtRunner, Runner, TorchRunner
 
@@ -113,6 +114,7 @@ def open_context(
     reference = in_torch("shrunk", program)
     captured = Captured(program, inputs, program.state_dict)
     image = names[0]
+    *_, drawn = drawn_batches(cfg.seed + int(sha256(exported.onnx)[:12], 16), ((2, 16),))
     return RaceContext(
         cfg=cfg,
         source=Source(
@@ -126,7 +128,7 @@ def open_context(
         reference=reference,
         precise=[CachedRunner(Precise(captured, reference, outputs, seed)) for seed in SEEDS],
         feeds=[
-            *random_feeds(reference.inputs, seed=cfg.seed, batches=BATCHES),
+            *random_feeds(reference.inputs, seed=cfg.seed, batches=(*BATCHES, drawn)),
             *edge_feeds(reference.inputs, seed=cfg.seed, batches=BATCHES[:1]),
             *real_feeds({image: data.sample("calibration", max(BATCHES)).numpy()}, batches=BATCHES),
         ],

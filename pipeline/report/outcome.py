@@ -55,12 +55,12 @@ class Judged:
 
 def judged(check: Check) -> Judged:
     """`check` in words; with as many digits as it takes to tell the measured value from the limit."""
-    name = _capital(check.limit.metric.replace("_", " "))
+    name = _capital(check.limit.metric)  # as it is: it may hold the names of files
     required = check.limit.level == "required"
     bound = _BOUNDS[check.limit.operator]
     if check.measured is None:
         limit = f"{bound} {significant(check.limit.value)}"
-        return Judged(name, check.outcome, required, "–", "", limit, f"{_capital(check.reason)}.")
+        return Judged(name, check.outcome, required, "–", "", limit, f"{_capital(check.reason).rstrip('.')}.")
     known, wanted = (check.measured.value, check.measured.low, check.measured.high), check.limit.value
     apart = [figure for figure in known if figure != wanted]
     digits = next((d for d in range(3, 17) if all(significant(f, d) != significant(wanted, d) for f in apart)), 17)

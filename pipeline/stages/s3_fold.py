@@ -32,7 +32,7 @@ def run(cfg: FoldSection, out: Path, source: ModelSource, data: Data, pruned: Pr
     masks.fold(model)
     masks.check_held(model, chosen)
     after = [_output(model, feed) for feed in feeds]
-    worst = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
+    worst = max(_difference(a, b) for a, b in zip(before, after, strict=True))
     if worst != 0.0:
         raise MaskError(f"Folding changed the output by {worst:.3g}.", "Please report this model.")
     state = model.state_dict()
@@ -48,6 +48,12 @@ def run(cfg: FoldSection, out: Path, source: ModelSource, data: Data, pruned: Pr
         accuracy=classification.evaluate(model, data, "test").accuracy,
         max_abs_diff_to_masked=worst,
     )
+
+
+def _difference(before: Tensor, after: Tensor) -> float:
+    """The largest difference; NaN in both, such as the logarithm of a random negative number, is none."""
+    apart = (before - after).abs()[(before != after) & ~(before.isnan() & after.isnan())]
+    return float(apart.nan_to_num(nan=torch.inf).max()) if apart.numel() else 0.0
 
 
 def _output(model: nn.Module, feed: tuple[Tensor, ...]) -> Tensor:

@@ -46,7 +46,7 @@ def run(
     where: list[str] = []
     with crashed.noted("parity"):
         chain = open_chain(cfg, source, baseline, folded, shrunk, exported, optimized)
-        feeds = chain_feeds(cfg, chain.runners[-1], data)
+        feeds = chain_feeds(cfg, chain.runners[-1], optimized.onnx, data)
         progress.say(f"  parity of {len(chain.runners)} models on {len(feeds)} feeds")
         precise, *shaken = chain.precise
         parity = compare_chain(

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from validators import InputSpec, ValidationError, edge_feeds, random_feeds, real_feeds
+from validators.feeds import BATCHES, drawn_batches
 
 IMAGE = (InputSpec(name="image", shape=("batch", 3, 4, 4), dtype="float32"),)
 TEXT = (
@@ -66,3 +67,17 @@ def test_real_feeds_are_the_first_samples():
     np.testing.assert_array_equal(feeds[1].arrays["image"], x[:3])
     with pytest.raises(ValidationError, match="0 samples"):
         real_feeds({"image": x[:0]})
+
+
+def test_drawn_batches_are_others_than_the_fixed_ones_and_hang_on_the_seed_alone():
+    drawn = [drawn_batches(seed) for seed in range(200)]
+    assert all(batches[:3] == BATCHES and len(set(batches)) == 5 for batches in drawn)
+    assert all(2 <= batches[3] <= 8 and 9 <= batches[4] <= 32 for batches in drawn)
+    assert len(set(drawn)) > 50
+    assert drawn_batches(7) == drawn[7]
+
+
+def test_a_scalar_input_is_an_array():
+    scalar = (InputSpec(name="t", shape=(), dtype="float32"), InputSpec(name="n", shape=(), dtype="int64"))
+    for feed in random_feeds(scalar, seed=0) + edge_feeds(scalar, seed=0):
+        assert all(isinstance(array, np.ndarray) and array.shape == () for array in feed.arrays.values())

@@ -130,6 +130,58 @@ def test_these_fail_whatever_the_tolerance(reference, candidate, reason):
     assert reason in result.reason
 
 
+def made_up(reference, candidate, origin="made"):
+    return compare_arrays(reference, candidate, atol=1e-5, rtol=0.0, origin=origin)
+
+
+@pytest.mark.parametrize("origin", ["made", "tried"])
+def test_nan_at_the_same_places_on_made_up_inputs_is_no_difference_and_no_evidence(origin):
+    some = F32([np.nan, 1, np.inf])
+    found = made_up(some, some.copy(), origin)
+    assert (found.passed, found.compared, found.elements) == (True, True, 1)
+    assert not made_up(some, F32([np.nan, 1.1, np.inf]), origin).passed
+    assert "1 NaN in the reference" in made_up(some, F32([5, 1, np.inf]), origin).reason
+    assert "1 NaN in the candidate" in made_up(F32([5, 1]), F32([np.nan, 1]), origin).reason
+    assert "infinity" in made_up(some, F32([np.nan, 1, 3]), origin).reason
+    assert "NaN in" in made_up(F32([np.nan, np.inf]), F32([np.inf, np.nan]), origin).reason
+    nothing = made_up(F32([np.nan, np.inf]), F32([np.nan, np.inf]), origin)
+    assert (nothing.passed, nothing.compared, nothing.max_abs) == (True, False, None)
+
+
+def test_an_output_that_is_never_finite_is_not_compared(function_runner):
+    never = function_runner(lambda x: x * F32(np.nan))
+    ones = {"input": np.ones((1, 3), F32)}
+    report = compare(never, never, [Feed("a", ones, "made"), Feed("b", ones, "tried")], atol=1, rtol=0)
+    assert (report.passed, report.judged) == (False, None)
+    assert "never finite on the made-up inputs" in report.reasons[0]
+    root = function_runner(np.sqrt)
+    feeds = [Feed("outside", {"input": -np.ones((1, 3), F32)}, "made"), Feed("inside", ones)]
+    report = compare(root, root, feeds, atol=1e-5, rtol=0)
+    assert (report.passed, report.judged) == (True, 0)
+    assert "1 of 2 feeds gave nothing finite" in report.notes[0]
+    assert not compare(root, root, [Feed("outside", feeds[0].arrays), feeds[1]], atol=1e-5, rtol=0).passed
+
+
+def test_only_where_nobody_promised_that_a_model_runs_may_both_raise(function_runner):
+    def picky(x):
+        if len(x) > 1:
+            raise ValueError("too many")
+        return np.copy(x)
+
+    one, two = ({"input": np.ones((size, 3), F32)} for size in (1, 2))
+    strict, free = function_runner(picky), function_runner(np.copy)
+    tried = [Feed("one", one, "tried"), Feed("two", two, "tried")]
+    report = compare(strict, strict, tried, atol=1e-5, rtol=0)
+    assert report.passed
+    assert "1 of 2 feeds were taken by neither model; two: " in report.notes[0]
+    assert not compare(free, strict, tried, atol=1e-5, rtol=0).passed
+    assert not compare(strict, free, tried, atol=1e-5, rtol=0).passed
+    assert not compare(strict, strict, [tried[0], Feed("two", two, "made")], atol=1e-5, rtol=0).passed
+    alone = compare(strict, strict, tried[1:], atol=1e-5, rtol=0)
+    assert not alone.passed
+    assert "nothing was compared" in alone.reasons[0]
+
+
 def test_the_same_infinity_in_both_is_equal():
     assert arrays(F32([1, -np.inf]), F32([1, -np.inf])).passed
 

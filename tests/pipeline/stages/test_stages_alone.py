@@ -157,6 +157,14 @@ def test_folding_weights_that_the_masks_do_not_hold_is_an_error(source, digits, 
         s3_fold.run(FoldSection(), tmp_path / "fold", source, digits, pruned, tuned)
 
 
+def test_folding_a_model_that_gives_nan_on_random_inputs_is_no_error():
+    nan, one = torch.tensor([torch.nan, 1.0]), torch.tensor([torch.nan, 1.5])
+    assert s3_fold._difference(nan, nan.clone()) == 0
+    assert s3_fold._difference(nan, one) == 0.5
+    assert s3_fold._difference(nan, torch.tensor([2.0, 1.0])) == torch.inf
+    assert s3_fold._difference(torch.tensor([torch.inf]), torch.tensor([torch.inf])) == 0
+
+
 def test_no_epochs_skips_recovery_and_keeps_the_weights(source, digits, baseline, tmp_path):
     pruned = prune(source, digits, baseline, tmp_path / "p", ratio=0.5)
     out = tmp_path / "tuned"
