@@ -25,6 +25,8 @@ from foundation.files import sha256
 from pipeline.models.inspection import accepted, required, source_text
 from pipeline.models.source import Origin, Shape, image_input
 
+_OURS = Path(__file__).resolve().parents[1]
+
 
 def origin_of_object(model: nn.Module, input_size: Shape | None) -> Origin:
     """Describe a module given as an object; later changes to it are not seen."""
@@ -132,7 +134,9 @@ def user_code(spec: str, error: type[UserError]) -> Iterator[None]:
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as failure:
-        last = traceback.extract_tb(failure.__traceback__)[-1]
+        frames = traceback.extract_tb(failure.__traceback__)
+        theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(_OURS)]
+        last = (theirs or frames)[-1]
         place = f"{Path(last.filename).name}, line {last.lineno}"
         reason = (str(failure).splitlines() or [""])[0]
         raise error(

@@ -15,16 +15,21 @@ ENDINGS = {
     "os._exit": "import os; os._exit(0)",
     "broken pipe": "raise BrokenPipeError",
     "click": "import click; raise click.exceptions.Exit(0)",
-    "an error of ours": "from foundation.errors import UserError\n"
-    "    class Fine(UserError):\n        exit_code = 0\n    raise Fine('all is well')",
     "generator": "raise GeneratorExit('gone')",
 }
 CODE = """
 import sys
 import torch
+from foundation.errors import UserError
 
 class Mine(BaseException):
     pass
+
+class Fine(UserError):
+    exit_code = 0
+
+def fine(outputs, labels):
+    raise Fine("all is well")
 
 def score(outputs, labels):
     {ending}
@@ -74,3 +79,25 @@ def test_data_that_ends_the_process_is_refused(code, tmp_path):
     done = leanort(tmp_path, "deploy", "resnet18", "--data", f"{code}:samples", *QUICK)
     assert done.returncode == 2, done.stderr
     assert "mine.py, line" in done.stderr
+
+
+def test_an_error_class_of_ours_with_an_own_exit_code_is_no_pass(artifacts, version, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CODE.format(ending="pass"))
+    dense = version / "0-baseline" / "dense.onnx"
+    words = ["gate", str(dense), "--against", str(dense), "--data", "digits", "--input-size", "3,16,16"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *words, "--seconds", "0.2", "--metric", f"{path}:fine"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "all is well" in done.stdout
+
+
+def test_a_reader_who_leaves_hears_no_pass(artifacts, version):
+    """`leanort gate ... | head -0`: the verdict reached nobody."""
+    dense = version / "0-baseline" / "dense.onnx"
+    command = [sys.executable, "-m", "pipeline", "gate", str(dense), "--against", str(dense), "--seconds", "0.2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as gate:
+        gate.stdout.close()
+        assert gate.wait() not in (0, 1)
