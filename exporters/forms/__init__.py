@@ -16,6 +16,7 @@ from exporters.forms.attention_repeated_heads import repeated_heads
 from exporters.forms.attention_row_mask import row_for_every_query
 from exporters.forms.attention_then_reshape import copied_in_order
 from exporters.forms.padded_max_pool import kept_from_fusion
+from exporters.forms.projected_lstm import taken_apart
 from exporters.forms.rsub_of_integers import promoted
 from exporters.forms.split_of_dynamic_size import sliced
 from exporters.forms.views import reshaped
@@ -29,6 +30,7 @@ FORMS: tuple[Form, ...] = (
     kept_from_fusion,
     promoted,
     sliced,
+    taken_apart,
     repeated_heads,
     row_for_every_query,
     in_four_dimensions,  # last of those of attention: they look at four dimensions, or at the last two

@@ -22,7 +22,9 @@ from torch.export import Dim, ExportedProgram
 from foundation.editor import writes
 from foundation.errors import CaptureError
 from foundation.files import memory_of
+from pipeline.channels.operators.strict import strict
 from pipeline.channels.program.execute import run_program
+from pipeline.channels.program.written import without_writes_through_views
 from pipeline.channels.program.zeros import masked
 
 # An odd prime, so that no size of the model is taken for the batch when a view merges or splits dimensions.
@@ -131,13 +133,31 @@ def _export(model: nn.Module, example: tuple[Any, ...], dynamic_batch: bool) -> 
     dynamic = ((shapes,) if _is_variadic(model) else shapes) if dynamic_batch else None
     try:
         inlined = inline_contexts(torch.export.export(model, batched, dynamic_shapes=dynamic))
-        return Captured(inlined, batched, inlined.state_dict, dynamic_batch)
+        return _captured(inlined, batched, dynamic_batch)
     except Exception as dynamic_error:
         try:
             inlined = inline_contexts(torch.export.export(model, example))
         except Exception as error:
             raise CaptureError(*_explain(error)) from dynamic_error
-        return Captured(inlined, example, inlined.state_dict, dynamic_batch=False)
+        return _captured(inlined, example, dynamic_batch=False)
+
+
+def _captured(program: ExportedProgram, example: tuple[Any, ...], dynamic_batch: bool) -> Captured:
+    as_it_is = Captured(program, example, program.state_dict, dynamic_batch)
+    plain = replace(as_it_is, program=without_writes_through_views(program))
+    if plain.program is program or _agree(as_it_is, plain):
+        return plain
+    if strict():
+        raise RuntimeError("The program without writes through views gives something else.")
+    return as_it_is  # then the walk pins what is written to
+
+
+def _agree(a: Captured, b: Captured) -> bool:
+    """Whether both give the same for two samples, up to rounding."""
+    inputs = small(a)
+    outputs = [run(*(x.clone() if isinstance(x, Tensor) else x for x in inputs)) for run in (a, b)]
+    left, right = ([y for y in torch.utils._pytree.tree_leaves(out) if isinstance(y, Tensor)] for out in outputs)
+    return all(torch.allclose(x, y, rtol=1e-5, atol=1e-5, equal_nan=True) for x, y in zip(left, right, strict=True))
 
 
 def _is_variadic(model: nn.Module) -> bool:
@@ -174,8 +194,10 @@ def _explain(error: Exception) -> tuple[str, str]:
     lines = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text) + _frames(error)
     own = [m for m in lines if "site-packages/torch/" not in m[0] and m[0] != __file__]
     where = f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]} in {own[-1][2]}" if own else "the model's forward"
-    reason = f"torch.export cannot capture the model ({type(error).__name__}: {first[:300]})."
-    return reason, f"Look at {where}: control flow that depends on tensor values cannot be exported."
+    reason = f"torch.export cannot capture the model ({type(error).__name__}: {first[:300].rstrip('.')})."
+    if type(error).__module__.split(".")[0] == "torch":  # export's own: a size or a branch that hangs on numbers
+        return reason, f"Look at {where}: control flow that depends on tensor values cannot be exported."
+    return reason, f"Look at {where}, where the model itself fails on its example input."
 
 
 def _frames(error: Exception) -> list[tuple[str, str, str]]:

@@ -51,7 +51,7 @@ def test_and_is_a_refusal_for_users(lenient: None, monkeypatch: pytest.MonkeyPat
     broken(monkeypatch, KeyError("x"))
     analysis = analyse(capture(Net(), (X,)))
     assert analysis.clusters == ()
-    assert list(analysis.trace.unknown.values()) == ["no rule for this form of gelu (KeyError: 'x')"]
+    assert list(analysis.trace.unknown.values()) == ["no rule for this form of gelu"]
 
 
 def test_a_refusal_that_is_meant_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
