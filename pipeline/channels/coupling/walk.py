@@ -149,7 +149,7 @@ def _placeholders(t: Trace, captured: Captured, zeros: Zeros | None) -> list[Slo
             t.values[node] = opaque(t.shape(node))
             continue
         named = spec.kind == InputKind.PARAMETER or (spec.kind == InputKind.BUFFER and spec.persistent)
-        if not named or spec.target is None or not val.dtype.is_floating_point:
+        if not named or spec.target is None or not (val.dtype.is_floating_point or val.dtype.is_complex):
             continue  # a constant: see static_values
         tensor = program.state_dict[spec.target]
         # Tied tensors share their memory, and so one value.

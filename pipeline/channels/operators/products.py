@@ -127,6 +127,36 @@ def _matmul(t: Trace, node: fx.Node, left: fx.Node, right: fx.Node) -> Value:
     return Value(t.shape(node), tuple(atoms), tuple(zeros), a.derived and b.derived)
 
 
+# -- distances -----------------------------------------------------------------------------------------------------
+
+
+def macs_cdist(node: fx.Node, shape: Shape) -> int:
+    """One per pair and index of the sum."""
+    return math.prod(shape(node)) * shape(node.args[0])[-1]  # type: ignore[arg-type]
+
+
+def depends_cdist(m: Masks, node: fx.Node, value: Any) -> Tensor:
+    """From each of the two vectors."""
+    one, other = (m.mask(n).any(-1) for n in node.args[:2])
+    return one.unsqueeze(-1) | other.unsqueeze(-2)
+
+
+@family(Card("contraction", depends=depends_cdist, macs=macs_cdist), "cdist")
+def cdist(t: Trace, node: fx.Node) -> Value:
+    """y[..., i, j] = ‖a[..., i, :] − b[..., j, :]‖: an index of the vectors may go where it is zero in both."""
+    left, right = node.args[:2]
+    a, b = t.value(left), t.value(right)
+    for side, v in ((left, a), (right, b)):
+        t.contract(node, [(side, len(v.shape) - 1)], "both vectors have to be zero there")  # type: ignore[list-item]
+    t.tie(a.atoms[-1], b.atoms[-1], node)
+    shape = t.shape(node)
+    rank = len(shape)
+    atoms: list[Atoms | None] = [None] * (rank - 2)
+    for v in (a, b):  # batch dimensions, broadcast: no channels by custom
+        t.pin_value(v, node, "a batch of vectors", range(len(v.shape) - 2))
+    return Value(shape, (*atoms, a.atoms[-2], b.atoms[-2]), (None,) * rank, a.derived and b.derived)
+
+
 # -- einsum --------------------------------------------------------------------------------------------------------
 
 
