@@ -124,7 +124,21 @@ def unsupported(model: object) -> tuple[str, str] | None:
                 f"The model is quantised already, or prepared for it ({where}).",
                 "Prune the float model, then quantise.",
             )
-    return None
+    return _half_precision(model)
+
+
+def _half_precision(model: nn.Module) -> tuple[str, str] | None:
+    """Weights of 16 bits: what is proven here is proven in float32, and they round a thousand times more coarsely."""
+    held = [*model.named_parameters(), *model.named_buffers()]
+    half = [(name, value.dtype) for name, value in held if value.dtype in (torch.float16, torch.bfloat16)]
+    if not half:
+        return None
+    name, dtype = half[0]
+    kind = str(dtype).removeprefix("torch.")
+    return (
+        f"The model is in half precision ({len(half)} of its {len(held)} tensors, first '{name}' in {kind}).",
+        "Return model.float(), which changes no weight: training, proofs and the runtime's CPU kernels are float32.",
+    )
 
 
 def _export(model: nn.Module, example: tuple[Any, ...], dynamic_batch: bool) -> Captured:
