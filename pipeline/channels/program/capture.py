@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from foundation.editor import writes
+from foundation.editor import ProgramError, ShapeError, writes
 from foundation.errors import CaptureError
 from foundation.files import memory_of
-from pipeline.channels.operators.strict import strict
+from pipeline.channels.operators.strict import BUGS, strict
 from pipeline.channels.program.execute import run_program
 from pipeline.channels.program.written import without_writes_through_views
 from pipeline.channels.program.zeros import masked
@@ -146,24 +146,28 @@ def _export(model: nn.Module, example: tuple[Any, ...], dynamic_batch: bool) -> 
     shapes = tuple({0: Dim.DYNAMIC} if isinstance(x, Tensor) and x.dim() > 0 else None for x in batched)
     dynamic = ((shapes,) if _is_variadic(model) else shapes) if dynamic_batch else None
     try:
-        inlined = inline_contexts(torch.export.export(model, batched, dynamic_shapes=dynamic))
-        return _captured(inlined, batched, dynamic_batch)
+        inlined, taken = inline_contexts(torch.export.export(model, batched, dynamic_shapes=dynamic)), batched
     except Exception as dynamic_error:
         try:
-            inlined = inline_contexts(torch.export.export(model, example))
+            inlined, taken, dynamic_batch = inline_contexts(torch.export.export(model, example)), example, False
         except Exception as error:
             raise CaptureError(*_explain(error)) from dynamic_error
-        return _captured(inlined, example, dynamic_batch=False)
+    return _plain(Captured(inlined, taken, inlined.state_dict, dynamic_batch))
 
 
-def _captured(program: ExportedProgram, example: tuple[Any, ...], dynamic_batch: bool) -> Captured:
-    as_it_is = Captured(program, example, program.state_dict, dynamic_batch)
-    plain = replace(as_it_is, program=without_writes_through_views(program))
-    if plain.program is program or _agree(as_it_is, plain):
-        return plain
+def _plain(captured: Captured) -> Captured:
+    """`captured` without writes through views; as it is where that gives something else (the walk pins them then)."""
+    try:
+        plain = replace(captured, program=without_writes_through_views(captured.program))
+        if plain.program is captured.program or _agree(captured, plain):
+            return plain
+    except (*BUGS, ShapeError, ProgramError):
+        if strict():
+            raise
+        return captured
     if strict():
         raise RuntimeError("The program without writes through views gives something else.")
-    return as_it_is  # then the walk pins what is written to
+    return captured
 
 
 def _agree(a: Captured, b: Captured) -> bool:
