@@ -157,6 +157,25 @@ def cdist(t: Trace, node: fx.Node) -> Value:
     return Value(shape, (*atoms, a.atoms[-2], b.atoms[-2]), (None,) * rank, a.derived and b.derived)
 
 
+@family(Card("reduction"), "cosine_similarity", "pairwise_distance")
+def similarity(t: Trace, node: fx.Node) -> Value:
+    """Two vectors along one dimension, compared by products: an index may go where it is zero in both."""
+    a = bind(node)
+    if "dim" not in a:
+        raise NoRule("its eps is added to every difference, so that an index that is zero in both still counts")
+    one, other = t.value(a["x1"]), t.value(a["x2"])
+    if one.shape != other.shape:
+        raise NoRule("compares vectors of two shapes")
+    dim = a["dim"] % len(one.shape)
+    for side in (a["x1"], a["x2"]):
+        t.contract(node, [(side, dim)], "both vectors have to be zero there")
+    for x, y in zip(one.atoms, other.atoms, strict=True):
+        t.tie(x, y, node)
+    rest = [d for d in range(len(one.shape)) if d != dim]
+    atoms = tuple(None if other.atoms[d] is None else one.atoms[d] for d in rest)
+    return Value(t.shape(node), atoms, (None,) * len(rest), one.derived and other.derived)
+
+
 # -- einsum --------------------------------------------------------------------------------------------------------
 
 

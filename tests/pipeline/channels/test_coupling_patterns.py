@@ -890,6 +890,20 @@ class Distances(nn.Module):
         return self.head(torch.exp(-torch.cdist(self.into(x), self.table)))
 
 
+@case(TOKENS, neuron=14)
+class Similar(nn.Module):
+    """Tokens beside each other are compared, channel by channel of a second dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(6, 4)
+        self.mix = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = (torch.tanh(f(x)).mT for f in (self.a, self.b))
+        return self.head(F.cosine_similarity(self.mix(one), self.mix(other), dim=1))
+
+
 @case(IMAGE, channel=14)
 class ComplexWeights(Ends):
     """A linear layer over channels in the frequency domain, with complex weights, read as two real halves."""
@@ -992,6 +1006,7 @@ USED_BY = {
     "bilinear": "TwoFactors", "gather": "BestTokens", "slice_scatter": "Interleaved",
     "select_scatter": "OnePlaceWritten", "index_put": "ListsWritten", "index_copy": "ListsWritten",
     "scatter": "TokensScattered", "cdist": "Distances", "__and__": "Splines",
+    "cosine_similarity": "Similar",
 }  # fmt: skip
 NO_ORDER = {"counted", "created"}  # cards whose indices are tied to nothing: there is no order to get wrong
 
