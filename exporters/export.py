@@ -78,6 +78,10 @@ def to_onnx(
     # torch.export prints the code that it could not capture to stderr; its exception says the same.
     with quiet("torch", "onnxscript", "onnx_ir") as said, redirect_stderr(io.StringIO()):
         exported = program if isinstance(program, ExportedProgram) else _capture(program, example, dynamic_batch)
+        if (name := _half(exported)) is not None:
+            raise ExportError(
+                f"'{name}' is in bfloat16, for which onnxruntime has no CPU kernels.", "Export model.float()."
+            )
         model = _translate(exported, opset)
     _name(model, input_names, output_names)
     _name_batch(model, dynamic_batch)
@@ -110,15 +114,30 @@ def _translate(program: ExportedProgram, opset: int) -> ir.Model:
     try:
         made = torch.onnx.export(translatable(program), dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:  # translation runs third-party code for every operator
-        raise ExportError(
-            f"torch.onnx cannot translate the model: {first_line(_root(error))}",
-            "Replace the operator in the model, or try a higher opset.",
-        ) from error
+        raise ExportError(*_explain(_root(error))) from error
     assert made is not None
     model: ir.Model = made.model
     if model.opset_imports.get("") != opset:
         raise ExportError(f"torch.onnx cannot write opset {opset} for this model.", "Use opset 18 or above.")
     return model
+
+
+def _explain(error: BaseException) -> tuple[str, str]:
+    """What stopped a translation, and what to do about it."""
+    text = first_line(error)
+    missing = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)', overload='([^']+)'\)>", text)
+    if missing is None:
+        return f"torch.onnx cannot translate the model: {text}", "Rewrite that part of the model, or report the model."
+    kind = " of complex numbers" if "complex-valued" in text else ""
+    return (
+        f"torch.onnx has no translation of {missing[1]}{kind}.",
+        "Write it in the model with other operators, or move it out of the model, before or behind it.",
+    )
+
+
+def _half(program: ExportedProgram) -> str | None:
+    """The name of a tensor in bfloat16, in which onnxruntime has next to no kernels."""
+    return next((name for name, value in program.state_dict.items() if value.dtype == torch.bfloat16), None)
 
 
 def _root(error: BaseException) -> BaseException:
@@ -201,7 +220,8 @@ def _write(model: ir.Model, path: Path, one_file_limit: int) -> OnnxSummary:
             onnx.checker.check_model(os.fspath(part), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(
-                f"onnx.checker refuses the exported model: {first_line(error)}", "Try another opset."
+                f"onnx.checker refuses the exported model: {first_line(error)}",
+                "Report the model: what torch.onnx wrote does not hold together.",
             ) from error
     if weights <= one_file_limit:
         (path.parent / data_name).unlink(missing_ok=True)

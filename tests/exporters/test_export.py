@@ -230,3 +230,34 @@ def test_a_folder_that_is_a_file_is_one_line(tiny_program, image, tmp_path):
 def test_the_report_goes_to_json_and_back(tiny_program, image, tmp_path):
     made = export(tiny_program, tmp_path / "m.onnx", image)
     assert type(made).model_validate_json(made.model_dump_json()) == made
+
+
+class Unknown(nn.Module):
+    """An operator that no exporter knows, or one that it does not know for these numbers."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda x: torch.linalg.svd(x)[1], r"no translation of aten\.\w*svd"),
+        (lambda x: torch.exp(torch.fft.rfft(x)).abs(), r"no translation of aten\.exp of complex numbers"),
+    ],
+)
+def test_an_operator_without_a_translation_is_named_and_no_opset_promised(call, named, tmp_path):
+    x = torch.randn(2, 4, 4)
+    with pytest.raises(ExportError, match=named) as refused:
+        to_onnx(Unknown(call).eval(), tmp_path / "m.onnx", example=(x,), opset=20, metadata={})
+    assert "opset" not in str(refused.value)
+
+
+def test_bfloat16_is_refused_by_its_name(tmp_path):
+    model = nn.Conv2d(3, 4, 1).bfloat16().eval()
+    with pytest.raises(ExportError, match=r"'weight' is in bfloat16.*float\(\)"):
+        to_onnx(model, tmp_path / "m.onnx", example=(torch.randn(2, 3, 4, 4).bfloat16(),), opset=20, metadata={})

@@ -41,6 +41,10 @@ class Detector(nn.Module):
         return found
 
 
+def halved() -> nn.Module:
+    return net().half()
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -132,6 +136,7 @@ MODELS = {
     dynamically_quantised: (CaptureError, "quantised already"),
     quantised: (CaptureError, "quantised already"),
     observed: (CaptureError, "prepared for it"),
+    halved: (CaptureError, "half precision"),
     Detector: (ModelError, "one dict per sample"),
     Branching: (CaptureError, "cannot capture"),
 }

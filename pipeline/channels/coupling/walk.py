@@ -97,7 +97,7 @@ def _apply(t: Trace, node: fx.Node) -> Any:
     except BUGS as error:
         if strict() or isinstance(error, RuntimeError):
             raise
-        return t.give_up(node, f"no rule for this form of {name} ({type(error).__name__}: {error})")
+        return t.give_up(node, f"no rule for this form of {name}")
 
 
 def _as_batched(node: fx.Node, value: Any) -> Any:
@@ -109,7 +109,9 @@ def _as_batched(node: fx.Node, value: Any) -> Any:
 
 
 def _after_write(t: Trace, node: fx.Node) -> None:
-    """An in-place operator changes its operand, and what that operand is a view of: forget that these were zero."""
+    """An in-place operator changes its operand: forget that it was zero. What it is a view of changes too, and stays,
+    as a copy may take the view's place (the writes that are followed were made plain in `written`).
+    """
     if not writes(node) or not node.args or not isinstance(node.args[0], fx.Node):
         return
     target: Any = node.args[0]
@@ -118,13 +120,17 @@ def _after_write(t: Trace, node: fx.Node) -> None:
         t.values[target] = result
     while True:
         schema = getattr(target.target, "_schema", None)
-        views = schema is not None and any(a.alias_info is not None for a in schema.arguments)
+        views = target.target is operator.getitem or (
+            schema is not None and any(a.alias_info is not None for a in schema.arguments)
+        )
         if not views or not target.args or not isinstance(target.args[0], fx.Node):
             return
-        target = target.args[0]
+        view, target = target, target.args[0]
         value = t.values.get(target)
         if isinstance(value, Value):
             t.values[target] = Value(value.shape, value.atoms, (None,) * len(value.shape), value.derived)
+            if not writes(view):
+                t.pin_value(value, node, f"written in place through a view ({view.name})")
 
 
 def _placeholders(t: Trace, captured: Captured, zeros: Zeros | None) -> list[Slot]:
@@ -143,7 +149,7 @@ def _placeholders(t: Trace, captured: Captured, zeros: Zeros | None) -> list[Slo
             t.values[node] = opaque(t.shape(node))
             continue
         named = spec.kind == InputKind.PARAMETER or (spec.kind == InputKind.BUFFER and spec.persistent)
-        if not named or spec.target is None or not val.dtype.is_floating_point:
+        if not named or spec.target is None or not (val.dtype.is_floating_point or val.dtype.is_complex):
             continue  # a constant: see static_values
         tensor = program.state_dict[spec.target]
         # Tied tensors share their memory, and so one value.

@@ -139,7 +139,7 @@ def readers(contraction: Contraction, trace: Trace) -> list[Reader]:
         a = bind(node)
         source = a[card.weighted.input]
         x = trace.value(source)
-        if x.derived:
+        if x.derived or isinstance(a.get("groups"), fx.Node):  # weights of its own for every sample
             return []
         return [Reader(node, source, card.weighted.input_dim % len(x.shape), a[card.weighted.weight])]
     if card is not None and card.matrices is not None and len(contraction.sides) == 2:

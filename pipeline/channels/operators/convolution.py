@@ -30,7 +30,9 @@ def edit_groups(c: Cut, node: fx.Node) -> None:
     """The number of groups follows the groups that stay."""
     found = c.note(node, Groups)
     if found is not None:
-        c.set(node, groups=c.count(found.group, found.group.shape[0]))
+        given, before = bind(node)["groups"], found.group.shape[0]
+        with c.editor.before(c.new_of[node]):  # a node where it is the groups of one sample times the batch
+            c.set(node, groups=c.size(c.twin(given), c.count(found.group, before), before))
 
 
 def depends_convolution(m: Masks, node: fx.Node, value: Any) -> Tensor:
@@ -75,7 +77,9 @@ def convolution(t: Trace, node: fx.Node) -> Value:
     t.pin_value(w, node, SPACE, range(2, len(w.shape)))
     t.pin_value(x, node, SPACE, range(2, len(x.shape)))
     into, out = (0, 1) if transposed else (1, 0)  # weight dims: [out, in/groups, ...], transposed [in, out/groups, ...]
-    if groups == 1:
+    if isinstance(groups, fx.Node):
+        atoms, zeros = _per_sample(t, node, a, groups, transposed)
+    elif groups == 1:
         t.contract(node, [(a["input"], 1), (a["weight"], into)])
         t.reading(w.atoms[into])
         atoms, zeros = w.atoms[out], w.zeros[out]
@@ -91,9 +95,7 @@ def _grouped(t: Trace, node: fx.Node, a: dict[str, Any], groups: int, transposed
     x, w = t.value(a["input"]), t.value(a["weight"])
     free = x.atoms[1] is not None and w.atoms[0] is not None
     if not free:
-        t.pin(x.atoms[1], node, "tied to a fixed dimension")
-        t.pin_value(w, node, "tied to a fixed dimension", [0, 1])
-        return None, None
+        return _nothing_goes(t, node, x, w)
     group = t.fresh(groups)
     t.notes[node] = Groups(group)
     inside, outside = x.shape[1] // groups, w.shape[0] // groups
@@ -114,6 +116,46 @@ def _grouped(t: Trace, node: fx.Node, a: dict[str, Any], groups: int, transposed
     _product(t, node, x.atoms[1], group, per_group if inside > 1 else None, (groups, inside))
     _product(t, node, w.atoms[0], group, t.fresh(outside) if outside > 1 else None, (groups, outside))
     return w.atoms[0], w.zeros[0]
+
+
+def _per_sample(t: Trace, node: fx.Node, a: dict[str, Any], groups: fx.Node, transposed: bool) -> tuple[Any, Any]:
+    """The batch folded into the groups, every sample with weights of its own: input [1, batch × channels, …], weight
+    [batch × outputs, inputs of a group, …]. Channels are those of one sample, alike in all.
+    """
+    x, w = t.value(a["input"]), t.value(a["weight"])
+    expression = groups.meta["val"].node.expr
+    own = int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))  # groups of one sample
+    batch = t.size_of(groups.meta["val"]) // own
+    if x.atoms[1] is None or w.atoms[0] is None:
+        return _nothing_goes(t, node, x, w)
+    inputs, outputs = _of_one(x.atoms[1], batch), _of_one(w.atoms[0], batch)
+    if transposed or inputs is None or outputs is None:
+        raise NoRule("weights of its own for every sample, in a form that is not known")
+    inside, outside = inputs.shape[0] // own, outputs.shape[0] // own
+    per_group = w.atoms[1]
+    if inside > 1:  # the sum is over the weight's dimension, which is that of one sample
+        t.contract(node, [(a["weight"], 1)])
+    if own == 1:
+        t.tie(inputs, per_group, node)
+    else:
+        group = t.fresh(own)
+        t.notes[node] = Groups(group)
+        _product(t, node, inputs, group, per_group if inside > 1 else None, (own, inside))
+        _product(t, node, outputs, group, t.fresh(outside) if outside > 1 else None, (own, outside))
+    return w.atoms[0], w.zeros[0]
+
+
+def _nothing_goes(t: Trace, node: fx.Node, x: Value, w: Value) -> tuple[None, None]:
+    """Where one of the two has no channels that could go, neither has."""
+    t.pin(x.atoms[1], node, "tied to a fixed dimension")
+    t.pin_value(w, node, "tied to a fixed dimension", [0, 1])
+    return None, None
+
+
+def _of_one(atoms: Atoms, batch: int) -> Atoms | None:
+    """The atoms of one sample, of a dimension batch × channels that holds the same for each; None where it does not."""
+    grid = atoms.reshape(batch, -1)
+    return grid[0] if (grid == grid[0]).all() else None
 
 
 def _tile_or(flags: Flags | None, times: int) -> Flags | None:

@@ -45,6 +45,8 @@ def depends_multiplied(m: Masks, node: fx.Node, value: Any) -> Tensor:
 @family(
     Card("pointwise", depends=depends_pointwise),
     "type_as", "hardswish", "hardtanh", "nan_to_num", "where", "masked_fill", "copy", "fill", "zero", "lerp",
+    "real", "imag", "complex", "polar",
+    "__and__", "__or__",  # `&` and `|`, which PyTorch does not tag, as it does `^`
     tag=torch.Tag.pointwise,
 )  # fmt: skip
 def pointwise(t: Trace, node: fx.Node) -> Value:

@@ -127,6 +127,55 @@ def _matmul(t: Trace, node: fx.Node, left: fx.Node, right: fx.Node) -> Value:
     return Value(t.shape(node), tuple(atoms), tuple(zeros), a.derived and b.derived)
 
 
+# -- distances -----------------------------------------------------------------------------------------------------
+
+
+def macs_cdist(node: fx.Node, shape: Shape) -> int:
+    """One per pair and index of the sum."""
+    return math.prod(shape(node)) * shape(node.args[0])[-1]  # type: ignore[arg-type]
+
+
+def depends_cdist(m: Masks, node: fx.Node, value: Any) -> Tensor:
+    """From each of the two vectors."""
+    one, other = (m.mask(n).any(-1) for n in node.args[:2])
+    return one.unsqueeze(-1) | other.unsqueeze(-2)
+
+
+@family(Card("contraction", depends=depends_cdist, macs=macs_cdist), "cdist")
+def cdist(t: Trace, node: fx.Node) -> Value:
+    """y[..., i, j] = ‖a[..., i, :] − b[..., j, :]‖: an index of the vectors may go where it is zero in both."""
+    left, right = node.args[:2]
+    a, b = t.value(left), t.value(right)
+    for side, v in ((left, a), (right, b)):
+        t.contract(node, [(side, len(v.shape) - 1)], "both vectors have to be zero there")  # type: ignore[list-item]
+    t.tie(a.atoms[-1], b.atoms[-1], node)
+    shape = t.shape(node)
+    rank = len(shape)
+    atoms: list[Atoms | None] = [None] * (rank - 2)
+    for v in (a, b):  # batch dimensions, broadcast: no channels by custom
+        t.pin_value(v, node, "a batch of vectors", range(len(v.shape) - 2))
+    return Value(shape, (*atoms, a.atoms[-2], b.atoms[-2]), (None,) * rank, a.derived and b.derived)
+
+
+@family(Card("reduction"), "cosine_similarity", "pairwise_distance")
+def similarity(t: Trace, node: fx.Node) -> Value:
+    """Two vectors along one dimension, compared by products: an index may go where it is zero in both."""
+    a = bind(node)
+    if "dim" not in a:
+        raise NoRule("its eps is added to every difference, so that an index that is zero in both still counts")
+    one, other = t.value(a["x1"]), t.value(a["x2"])
+    if one.shape != other.shape:
+        raise NoRule("compares vectors of two shapes")
+    dim = a["dim"] % len(one.shape)
+    for side in (a["x1"], a["x2"]):
+        t.contract(node, [(side, dim)], "both vectors have to be zero there")
+    for x, y in zip(one.atoms, other.atoms, strict=True):
+        t.tie(x, y, node)
+    rest = [d for d in range(len(one.shape)) if d != dim]
+    atoms = tuple(None if other.atoms[d] is None else one.atoms[d] for d in rest)
+    return Value(t.shape(node), atoms, (None,) * len(rest), one.derived and other.derived)
+
+
 # -- einsum --------------------------------------------------------------------------------------------------------
 
 

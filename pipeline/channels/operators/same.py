@@ -22,7 +22,7 @@ from pipeline.channels.operators.values import Value
     "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout",
 )  # fmt: skip
 @family(Card("cast", depends=same), "to", "_to_copy")
-@family(Card("pointwise", depends=same), "conj")
+@family(Card("pointwise", depends=same), "conj", "_conj")
 def unchanged(t: Trace, node: fx.Node) -> Value:
     """Every index where it was."""
     x = t.value(node.args[0])

@@ -15,7 +15,7 @@ from pipeline.channels.operators.cut import Cut
 from pipeline.channels.operators.movement import depends_moved
 from pipeline.channels.operators.table import bind, family
 from pipeline.channels.operators.trace import NoRule, Trace
-from pipeline.channels.operators.values import Value
+from pipeline.channels.operators.values import Flags, Indices, Value
 
 aten = torch.ops.aten
 
@@ -27,15 +27,22 @@ def edit_slice(c: Cut, node: fx.Node) -> None:
     keep = c.keep(x.atoms[dim])
     if keep is None:
         return
-    picked = np.arange(x.shape[dim])[_slice(a, x.shape[dim])]
+    picked = np.arange(x.shape[dim])[sliced(a, x.shape[dim])]
     if a["step"] == 1:
-        start = int(keep[: picked[0]].sum()) if picked.size else 0
-        c.set(node, start=start, end=start + int(keep[picked].sum()))
+        start, end = bounds(keep, picked)
+        c.set(node, start=start, end=end)
         return
     c.pick(node, node.args[0], dim, picked)
 
 
-def _slice(a: dict[str, Any], size: int) -> slice:
+def bounds(keep: Flags, picked: Indices) -> tuple[int, int]:
+    """Start and end, among the indices that stay, of consecutive places."""
+    start = int(keep[: picked[0]].sum()) if picked.size else 0
+    return start, start + int(keep[picked].sum())
+
+
+def sliced(a: dict[str, Any], size: int) -> slice:
+    """The range that a slice's arguments name in a dimension of `size`."""
     end = a["end"]
     return slice(a["start"], end if end is None or end < size else None, a["step"])
 
@@ -50,7 +57,7 @@ def slice_(t: Trace, node: fx.Node) -> Value:
         return x.replace_dim(dim, x.atoms[dim], x.zeros[dim], shape[dim])
     if "step" not in a or any(isinstance(a[k], fx.Node) for k in ("start", "end", "step")):
         raise NoRule("slices a channel dimension at bounds known only at run time")
-    part = _slice(a, x.shape[dim])
+    part = sliced(a, x.shape[dim])
     zeros = x.zeros[dim]
     return x.replace_dim(dim, x.atoms[dim][part], None if zeros is None else zeros[part], shape[dim])
 

@@ -53,11 +53,17 @@ def factorise(before: Sequence[int], after: Sequence[int]) -> tuple[list[int], l
 def split_dim(
     t: Trace, node: fx.Node, atoms: Atoms | None, zeros: Flags | None, sizes: Sequence[int]
 ) -> tuple[list[Atoms | None], list[Flags | None]]:
-    """One dimension as the product of `sizes`: fresh atoms for every factor longer than one."""
+    """One dimension as the product of `sizes`: fresh atoms for every factor longer than one.
+
+    A factor along which it repeats (a batch that was merged with channels, and comes apart again) stays as it is.
+    """
     if atoms is None or len(sizes) == 1:
         return [atoms] * len(sizes), [zeros] * len(sizes)
-    factors = [t.fresh(n) if n > 1 else None for n in sizes]
-    t.product(node, atoms, factors, sizes)
+    places = atoms.reshape(tuple(sizes))
+    repeats = [n > 1 and bool((places == places.take([0], axis=d)).all()) for d, n in enumerate(sizes)]
+    factors = [t.fresh(n) if n > 1 and not again else None for n, again in zip(sizes, repeats, strict=True)]
+    once = places[tuple(slice(0, 1) if again else slice(None) for again in repeats)]
+    t.product(node, np.ascontiguousarray(once).reshape(-1), factors, once.shape)
     if zeros is None:
         return factors, [None] * len(sizes)
     grid = zeros.reshape(tuple(sizes))

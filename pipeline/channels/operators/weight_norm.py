@@ -9,7 +9,7 @@ from torch import fx
 from pipeline.channels.operators.card import Card
 from pipeline.channels.operators.table import bind, family
 from pipeline.channels.operators.trace import Trace
-from pipeline.channels.operators.values import Value
+from pipeline.channels.operators.values import Value, opaque
 
 
 @family(Card("weight norm"), "_weight_norm", "_weight_norm_interface")
@@ -17,6 +17,9 @@ def weight_norm(t: Trace, node: fx.Node) -> Any:
     """v·g/‖v‖, the norm over all dimensions but one: computed once, at full size, and sliced."""
     a = bind(node)
     v, g = t.value(a["v"]), t.value(a["g"])
+    if not g.shape:  # one length for all of v (dim=None)
+        t.pin_value(v, node, "normalised over")
+        return opaque(v.shape, v.derived)
     dim = a["dim"] % len(v.shape)
     if v.derived:
         t.frozen.add(node)

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from foundation.editor import writes
+from foundation.editor import ProgramError, ShapeError, writes
 from foundation.errors import CaptureError
 from foundation.files import memory_of
+from pipeline.channels.operators.strict import BUGS, strict
 from pipeline.channels.program.execute import run_program
+from pipeline.channels.program.written import without_writes_through_views
 from pipeline.channels.program.zeros import masked
 
 # An odd prime, so that no size of the model is taken for the batch when a view merges or splits dimensions.
@@ -122,7 +124,21 @@ def unsupported(model: object) -> tuple[str, str] | None:
                 f"The model is quantised already, or prepared for it ({where}).",
                 "Prune the float model, then quantise.",
             )
-    return None
+    return _half_precision(model)
+
+
+def _half_precision(model: nn.Module) -> tuple[str, str] | None:
+    """Weights of 16 bits: what is proven here is proven in float32, and they round a thousand times more coarsely."""
+    held = [*model.named_parameters(), *model.named_buffers()]
+    half = [(name, value.dtype) for name, value in held if value.dtype in (torch.float16, torch.bfloat16)]
+    if not half:
+        return None
+    name, dtype = half[0]
+    kind = str(dtype).removeprefix("torch.")
+    return (
+        f"The model is in half precision ({len(half)} of its {len(held)} tensors, first '{name}' in {kind}).",
+        "Return model.float(), which changes no weight: training, proofs and the runtime's CPU kernels are float32.",
+    )
 
 
 def _export(model: nn.Module, example: tuple[Any, ...], dynamic_batch: bool) -> Captured:
@@ -130,14 +146,36 @@ def _export(model: nn.Module, example: tuple[Any, ...], dynamic_batch: bool) -> 
     shapes = tuple({0: Dim.DYNAMIC} if isinstance(x, Tensor) and x.dim() > 0 else None for x in batched)
     dynamic = ((shapes,) if _is_variadic(model) else shapes) if dynamic_batch else None
     try:
-        inlined = inline_contexts(torch.export.export(model, batched, dynamic_shapes=dynamic))
-        return Captured(inlined, batched, inlined.state_dict, dynamic_batch)
+        inlined, taken = inline_contexts(torch.export.export(model, batched, dynamic_shapes=dynamic)), batched
     except Exception as dynamic_error:
         try:
-            inlined = inline_contexts(torch.export.export(model, example))
+            inlined, taken, dynamic_batch = inline_contexts(torch.export.export(model, example)), example, False
         except Exception as error:
             raise CaptureError(*_explain(error)) from dynamic_error
-        return Captured(inlined, example, inlined.state_dict, dynamic_batch=False)
+    return _plain(Captured(inlined, taken, inlined.state_dict, dynamic_batch))
+
+
+def _plain(captured: Captured) -> Captured:
+    """`captured` without writes through views; as it is where that gives something else (the walk pins them then)."""
+    try:
+        plain = replace(captured, program=without_writes_through_views(captured.program))
+        if plain.program is captured.program or _agree(captured, plain):
+            return plain
+    except (*BUGS, ShapeError, ProgramError):
+        if strict():
+            raise
+        return captured
+    if strict():
+        raise RuntimeError("The program without writes through views gives something else.")
+    return captured
+
+
+def _agree(a: Captured, b: Captured) -> bool:
+    """Whether both give the same for two samples, up to rounding."""
+    inputs = small(a)
+    outputs = [run(*(x.clone() if isinstance(x, Tensor) else x for x in inputs)) for run in (a, b)]
+    left, right = ([y for y in torch.utils._pytree.tree_leaves(out) if isinstance(y, Tensor)] for out in outputs)
+    return all(torch.allclose(x, y, rtol=1e-5, atol=1e-5, equal_nan=True) for x, y in zip(left, right, strict=True))
 
 
 def _is_variadic(model: nn.Module) -> bool:
@@ -174,8 +212,10 @@ def _explain(error: Exception) -> tuple[str, str]:
     lines = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text) + _frames(error)
     own = [m for m in lines if "site-packages/torch/" not in m[0] and m[0] != __file__]
     where = f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]} in {own[-1][2]}" if own else "the model's forward"
-    reason = f"torch.export cannot capture the model ({type(error).__name__}: {first[:300]})."
-    return reason, f"Look at {where}: control flow that depends on tensor values cannot be exported."
+    reason = f"torch.export cannot capture the model ({type(error).__name__}: {first[:300].rstrip('.')})."
+    if type(error).__module__.split(".")[0] == "torch":  # export's own: a size or a branch that hangs on numbers
+        return reason, f"Look at {where}: control flow that depends on tensor values cannot be exported."
+    return reason, f"Look at {where}, where the model itself fails on its example input."
 
 
 def _frames(error: Exception) -> list[tuple[str, str, str]]:

@@ -38,7 +38,8 @@ def execute(
 ) -> tuple[Any, ...]:
     """The outputs of `graph` for placeholder values `feeds` (placeholder name -> value).
 
-    `dtype`: every float32 tensor and every float32 constant of the graph takes this precision instead.
+    `dtype`: every float32 tensor and every float32 constant of the graph takes this precision instead, complex ones of
+    that precision along with them.
     `watch(node, value)` sees each value as it is computed; `change(node, value)`
     gives what takes its place. `compute(node, args, kwargs)` works a node's value out instead of its operator.
     `only`: run these nodes and stop (no outputs then).
@@ -48,8 +49,11 @@ def execute(
     values: dict[fx.Node, Any] = {}
 
     def cast(value: Any) -> Any:
-        if isinstance(value, Tensor) and dtype is not None and value.dtype == torch.float32:
-            return value.to(dtype)
+        if isinstance(value, Tensor) and dtype is not None:
+            if value.dtype == torch.float32:
+                return value.to(dtype)
+            if value.dtype == torch.complex64:
+                return value.to(dtype.to_complex())
         return value
 
     with torch.no_grad(), _default_dtype(dtype):
@@ -97,9 +101,9 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def swap_dtype(arg: Any, dtype: torch.dtype) -> Any:
-    """`arg` with every torch.float32 in it replaced by `dtype`."""
+    """`arg` with every torch.float32 in it replaced by `dtype`, and complex64 by the complex type of that precision."""
     if isinstance(arg, torch.dtype):
-        return dtype if arg == torch.float32 else arg
+        return dtype if arg == torch.float32 else dtype.to_complex() if arg == torch.complex64 else arg
     if isinstance(arg, (list, tuple)):
         return type(arg)(swap_dtype(a, dtype) for a in arg)
     if isinstance(arg, dict):

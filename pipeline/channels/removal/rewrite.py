@@ -207,7 +207,7 @@ class _Removal:
                     if strict() or isinstance(error, RuntimeError):
                         raise
                     raise RefusedError(
-                        f"{node.target} at '{node.name}' cannot be rewritten ({type(error).__name__}: {error}).",
+                        f"{node.target} at '{node.name}' cannot be rewritten for fewer channels.",
                         "Exclude the channels around it, or report the model.",
                     ) from error
 

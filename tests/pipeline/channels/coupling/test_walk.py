@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.channels import Policy, analyse, capture
 from pipeline.channels.coupling.walk import walk
 from pipeline.channels.operators import CARDS, TAGGED, Card
+from pipeline.channels.operators.strict import strictly
 from pipeline.channels.operators.trace import NoRule
 
 
@@ -51,7 +52,7 @@ def test_and_is_a_refusal_for_users(lenient: None, monkeypatch: pytest.MonkeyPat
     broken(monkeypatch, KeyError("x"))
     analysis = analyse(capture(Net(), (X,)))
     assert analysis.clusters == ()
-    assert list(analysis.trace.unknown.values()) == ["no rule for this form of gelu (KeyError: 'x')"]
+    assert list(analysis.trace.unknown.values()) == ["no rule for this form of gelu"]
 
 
 def test_a_refusal_that_is_meant_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,3 +81,21 @@ def test_a_bias_that_is_not_zero_ends_a_zero() -> None:
     (gelu,) = (n for n in now.values if n.name == "gelu")
     assert now.value(gelu).zeros[1].tolist() == [True, False, False, False, False, False]
     assert trace.value(gelu).zeros[1].all()
+
+
+class OneLength(nn.Module):
+    """A weight of one length in all (`weight_norm` with dim=None)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.utils.parametrizations.weight_norm(nn.Linear(12, 8), dim=None), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_a_weight_of_one_length_is_kept_for_that_reason() -> None:
+    with strictly():
+        analysis = analyse(capture(OneLength().eval(), (torch.randn(2, 12),)))
+    assert not analysis.trace.unknown
+    assert "normalised over" in {b.reason for b in analysis.blocked}

@@ -52,7 +52,7 @@ def test_a_name_has_one_card() -> None:
 
 
 # Contractions whose weight is not always one and the same argument, or not one that a bias could stand beside.
-NO_FIXED_WEIGHT = {"convolution", "bilinear", "einsum", "bmm", "mv", "dot", "addbmm", "baddbmm", "addmv"}
+NO_FIXED_WEIGHT = {"convolution", "bilinear", "einsum", "bmm", "mv", "dot", "addbmm", "baddbmm", "addmv", "cdist"}
 
 
 @pytest.mark.parametrize("name", [n for n, c in CARDS.items() if c.kind == "contraction"])

@@ -62,6 +62,7 @@ EXACT: dict[str, Callable[[], tuple[Any, ...]]] = {
     "baddbmm": lambda: (aten.baddbmm.default, some(2, 3, 5, share=0.1), some(2, 3, 4), some(2, 4, 5)),
     "einsum": lambda: (aten.einsum.default, "bic,oc->bio", [some(2, 3, 4), weight(5, 4)]),
     "bilinear": lambda: (aten.bilinear.default, some(2, 4), some(2, 3), weight(5, 4, 3), weight(5)),
+    "cdist": lambda: (aten.cdist.default, some(2, 3, 4, share=0.1), some(2, 5, 4, share=0.1)),
     "mul": lambda: (aten.mul.Tensor, some(2, 3, 4), some(3, 1)),
     "add": lambda: (aten.add.Tensor, some(2, 3, 4), some(3, 1)),
     "batch_norm": lambda: (aten.batch_norm.default, some(2, 4, 3), weight(4), weight(4), known(torch.zeros(4).double()),

@@ -40,6 +40,7 @@ BY_HAND: list[tuple[Any, tuple[Any, ...], int]] = [
     (aten.dot.default, (r(4), r(4)), 4),
     (aten.bilinear.default, (r(2, 4), r(2, 3), r(5, 4, 3)), 2 * 5 * 4 * 3),
     (aten.scaled_dot_product_attention.default, (r(1, 2, 3, 4), r(1, 2, 5, 4), r(1, 2, 5, 4)), 2 * 3 * 5 * (4 + 4)),
+    (aten.cdist.default, (r(2, 3, 4), r(5, 4)), 2 * 3 * 5 * 4),
     (aten.relu.default, (r(2, 4),), 0),
     (aten.layer_norm.default, (r(2, 4), [4]), 0),
 ]
