@@ -73,7 +73,7 @@ def request_of(model: Model, data: object, config: Config) -> str:
     It is known for models by a library's name on embedded data or a file of arrays; own code may read anything.
     """
     given = config.data.source if data is None else data
-    if not isinstance(model, str) or not isinstance(given, str) or not re.fullmatch(r"(timm:)?[\w.-]+", model):
+    if not isinstance(model, str) or not isinstance(given, str) or not re.fullmatch(r"(timm:)?[\w.-]{1,200}", model):
         return ""
     arrays = Path(given.removeprefix("npz:")).expanduser()
     if given != "digits" and not (given.startswith("npz:") and arrays.is_file()):

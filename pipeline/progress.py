@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from foundation.words import printable
+
 
 class Bar(Protocol):
     """One running bar."""
@@ -38,7 +40,7 @@ class TerminalProgress(Progress):
 
     def say(self, text: str) -> None:
         """One line for the user."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Bar]:

@@ -35,6 +35,7 @@ from pipeline.release.records import Manifest, StageRecord
 from pipeline.release.reuse import candidates, compared_with, folder_name, make_current, matches
 from pipeline.report import pages as report
 from pipeline.selection import criteria, schedules
+from pipeline.selection.choose import check_overrides
 from pipeline.stages.order import STAGES
 
 
@@ -62,6 +63,7 @@ def run(
     first, last = _range(start, until)
     check(config)
     source, dataset = sources(model, data, config)
+    check_overrides(config.prune, source)
     folder = config.artifacts / (config.name or folder_name(model))
     with store.locked(folder, lambda: progress.say(f"Another run is building {folder}; waiting for it to end.")):
         store.tidy(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +85,10 @@ def size(text: str | None) -> tuple[int, int, int] | None:
     """`C,H,W` as numbers. Raises ConfigError."""
     if text is None:
         return None
-    parts = text.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise ConfigError(f"--input-size {text!r} is not C,H,W.", "Write it like --input-size 3,224,224")
-    channels, height, width = map(int, parts)
+    found = re.fullmatch(r"\s*([0-9]{1,5})\s*[,x]\s*([0-9]{1,5})\s*[,x]\s*([0-9]{1,5})\s*", text)
+    if found is None or not all(0 < int(part) <= 65_536 for part in found.groups()):
+        raise ConfigError(f"--input-size {text[:60]!r} is not C,H,W.", "Write it like --input-size 3,224,224")
+    channels, height, width = map(int, found.groups())
     return channels, height, width
 
 

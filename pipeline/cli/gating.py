@@ -167,10 +167,12 @@ def _judge_files(
     from pipeline.data import find as datasets
     from pipeline.gate import foreign, measuring
     from pipeline.progress import TerminalProgress
+    from pipeline.recipe.config import checked
     from pipeline.recipe.policy import GateSection
 
     foreign.existing((*files.values(), *([equal] if equal else []), *options["inputs"]))
-    cfg = GateSection(
+    cfg = checked(
+        GateSection,
         **dict(limits),
         threads=options["threads"],
         batch_size=options["batch"],
@@ -184,7 +186,8 @@ def _judge_files(
         seed=options["seed"],
     )
     measuring.metrics(cfg)
-    data = datasets.load(options["data"], input_size=size(options["input_size"])) if options["data"] else None
+    wanted = size(options["input_size"])
+    data = datasets.load(options["data"], input_size=wanted) if options["data"] else None
     made = foreign.judge_files(cfg, files, data, TerminalProgress(), equal=equal, given=given, rules=own, report=report)
     return _tell(subject, "", made.verdict, made.notes, made.measurements, report)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -13,7 +14,8 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 
-from foundation.errors import LeanortError
+from foundation.errors import LeanortError, UserError
+from foundation.words import printable
 
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
 INTERRUPTED = 130
@@ -26,10 +28,10 @@ def _no_way_out() -> Iterator[None]:
     """Let `os._exit` raise SystemExit in this process: it would end the command with a code that no gate has given."""
     here, leave = os.getpid(), os._exit
 
-    def refused(code: int) -> NoReturn:
+    def refused(status: int) -> NoReturn:
         if os.getpid() != here:  # a child that multiprocessing forked
-            leave(code)
-        raise SystemExit(code)
+            leave(status)
+        raise SystemExit(status)
 
     os._exit = refused
     try:
@@ -44,8 +46,13 @@ class _Group(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:  # click's own signature
         """Run the command; a traceback is shown only for a bug of ours."""
         kwargs["standalone_mode"] = False
+        for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII only gets escapes, and no traceback
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         console = Console(stderr=True)
         try:
+            if any("\0" in word for word in (args[0] if args else kwargs.get("args")) or sys.argv[1:]):
+                raise UserError("A word of the command holds a NUL character.", "Type it again.")
             with _no_way_out():
                 code = super().main(*args, **kwargs)
         except (
@@ -65,6 +72,10 @@ class _Group(click.Group):
         except BrokenPipeError:  # whoever read the output has gone, so that it never heard the verdict
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed there
             sys.exit(BROKEN_PIPE)
+        except OSError as error:  # what the file system says about a path is no bug of ours
+            named = f"{error.filename}: " if error.filename else ""
+            complain(console, f"{named}{error.strerror or error}.", "Check that path, its rights and the free space.")
+            sys.exit(STAGE_FAILED)
         except Exception as error:
             from foundation.errors import ExportError, ValidationError
 
@@ -89,8 +100,8 @@ def complain(console: Console, message: str, hint: str) -> None:
 
 
 def plain(text: str) -> str:
-    """Text as it is: square brackets are not markup."""
-    return text.replace("[", r"\[")
+    """Text as it is: square brackets are not markup, and nothing in it commands the terminal."""
+    return printable(text).replace("[", r"\[")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

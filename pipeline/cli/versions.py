@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foundation.errors import LeanortError, VersionError
+from foundation.words import printable
 from pipeline.cli.group import OUT, main, plain
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def list_(out: Path, as_json: bool, log: bool) -> None:
             faults.append(f"{folder.name}: {fault}.")
         rows += [(folder.name, v.name, v == now, figures_of(v)) for v in store.versions(folder)]
     for fault in faults:
-        click.echo(fault, err=True)
+        click.echo(printable(fault), err=True)
     if as_json:
         click.echo(
             json.dumps(
@@ -157,7 +158,7 @@ def verify(version: str, out: Path) -> None:
     if pointer := store.pointer_fault(folder.parent):
         faults.append(f"{folder.parent.name}: {pointer}")
     for fault in faults:
-        click.echo(f"{folder}: {fault}")
+        click.echo(printable(f"{folder}: {fault}"))
     if faults:
         raise VersionError(f"{folder} is not what was sealed: {len(faults)} fault(s).", "Deploy again; do not ship it.")
     made = records.read(folder)
@@ -198,7 +199,7 @@ def why(version: str, layer: str | None, out: Path, as_json: bool) -> None:
         click.echo(json.dumps(answer, indent=2))
         return
     for line in found.sentences(layer):
-        click.echo(line)
+        click.echo(printable(line))
 
 
 @main.command()

@@ -5,36 +5,44 @@ A stage receives its own section and nothing else, so its fingerprint covers exa
 
 from __future__ import annotations
 
+import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from foundation.errors import ConfigError, nearest
+from foundation.errors import ConfigError, first_line, nearest
 from pipeline.recipe.data import DataSection
 from pipeline.recipe.export import ExportSection
 from pipeline.recipe.policy import GateSection, Policy
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.race import OptimizeSection
 from pipeline.recipe.removal import FoldSection, ShrinkSection
-from pipeline.recipe.section import Section
+from pipeline.recipe.section import Section, Seed, readable
 from pipeline.recipe.source import BaselineSection
 from pipeline.recipe.train import FinetuneSection
 
 RESERVED = "releases.jsonl"
 """What lies in an artifacts folder beside the models."""
+LONGEST_NAME = 200
+"""Bytes of a folder's name; file systems take 255, and some are put in front of it."""
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Config(Section):
     """A whole recipe."""
 
-    model: str = Field("", description="torchvision name, timm:NAME, hf:..., file.py:callable or module:callable")
+    model: str = Field(
+        "", max_length=4000, description="torchvision name, timm:NAME, hf:..., file.py:callable or module:callable"
+    )
     name: str | None = Field(None, description="folder under artifacts/; made from the model when left out")
     artifacts: Path = Path("artifacts")
-    seed: int = Field(0, description="seed of every section that sets none")
+    seed: Seed = Field(0, description="seed of every section that sets none")
     data: DataSection = DataSection()
     baseline: BaselineSection = BaselineSection()
     prune: PruneSection = PruneSection()
@@ -48,10 +56,18 @@ class Config(Section):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and len(value.encode()) > LONGEST_NAME:
+            raise ValueError(f"must be at most {LONGEST_NAME} bytes long")
         if value is not None and (not value or value.startswith(".") or "/" in value or "\\" in value):
             raise ValueError("must be a plain folder name, without slashes or a leading dot")
         if value is not None and value.casefold() == RESERVED:
             raise ValueError(f"must not be {RESERVED}, which is the log of the artifacts folder")
+        return value
+
+    @field_validator("artifacts")
+    @classmethod
+    def _readable_path(cls, value: Path) -> Path:
+        readable(str(value))
         return value
 
     @model_validator(mode="before")
@@ -100,6 +116,14 @@ def with_policy(config: Config, policy: Policy) -> Config:
     return config.model_copy(update={"gate": config.gate.model_copy(update=dict(policy))})
 
 
+def checked(kind: type[S], **values: Any) -> S:
+    """A section of the recipe made from values, such as options. Raises ConfigError as `load` does."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, kind) from None
+
+
 def parse_setting(text: str) -> tuple[str, Any]:
     """`key.sub=value` -> (key, value); the value is read as TOML, and as plain text where it is not TOML.
 
@@ -112,6 +136,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--set {key.strip()}: the value cannot be read: {first_line(error)}.", _PLAINER) from None
 
 
 def _read(recipe: Path, kind: str = "recipe") -> dict[str, Any]:
@@ -120,7 +146,12 @@ def _read(recipe: Path, kind: str = "recipe") -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{recipe} is not valid TOML: {error}.", "Mend that line.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The {kind} {recipe} cannot be read: {error}.", "Check the path.") from None
+        raise ConfigError(f"The {kind} {recipe} cannot be read: {first_line(error)}.", "Check the path.") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, a path with NUL, endless nesting
+        raise ConfigError(f"The {kind} {recipe} cannot be read: {first_line(error)}.", _PLAINER) from None
+
+
+_PLAINER = "Write it plainer; see docs/recipe.md for the keys and their values."
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -141,7 +172,14 @@ def _explain(error: ValidationError, root: type[Section] | None = None, kind: st
     if problem["type"] == "extra_forbidden":
         return ConfigError(f"Unknown key {key!r} in the {kind}.", _near_key(where, root or Config))
     reason = problem["msg"].removeprefix("Value error, ")
-    return ConfigError(f"{key}: {reason} (got {problem['input']!r}).", "See `leanort deploy --help` for the ranges.")
+    return ConfigError(f"{key}: {reason} (got {_shown(problem['input'])}).", "See docs/recipe.md for the ranges.")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # more digits than Python writes out
+        return "a number of thousands of digits"
 
 
 def _near_key(where: Sequence[str], section: Any) -> str:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import math
 
-from pipeline.recipe.section import Section
+from pydantic import Field, field_validator
+
+from pipeline.recipe.section import Pixels, Section
 
 
 class DataSection(Section):
     """Which data trains, calibrates and judges."""
 
     source: str = Field("digits", description="digits, imagefolder:PATH, npz:PATH or path/to/file.py:callable")
-    input_size: tuple[int, int, int] | None = Field(None, description="C, H, W; the data's own size when left out")
+    input_size: tuple[Pixels, Pixels, Pixels] | None = Field(
+        None, description="C, H, W; the data's own size when left out"
+    )
+
+    @field_validator("input_size")
+    @classmethod
+    def _fits(cls, value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+        if value is not None and math.prod(value) > LARGEST:
+            raise ValueError(f"one sample may hold at most {LARGEST:,} numbers")
+        return value
+
+
+LARGEST = 1 << 28
+"""Numbers in one sample: a gigabyte of float32."""

@@ -6,10 +6,12 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from foundation.files import sha256
-from pipeline.recipe.section import Section
+from pipeline.recipe.section import BatchSize, Seconds, Section, Seed, Threads
+
+RATIOS = ("latency", "latency_p99", "file_size", "session_load", "peak_memory", "cold_first_inference", "parameters")
 
 
 class Rule(Section):
@@ -18,6 +20,8 @@ class Rule(Section):
     Against another model, accuracies count the points lost, further metrics what their mean lost, and everything else
     is a ratio. A rule against the promoted version binds only once there is one.
     """
+
+    model_config = ConfigDict(allow_inf_nan=True)  # infinity is no limit
 
     metric: str = Field(description="one that the gate measures: accuracy, latency, latency_p99, file_size, ...")
     against: Literal["dense", "promoted"] | None = None
@@ -32,11 +36,20 @@ class Rule(Section):
             raise ValueError(f"the limit on {self.metric!r} has neither max nor min")
         if any(value is not None and math.isnan(value) for value in (self.max, self.min)):
             raise ValueError(f"the limit on {self.metric!r} is not a number")
+        if self.max is not None and self.min is not None and self.min > self.max:
+            raise ValueError(f"the limit on {self.metric!r} can never hold: min is above max")
+        share = self.metric in ("accuracy", "top5")
+        if share and self.against is None and self.min is not None and self.min > 1:
+            raise ValueError(f"the limit on {self.metric!r} can never hold: it is a share, at most 1")
+        if not share and self.metric in RATIOS and self.max is not None and self.max <= 0:
+            raise ValueError(f"the limit on {self.metric!r} can never hold: it is never 0 or less")
         return self
 
 
 class Policy(Section):
     """What a release must reach; the gate section of a recipe, or a file of its own."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # infinity is no limit
 
     max_accuracy_drop_points: float = Field(1.0, description="accuracy of dense minus shipped, in points")
     accuracy_by: Literal["value", "interval"] = Field(
@@ -44,7 +57,7 @@ class Policy(Section):
     )
     max_latency_ratio: float = Field(1.0, gt=0, description="shipped over dense latency, medians")
     max_size_ratio: float = Field(1.0, gt=0, description="shipped over dense file size")
-    parity: float = Field(1e-5, gt=0, description="|a-b| at most this times max(1, max|reference|), every hop")
+    parity: float = Field(1e-5, gt=0, le=1e6, description="|a-b| at most this times max(1, max|reference|), every hop")
     limits: tuple[Rule, ...] = Field((), description="further limits")
 
     @field_validator("max_accuracy_drop_points")
@@ -58,11 +71,11 @@ class Policy(Section):
 class GateSection(Policy):
     """Stage 7: limits, and how what they limit is measured."""
 
-    threads: int = Field(1, ge=1, description="onnxruntime threads for the latency")
-    batch_size: int = Field(1, ge=1, description="batch size for the latency")
-    seconds: float = Field(4.0, gt=0, description="time for measuring latency; less where it is decided earlier")
+    threads: Threads = Field(1, description="onnxruntime threads for the latency")
+    batch_size: BatchSize = Field(1, description="batch size for the latency")
+    seconds: Seconds = Field(4.0, description="time for measuring latency; less where it is decided earlier")
     metrics: tuple[str, ...] = Field((), description="also: top5, cosine, spearman, path/to/file.py:callable")
-    seed: int = 0
+    seed: Seed = 0
 
     def code(self) -> dict[str, str]:
         """The files of the user's own metrics -> their sha256."""

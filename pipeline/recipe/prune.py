@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import AliasChoices, Field, field_validator
 
 from pipeline.recipe.removal import GroupSwitches
-from pipeline.recipe.section import Section
+from pipeline.recipe.section import Section, Seed
 from pipeline.recipe.train import Training
 
 
@@ -28,21 +28,23 @@ class PruneSection(Section):
     overrides: dict[str, float] = Field(default_factory=dict, description="layer glob -> ratio")
     groups: GroupSwitches = GroupSwitches()
     schedule: str = Field("one-shot", description="one-shot, iterative or gradual (cubic)")
-    steps: int = Field(3, ge=1, description="rounds of iterative pruning; mask updates per epoch when gradual")
+    steps: int = Field(
+        3, ge=1, le=100_000, description="rounds of iterative pruning; mask updates per epoch when gradual"
+    )
     train: Training = Field(None, description="the recovery between rounds (iterative, gradual)")
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("align")
     @classmethod
     def _align(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be at least 1, or 'auto'")
+        if isinstance(value, int) and not 1 <= value <= 65_536:
+            raise ValueError("must be 1 to 65536, or 'auto'")
         return value
 
     @field_validator("overrides")
     @classmethod
     def _overrides(cls, value: dict[str, float]) -> dict[str, float]:
         for glob, ratio in value.items():
-            if not 0.0 <= ratio < 1.0:
+            if not 0.0 <= ratio < 1.0:  # NaN, too
                 raise ValueError(f"the ratio for {glob!r} must be in [0, 1), got {ratio}")
         return value

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.recipe.section import Section
+from pipeline.recipe.section import BatchSize, Seconds, Section, Seed, Threads
 
 
 class OptimizeSection(Section):
@@ -32,11 +32,13 @@ class OptimizeSection(Section):
     max_accuracy_drop_points: float = Field(
         1.0, ge=0, description="int8: accuracy lost on the calibration part, points"
     )
-    calibration_samples: int = Field(256, ge=1, description="samples of the calibration part that find int8 ranges")
-    threads: tuple[int, ...] = Field((1,), min_length=1, description="onnxruntime threads to time at")
-    batch_sizes: tuple[int, ...] = Field((1,), min_length=1, description="batch sizes to time at")
-    seconds: float = Field(5.0, gt=0, description="time spent racing, for each number of threads and batch size")
-    seed: int = 0
+    calibration_samples: int = Field(
+        256, ge=1, le=10_000_000, description="samples of the calibration part that find int8 ranges"
+    )
+    threads: tuple[Threads, ...] = Field((1,), min_length=1, description="onnxruntime threads to time at")
+    batch_sizes: tuple[BatchSize, ...] = Field((1,), min_length=1, description="batch sizes to time at")
+    seconds: Seconds = Field(5.0, description="time spent racing, for each number of threads and batch size")
+    seed: Seed = 0
 
     @field_validator("threads", "batch_sizes")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipeline.recipe.section import Section
+from pipeline.recipe.section import Section, Seed
 
 
 class GroupSwitches(Section):
@@ -20,10 +20,10 @@ class GroupSwitches(Section):
 class FoldSection(Section):
     """Stage 3: masks into weights."""
 
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ShrinkSection(Section):
     """Stage 4: remove dead channels."""
 
-    seed: int = 0
+    seed: Seed = 0

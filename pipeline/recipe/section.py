@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+# Far more than any machine has or any run takes: what is beyond is a slip, and would break something deep inside.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Pixels = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class Section(BaseModel):
     """A part of the recipe: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> Any:
+        """No control characters in names and paths, which no file system and no terminal takes."""
+        return readable(value)
 
     def code(self) -> dict[str, str]:
         """The user's own files that this section names -> their sha256, since they decide the result, too."""
         return {}
+
+
+def readable(value: Any) -> Any:
+    """`value`; ValueError for text with a control character in it."""
+    if isinstance(value, str) and any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+        raise ValueError("must hold no control characters")
+    return value

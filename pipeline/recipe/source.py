@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from foundation.files import sha256
-from pipeline.recipe.section import Section
+from pipeline.recipe.section import Section, Seed, Threads
 from pipeline.recipe.train import Training
 
 
@@ -16,9 +16,9 @@ class BaselineSection(Section):
 
     weights: str = Field("auto", description="a .safetensors/.pt file, 'pretrained', 'train', or 'auto' = train here")
     train: Training = Field(None, description="how to train here; what is left out is chosen from the model")
-    opset: int = Field(23, ge=18, description="ONNX opset of the dense reference file")
-    threads: int = Field(1, ge=1, description="onnxruntime threads for the dense latency")
-    seed: int = 0
+    opset: int = Field(23, ge=18, le=1000, description="ONNX opset of the dense reference file")
+    threads: Threads = Field(1, description="onnxruntime threads for the dense latency")
+    seed: Seed = 0
 
     def code(self) -> dict[str, str]:
         """The checkpoint -> its sha256: another file under the same name is another dense model."""

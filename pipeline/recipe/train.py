@@ -6,16 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
-from pipeline.recipe.section import Section
+from pipeline.recipe.section import BatchSize, Section, Seed
 
 
 class TrainSettings(BaseModel):
     """How to train; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    epochs: int = Field(default=8, ge=0, description="passes over the training part")
-    batch_size: int = Field(default=64, ge=1)
+    epochs: int = Field(default=8, ge=0, le=1_000_000, description="passes over the training part")
+    batch_size: BatchSize = Field(default=64)
     lr: float = Field(default=2e-3, gt=0, description="learning rate at the top of the schedule")
     optimizer: Literal["sgd", "adamw"] = Field(default="adamw", description="sgd has Nesterov momentum")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd; for adamw the first beta")
@@ -27,8 +27,10 @@ class TrainSettings(BaseModel):
     distill_temperature: float = Field(default=2.0, gt=0, description="softens teacher and student alike")
     grad_clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 = no limit")
     augment: bool = Field(default=True, description="change training images a little, where the data set says how")
-    seed: int = 0
-    threads: int = Field(default=0, ge=0, description="torch threads; 0 leaves them as they are. Results depend on it")
+    seed: Seed = 0
+    threads: int = Field(
+        default=0, ge=0, le=1024, description="torch threads; 0 leaves them as they are. Results depend on it"
+    )
     channels_last: bool = Field(default=False, description="memory layout (batch, height, width, channels)")
 
 
@@ -42,8 +44,10 @@ Training = Annotated[
 class FinetuneSection(Section):
     """Stage 2: recovery under the masks."""
 
-    epochs: int | None = Field(None, ge=0, description="chosen from the model when left out; 0 skips recovery")
+    epochs: int | None = Field(
+        None, ge=0, le=1_000_000, description="chosen from the model when left out; 0 skips recovery"
+    )
     distill_weight: float = Field(0.5, ge=0.0, le=1.0, description="share of the loss taught by the dense model")
     distill_temperature: float = Field(2.0, gt=0.0)
     train: Training = Field(None, description="any other setting of the training; wins over the three above")
-    seed: int = 0
+    seed: Seed = 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from foundation.words import printable
 from pipeline.report.figures import (
     amount,
     duration,
@@ -56,6 +57,6 @@ def _environment(**options: Any) -> Environment:
 
 def _escape_markdown(value: object) -> str:
     """Text that GitHub shows as it is: no markup, no HTML, no table borders, nobody notified."""
-    text = " ".join(str(value).splitlines())
+    text = " ".join(printable(str(value)).splitlines())
     text = re.sub(r"([\\`*\[\]<>|~&])|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
     return text.replace("@", "&#64;")

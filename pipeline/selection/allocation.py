@@ -39,7 +39,7 @@ def allocate(clusters: Sequence[Cluster], scores: Mapping[str, Scores], budget: 
 
     Every cluster keeps at least one group. Raises ConfigError when an override matches no layer.
     """
-    fixed = _overridden([c.name for c in clusters], budget.overrides)
+    fixed = overridden([c.name for c in clusters], budget.overrides)
     free = [c for c in clusters if c.name not in fixed]
     wanted = {c.name: c.size * (1.0 - fixed.get(c.name, budget.ratio)) for c in clusters}
     if budget.scope == "global" and free:
@@ -80,7 +80,8 @@ def _lowest(scores: Scores, count: int) -> npt.NDArray[np.bool_]:
     return removed
 
 
-def _overridden(names: Sequence[str], overrides: Mapping[str, float]) -> dict[str, float]:
+def overridden(names: Sequence[str], overrides: Mapping[str, float]) -> dict[str, float]:
+    """Name of a layer -> the ratio that the last matching glob gives it. Raises ConfigError where one matches none."""
     for glob in overrides:
         if not any(fnmatchcase(name, glob) for name in names):
             hint = nearest(glob, names) or f"Layers are named like {', '.join(names[:3])}; see `leanort plan MODEL`."

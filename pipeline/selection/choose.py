@@ -9,11 +9,15 @@ import torch
 from torch import nn
 
 from exporters.host import vector_block
-from pipeline.channels.coupling.groups import Analysis
+from pipeline.channels.coupling.analyse import analyse
+from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.channels.program.capture import capture
+from pipeline.models.source import ModelSource, example
 from pipeline.recipe.prune import PruneSection
 from pipeline.selection import criteria, weights
-from pipeline.selection.allocation import Budget, Removed, allocate
+from pipeline.selection.allocation import Budget, Removed, allocate, overridden
 from pipeline.selection.criteria import Evidence
+from pipeline.selection.kinds import policy_of
 from pipeline.training import masks
 from pipeline.training.masks import Masks
 
@@ -39,8 +43,7 @@ def choose_groups(
 
     A cluster with a parameter outside `maskable` (a recurrent layer's) stays whole.
     """
-    parameters = set(analysis.parameter_names)
-    clusters = [c for c in analysis.clusters if all(n in maskable for n, _ in c.labels if n in parameters)]
+    clusters = _choosable(analysis, maskable)
     criterion = criteria.find(cfg.criterion)
     scores = {c.name: criterion.score(c, seen) for c in clusters}
     share = ratio / cfg.ratio if cfg.ratio else 0.0  # how far a schedule has come; overrides grow with it
@@ -53,6 +56,19 @@ def choose_groups(
     )
     whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
     return whole | allocate(clusters, scores, budget)
+
+
+def check_overrides(cfg: PruneSection, source: ModelSource) -> None:
+    """Raise ConfigError for an override that names no layer, before anything is spent; costs a capture of the model."""
+    if not cfg.overrides or cfg.method not in ("structured", "unstructured"):
+        return
+    model = source.build()
+    if cfg.method == "unstructured":
+        names = list(weights.prunable(model))
+        overridden([*names, *(name.rpartition(".")[0] for name in names)], cfg.overrides)
+    else:
+        analysis = analyse(capture(model, example(source)), policy_of(cfg.groups))
+        overridden([c.name for c in _choosable(analysis, masks.maskable(model))], cfg.overrides)
 
 
 def chooser(cfg: PruneSection, analysis: Analysis, model: nn.Module) -> Choose:
@@ -73,3 +89,9 @@ def chooser(cfg: PruneSection, analysis: Analysis, model: nn.Module) -> Choose:
         names = tuple(weights.prunable(model))
         return lambda seen, ratio: weights.two_four({name: seen.weights[name] for name in names}) if ratio else {}
     return lambda seen, ratio: {}
+
+
+def _choosable(analysis: Analysis, maskable: frozenset[str]) -> list[Cluster]:
+    """The clusters of which every parameter can be masked."""
+    parameters = set(analysis.parameter_names)
+    return [c for c in analysis.clusters if all(n in maskable for n, _ in c.labels if n in parameters)]
