@@ -37,6 +37,7 @@ SERVER = (ROOT / "exporters" / "serve.py").read_text()
 # What the pages call things -> what stands in for it here.
 STANDS_FOR = {
     "MODEL": "resnet50", "MODEL|RECIPE.toml": "resnet50", "MODEL/VERSION": "resnet50/v0001",
+    "MODEL/current": "resnet50/current",
     "A": "resnet50/v0001", "B": "resnet50/v0002", "FILE.onnx": "small.onnx", "DENSE.onnx": "dense.onnx",
     "A.onnx": "model.onnx", "B.onnx": "model.quantised.onnx", "FILE.tar.gz": "packed.tar.gz", "FILE": "widths.svg",
     "layer3.1.conv2": "blocks.0.conv1",

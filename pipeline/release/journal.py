@@ -190,7 +190,7 @@ def _lines(path: Path) -> list[bytes]:
     """The lines, the last one without its end or cut short: split at the byte that `append` writes and at no other."""
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return content.removesuffix(b"\n").split(b"\n") if content else []
 
