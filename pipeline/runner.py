@@ -342,10 +342,12 @@ def _finish(
         outside = {n: f for n, f in records.record_files(partial).items() if n.partition("/")[0] not in stages}
         made = made.model_copy(update={"files": outside})
         records.write(partial, made)
-        release = open_release(store.seal(folder, partial))
         with journal.locked(folder.parent):
-            seal = records.seal_of(release.folder)
-            journal.append(folder.parent, "seal", folder.name, release.folder.name, manifest=seal)
+            entry = journal.append(
+                folder.parent, "seal", folder.name, made.version, state="begun", manifest=records.seal_of(partial)
+            )
+            release = open_release(store.seal(folder, partial))
+            journal.finish(folder.parent, entry, "done")
     make_current(release, promote, same is not None, progress)
     return release
 

@@ -86,7 +86,9 @@ def _identity_faults(version: Path, manifest: Manifest) -> list[str]:
     if beside != [own, MANIFEST]:
         found.append(f"{MANIFEST} was changed: its sha256 is not the one in {SEAL}")
     logged = journal.manifest_of(version)
-    if logged not in ("", own):
+    if logged == "":
+        found.append(f"{journal.FILE} knows nothing of it: it was not made here")
+    elif logged not in (None, own):
         found.append(f"{MANIFEST} was changed: its sha256 is not the one in {journal.FILE}")
     return found
 

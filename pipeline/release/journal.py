@@ -157,13 +157,16 @@ def unfinished(artifacts: Path) -> list[Entry]:
     return [entry for entry in read(artifacts)[0] if entry.state == "begun"]
 
 
-def manifest_of(version: Path) -> str:
-    """The sha256 of a version's manifest as the log last named it; "" where the log does not know the version."""
+def manifest_of(version: Path) -> str | None:
+    """The sha256 of a version's manifest as the log last named it; "" where the log does not know the version, and None
+    where there is no log, as beside a version that was copied alone.
+    """
+    entries = read(version.parent.parent)[0]
     known = ""
-    for entry in read(version.parent.parent)[0]:
-        if (entry.model, entry.version) == (version.parent.name, version.name):
+    for entry in entries:
+        if (entry.model, entry.version) == (version.parent.name, version.name) and entry.state != "void":
             known = "" if entry.action == "remove" else entry.manifest or known
-    return known
+    return known if entries else None
 
 
 def whole(artifacts: Path) -> None:

@@ -23,6 +23,7 @@ def promote(version: Path, *, forced: bool = False, reason: str = "") -> str:
     folder = version.parent
     if forced and not reason.strip():
         raise ConfigError("--force needs a reason.", 'Give one with --reason "...": it is logged with your name.')
+    journal.whole(folder.parent)
     if faults := checks.faults(version):
         raise StoreError(
             f"{folder.name}/{version.name} is not promoted: {faults[0]}.", "Deploy again; force does not help here."
@@ -74,8 +75,8 @@ def settle(artifacts: Path) -> None:
     journal.whole(artifacts)
     for entry in journal.unfinished(artifacts):
         folder = artifacts / entry.model
-        if entry.action == "remove":
-            happened = not (folder / entry.version).exists()
+        if entry.action in ("seal", "remove"):
+            happened = (folder / entry.version).exists() is (entry.action == "seal")
         else:
             now = store.current(folder)
             happened = now is not None and now.name == entry.version

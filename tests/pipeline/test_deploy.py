@@ -68,7 +68,8 @@ def test_every_hop_was_compared_on_every_kind_of_feed(version):
         ("exported", "optimized"),
     ]
     feeds = json.loads((version / "7-validate" / "parity.json").read_text())["hops"][0]["feeds"]
-    assert {f"{kind}, batch {b}" for kind in ("random", "zeros", "large", "real") for b in (1, 3, 8)} == set(feeds)
+    fixed = {f"{kind}, batch {b}" for kind in ("random", "zeros", "large", "real") for b in (1, 3, 8)}
+    assert fixed < set(feeds)  # beside them, batch sizes that are drawn
 
 
 def test_an_identical_run_reuses_everything_and_makes_no_new_version(artifacts, version):
