@@ -8,7 +8,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan gate test test-long lint format zoo bench bench-huge bench-norms race bundle-versions house alarms clean
+.PHONY: help setup deploy plan gate test test-long lint format zoo bench bench-huge bench-norms race bundle-versions house faults alarms clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ bundle-versions: $(STAMP) ## BUNDLE=file.tar.gz [VERSIONS="1.23.2 1.31.1 1.32.0"
 
 house: $(STAMP) ## [MODEL= BEFORE=older/checkout]: start-up of every command that reads; what a stage's fingerprint covers
 	$(BIN)/python benchmarks/house.py $(MODEL) $(if $(BEFORE),--before $(BEFORE)) $(ARGS)
+
+faults: $(STAMP) ## [CAMPAIGNS="kills versions ..." SIZE= SEED=]: attacks on the product, at random; only 0 wrong is right
+	$(BIN)/python -m benchmarks.faults $(CAMPAIGNS) $(if $(SIZE),--size $(SIZE)) $(if $(SEED),--seed $(SEED))
 
 alarms: $(STAMP) ## [GATES=200]: how often the latency gate raises a false alarm, and misses a slow-down of 5 %
 	$(BIN)/python benchmarks/gate_alarms.py --gates $(or $(GATES),200)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-NET = '''
+NET = """
 import torch
 from torch import nn
 
@@ -20,7 +20,7 @@ def build(num_classes=10):
         nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, num_classes),
     )
-'''
+"""
 """A net that goes through the whole chain in seconds."""
 
 QUICK = (
@@ -58,7 +58,13 @@ def leanort(*words: str | Path, seconds: float = 300.0) -> subprocess.CompletedP
     """Run `leanort WORDS`; one that does not end in time is exit code 124."""
     try:
         return subprocess.run(
-            command(*words), capture_output=True, text=True, errors="replace", timeout=seconds, check=False, **SURROUNDINGS
+            command(*words),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            check=False,
+            **SURROUNDINGS,
         )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command(*words), 124, "", f"no end after {seconds:g} s")

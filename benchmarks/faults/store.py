@@ -148,7 +148,9 @@ def a_line_of_the_manifest(version: Path, chance: random.Random) -> None:
     path = version / records.MANIFEST
     manifest = json.loads(path.read_text(encoding="utf-8"))
     key = chance.choice(sorted(manifest))
-    manifest[key] = chance.choice([[], {}, "other", None, 7, manifest[key] * 2 if isinstance(manifest[key], str) else 0])
+    manifest[key] = chance.choice(
+        [[], {}, "other", None, 7, manifest[key] * 2 if isinstance(manifest[key], str) else 0]
+    )
     path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
