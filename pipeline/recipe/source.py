@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field, field_validator
 
+from foundation import checkpoints
 from foundation.files import sha256
 from pipeline.recipe.section import Section
 from pipeline.recipe.train import Training
@@ -21,9 +20,13 @@ class BaselineSection(Section):
     seed: int = 0
 
     def code(self) -> dict[str, str]:
-        """The checkpoint -> its sha256: another file under the same name is another dense model."""
-        file = Path(self.weights)
-        return {self.weights: sha256(file)} if file.is_file() else {}
+        """Each file of the checkpoint -> its sha256: another file under the same name is another dense model."""
+        if self.weights in ("auto", "train", "pretrained"):
+            return {}
+        return {
+            self.weights if number == 0 else file.name: sha256(file)
+            for number, file in enumerate(checkpoints.files(self.weights))
+        }
 
     @field_validator("weights")
     @classmethod
