@@ -115,6 +115,9 @@ def describe(
     digest = hashlib.sha256(repr((spec, num_classes, input_size, seed, origin.identity)).encode())
     digest.update(structure(model).encode())
     digest.update(own_code(model).encode())
+    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
+    if frozen:
+        digest.update(f"frozen {frozen}".encode())
     if origin.weigh_values:
         for name, tensor in model.state_dict().items():
             digest.update(name.encode())

@@ -65,11 +65,18 @@ def fold(model: nn.Module) -> Folded:
             _unhook(module, hook, attribute)
         if hooks and isinstance(module, nn.RNNBase):
             module._init_flat_weights()  # its kernel is handed a list, which knows the earlier tensors
-    parameters = list(model.parameters())
-    if parameters and not any(value.requires_grad for value in parameters):
-        for value in parameters:
-            value.requires_grad_(value.is_floating_point() or value.is_complex())
+    free(model)
     return folded
+
+
+def free(model: nn.Module) -> bool:
+    """Let all parameters be trained if every one is frozen; whether that was so."""
+    parameters = list(model.parameters())
+    if not parameters or any(value.requires_grad for value in parameters):
+        return False
+    for value in parameters:
+        value.requires_grad_(value.is_floating_point() or value.is_complex())
+    return True
 
 
 def said(folded: Folded) -> str:

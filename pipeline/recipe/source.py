@@ -13,7 +13,9 @@ from pipeline.recipe.train import Training
 class BaselineSection(Section):
     """Stage 0: the dense model."""
 
-    weights: str = Field("auto", description="a .safetensors/.pt file, 'pretrained', 'train', or 'auto' = train here")
+    weights: str = Field(
+        "auto", description="a checkpoint (FILE or FILE#PART), 'pretrained', 'train', or 'auto' = train here"
+    )
     train: Training = Field(None, description="how to train here; what is left out is chosen from the model")
     opset: int = Field(23, ge=18, description="ONNX opset of the dense reference file")
     threads: int = Field(1, ge=1, description="onnxruntime threads for the dense latency")

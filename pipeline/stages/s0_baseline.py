@@ -40,6 +40,8 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
     inputs = example(source)
     model = source.build_as_given()
     check(model, inputs, data.classes, source.spec)
+    if plain.free(model):
+        progress.say("  every parameter of the model is frozen: they are freed, or nothing could be recovered")
     # Plain weights from here on, whatever computed them; trained or filled before that, in the form that was given.
     simple = plain.copied(model) if plain.computes(model) else model
     said = plain.said(plain.fold_checked(simple, inputs, source.spec))

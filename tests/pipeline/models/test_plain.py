@@ -242,6 +242,13 @@ def test_frozen_parameters_stay_frozen_unless_all_are():
     assert not any(value.requires_grad for value in frozen.parameters())
 
 
+def test_what_is_frozen_belongs_to_the_fingerprint():
+    model = base()
+    before = models.load(model, input_size=SIZE).fingerprint
+    model[0].requires_grad_(False)
+    assert models.load(model, input_size=SIZE).fingerprint != before
+
+
 def lazy() -> nn.Module:
     return nn.Sequential(
         nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(6), nn.Linear(6, 4)

@@ -60,6 +60,7 @@ MODELS = {
     "lazy": lazy,
     "partly frozen": partly_frozen,
     "all frozen": lambda: base().requires_grad_(False),
+    "all frozen, weight norm": lambda: over(parametrizations.weight_norm, 0).requires_grad_(False),
 }
 
 
@@ -99,6 +100,7 @@ def test_it_is_trained_pruned_recovered_and_shrunk(kind, criterion, digits, tmp_
     said = [line for line in progress.heard if "folded into plain weights" in line]
     assert len(said) == int(computed)
     assert ("folded into plain weights" in dense.weights_origin) == computed
+    assert any("is frozen" in line for line in progress.heard) == kind.startswith("all frozen")
     assert set(dense.weights()) == set(base().state_dict())
     assert (trained[0] == set(base().state_dict())) != computed  # in the form that was given
     chosen = PruneSection(ratio=0.5, align=1, criterion=criterion)
