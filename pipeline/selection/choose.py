@@ -37,7 +37,7 @@ def choose_groups(
 ) -> Removed:
     """Cluster name -> True for each group that goes at `ratio`: the lowest scores of the recipe's criterion.
 
-    A cluster with a parameter outside `maskable` (a recurrent layer's) stays whole.
+    A cluster with a parameter outside `maskable` stays whole.
     """
     parameters = set(analysis.parameter_names)
     clusters = [c for c in analysis.clusters if all(n in maskable for n, _ in c.labels if n in parameters)]

@@ -1,11 +1,15 @@
 """Models whose weights are computed (weight norm, masks), lazy or frozen, from the baseline to shrinking."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from pipeline import data, models
+from pipeline.artifacts.eager import Baseline
+from pipeline.artifacts.program import Shrunk
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.removal import FoldSection, ShrinkSection
@@ -78,6 +82,17 @@ def digits():
     return data.load("digits", input_size=(3, 16, 16))
 
 
+def shrink(source, digits, dense: Baseline, criterion: str, folders: list[Path]) -> Shrunk:
+    """Prune half of every width, recover, fold and shrink."""
+    progress = Progress()
+    chosen = PruneSection(ratio=0.5, align=1, criterion=criterion)
+    pruned = s1_prune.run(chosen, folders[0], source, digits, dense, progress).save()
+    cfg = FinetuneSection(train=TRAIN)
+    tuned = s2_finetune.run(cfg, folders[1], source, digits, dense, pruned, progress).save()
+    folded = s3_fold.run(FoldSection(), folders[2], source, digits, pruned, tuned).save()
+    return s4_shrink.run(ShrinkSection(), folders[3], source, digits, pruned, folded).save()
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("criterion", ["l2", "taylor"])
 @pytest.mark.parametrize("kind", list(MODELS))
@@ -103,12 +118,7 @@ def test_it_is_trained_pruned_recovered_and_shrunk(kind, criterion, digits, tmp_
     assert any("is frozen" in line for line in progress.heard) == kind.startswith("all frozen")
     assert set(dense.weights()) == set(base().state_dict())
     assert (trained[0] == set(base().state_dict())) != computed  # in the form that was given
-    chosen = PruneSection(ratio=0.5, align=1, criterion=criterion)
-    pruned = s1_prune.run(chosen, folders[1], source, digits, dense, progress).save()
-    cfg = FinetuneSection(train=TRAIN)
-    tuned = s2_finetune.run(cfg, folders[2], source, digits, dense, pruned, progress).save()
-    folded = s3_fold.run(FoldSection(), folders[3], source, digits, pruned, tuned).save()
-    shrunk = s4_shrink.run(ShrinkSection(), folders[4], source, digits, pruned, folded).save()
+    shrunk = shrink(source, digits, dense, criterion, folders[1:])
     assert {(w.before, w.after) for w in shrunk.widths} == {(8, 4), (6, 3)}
     if kind == "partly frozen":
         initial = source.build()
@@ -122,3 +132,32 @@ def test_a_pruning_masks_zeros_are_held_while_the_baseline_is_trained(digits, tm
     assert zeros.sum() == round(0.3 * zeros.numel())
     assert not dense.weights()["3.weight"][zeros].any()
     assert dense.weights()["3.weight"][~zeros].all()
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.i = nn.Linear(48, 8)
+        self.l = nn.LSTM(8, 8, batch_first=True)
+        self.o = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.transpose(1, 2).flatten(2)
+        return self.o(self.l(self.i(rows).relu())[0][:, -1])
+
+
+@pytest.mark.parametrize("hook", [None, parametrizations.weight_norm])
+def test_recurrent_layers_are_shrunk_too(hook, digits, tmp_path):
+    def make() -> nn.Module:
+        model = Recurrent()
+        if hook is not None:
+            hook(model.l, "weight_hh_l0")
+        return model
+
+    folders = [tmp_path / str(number) for number in range(5)]
+    for folder in folders:
+        folder.mkdir()
+    source = models.load(make, input_size=(3, 16, 16))
+    dense = s0_baseline.run(BaselineSection(train=TRAIN), folders[0], source, digits, Progress()).save()
+    shrunk = shrink(source, digits, dense, "l2", folders[1:])
+    assert {(w.cluster, w.before, w.after) for w in shrunk.widths} == {("i", 8, 4), ("l", 8, 4)}
