@@ -1,1 +1,0 @@
-"""Measurements and attacks that are run by hand, each with a make target."""
