@@ -214,13 +214,14 @@ def _remove(module: nn.Module, attribute: str, value: Tensor, tied: dict[int, nn
     cls = type(module)  # a deep copy shares the class, which keeps the property that is taken away below
     module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
     parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-    if attribute in module._buffers or not originals:
+    if not originals:  # a buffer was parametrized
         module._buffers[attribute] = value
         module._parameters.pop(attribute, None)
         return
     plain = nn.Parameter(value, requires_grad=any(one.requires_grad for one in originals))
     shared = tied.setdefault(id(originals[0]), plain)
     same = shared.shape == value.shape and torch.equal(shared.detach(), value)
+    module._buffers.pop(attribute, None)  # what torch makes of it where no gradients are recorded
     module._parameters[attribute] = shared if same else plain
 
 

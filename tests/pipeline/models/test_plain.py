@@ -339,3 +339,12 @@ def test_parts_that_only_their_module_can_put_together_are_refused_with_the_reas
     plain.fold(simple)
     with pytest.raises(weights.WeightsError, match="build the model with the same parametrizations"):
         weights.load_weights(simple, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_folded_weights_are_parameters_whether_gradients_are_recorded_or_not(grad):
+    model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with torch.set_grad_enabled(grad):
+        plain.fold_checked(model, (torch.randn(2, 3, 8, 8),))
+    assert sum(value.numel() for value in model.parameters()) == 8 * 27 + 8 + 4 * 72 + 4
+    assert not list(model.buffers())
