@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from foundation.editor import writes
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import last_uses
 from pipeline.recovery import regression
@@ -27,15 +29,17 @@ aten = torch.ops.aten
 
 ROWS = 4096
 PER_COLUMN = 3
-"""A weight is fitted on at least `ROWS` rows and `PER_COLUMN` for each of its columns, where the samples have so many."""
+"""A weight is fitted on `ROWS` rows or `PER_COLUMN` for each of its columns, where the samples have so many."""
 MOST = 1 << 26
 """Numbers in the rows of one weight: a quarter of a gigabyte."""
+LEAST = 10
+"""Samples, at the least: some of them are held back."""
 CHUNK = 32
 """Samples that are computed at once."""
 ON_DISK = 3 << 30
 """Bytes of activations of both networks together, beyond which further ones are kept in a file that is mapped."""
 
-_NORMS = {
+_NORMS: dict[Any, int] = {
     aten.batch_norm.default: 1, aten.layer_norm.default: 2, aten.group_norm.default: 2, aten.instance_norm.default: 1,
 }  # fmt: skip
 """Norms with a shift -> the position of their scale; the shift comes next."""
@@ -73,19 +77,24 @@ def recover(
     masks: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
     *,
+    start: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     on_disk: int = ON_DISK,
     tick: Tick = lambda done, note: None,
 ) -> ClosedForm:
-    """Fit the kept weights of `captured` under `masks` to what it computes without them.
+    """Fit the kept weights under `masks` to what `captured` computes, which is the dense network.
 
     `masks`: parameter name -> bool tensor, True = kept. `inputs`: the model's inputs, all samples in dimension 0 of
-    each. `tick(nodes done, name)` is called as it goes. Deterministic: the same inputs and seed give the same weights.
+    each. `start`: the weights that the pruned network has by now, where they are not the dense ones; the fit is pulled
+    to them. `tick(nodes done, name)` is called as it goes. Deterministic: the same inputs and seed give the same
+    weights. Raises ValueError for fewer than `LEAST` samples, or activations that are not finite.
     """
     began = time.perf_counter()
-    walk = _Walk(captured, masks, inputs, seed, on_disk)
+    if len(inputs[0]) < LEAST:
+        raise ValueError(f"{len(inputs[0])} samples are too few to fit weights to; it takes {LEAST}")
+    walk = _Walk(captured, masks, {**captured.state, **(start or {})}, inputs, seed, on_disk)
     walk.run(tick)
-    state = {**captured.state, **walk.result}
+    state = {**walk.start, **walk.result}
     return ClosedForm(state, tuple(walk.fitted), time.perf_counter() - began, walk.shelf.on_disk)
 
 
@@ -126,9 +135,15 @@ class _Walk:
     """One pass over the graph with both networks' values of every chunk; where they are the same they are one."""
 
     def __init__(
-        self, captured: Captured, masks: Mapping[str, Tensor], inputs: Sequence[Tensor], seed: int, on_disk: int
+        self,
+        captured: Captured,
+        masks: Mapping[str, Tensor],
+        start: Mapping[str, Tensor],
+        inputs: Sequence[Tensor],
+        seed: int,
+        on_disk: int,
     ) -> None:
-        self.captured, self.seed = captured, seed
+        self.captured, self.seed, self.start = captured, seed, start
         self.graph = captured.program.graph
         self.names = {
             spec.arg.name: spec.target
@@ -161,9 +176,10 @@ class _Walk:
 
     def run(self, tick: Tick) -> None:
         """Compute, fit, forget, node by node."""
-        pruned = dict(self.dense)
+        pruned = {node: self.start.get(self.names[node], value) for node, value in self.dense.items()}
+        pruned = {n: self.dense[n] if torch.equal(v, self.dense[n]) else v for n, v in pruned.items()}
         for node, mask in self.masks.items():
-            pruned[node] = torch.where(mask, self.dense[node], torch.zeros((), dtype=self.dense[node].dtype))
+            pruned[node] = torch.where(mask, pruned[node], torch.zeros((), dtype=pruned[node].dtype))
         readers: dict[str, int] = {}
         for node in self.graph.nodes:
             held = weight_of(node)
@@ -196,7 +212,7 @@ class _Walk:
             if name not in self.result:
                 continue
             # Originals stay under the masks.
-            self.result[name] = torch.where(self.masks[node], self.result[name], self.dense[node])
+            self.result[name] = torch.where(self.masks[node], self.result[name], self.start[name])
 
     def _node(
         self,
@@ -214,7 +230,7 @@ class _Walk:
         moved = any(values[s][0] is not values[s][1] for s in sources if s in values)
         changed = moved or any(fixed[s][0] is not fixed[s][1] for s in sources if s in fixed)
         first = sources[0] if sources else None
-        if changed and _writes_to(node) and first in values and values[first][0] is values[first][1]:
+        if changed and writes(node) and first in values and values[first][0] is values[first][1]:
             values[first] = [values[first][0], [v.clone() for v in values[first][0]]]
         dense = self._column(node, values, fixed, 0)
         if not changed:
@@ -231,9 +247,7 @@ class _Walk:
     ) -> list[Any]:
         made = []
         for chunk in range(len(self.chunks)):
-            args = {
-                s: values[s][side][chunk] if s in values else fixed[s][side] for s in node.all_input_nodes
-            }
+            args = {s: values[s][side][chunk] if s in values else fixed[s][side] for s in node.all_input_nodes}
             made.append(self.shelf.put(self._call(node, args)))
         return made
 
@@ -267,7 +281,8 @@ class _Walk:
             self.fitted.append(Fitted(name, reason=f"{readers[held.name]} operators read it"))
             return
         matrix = found.to_matrix(fixed[held][1])
-        kept = found.to_matrix(self.masks[held.name] if held.name in self.masks else torch.ones_like(fixed[held][0], dtype=torch.bool))
+        mask = self.masks.get(held.name, torch.ones_like(fixed[held][0], dtype=torch.bool))
+        kept = found.to_matrix(mask)
         outputs, columns = kept.any(2), kept.any(1)
         if not torch.equal(kept, outputs.unsqueeze(2) & columns.unsqueeze(1)):
             self.fitted.append(Fitted(name, reason="single weights of it are masked, not channels"))
@@ -282,11 +297,10 @@ class _Walk:
         new, made = self._solve(x, y, matrix, outputs, columns, held_back, intercept)
         value = found.from_matrix(new)
         self.result[name] = value
-        fixed[held] = [fixed[held][0], torch.where(self.masks[held.name], value, torch.zeros_like(value)) if held.name in self.masks else value]
+        fixed[held] = [fixed[held][0], torch.where(mask, value, torch.zeros_like(value))]
         if own_bias and bias is not None:
-            shift = torch.cat([fit.bias.flatten() for fit in made if fit.bias is not None]) if len(made) > 1 else made[0].bias.flatten()
             whole = fixed[bias][1].clone()
-            whole[outputs.flatten()] = shift
+            whole[outputs.flatten()] = torch.cat([fit.bias.flatten() for fit in made if fit.bias is not None])
             self.result[self.names[bias.name]] = whole
             fixed[bias] = [fixed[bias][0], whole]
         total = sum(fit.error_before for fit in made), sum(fit.error_after for fit in made)
@@ -355,15 +369,13 @@ class _Walk:
             fits.append(made)
         return new, fits
 
-    def _shift(
-        self, node: fx.Node, values: dict[fx.Node, list[list[Any]]], fixed: dict[fx.Node, list[Any]]
-    ) -> None:
+    def _shift(self, node: fx.Node, values: dict[fx.Node, list[list[Any]]], fixed: dict[fx.Node, list[Any]]) -> None:
         """Give a norm's shift what its output's mean lacks, per channel; the pruned values move along."""
         at = _NORMS[node.target] + 1
         shift = node.args[at] if len(node.args) > at else None
         if not isinstance(shift, fx.Node) or shift not in fixed or shift.name not in self.names:
             return
-        if len([user for user in shift.users]) > 1:
+        if len(shift.users) > 1:
             return
         dense, pruned = values[node]
         axis = -1 if node.target is aten.layer_norm.default else 1
@@ -387,12 +399,6 @@ class _Walk:
             value += lack.reshape(shape)
 
 
-def _writes_to(node: fx.Node) -> bool:
-    """Whether the operator writes into its first input."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
-
-
 def hash_of(name: str) -> int:
     """A number of a node's name that is the same in every process."""
-    return sum(ord(letter) * 31**at for at, letter in enumerate(name)) % 2**31
+    return zlib.crc32(name.encode())

@@ -60,11 +60,19 @@ def weight_of(node: fx.Node) -> fx.Node | None:
     if node.op != "call_function":
         return None
     at = 2 if node.target is aten.addmm.default else 1
-    known = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, *_CONVOLUTIONS, *_TRANSPOSED)
+    known = (
+        aten.linear.default,
+        aten.addmm.default,
+        aten.mm.default,
+        aten.matmul.default,
+        *_CONVOLUTIONS,
+        *_TRANSPOSED,
+    )
     found = node.args[at] if node.target in known and len(node.args) > at else None
     return found if isinstance(found, fx.Node) else None
 
 
+_MATRICES = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 _CONVOLUTIONS = (
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
     aten.conv3d.padding,
@@ -167,9 +175,7 @@ def _transposed(node: fx.Node, weight: Tensor) -> Contraction | None:
     inputs, outputs = weight.shape[0] // groups, weight.shape[1]
     size = torch.Size(kernel).numel()
     spatial = list(range(3, 3 + dims))
-    pads = [
-        (d * (k - 1) - p, d * (k - 1) - p + e) for d, k, p, e in zip(dilation, kernel, padding, extra, strict=True)
-    ]
+    pads = [(d * (k - 1) - p, d * (k - 1) - p + e) for d, k, p, e in zip(dilation, kernel, padding, extra, strict=True)]
 
     def to_matrix(value: Tensor) -> Tensor:
         parts = value.reshape(groups, inputs, outputs, *kernel).flip(spatial)
@@ -217,8 +223,7 @@ def _patches(
     flat_pads = [p for pair in reversed(pads) for p in pair]
     padded = torch.nn.functional.pad(x, flat_pads) if any(flat_pads) else x
     out = [
-        (n - d * (k - 1) - 1) // s + 1
-        for n, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
+        (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
     ]
     sizes, places = list(padded.shape[2:]), []
     rest = positions

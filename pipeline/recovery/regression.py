@@ -36,7 +36,6 @@ def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool) 
     least on those; where none leaves less than the old weights do (with the mean mended), these stay. Solved in
     float64, in the smaller of the two spaces (columns, or rows where there are fewer of them). Hoerl & Kennard 1970.
     """
-    rows, groups, columns = x.shape
     x, y = x.movedim(1, 0), y.movedim(1, 0)  # groups first
     learn = ~held
     mean_x, mean_y = (v[:, learn].mean(1, keepdim=True, dtype=torch.float64) for v in (x, y))
@@ -79,7 +78,9 @@ class _Solver:
     def solve(self, strength: float) -> Tensor:
         """(groups, outputs, columns); the strength is raised tenfold while the matrix cannot be factored."""
         for _ in range(6):
-            loaded = self.gram + (strength * self.mean).reshape(-1, 1, 1) * torch.eye(self.gram.shape[1], dtype=torch.float64)
+            loaded = self.gram + (strength * self.mean).reshape(-1, 1, 1) * torch.eye(
+                self.gram.shape[1], dtype=torch.float64
+            )
             factor, failed = torch.linalg.cholesky_ex(loaded)
             if not bool(failed.any()):
                 break
