@@ -4,7 +4,6 @@ from .bundling import Variant as Variant
 from .bundling import bundle as bundle
 from .bundling import check as check
 from .bundling import pack as pack
-from .bundling import unpack as unpack
 from .candidates import CANDIDATES as CANDIDATES
 from .candidates import CandidateSpec as CandidateSpec
 from .candidates import Made as Made
@@ -41,3 +40,4 @@ from .to_ort import required_operators as required_operators
 from .to_ort import session_config as session_config
 from .to_ort import session_of as session_of
 from .to_ort import to_ort_format as to_ort_format
+from .unpacking import unpack as unpack

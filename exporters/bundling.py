@@ -4,7 +4,8 @@
     manifest.json         what all of it is   selftest.py   checks everything with onnxruntime and numpy alone
     manifest.sha256       of manifest.json    serve.py      images in, JSON lines out
 
-Whatever comes out of `pack` is one file, the same bytes for the same folder; `unpack` takes nothing on trust.
+The first variant is what ships; the others are chosen where they are right and faster. Whatever comes out of `pack` is
+one file, the same bytes for the same folder; `unpack` (unpacking.py) takes nothing on trust.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from exporters import host
 from exporters.atomic import staged
 from exporters.summary import describe
+from exporters.unpacking import listed
 from foundation.errors import ExportError, first_line
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -91,7 +92,7 @@ def bundle(
     threads: int = 1,
     metadata: Mapping[str, str],
 ) -> Bundle:
-    """Make the new `folder` from `variants`, whole or not at all, and run its self-test once.
+    """Make the new `folder` from `variants`, what ships first, whole or not at all, and run its self-test once.
 
     `golden_outputs` are what a trusted model answers to `golden_inputs` (name -> array, samples first), such as the
     PyTorch model that the files were made from. External weights come along. Files are linked where the disk allows it.
@@ -163,64 +164,53 @@ def check(folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-B", str(_HERE / "selftest.py"), str(Path(folder).resolve())]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SELFTEST_SECONDS)
-        report: dict[str, Any] = json.loads(done.stdout)
-    except (subprocess.TimeoutExpired, ValueError) as error:
+    except subprocess.TimeoutExpired as error:
         raise ExportError(f"The self-test of {folder} gives no answer: {first_line(error)}.") from error
+    try:
+        report: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as error:
+        last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1][:200]
+        reason = f"it ended with {done.returncode}, {last}"
+        raise ExportError(f"The self-test of {folder} gives no answer: {reason}.", "Do not use this bundle.") from error
     return report
 
 
-def pack(folder: Path, archive: Path) -> None:
+def pack(folder: Path, archive: Path, *, ships: tuple[str, str] | None = None) -> None:
     """Write the bundle in `folder` to the new file `archive` (.tar.gz), the same bytes every time.
 
-    Raises ExportError when `archive` exists or cannot be written, or the bundle fails its self-test.
+    `ships` is the name and the file of the variant that must be the one that ships; None takes the bundle's word.
+
+    Raises ExportError when `archive` exists or cannot be written, the bundle fails its self-test, or the variant that
+    ships does, whatever the others do.
     """
-    archive = Path(archive)
+    archive, folder = Path(archive), Path(folder)
     if archive.exists():
         raise ExportError(f"{archive} exists.", "A bundle is never overwritten: give a new name.")
     report = check(folder)
     if not report["ok"]:
         raise ExportError(f"The bundle in {folder} fails its self-test: {report['reason']}.", "Deploy again.")
+    row = report["variants"][report["ships"]]
+    if ships not in (None, (report["ships"], row["file"])):
+        raise ExportError(f"The bundle in {folder} does not ship {' in '.join(ships or ())}.", "Deploy again.")
+    if row["status"] != "pass":
+        raise ExportError(
+            f"The bundle in {folder} ships {report['ships']}, which fails its self-test: {row['reason']}.",
+            "Deploy again, or pack it on a machine that the file is for.",
+        )
     name = archive.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
-    # No name and no time of packing in the header; weights hardly compress, so the fast level is enough.
-    with (
-        staged(archive) as scratch,
-        (scratch / archive.name).open("wb") as raw,
-        gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as packed,
-        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
-    ):
-        for file in sorted(Path(folder).iterdir()):
-            entry = tarfile.TarInfo(f"{name}/{file.name}")
-            entry.size, entry.mode = file.stat().st_size, 0o644
-            with file.open("rb") as content:
-                tar.addfile(entry, content)
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack the bundle `archive` into the new `folder`, whole or not at all.
-
-    Raises ExportError when it is no readable archive, or holds anything but plain files in one folder: a link, a
-    device, an absolute path, a path with "..".
-    """
-    archive, folder = Path(archive), Path(folder)
-    if folder.exists():
-        raise ExportError(f"{folder} exists.", "Give a new folder.")
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for entry in tar:
-                parts = entry.name.split("/")
-                if not entry.isfile() or len(parts) != 2 or not all(parts) or {".", ".."} & set(parts):
-                    raise ExportError(f"{archive} holds {entry.name}, which no bundle does.", "Do not use this file.")
-                content = tar.extractfile(entry)
-                assert content is not None
-                with (partial / parts[1]).open("xb") as file:
-                    shutil.copyfileobj(content, file)
-        partial.chmod(0o755)
-        partial.rename(folder)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ExportError(f"{archive} cannot be unpacked: {first_line(error)}.", "Fetch it again.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with staged(archive) as scratch:
+        # No name and no time of packing in the header; weights hardly compress, so the fast level is enough.
+        with (
+            (scratch / archive.name).open("wb") as raw,
+            gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        ):
+            for file in sorted(folder.iterdir()):
+                entry = tarfile.TarInfo(f"{name}/{file.name}")
+                entry.size, entry.mode = file.stat().st_size, 0o644
+                with file.open("rb") as content:
+                    tar.addfile(entry, content)
+        listed(scratch / archive.name)  # whatever is packed can be unpacked
 
 
 def _check_golden(

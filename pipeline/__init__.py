@@ -7,6 +7,11 @@
 Nothing is printed unless a `progress` that prints is passed in. Names load on first use, so that importing is instant.
 """
 
+import os
+
 import lazy_loader
+
+# onnxruntime 1.31 and later log what they run, for upload. They read this when imported; child processes inherit it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

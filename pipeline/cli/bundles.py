@@ -24,7 +24,8 @@ def bundle(version: str, out: Path, output: Path | None, checked: bool) -> int:
     leanort bundle resnet50 -o resnet50.tar.gz        tar -xf it on the device, then: python selftest.py
     leanort bundle resnet50.tar.gz --check            one line of JSON; exit code 1 when it fails
     """
-    from exporters.bundling import check, pack, unpack
+    from exporters.bundling import check
+    from exporters.unpacking import unpack
     from pipeline.release import bundling, checks, store
 
     if checked:
@@ -42,6 +43,6 @@ def bundle(version: str, out: Path, output: Path | None, checked: bool) -> int:
     faults = checks.faults(folder)
     if faults:
         raise VersionError(f"{folder} is not what was sealed: {faults[0]}.", "Deploy again; do not ship it.")
-    pack(bundling.of(folder), output)
+    bundling.pack(folder, output)
     click.echo(f"{output}: {output.stat().st_size / 1e6:.3g} MB. On the device: tar -xf it, then python selftest.py")
     return 0

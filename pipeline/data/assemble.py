@@ -100,6 +100,12 @@ def _label_names(raw: Raw, parts: Mapping[Part, Split]) -> tuple[str, ...]:
     """Name every class, having checked that labels are 0..classes-1 and that there is something to tell apart."""
     every = torch.cat([parts[part].labels for part in PARTS])
     low, high = int(every.min()), int(every.max())
+    if raw.labels is None and high >= len(parts["train"]):  # before as many names are made
+        raise DataError(
+            f"{raw.name} has the label {high}, and {len(parts['train'])} training samples are too few for classes 0 to "
+            f"{high}.",
+            "Number the classes from 0 without gaps, each with training samples.",
+        )
     names = raw.labels or tuple(str(number) for number in range(high + 1))
     if low < 0 or high >= len(names):
         wrong = low if low < 0 else high
@@ -139,8 +145,14 @@ def listed(samples: Dataset[tuple[Tensor, int]], labels: Tensor, workers: int) -
             num_workers=workers if len(chunks) > 1 else 0,
             generator=torch.Generator().manual_seed(0),  # otherwise it draws from the global one
         )
-        for images, _ in loader:
-            yield as_float(images)
+        try:
+            for images, _ in loader:
+                yield as_float(images)
+        except DataError as error:  # of a worker, the message is its whole traceback, and its last line the error
+            *above, last = error.message.strip().splitlines()
+            if not above:
+                raise
+            raise DataError(last.partition(f"{DataError.__name__}: ")[2] or last) from error
 
     return Split(labels, stream)
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import (
     Dataset,
 )
 
-from foundation.errors import DataError
+from foundation.errors import DataError, first_line
 from pipeline.data.assemble import Raw, cut_parts, listed
 from pipeline.data.parts import Augmentation, Part, Split
 from pipeline.models.extras import need
@@ -25,6 +30,11 @@ HASHED_BYTES = 2 << 30
 """Up to this size an image folder is fingerprinted by content, above it by names, sizes and times of change."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of image folders, since published weights expect them (torchvision.models, "transforms")."""
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Whatever an image file is called. A bundle's serve.py reads the same."""
+PIXELS = 89_478_485
+"""Of an image, as it is and as it is resized: what pillow itself warns of. A bundle's serve.py has the same limit."""
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs is said in the error, too
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
@@ -50,6 +60,8 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         _, height, width = self.size
         factor = max(height / image.height, width / image.width)
         fitted = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
+        if fitted[0] * fitted[1] > PIXELS:
+            raise ValueError(f"it is too narrow, {image.width}×{image.height} pixels")
         return image.resize(fitted, Image.Resampling.BILINEAR)
 
     def __len__(self) -> int:
@@ -57,11 +69,33 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
-        try:
-            with Image.open(path) as image:
-                return self.transform(image.convert("RGB" if self.size[0] == 3 else "L")), label
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{path} is not a readable image: {error}.", "Replace or remove the file.") from error
+        with _opened(path) as image:
+            return self.transform(_eight_bits(image).convert("RGB" if self.size[0] == 3 else "L")), label
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """An image file, its pixels not yet read. Raises DataError for whatever is wrong with it, also inside the block."""
+    try:
+        if not Path(path).is_file():  # of a pipe, reading would wait for ever
+            raise ValueError("it is no file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is refused below
+            opened = Image.open(path, formats=FORMATS)
+        with opened as image:
+            if image.width * image.height > PIXELS:
+                raise ValueError(f"it has {image.width}×{image.height} pixels, more than {PIXELS}")
+            yield image
+    except Exception as error:  # a damaged or hostile file: pillow's readers raise a dozen classes
+        reason = first_line(error).rstrip(".")
+        raise DataError(f"{path} is not a readable image: {reason}.", "Replace or remove the file.") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits per pixel with 8 (pillow would clip it to white); any other as it is."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
 
 
 def from_folder(path: Path, size: Size, seed: int) -> Raw:
@@ -119,12 +153,12 @@ def _image_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
             f"{folder}: {error}", "Put each class's images (.png, .jpg, …) into a folder of its own."
         ) from error
     files: list[tuple[str, int]] = found.samples
+    for file, _ in files:
+        if not Path(file).is_file():
+            raise DataError(f"{file} is not a readable image: it is no file.", "Replace or remove it.")
     for file, _ in files[:: max(1, len(files) // SCANNED)]:
-        try:
-            with Image.open(file) as image:
-                image.verify()
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:  # SyntaxError: a broken PNG
-            raise DataError(f"{file} is not a readable image.", "Replace or remove the file.") from error
+        with _opened(file) as image:
+            image.verify()
     return tuple(found.classes), files
 
 

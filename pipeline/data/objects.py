@@ -132,7 +132,9 @@ class _Samples(Dataset[tuple[Tensor, int]]):
             )
         try:
             number = int(label)
-        except (TypeError, ValueError) as error:
+            if abs(number) >> 63:
+                raise ValueError("more than 64 bits")
+        except (TypeError, ValueError, OverflowError) as error:  # OverflowError: infinity
             raise DataError(f"{self.name}: {label!r} is no class number.", "Return whole numbers from 0.") from error
         return image if image.ndim == 3 else image[None], number
 

@@ -1,65 +1,24 @@
 import hashlib
-import io
 import json
 import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from PIL import Image
 
-from exporters import ExportError, InputNote, Variant, bundle, check, isa, pack, selftest, unpack
-
-WEIGHT = np.random.default_rng(0).standard_normal((12, 4)).astype(np.float32)
-X = np.random.default_rng(1).random((5, 3, 2, 2)).astype(np.float32)
-Y = X.reshape(5, 12) @ WEIGHT
+from exporters import ExportError, check, isa, pack, selftest, unpack
+from tests.exporters.bundles import WEIGHT, X, Y, linear, make, reseal, rewrite, run, variant
 
 
 @pytest.fixture
 def model(tmp_path):
     def build(name="linear.onnx", weight=WEIGHT, **options):
-        made = onnx.parser.parse_model(
-            """<ir_version: 9, opset_import: ["" : 18]>
-            g (float[n, 3, 2, 2] file) => (float[n, 4] y) { z = Flatten (file)  y = MatMul (z, w) }"""
-        )
-        made.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
-        onnx.save(made, tmp_path / name, **options)
-        return tmp_path / name
+        return linear(tmp_path / name, weight, **options)
 
     return build
-
-
-def note(**changed):
-    return InputNote(
-        **{"name": "file", "shape": ("n", 3, 2, 2), "dtype": "float32", "mean": (0.5,) * 3, "std": (0.25,) * 3}
-        | changed
-    )
-
-
-def variant(path, name="plain", **options):
-    return Variant(**{"name": name, "path": path, "tolerance": 1e-5, "latency_ms": 0.01} | options)
-
-
-def make(variants, folder, **options):
-    golden = {"golden_inputs": {"file": X}, "golden_outputs": {"y": Y}, "inputs": [note()], "metadata": {"a": "b"}}
-    return bundle(variants, folder, **golden | {"labels": ["a", "b", "c", "d"]} | options)
-
-
-def run(folder, *words, program="selftest.py"):
-    return subprocess.run([sys.executable, "-B", folder / program, *words], capture_output=True, text=True, cwd="/")
-
-
-def reseal(folder, change):
-    """Change the manifest as an attacker would: with its digest."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    text = json.dumps(manifest)
-    (folder / "manifest.json").write_text(text)
-    (folder / "manifest.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
 
 
 def test_a_bundle_checks_itself_wherever_it_is_moved(model, tmp_path):
@@ -129,6 +88,9 @@ def test_extra_missing_and_outside_files_are_refused(model, tmp_path):
     extra.write_text("")
     assert check(made.path)["reason"] == "onnxruntime.py does not belong here"
     extra.unlink()
+    (made.path / "__pycache__").mkdir()
+    assert check(made.path)["reason"] == "__pycache__ does not belong here"
+    (made.path / "__pycache__").rmdir()
     golden = (made.path / "golden.npz").rename(tmp_path / "golden.npz")
     assert check(made.path)["reason"] == "golden.npz is missing"
     digest = hashlib.sha256(golden.read_bytes()).hexdigest()
@@ -243,58 +205,43 @@ def test_a_packed_bundle_is_the_same_bytes_and_unpacks_to_one_that_passes(model,
         pack(made.path, first)
 
 
-@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "b/../evil", "b/c/evil", "evil"])
-def test_an_archive_that_reaches_outside_its_folder_is_refused(tmp_path, name):
-    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
-        entry = tarfile.TarInfo(name)
-        entry.size = 1
-        tar.addfile(entry, io.BytesIO(b"x"))
-    with pytest.raises(ExportError, match="which no bundle does"):
-        unpack(tmp_path / "x.tar.gz", tmp_path / "there")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["x.tar.gz"]
-
-
-def test_links_and_truncated_archives_are_refused(model, tmp_path):
-    with tarfile.open(tmp_path / "link.tar.gz", "w:gz") as tar:
-        entry = tarfile.TarInfo("b/model.onnx")
-        entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(entry)
-    with pytest.raises(ExportError, match="which no bundle does"):
-        unpack(tmp_path / "link.tar.gz", tmp_path / "there")
-    pack(make([variant(model())], tmp_path / "bundle").path, tmp_path / "x.tar.gz")
-    whole = (tmp_path / "x.tar.gz").read_bytes()
-    for cut in (len(whole) // 2, 5):
-        (tmp_path / "cut.tar.gz").write_bytes(whole[:cut])
-        with pytest.raises(ExportError, match="cannot be unpacked"):
-            unpack(tmp_path / "cut.tar.gz", tmp_path / "there")
-    assert not (tmp_path / "there").exists()
-
-
-def test_a_bundle_serves_a_folder_of_images(model, tmp_path):
-    made = make([variant(model())], tmp_path / "bundle")
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    pixels = np.random.default_rng(2).integers(0, 256, (2, 2, 3), np.uint8)
-    Image.fromarray(pixels).save(photos / "a.png")
-    (photos / "b.txt").write_text("no image")
-    command = [sys.executable, "-B", "-m", "serve", str(photos)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=made.path)
-    assert done.returncode == 0, done.stderr
-    first, second = map(json.loads, done.stdout.splitlines())
-    logits = ((pixels.transpose(2, 0, 1) / 255 - 0.5) / 0.25).reshape(12) @ WEIGHT
-    assert first["file"] == "a.png"
-    assert first["label"] == "abcd"[logits.argmax()]
-    assert first["share"] == pytest.approx(np.exp(logits.max()) / np.exp(logits).sum(), abs=1e-3)
-    assert second["file"] == "b.txt"
-    assert "error" in second
-    reseal(made.path, lambda manifest: manifest["files"].update({"model.onnx": "0" * 64}))
-    done = subprocess.run(command, capture_output=True, text=True, cwd=made.path)
-    assert done.returncode == 1
-    assert "model.onnx is missing" in done.stderr
-
-
 def test_the_docs_show_the_server_as_it_is():
     page = (Path(__file__).parents[2] / "docs" / "shipping.md").read_text()
     shown = re.search(r"```python\n(\"\"\"Classify a folder.*?)```", page, re.DOTALL)
     assert shown
     assert shown[1] == (Path(selftest.__file__).with_name("serve.py")).read_text()
+
+
+def spoilt(folder, name):
+    """Replace one variant by a model that answers something else, its digests right."""
+    linear(folder / "other", WEIGHT + np.float32(1e-3))
+    content = (folder / "other").read_bytes()
+    (folder / "other").unlink()
+    rewrite(folder, name, content)
+
+
+def test_what_ships_must_pass_itself_to_be_packed(model, tmp_path):
+    """Another variant that is right does not stand in for it; one that is wrong beside it does not stop it."""
+    files = [variant(model(f"{name}.onnx"), name) for name in ("first", "second")]
+    made = make(files, tmp_path / "bundle")
+    spoilt(made.path, "second.onnx")
+    pack(made.path, tmp_path / "second.tar.gz")
+    made = make(files, tmp_path / "again")
+    spoilt(made.path, "first.onnx")
+    assert check(made.path)["ok"]
+    with pytest.raises(ExportError, match="ships first, which fails its self-test: y differs"):
+        pack(made.path, tmp_path / "first.tar.gz")
+    made = make(files, tmp_path / "named", metadata={"leanort.ships": "second"})
+    spoilt(made.path, "second.onnx")
+    with pytest.raises(ExportError, match="ships second, which fails its self-test: y differs"):
+        pack(made.path, tmp_path / "first.tar.gz")
+    assert not (tmp_path / "first.tar.gz").exists()
+
+
+def test_a_bundle_that_ships_another_variant_than_was_chosen_is_not_packed(model, tmp_path):
+    made = make([variant(model(f"{name}.onnx"), name) for name in ("first", "second")], tmp_path / "bundle")
+    pack(made.path, tmp_path / "right.tar.gz", ships=("first", "first.onnx"))
+    for ships in (("second", "second.onnx"), ("first", "second.onnx")):
+        with pytest.raises(ExportError, match="does not ship"):
+            pack(made.path, tmp_path / "wrong.tar.gz", ships=ships)
+    assert not (tmp_path / "wrong.tar.gz").exists()

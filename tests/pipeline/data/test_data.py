@@ -1,6 +1,8 @@
 """Data sets: parts that never overlap, the same batches by seed, and the errors a user can make."""
 
 import hashlib
+import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from foundation.errors import DataError
 from pipeline import data
 from pipeline.data.assemble import listed
 from pipeline.data.imagefolder import ImageFiles, _image_files
+from tests import hostile_images
 
 
 def hashes(found: data.Data, part: data.Part) -> set[bytes]:
@@ -534,3 +537,93 @@ def test_only_some_samples_of_a_very_large_set_are_read_first(monkeypatch):
     assert len(read) <= 10
     assert sizes(found) == (36, 4, 10)
     assert torch.bincount(found.train.labels).tolist() == [18, 18]
+
+
+# ── hostile files ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def reads(path: Path, size: tuple[int, int, int]) -> None:
+    """Everything that a run reads of a folder."""
+    found = data.load(f"imagefolder:{path}", input_size=size)
+    for part in data.PARTS:
+        list(found.batches(part))
+
+
+@pytest.mark.parametrize("name", hostile_images.refused())
+def test_a_hostile_image_is_one_line_with_its_name(tmp_path, name, capfd):
+    folder(tmp_path / "pets", count=4)
+    bad = tmp_path / "pets" / "cat" / f"{name}.png"  # whatever it is, it is called an image
+    bad.write_bytes(hostile_images.refused()[name])
+    with pytest.raises(DataError, match="is not a readable image: ") as raised:
+        reads(tmp_path / "pets", (3, 224, 224))
+    assert str(bad) in raised.value.message
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+    assert capfd.readouterr() == ("", "")
+
+
+def test_damaged_images_of_every_format_are_read_or_named(tmp_path):
+    for number, (name, content) in enumerate(hostile_images.damaged(4).items()):
+        path = tmp_path / name
+        path.write_bytes(content)
+        try:
+            ImageFiles([(str(path), number)], (3, 16, 16))[0]
+        except DataError as error:
+            assert name in error.message
+            assert "\n" not in str(error)
+
+
+def test_unusual_images_are_read(tmp_path):
+    folder(tmp_path / "pets", count=4)
+    for name, content in hostile_images.unusual().items():
+        (tmp_path / "pets" / "cat" / f"{name}.png").write_bytes(content)
+    reads(tmp_path / "pets", (3, 16, 16))
+    for name in ("grey16.png", "grey16.tiff", "grey16.pgm"):
+        image, _ = ImageFiles([(str(tmp_path / "pets" / "cat" / f"{name}.png"), 0)], (1, 16, 16))[0]
+        assert set(image.flatten().tolist()) == {hostile_images.GREY16 >> 8}
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
+    for number, put in enumerate((os.mkfifo, lambda path: path.symlink_to("nowhere"))):
+        path = folder(tmp_path / str(number)) / "cat" / "x.png"
+        put(path)
+        with pytest.raises(DataError, match=r"x\.png is not a readable image: it is no file"):
+            data.load(f"imagefolder:{tmp_path / str(number)}")
+
+
+def test_an_image_that_a_worker_cannot_read_is_one_line(tmp_path):
+    path = folder(tmp_path / "pets", count=4) / "cat" / "2.png"
+    files = _image_files(tmp_path / "pets")[1]
+    path.write_bytes(path.read_bytes()[:60])
+    split = listed(ImageFiles(files, (3, 16, 16)), torch.zeros(8, dtype=torch.long), workers=1)
+    with pytest.raises(DataError, match=r"2\.png is not a readable image") as raised:
+        list(split.stream([[0, 1], [2, 3]]))
+    assert "\n" not in str(raised.value)
+    assert "Traceback" not in str(raised.value)
+
+
+@pytest.mark.parametrize("label", [60, 10**6, 2**31, 2**40, 2**63 - 1])
+@pytest.mark.parametrize("given", ["arrays", "npz", "objects"])
+def test_a_large_label_is_refused_before_as_many_names_are_made(tmp_path, label, given):
+    x, y = arrays()
+    y[7:9] = label  # twice, so that the parts can be cut
+    y[9:20] = label
+    spec: object = (x, y)
+    if given == "npz":
+        np.savez(tmp_path / "d.npz", x=x, y=y)
+        spec = f"npz:{tmp_path / 'd.npz'}"
+    elif given == "objects":
+        spec = [(torch.from_numpy(one), int(number)) for one, number in zip(x, y, strict=True)]
+    tracemalloc.start()
+    with pytest.raises(DataError, match=f"has the label {label}") as raised:
+        data.load(spec)
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+    assert "too few for classes" in raised.value.message
+
+
+@pytest.mark.parametrize("label", [2**63, 2**70, -(2**70), float("inf"), float("nan")])
+def test_a_label_that_is_no_class_number_is_refused(label):
+    samples = [(torch.full((1, 4, 4), float(i)), i % 2) for i in range(20)] + [(torch.zeros(1, 4, 4), label)]
+    with pytest.raises(DataError, match="is no class number"):
+        data.load(samples)
