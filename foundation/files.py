@@ -74,8 +74,19 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path} cannot be read: {error}.", "The file is missing, damaged or not safetensors."
         ) from error
-    aliases: dict[str, str] = json.loads(metadata.get(_ALIASES, "{}"))
-    return state | {alias: state[name] for alias, name in aliases.items()}
+    return state | {alias: state[name] for alias, name in _aliases(metadata, state, path).items()}
+
+
+def _aliases(metadata: Mapping[str, str], state: Mapping[str, Tensor], path: Path) -> dict[str, str]:
+    try:
+        aliases = json.loads(metadata.get(_ALIASES, "{}"))
+    except (ValueError, RecursionError):
+        aliases = None
+    if not isinstance(aliases, dict) or not all(isinstance(name, str) and name in state for name in aliases.values()):
+        raise WeightsError(
+            f"{path}: its metadata '{_ALIASES}' is no map to tensors of the file.", "Save the weights again without it."
+        )
+    return aliases
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path | str) -> None:

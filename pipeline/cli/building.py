@@ -30,7 +30,7 @@ def _recipe_options(command: Any) -> Any:  # decorates any click command
                 "--recipe", type=click.Path(path_type=Path), help="A recipe file; the options below win over it."
             ),
             click.option("--data", help="digits (embedded), imagefolder:PATH, npz:PATH or path/to/file.py:callable."),
-            click.option("--weights", help="A .safetensors or .pt checkpoint, 'pretrained', or 'train'."),
+            click.option("--weights", help="A checkpoint (FILE, FOLDER or FILE#PART), 'pretrained', or 'train'."),
             click.option("--ratio", type=float, help="Share of channels to remove, in [0, 1)."),
             click.option("--input-size", help="C,H,W of one sample, such as 3,224,224."),
             click.option("--name", help="Folder under the artifacts folder; made from the model when left out."),

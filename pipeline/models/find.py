@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from pipeline.channels.program.capture import unsupported
 from pipeline.models import from_code
 from pipeline.models.extras import installed, need
 from pipeline.models.inspection import own_code, structure, tensor_bytes
+from pipeline.models.plain import fold, materialised
 from pipeline.models.source import ModelSource, Origin, Shape, build_module
 
 CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".onnx")
@@ -102,8 +104,10 @@ def describe(
 ) -> ModelSource:
     """Build the model once, to be sure that it can be built, and describe it.
 
-    Raises CaptureError where it is scripted or quantised.
+    Lazy modules get their shapes. Raises CaptureError where it is scripted or quantised.
     """
+    given = origin
+    origin = replace(given, make=lambda: materialised(given.make, given.inputs), fold=fold)
     model = build_module(spec, origin, seed)
     obstacle = unsupported(model)
     if obstacle is not None:
@@ -111,6 +115,9 @@ def describe(
     digest = hashlib.sha256(repr((spec, num_classes, input_size, seed, origin.identity)).encode())
     digest.update(structure(model).encode())
     digest.update(own_code(model).encode())
+    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
+    if frozen:
+        digest.update(f"frozen {frozen}".encode())
     if origin.weigh_values:
         for name, tensor in model.state_dict().items():
             digest.update(name.encode())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pipeline.models import torchvision_operators  # noqa: F401  # first, since what follows may import torchvision
 
 # isort: split
-import copy
 import hashlib
 import importlib
 import importlib.util
@@ -23,6 +22,7 @@ from torch import nn
 from foundation.errors import ModelError, UserError, nearest
 from foundation.files import sha256
 from pipeline.models.inspection import accepted, required, source_text
+from pipeline.models.plain import copied
 from pipeline.models.source import Origin, Shape, image_input
 
 _OURS = Path(__file__).resolve().parents[1]
@@ -30,9 +30,9 @@ _OURS = Path(__file__).resolve().parents[1]
 
 def origin_of_object(model: nn.Module, input_size: Shape | None) -> Origin:
     """Describe a module given as an object; later changes to it are not seen."""
-    kept = copy.deepcopy(model)
+    kept = copied(model)
     return Origin(
-        lambda: copy.deepcopy(kept),
+        lambda: copied(kept),
         image_input(input_size),
         type(model).__qualname__,
         weigh_values=True,

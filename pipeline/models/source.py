@@ -66,6 +66,8 @@ class Origin:
     """Whether the initial values belong to the fingerprint (own code may bring its own)."""
     initial: bool = True
     """Whether a built module is untrained as far as one can know; an object's weights are taken as they are."""
+    fold: Callable[[nn.Module], object] | None = None
+    """Makes computed weights (weight norm, say) plain ones, in place."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,16 @@ class ModelSource:
     def build(self) -> nn.Module:
         """Return a fresh module in eval mode, its initial weights decided by the seed alone.
 
+        Weights that it computes by parametrizations or hooks, such as weight norm, are plain ones.
         Raises ModelError if the code behind the spec fails or does not return a module.
         """
+        model = self.build_as_given()
+        if self.origin.fold is not None:
+            self.origin.fold(model)
+        return model
+
+    def build_as_given(self) -> nn.Module:
+        """`build` with parametrizations and hooks still on: to be trained, or filled from a checkpoint of its kind."""
         return build_module(self.spec, self.origin, self.seed)
 
     def pretrained(self) -> Pretrained:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field, field_validator
 
+from foundation import checkpoints
 from foundation.files import sha256
 from pipeline.recipe.section import Section, Seed, Threads
 from pipeline.recipe.train import Training
@@ -14,16 +13,22 @@ from pipeline.recipe.train import Training
 class BaselineSection(Section):
     """Stage 0: the dense model."""
 
-    weights: str = Field("auto", description="a .safetensors/.pt file, 'pretrained', 'train', or 'auto' = train here")
+    weights: str = Field(
+        "auto", description="a checkpoint (FILE or FILE#PART), 'pretrained', 'train', or 'auto' = train here"
+    )
     train: Training = Field(None, description="how to train here; what is left out is chosen from the model")
     opset: int = Field(23, ge=18, le=1000, description="ONNX opset of the dense reference file")
     threads: Threads = Field(1, description="onnxruntime threads for the dense latency")
     seed: Seed = 0
 
     def code(self) -> dict[str, str]:
-        """The checkpoint -> its sha256: another file under the same name is another dense model."""
-        file = Path(self.weights)
-        return {self.weights: sha256(file)} if file.is_file() else {}
+        """Each file of the checkpoint -> its sha256: another file under the same name is another dense model."""
+        if self.weights in ("auto", "train", "pretrained"):
+            return {}
+        return {
+            self.weights if number == 0 else file.name: sha256(file)
+            for number, file in enumerate(checkpoints.files(self.weights))
+        }
 
     @field_validator("weights")
     @classmethod

@@ -41,7 +41,7 @@ def choose_groups(
 ) -> Removed:
     """Cluster name -> True for each group that goes at `ratio`: the lowest scores of the recipe's criterion.
 
-    A cluster with a parameter outside `maskable` (a recurrent layer's) stays whole.
+    A cluster with a parameter outside `maskable` stays whole.
     """
     clusters = _choosable(analysis, maskable)
     criterion = criteria.find(cfg.criterion)

@@ -15,7 +15,7 @@ from pipeline.channels.program.capture import capture
 from pipeline.channels.program.macs import count_macs
 from pipeline.data.parts import Data
 from pipeline.drawing.plots import history_plot
-from pipeline.models import weights
+from pipeline.models import plain, weights
 from pipeline.models.source import ModelSource, example
 from pipeline.models.trial import check
 from pipeline.progress import Progress
@@ -37,11 +37,20 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
     Everything that can refuse the model does so before training: a wrong input shape, too few outputs, a forward pass
     that torch.export cannot follow. Raises ModelError, WeightsError, CaptureError, TrainingError, ExportError.
     """
-    model = source.build()
     inputs = example(source)
+    model = source.build_as_given()
     check(model, inputs, data.classes, source.spec)
-    capture(model, inputs)
+    if plain.free(model):
+        progress.say("  every parameter of the model is frozen: they are freed, or nothing could be recovered")
+    # Plain weights from here on, whatever computed them; trained or filled before that, in the form that was given.
+    simple = plain.copied(model) if plain.computes(model) else model
+    said = plain.said(plain.fold_checked(simple, inputs, source.spec))
+    capture(simple, inputs)
+    del simple
+    if said:
+        progress.say(f"  {said}")
     origin, seconds = _fill(cfg, model, source, data, out, progress)
+    plain.fold_checked(model, inputs, source.spec)
     save_tensors(model.state_dict(), out / Baseline.WEIGHTS)
     captured = capture(model, inputs)
     made = to_onnx(captured.program, out / "dense.onnx", example=inputs, opset=cfg.opset, metadata={})
@@ -53,7 +62,7 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
     return Baseline(
         folder=out,
         trained_here=seconds > 0,
-        weights_origin=origin,
+        weights_origin=f"{origin}; {said}" if said else origin,
         accuracy=classification.evaluate(model, data, "test").accuracy,
         calibration_accuracy=classification.evaluate(model, data, "calibration").accuracy,
         params=sum(p.numel() for p in model.parameters()),
@@ -74,7 +83,7 @@ def _fill(
         progress.say(f"  weights: {weights.load_pretrained(model, source)}")
         return "pretrained", 0.0
     if cfg.weights not in ("auto", "train"):
-        loaded = weights.load_weights(model, Path(cfg.weights))
+        loaded = weights.load_weights(model, cfg.weights)
         progress.say(f"  weights: {cfg.weights} ({loaded})")
         return str(Path(cfg.weights).name), 0.0
     if cfg.weights == "auto" and not source.initial:

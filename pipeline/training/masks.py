@@ -133,13 +133,10 @@ def check_held(model: nn.Module, masks: Masks) -> None:
 def maskable(model: nn.Module) -> frozenset[str]:
     """Names of the parameters that `apply` can mask, shared ones by every name.
 
-    Recurrent layers hand their kernel the originals behind a parametrization's back, and what is parametrized already
-    (weight norm) cannot be masked a second time.
+    What is parametrized already (weight norm) cannot be masked a second time.
     """
     return frozenset(
-        name
-        for name, module, _ in parameters_by_name(model)
-        if not isinstance(module, nn.RNNBase | parametrize.ParametrizationList)
+        name for name, module, _ in parameters_by_name(model) if not isinstance(module, parametrize.ParametrizationList)
     )
 
 
@@ -200,8 +197,6 @@ def _mask(name: str, module: nn.Module, attribute: str, mask: Tensor) -> None:
     if _is_masked(module, attribute):
         _parametrization(module, attribute).mask = mask.clone()
         return
-    if isinstance(module, nn.RNNBase):  # it hands its kernel a list of the originals, behind the parametrization
-        raise MaskError(f"{name} belongs to a recurrent layer, whose weights cannot be masked.", "Leave it out.")
     if isinstance(module, parametrize.ParametrizationList):
         raise MaskError(f"{name} is parametrized already (weight norm?), so it cannot be masked.", "Leave it out.")
     _own_class(module)

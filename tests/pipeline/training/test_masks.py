@@ -232,14 +232,56 @@ def test_masks_of_another_model_are_refused(name, mask, says):
 
 
 def test_what_cannot_be_masked_says_so():
-    lstm = nn.Sequential(nn.LSTM(4, 4))
-    with pytest.raises(MaskError, match="recurrent"):
-        masks.apply(lstm, {"0.weight_hh_l0": torch.zeros(16, 4, dtype=torch.bool)})
-    assert prunable(lstm) == {}
+    assert prunable(nn.Sequential(nn.LSTM(4, 4))) == {}  # its single weights, that is; whole neurons are masked
     normed = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)))
     name = "0.parametrizations.weight.original1"
     with pytest.raises(MaskError, match="parametrized already"):
         masks.apply(normed, {name: torch.zeros(3, 3, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LSTM(4, 6, batch_first=True),
+        lambda: nn.LSTM(4, 6, proj_size=3, num_layers=2, bidirectional=True),
+        lambda: nn.GRU(4, 6, num_layers=2, bias=False),
+        lambda: nn.RNN(4, 6, bidirectional=True),
+    ],
+)
+def test_recurrent_layers_are_masked_in_use_in_training_and_after_folding(make):
+    torch.manual_seed(0)
+    model = make()
+    chosen = {name: torch.rand_like(value) > 0.4 for name, value in model.named_parameters()}
+    masks.apply(model, chosen)
+    x = torch.randn(5, 3, 4)
+
+    def zeroed() -> nn.Module:
+        other = make()
+        state = masks.originals(model)
+        other.load_state_dict({name: value * chosen[name] for name, value in state.items()})
+        return other
+
+    optimizer = torch.optim.AdamW(masks.parameters(model).values(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        given = model(x)[0]
+        assert torch.equal(given, zeroed()(x)[0])
+        optimizer.zero_grad()
+        given.square().sum().backward()
+        for name, value in masks.parameters(model).items():
+            assert value.grad is not None
+            assert not value.grad[~chosen[name]].any()
+            assert value.grad[chosen[name]].any()
+        before = given.detach()
+        optimizer.step()
+        assert not torch.equal(model(x)[0], before)
+        masks.check_held(model, chosen)
+    wanted = model(x)[0].detach()
+    masks.fold(model)
+    assert torch.equal(model(x)[0], wanted)
+    again = make()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x)[0], wanted)
+    assert list(dict(model.named_parameters())) == list(dict(again.named_parameters()))
 
 
 def test_a_file_that_holds_no_masks_is_refused(tmp_path):
