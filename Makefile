@@ -1,5 +1,7 @@
 # leanort: every command a newcomer needs; `make help` lists them.
-PYTHON ?= python3.11
+# The first that is there and new enough; its name does not matter.
+PYTHON ?= $(or $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done),python3.11)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # On a machine with the public index only, the smaller CPU build of torch is had with
