@@ -111,6 +111,10 @@ class Pruned(Weighted):
         return read_masks(self.folder / self.MASKS)
 
 
+FITTED = "fitted.csv"
+"""In the folder of stage 2: what the closed form made of each weight, one row each."""
+
+
 class Rung(BaseModel):
     """One way of recovery that was tried, or not, and whether what it gave was kept.
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from foundation.files import save_tensors
 from pipeline.artifacts.base import write_table
-from pipeline.artifacts.eager import Baseline, Finetuned, Pruned, Rung
+from pipeline.artifacts.eager import FITTED, Baseline, Finetuned, Pruned, Rung
 from pipeline.channels.program.capture import capture
 from pipeline.data.parts import Data
 from pipeline.drawing.plots import history_plot
@@ -60,6 +60,8 @@ def run(
             lambda: _closed_form(cfg, out, source, data, teacher, model, chosen, progress),
         )
         fitted = made.kept
+        if not fitted:
+            (out / FITTED).unlink(missing_ok=True)  # what it tells is of no weight that is there
         rungs.append(made)
         if has_batch_norm(model) and not ladder.near(now, dense):
             images = data.sample("train", cfg.samples)
@@ -154,6 +156,6 @@ def _closed_form(
         made = closed_form.recover(captured, chosen, (images,), start=masks.originals(model), seed=cfg.seed, tick=bar)
     known = masks.originals(model)
     masks.load_originals(model, {name: made.state.get(name, value) for name, value in known.items()})
-    write_table(out / "fitted.csv", made.fitted)
+    write_table(out / FITTED, made.fitted)
     done = sum(not one.reason for one in made.fitted)
     return f"{done} weights fitted on {len(images)} images without their labels in {made.seconds:.1f} s"
