@@ -208,7 +208,8 @@ def test_the_same_inputs_give_the_same_bytes(version, tmp_path):
 
 
 def test_why_tells_what_the_closed_form_made_of_a_layer(artifacts, version):
-    assert "blocks.0.conv1.weight was fitted to the dense layer" in said(artifacts, "why", "tiny/v0001", "blocks.0.conv1")
+    told = said(artifacts, "why", "tiny/v0001", "blocks.0.conv1")
+    assert "blocks.0.conv1.weight was fitted to the dense layer" in told
     rungs = figures(version, "2-finetune")["rungs"]
     assert [rung["name"] for rung in rungs][:2] == ["pruned", "closed form"]
     assert "closed form" in (version / "report.html").read_text()
