@@ -1,5 +1,7 @@
 # leanort: every command a newcomer needs; `make help` lists them.
-PYTHON ?= python3.11
+# The first that is there and new enough; its name does not matter.
+PYTHON ?= $(or $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done),python3.11)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # On a machine with the public index only, the smaller CPU build of torch is had with
@@ -23,9 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 # ---- the product -------------------------------------------------------------------------------------------------
 DEPLOY := $(BIN)/leanort deploy $(MODEL) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(DATA),--data $(DATA)) \
-	$(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(RATIO),--ratio $(RATIO)) $(ARGS)
+	$(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(RATIO),--ratio $(RATIO)) $(if $(RECOVER),--set finetune.recover=$(RECOVER)) $(ARGS)
 
-deploy: $(STAMP) ## MODEL=resnet50 [DATA= WEIGHTS= RATIO= RECIPE= ARGS=]: the whole chain, into artifacts/
+deploy: $(STAMP) ## MODEL=resnet50 [DATA= WEIGHTS= RATIO= RECOVER= RECIPE= ARGS=]: the whole chain, into artifacts/
 	$(DEPLOY)
 
 plan: $(STAMP) ## MODEL=resnet50 [...]: what deploy would do, and which channels can go

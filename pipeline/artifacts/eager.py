@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import BaseModel, ConfigDict
+
 from foundation.errors import MaskError, WeightsError
 from foundation.files import read_tensors
 from pipeline.artifacts.base import Artifact, WidthChange
@@ -109,11 +111,34 @@ class Pruned(Weighted):
         return read_masks(self.folder / self.MASKS)
 
 
+FITTED = "fitted.csv"
+"""In the folder of stage 2: what the closed form made of each weight, one row each."""
+
+
+class Rung(BaseModel):
+    """One way of recovery that was tried, or not, and whether what it gave was kept.
+
+    `accuracy`: on the calibration part, share in 0..1; None where it was not climbed. `why`: in words.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    accuracy: float | None
+    seconds: float
+    kept: bool
+    why: str
+
+
 class Finetuned(Weighted):
-    """The weights after recovery, still the originals under the masks."""
+    """The weights after recovery, still the originals under the masks.
+
+    `rungs`: what was tried, in order, from the pruned model on. `epochs`: of training, 0 where none was needed.
+    """
 
     STAGE: ClassVar[str] = "2-finetune"
 
+    rungs: tuple[Rung, ...] = ()
     epochs: int
     best_epoch: int
     accuracy: float

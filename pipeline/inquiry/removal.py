@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from foundation.errors import StoreError, UserError, nearest
 from foundation.files import sha256
-from pipeline.artifacts.eager import Pruned
+from pipeline.artifacts.eager import FITTED, Finetuned, Pruned
 from pipeline.artifacts.program import Shrunk
 from pipeline.channels.ledger import Ledger
 from pipeline.release import records
@@ -22,13 +23,15 @@ SHOWN = 24  # indices written out before a range is cut short
 class Removal:
     """The ledger of a version, and what pruning chose.
 
-    `chosen`: cluster -> groups. `blocked`: what could not go at all, with operator and reason.
+    `chosen`: cluster -> groups. `blocked`: what could not go at all, with operator and reason. `fitted`: weight -> what
+    the closed form made of it, as its table says (all text); empty where none was tried.
     """
 
     ledger: Ledger
     pruned: Pruned
     chosen: Mapping[str, Sequence[int]]
     blocked: Sequence[Mapping[str, Any]]
+    fitted: Mapping[str, Mapping[str, str]]
 
     def why(self, layer: str) -> dict[str, Any]:
         """As plain values: what went from `layer`, by which cluster and whose choice; what stayed, and why.
@@ -44,7 +47,8 @@ class Removal:
                 "chosen by pruning": by_choice,
                 "dead in the weights": sorted(set(groups) - set(by_choice)),
             }
-        return {"layer": layer, "shapes": self._shapes(layer), **{"cause": {}}, **found}
+        fitted = {name: dict(row) for name, row in self.fitted.items() if name in self._shapes(layer)}
+        return {"layer": layer, "shapes": self._shapes(layer), **{"cause": {}}, **found, "fitted": fitted}
 
     @property
     def names(self) -> list[str]:
@@ -108,6 +112,16 @@ class Removal:
             lines.append(f"  {spans(refusal['groups'])} of {refusal['cluster']} stayed: {at}: {refusal['reason']}")
         for cluster, groups in found["spared"].items():
             lines.append(f"  {spans(groups)} of {cluster} stayed: without them a tensor would be empty")
+        for name, row in found["fitted"].items():
+            if row["reason"]:
+                lines.append(f"  {name} was not fitted to the dense layer: {row['reason']}")
+            elif float(row["strength"]) == 0.0:
+                lines.append(
+                    f"  {name} was not fitted to the dense layer: on samples held back its old values did best"
+                )
+            else:
+                left = f"{float(row['error_before']):.1%} -> {float(row['error_after']):.1%}"
+                lines.append(f"  {name} was fitted to the dense layer on {int(row['rows']):,} rows: error {left}")
         if not found["removed"]:
             lines.append("  Nothing went. What stays in this model, and why:")
             lines += [f"    {b['op']} at {b['node']}: {b['reason']} ({b['params']:,} parameters)" for b in self.blocked]
@@ -128,11 +142,14 @@ def read(version: Path) -> Removal:
             raise StoreError(f"{file} is not what was sealed.", "Run `leanort verify` on the version.")
         return file.read_text(encoding="utf-8")
 
+    table = f"{Finetuned.STAGE}/{FITTED}"
+    rows = csv.DictReader(text(Finetuned.STAGE, FITTED).splitlines()) if table in sealed else ()
     return Removal(
         ledger=Ledger.from_json(text(Shrunk.STAGE, "ledger.json")),
         pruned=Pruned.load(version / Pruned.STAGE),
         chosen=json.loads(text(Pruned.STAGE, "removed.json")),
         blocked=json.loads(text(Shrunk.STAGE, "blocked.json")),
+        fitted={row["name"]: row for row in rows},
     )
 
 

@@ -44,8 +44,15 @@ Training = Annotated[
 class FinetuneSection(Section):
     """Stage 2: recovery under the masks."""
 
+    recover: Literal["none", "closed-form", "train"] = Field(
+        "train",
+        description="none; closed-form: fit the weights, no labels; train: that, then as much training as helps",
+    )
+    samples: int = Field(
+        2000, ge=10, le=1_000_000, description="images of the training part that the closed form is fitted on"
+    )
     epochs: int | None = Field(
-        None, ge=0, le=1_000_000, description="chosen from the model when left out; 0 skips recovery"
+        None, ge=0, le=1_000_000, description="chosen from the model when left out; 0 trains nothing"
     )
     distill_weight: float = Field(0.5, ge=0.0, le=1.0, description="share of the loss taught by the dense model")
     distill_temperature: float = Field(2.0, gt=0.0)

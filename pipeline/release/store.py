@@ -248,12 +248,14 @@ def sweep(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a tree, read-only or not."""
-    if not folder.exists():
-        return
-    for directory in [folder, *(p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink())]:
-        directory.chmod(directory.stat().st_mode | stat.S_IRWXU)
-    shutil.rmtree(folder)
+    """Delete a tree, read-only or not, also while another process deletes it, too."""
+    while folder.exists():
+        try:
+            for directory in [folder, *(p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink())]:
+                directory.chmod(directory.stat().st_mode | stat.S_IRWXU)
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            continue
 
 
 @contextlib.contextmanager

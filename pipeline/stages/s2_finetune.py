@@ -1,20 +1,29 @@
-"""Recover the accuracy under the masks, taught by the data and by the dense model."""
+"""Recover the accuracy under the masks: in closed form first, then by as much training as helps."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from foundation.files import save_tensors
-from pipeline.artifacts.eager import Baseline, Finetuned, Pruned
+from pipeline.artifacts.base import write_table
+from pipeline.artifacts.eager import FITTED, Baseline, Finetuned, Pruned, Rung
+from pipeline.channels.program.capture import capture
 from pipeline.data.parts import Data
 from pipeline.drawing.plots import history_plot
-from pipeline.models.source import ModelSource
+from pipeline.models.source import ModelSource, example
 from pipeline.progress import Progress
-from pipeline.recipe.train import FinetuneSection
+from pipeline.recipe.train import FinetuneSection, TrainSettings
+from pipeline.recovery import closed_form, ladder
+from pipeline.recovery.statistics import reestimate
 from pipeline.tasks import classification
 from pipeline.training import loop, masks
-from pipeline.training.defaults import default_settings
-from pipeline.training.history import history_csv
+from pipeline.training.defaults import default_settings, has_batch_norm
+from pipeline.training.history import Epoch, history_csv
+
+GENTLE = 0.1
+"""Of the learning rate that a pruned model takes: after a fit a careless epoch loses more than it gains."""
 
 
 def run(
@@ -26,35 +35,127 @@ def run(
     pruned: Pruned,
     progress: Progress,
 ) -> Finetuned:
-    """Train with the masks held through every step; the best epoch by calibration accuracy is kept.
+    """Climb the ladder: closed form, batch norms' statistics, training with the masks held through every step.
 
-    Resumes from the last epoch after a kill. Raises MaskError when a masked weight is not zero, TrainingError when the
-    loss is not finite.
+    A rung is kept only where the calibration part shows that it helps; what cannot help any more is not climbed.
+    Training resumes from the last epoch after a kill. Raises MaskError when a masked weight is not zero, TrainingError
+    when the loss is not finite.
     """
     chosen = pruned.masks()
     model = source.build()
     model.load_state_dict(pruned.weights())
     masks.apply(model, chosen)
-    section = {"distill_weight": cfg.distill_weight, "distill_temperature": cfg.distill_temperature}
-    section |= {} if cfg.epochs is None else {"epochs": cfg.epochs}
-    given = cfg.train.model_dump(exclude_unset=True) if cfg.train else {}
-    settings = default_settings(model, recovery=True, seed=cfg.seed).model_copy(update=section | given)
-    teacher = None
-    if settings.distill_weight > 0:
-        teacher = source.build()
-        teacher.load_state_dict(baseline.weights())
-    result = loop.train(
-        model, data, settings, teacher=teacher, masks=chosen, checkpoint=out / "training.pt", progress=progress
-    )
-    history_csv(result.history, out / "history.csv")
-    history_plot(result.history, result.best_epoch, out / "history.svg")
+    teacher = source.build()
+    teacher.load_state_dict(baseline.weights())
+    teacher.eval()
+    dense, now = ladder.standing(teacher, data), ladder.standing(model, data)
+    rungs = [Rung(name="pruned", accuracy=now.accuracy, seconds=0.0, kept=True, why="the masks alone")]
+    fitted = False
+    if cfg.recover != "none" and chosen and not ladder.near(now, dense):
+        made, now = ladder.climb(
+            "closed form",
+            model,
+            data,
+            now,
+            lambda: _closed_form(cfg, out, source, data, teacher, model, chosen, progress),
+        )
+        fitted = made.kept
+        if not fitted:
+            (out / FITTED).unlink(missing_ok=True)  # what it tells is of no weight that is there
+        rungs.append(made)
+        if has_batch_norm(model) and not ladder.near(now, dense):
+            images = data.sample("train", cfg.samples)
+            made, now = ladder.climb(
+                "batch norm", model, data, now, lambda: f"statistics of {reestimate(model, images)} norms taken anew"
+            )
+            rungs.append(made)
+    settings = _settings(cfg, model, gentle=fitted)
+    history: tuple[Epoch, ...] = ()
+    best_epoch, seconds = 0, 0.0
+    why = _no_training(cfg, settings, ladder.near(now, dense))
+    if why:
+        rungs.append(ladder.skipped("training", why))
+    else:
+        result: list[loop.TrainResult] = []
+
+        def train() -> str:
+            result.append(
+                loop.train(
+                    model,
+                    data,
+                    settings,
+                    teacher=teacher if settings.distill_weight > 0 else None,
+                    masks=chosen,
+                    checkpoint=out / "training.pt",
+                    progress=progress,
+                )
+            )
+            return f"{settings.epochs} epochs, the best kept"
+
+        made, now = ladder.climb("training", model, data, now, train)
+        rungs.append(made)
+        history, seconds = result[0].history, result[0].seconds
+        best_epoch = result[0].best_epoch if made.kept else 0
+    for rung in rungs[1:]:
+        progress.say(f"  {rung.name}: {rung.why}{'' if rung.kept or rung.accuracy is None else '; taken back'}")
+    history_csv(history, out / "history.csv")
+    history_plot(history, best_epoch, out / "history.svg")
     (out / "training.pt").unlink(missing_ok=True)
     save_tensors(masks.originals(model), out / Finetuned.WEIGHTS)
     return Finetuned(
         folder=out,
-        epochs=settings.epochs,
-        best_epoch=result.best_epoch,
+        rungs=tuple(rungs),
+        epochs=len(history),
+        best_epoch=best_epoch,
         accuracy=classification.evaluate(model, data, "test").accuracy,
-        calibration_accuracy=result.best_accuracy,
-        training_seconds=result.seconds,
+        calibration_accuracy=now.accuracy,
+        training_seconds=seconds,
     )
+
+
+def _settings(cfg: FinetuneSection, model: nn.Module, *, gentle: bool) -> TrainSettings:
+    """The recipe's settings, and for the rest what suits the model; gentle from weights that were fitted already."""
+    section: dict[str, float | int] = {
+        "distill_weight": cfg.distill_weight,
+        "distill_temperature": cfg.distill_temperature,
+    }
+    section |= {} if cfg.epochs is None else {"epochs": cfg.epochs}
+    given = cfg.train.model_dump(exclude_unset=True) if cfg.train else {}
+    made = default_settings(model, recovery=True, seed=cfg.seed)
+    if gentle:
+        made = made.model_copy(update={"lr": GENTLE * made.lr})
+    return made.model_copy(update=section | given)
+
+
+def _no_training(cfg: FinetuneSection, settings: TrainSettings, near: bool) -> str:
+    """Why no epoch is trained; "" where one is."""
+    if cfg.recover != "train":
+        return f"not asked for (recover = {cfg.recover!r})"
+    if settings.epochs == 0:
+        return "no epochs were asked for"
+    asked = cfg.epochs is not None or (cfg.train is not None and "epochs" in cfg.train.model_fields_set)
+    return "" if asked or not near else "not needed: within noise of the dense model on the calibration part"
+
+
+def _closed_form(
+    cfg: FinetuneSection,
+    out: Path,
+    source: ModelSource,
+    data: Data,
+    teacher: nn.Module,
+    model: nn.Module,
+    chosen: masks.Masks,
+    progress: Progress,
+) -> str:
+    """Fit the weights of `model` in place, and say how many."""
+    captured = capture(teacher, example(source))
+    images = data.sample("train", cfg.samples)
+    if len(images) < closed_form.LEAST:
+        return f"{len(images)} images are too few to fit weights to"
+    with progress.bar("closed form", len(list(captured.program.graph.nodes))) as bar:
+        made = closed_form.recover(captured, chosen, (images,), start=masks.originals(model), seed=cfg.seed, tick=bar)
+    known = masks.originals(model)
+    masks.load_originals(model, {name: made.state.get(name, value) for name, value in known.items()})
+    write_table(out / FITTED, made.fitted)
+    done = sum(not one.reason for one in made.fitted)
+    return f"{done} weights fitted on {len(images)} images without their labels in {made.seconds:.1f} s"

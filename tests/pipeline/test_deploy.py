@@ -205,3 +205,11 @@ def test_the_same_inputs_give_the_same_bytes(version, tmp_path):
     assert {p for p in models if not (again / p).exists()} <= {
         p for p in models if p.parts[0] in ("6-optimize", "bundle")
     }
+
+
+def test_why_tells_what_the_closed_form_made_of_a_layer(artifacts, version):
+    told = said(artifacts, "why", "tiny/v0001", "blocks.0.conv1")
+    assert "blocks.0.conv1.weight was fitted to the dense layer" in told
+    rungs = figures(version, "2-finetune")["rungs"]
+    assert [rung["name"] for rung in rungs][:2] == ["pruned", "closed form"]
+    assert "closed form" in (version / "report.html").read_text()

@@ -162,3 +162,26 @@ def test_what_a_library_says_of_a_full_disk_becomes_our_error(tmp_path):
 def test_other_errors_pass_through(tmp_path):
     with pytest.raises(ZeroDivisionError), store.disk_errors(tmp_path):
         raise ZeroDivisionError
+
+
+def test_two_may_delete_the_same_tree_at_once(tmp_path):
+    for attempt in range(10):
+        tree = tmp_path / str(attempt)
+        for number in range(40):
+            (tree / str(number)).mkdir(parents=True)
+            (tree / str(number) / "file").write_text("x")
+        errors = []
+
+        def delete(tree=tree, errors=errors):
+            try:
+                store.remove(tree)
+            except OSError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=delete) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert not tree.exists()

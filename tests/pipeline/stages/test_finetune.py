@@ -1,0 +1,157 @@
+"""Stage 2: the ladder of recovery, each rung kept only where the calibration part says that it helps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from foundation.files import save_tensors
+from pipeline import data, models
+from pipeline.artifacts.eager import Baseline, Pruned
+from pipeline.progress import Progress
+from pipeline.recipe.train import FinetuneSection, TrainSettings
+from pipeline.recovery import ladder
+from pipeline.stages import s2_finetune
+from pipeline.training import loop, masks
+
+SIZE = (3, 16, 16)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(24, 24, 3, padding=1),
+        nn.BatchNorm2d(24), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, 10),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", input_size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    model = net()
+    loop.train(model, digits, TrainSettings(epochs=6, lr=5e-3))
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def halved():
+    """Every other channel of both convolutions, and what reads it."""
+    kept = torch.arange(24) % 2 == 0
+    first, second = torch.ones(24, 3, 3, 3, dtype=torch.bool), torch.ones(24, 24, 3, 3, dtype=torch.bool)
+    first[~kept], second[~kept], second[:, ~kept] = False, False, False
+    head = torch.ones(10, 96, dtype=torch.bool)
+    head[:, ~kept.repeat_interleave(4)] = False
+    return {"0.weight": first, "0.bias": kept, "1.weight": kept, "1.bias": kept, "4.weight": second, "4.bias": kept,
+            "5.weight": kept, "5.bias": kept, "9.weight": head}  # fmt: skip
+
+
+@pytest.fixture
+def stage(tmp_path, trained, digits):
+    """What stage 2 is given, and a way to run it."""
+    for name in ("0-baseline", "1-prune", "2-finetune"):
+        (tmp_path / name).mkdir()
+    save_tensors(trained, tmp_path / "0-baseline" / Baseline.WEIGHTS)
+    save_tensors(trained, tmp_path / "1-prune" / Pruned.WEIGHTS)
+    source = models.load(net(), num_classes=10, input_size=SIZE)
+    baseline = Baseline.model_construct(folder=tmp_path / "0-baseline")
+    pruned = Pruned.model_construct(folder=tmp_path / "1-prune")
+
+    def run(chosen, own=digits, **settings):
+        masks.save(chosen, tmp_path / "1-prune" / Pruned.MASKS)
+        cfg = FinetuneSection(**settings)
+        return s2_finetune.run(cfg, tmp_path / "2-finetune", source, own, baseline, pruned, Progress())
+
+    return run
+
+
+def test_the_closed_form_gives_back_most_of_what_pruning_took_and_originals_stay(stage, trained):
+    made = stage(halved(), recover="closed-form")
+    pruned, fitted = made.rungs[0], made.rungs[1]
+    assert (fitted.name, fitted.kept) == ("closed form", True)
+    assert fitted.accuracy > pruned.accuracy + 0.3
+    assert fitted.accuracy > 0.85
+    assert made.epochs == 0
+    for name, mask in halved().items():
+        assert torch.equal(made.weights()[name][~mask], trained[name][~mask]), name
+    lines = (made.folder / "fitted.csv").read_text().splitlines()
+    assert len(lines) == 3  # the first convolution reads the images themselves: nothing to fit there
+    assert "not asked for" in made.rungs[-1].why
+
+
+def test_two_runs_give_the_same_weights(stage):
+    first = {name: value.clone() for name, value in stage(halved(), recover="closed-form").weights().items()}
+    second = stage(halved(), recover="closed-form").weights()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_what_is_within_noise_of_dense_is_not_climbed(stage):
+    nothing = {"0.bias": torch.ones(24, dtype=torch.bool)}
+    made = stage(nothing)
+    assert [(rung.name, rung.kept) for rung in made.rungs] == [("pruned", True), ("training", False)]
+    assert "within noise of the dense model" in made.rungs[-1].why
+    assert made.epochs == 0
+
+
+def test_none_leaves_the_masked_model(stage, trained):
+    made = stage(halved(), recover="none")
+    assert all(torch.equal(value, trained[name]) for name, value in made.weights().items())
+    assert [rung.name for rung in made.rungs] == ["pruned", "training"]
+
+
+def test_a_rung_that_makes_it_worse_is_taken_back(stage, monkeypatch):
+    real = loop.train
+
+    def careless(model, *args, **options):
+        result = real(model, *args, **options)
+        with torch.no_grad():
+            for value in masks.parameters(model).values():
+                value.zero_()
+        return result
+
+    monkeypatch.setattr(loop, "train", careless)
+    fitted = {name: value.clone() for name, value in stage(halved(), recover="closed-form").weights().items()}
+    made = stage(halved(), recover="train", epochs=1)
+    assert (made.rungs[-1].name, made.rungs[-1].kept, made.best_epoch) == ("training", False, 0)
+    assert all(torch.equal(value, fitted[name]) for name, value in made.weights().items())
+    assert made.calibration_accuracy > 0.85
+
+
+def test_training_learns_from_the_fit_gently_and_its_samples_decide_nothing(stage, digits, monkeypatch):
+    seen = []
+    real = loop.train
+    monkeypatch.setattr(
+        loop, "train", lambda model, own, settings, **o: (seen.append(settings), real(model, own, settings, **o))[1]
+    )
+    stage(halved(), epochs=1)
+    stage(halved(), recover="train", epochs=1, train={"lr": 0.5})
+    assert seen[0].lr == pytest.approx(1e-4)
+    assert seen[1].lr == 0.5
+
+
+def test_too_few_images_are_said_and_leave_the_model(stage, digits):
+    few = replace(digits, train=data.parts.picked(digits.train, torch.arange(4)))
+    made = stage(halved(), few, recover="closed-form")
+    assert (made.rungs[1].name, made.rungs[1].kept) == ("closed form", False)
+    assert "4 images are too few" in made.rungs[1].why
+
+
+def of(correct, loss):
+    return ladder.Standing(torch.tensor(correct), torch.tensor(loss, dtype=torch.float64))
+
+
+def test_the_paired_tests_decide():
+    base = of([True] * 60 + [False] * 40, [0.5] * 100)
+    better = of([True] * 80 + [False] * 20, [0.4 + 0.001 * i for i in range(100)])
+    same = of([True] * 60 + [False] * 40, [0.5] * 100)
+    worse = of([True] * 30 + [False] * 70, [0.1 + 0.001 * i for i in range(100)])
+    broken = of([True] * 100, [float("nan")] * 100)
+    assert ladder.helps(better, base)[0]
+    assert not ladder.helps(same, base)[0]
+    assert not ladder.helps(worse, base)[0]  # a lower loss does not make up for fewer right
+    assert not ladder.helps(broken, base)[0]
+    assert ladder.near(same, base)
+    assert not ladder.near(worse, base)
