@@ -27,6 +27,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
+LONGEST = 500
+"""Characters that one reason of other people's code may take up in a message."""
+
 
 class Explained(Exception):  # noqa: N818  # the packages name theirs: LeanortError, ExportError, ValidationError
     """Base of every error raised on purpose: `message` says what was wrong, `hint` what to do next, one line each."""
@@ -107,6 +110,23 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, else the error's type."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
+    """The first line of an error's message that says something, `LONGEST` characters at most, else the error's type.
+
+    An error of other people's code may fail to say anything: its `__str__` can raise.
+    """
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    lines = (line.strip() for line in text.splitlines())
+    line = next((line for line in lines if line), type(error).__name__)
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
+
+
+def brief(value: object) -> str:
+    """`repr(value)` on one line of 100 characters at most; its type where that fails."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        text = f"an object of type {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]} ..."

@@ -205,5 +205,8 @@ def hashes(pixels: Tensor) -> list[bytes]:
 def check_finite(pixels: Tensor, name: str) -> None:
     """Raise DataError where a sample holds NaN or infinity."""
     if pixels.is_floating_point() and not bool(pixels.isfinite().all()):
-        bad = int((~pixels.isfinite()).flatten(1).any(1).sum())
-        raise DataError(f"{name} holds NaN or infinity in {bad} samples.", "Correct or leave out those samples.")
+        bad = (~pixels.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        raise DataError(
+            f"{name} holds NaN or infinity in {len(bad)} samples (first: sample {bad[0]}).",
+            "Correct or leave out those samples.",
+        )

@@ -21,9 +21,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from foundation.errors import DataError, nearest
-from pipeline.data.arrays import arrays, from_arrays
-from pipeline.data.assemble import Raw, check_finite, cut_parts, listed
+from foundation.errors import DataError, brief, nearest
+from pipeline.data.arrays import arrays, class_numbers, from_arrays, pixels_of
+from pipeline.data.assemble import Raw, cut_parts, listed
 from pipeline.data.imagefolder import SCANNED
 from pipeline.data.parts import PARTS, Part, Split
 from pipeline.models.extras import need
@@ -60,9 +60,10 @@ def from_objects(content: Any, name: str, seed: int) -> Raw:
         labels, digests[part], shape = _scan(samples, f"{name} ({part})", seed)
         parts[part] = listed(samples, labels, workers)
         shapes.add(shape)
-        classes = getattr(samples.source, "classes", None)
-        if names is None and isinstance(classes, Sequence) and not isinstance(classes, str):
-            names = tuple(str(one) for one in classes)
+        with user_code(f"{name}: the names in .classes", DataError):
+            classes = getattr(samples.source, "classes", None)
+            if names is None and isinstance(classes, Sequence) and not isinstance(classes, str):
+                names = tuple(str(one) for one in classes)
     if len(shapes) > 1:
         raise DataError(f"{name}: the parts have different shapes: {sorted(shapes)}.", "Give parts of one shape.")
     cut, hashes = cut_parts(parts, digests, seed, name)
@@ -73,10 +74,10 @@ def from_objects(content: Any, name: str, seed: int) -> Raw:
 
 def _named_parts(content: Any, name: str) -> dict[Part, Any]:
     if isinstance(content, Mapping):
-        unknown = [str(key) for key in content if key not in _SYNONYMS]
+        unknown = [brief(key) for key in content if key not in _SYNONYMS]
         if unknown:
-            hint = nearest(unknown[0], _SYNONYMS) or "Name them train, test and calibration."
-            raise DataError(f"{name} has a part named {unknown[0]!r}.", hint)
+            hint = nearest(unknown[0].strip("'"), _SYNONYMS) or "Name them train, test and calibration."
+            raise DataError(f"{name} has a part named {unknown[0]}.", hint)
         parts = {_SYNONYMS[key]: value for key, value in content.items()}
     elif isinstance(content, tuple | list) and len(content) in (2, 3) and not _is_arrays(content):
         parts = dict(zip(("train", "test", "calibration"), content, strict=False))
@@ -102,18 +103,21 @@ class _Samples(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, source: Any, indices: Sequence[int] | None, name: str) -> None:
         self.source, self.name = source, name
-        self.indices = range(len(source)) if indices is None else indices
+        with user_code(f"{name}: its length", DataError):
+            self.indices = range(len(source)) if indices is None else indices
+        self.like: Tensor | None = None
+        """The first sample that was read: the others have its shape, and are bytes where it is."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with user_code(self.name, DataError):
-            sample = self.source[self.indices[index]]
+        number = self.indices[index]
+        place = f"{self.name}, sample {number}"
+        with user_code(place, DataError):
+            sample = self.source[number]
         if not isinstance(sample, tuple | list) or len(sample) != 2:
-            raise DataError(
-                f"{self.name}: a sample is no pair (image, label).", "Return (image, label) from the data set."
-            )
+            raise DataError(f"{place} is no pair (image, label).", "Return (image, label) from the data set.")
         image, label = sample
         if isinstance(image, Image.Image):
             need("torchvision")
@@ -123,20 +127,39 @@ class _Samples(Dataset[tuple[Tensor, int]]):
             import torchvision
 
             image = torchvision.transforms.functional.pil_to_tensor(image)
-        elif isinstance(image, np.ndarray):
-            image = torch.from_numpy(image)
-        if not isinstance(image, Tensor) or image.ndim not in (2, 3):
-            what = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        if not isinstance(image, Tensor | np.ndarray) or image.ndim not in (2, 3):
+            what = tuple(image.shape) if isinstance(image, Tensor | np.ndarray) else type(image).__name__
+            raise DataError(f"{place} is {what}, not an image.", "Return tensors (channels, height, width).")
+        pixels = pixels_of(image, f"{place}: the image")
+        return self._alike(pixels if pixels.ndim == 3 else pixels[None], place), _class_number(label, place)
+
+    def _alike(self, image: Tensor, place: str) -> Tensor:
+        """The image, having checked that it has numbers, and the shape and scale of the others."""
+        like = self.like = image if self.like is None else self.like
+        if not image.numel():
+            raise DataError(f"{place} has the shape {tuple(image.shape)}: no pixel.", "Leave it out.")
+        if image.shape != like.shape:
             raise DataError(
-                f"{self.name}: a sample is {what}, not an image.", "Return tensors (channels, height, width)."
+                f"{place} has the shape {tuple(image.shape)}, others {tuple(like.shape)}.",
+                "Resize all samples to one shape.",
             )
-        try:
-            number = int(label)
-            if abs(number) >> 63:
-                raise ValueError("more than 64 bits")
-        except (TypeError, ValueError, OverflowError) as error:  # OverflowError: infinity
-            raise DataError(f"{self.name}: {label!r} is no class number.", "Return whole numbers from 0.") from error
-        return image if image.ndim == 3 else image[None], number
+        if image.dtype != like.dtype:  # bytes go from 0 to 255, floats as a rule from 0 to 1
+            raise DataError(f"{place} is {image.dtype}, others {like.dtype}.", "Return one type of image.")
+        if not bool(image.isfinite().all()):
+            raise DataError(f"{place} holds NaN or infinity.", "Correct it or leave it out.")
+        return image
+
+
+def _class_number(label: Any, place: str) -> int:
+    try:
+        number = int(label)
+        if isinstance(label, str | bytes) or number != label or abs(number) >> 63:
+            raise ValueError("no whole number of 64 bits")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # `label` can be an object of anybody's
+        raise DataError(f"{place}: {brief(label)} is no class number.", "Return whole numbers from 0.") from error
+    return number
 
 
 def _samples(value: Any, name: str) -> tuple[_Samples, int]:
@@ -166,7 +189,13 @@ def _scan(samples: _Samples, name: str, seed: int) -> tuple[Tensor, list[bytes],
     count = len(samples)
     if not count:
         raise DataError(f"{name} is empty.", "Give a data set with samples in it.")
-    known = getattr(samples.source, "targets", None) if count > SCANNED else None
+    known: Tensor | None = None
+    if count > SCANNED:
+        with user_code(f"{name}: its targets", DataError):
+            targets = getattr(samples.source, "targets", None)
+            known = None if targets is None else class_numbers(targets, f"{name}: targets")
+        if known is not None and len(known) <= max(samples.indices):
+            raise DataError(f"{name}: targets names the class of {len(known)} samples only.", "Give one per sample.")
     chosen = range(count) if known is None else range(0, count, count // SCANNED + 1)
     digests: list[bytes] = []
     labels: list[int] = []
@@ -174,15 +203,9 @@ def _scan(samples: _Samples, name: str, seed: int) -> tuple[Tensor, list[bytes],
     with seeded(seed):  # random transforms draw the same each time, so the fingerprint is the same
         for position in chosen:
             image, label = samples[position]
-            shape = shape or tuple(image.shape)
-            if tuple(image.shape) != shape:
-                raise DataError(
-                    f"{name}: sample {position} has the shape {tuple(image.shape)}, others {shape}.",
-                    "Resize all samples to one shape.",
-                )
-            check_finite(image[None], f"{name}, sample {position}")
+            shape = tuple(image.shape)
             digests.append(hashlib.sha256(image.contiguous().numpy().tobytes()).digest())
             labels.append(label)
     if known is None:
         return torch.tensor(labels), digests, shape
-    return torch.as_tensor(known).long()[list(samples.indices)], digests, shape
+    return known[list(samples.indices)], digests, shape

@@ -109,6 +109,9 @@ def describe(
     given = origin
     origin = replace(given, make=lambda: materialised(given.make, given.inputs), fold=fold)
     model = build_module(spec, origin, seed)
+    if origin.weigh_values:  # own code: what describes it is other people's, too
+        with from_code.user_code(spec, ModelError):
+            _ = structure(model), str(model), f"{model}"
     obstacle = unsupported(model)
     if obstacle is not None:
         raise CaptureError(*obstacle)

@@ -17,11 +17,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
-from foundation.errors import ModelError, UserError, nearest
+from foundation.errors import ModelError, UserError, first_line, nearest
 from foundation.files import sha256
-from pipeline.models.inspection import accepted, required, source_text
+from pipeline.models.inspection import accepted, check_whole, required, source_text
 from pipeline.models.plain import copied
 from pipeline.models.source import Origin, Shape, image_input
 
@@ -58,7 +59,11 @@ def origin_of_callable(
 
     def make() -> nn.Module:
         with user_code(spec, ModelError):
-            return call(**arguments)
+            model = call(**arguments)
+            if isinstance(model, nn.Module):
+                check_whole(model, spec)
+                model.eval()  # may be a method of theirs
+            return model
 
     return Origin(make, image_input(input_size), identity or source_text(call), weigh_values=True)
 
@@ -129,6 +134,8 @@ def user_code(spec: str, error: type[UserError]) -> Iterator[None]:
 
     Whatever its class: a `sys.exit(0)` there must not end the command as if all had gone well.
     """
+    kept = torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+    device = torch.get_default_device()
     try:
         yield
     except (UserError, KeyboardInterrupt):
@@ -136,9 +143,13 @@ def user_code(spec: str, error: type[UserError]) -> Iterator[None]:
     except BaseException as failure:
         frames = traceback.extract_tb(failure.__traceback__)
         theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(_OURS)]
-        last = (theirs or frames)[-1]
-        place = f"{Path(last.filename).name}, line {last.lineno}"
-        reason = (str(failure).splitlines() or [""])[0]
-        raise error(
-            f"{spec} failed: {type(failure).__name__}: {reason} ({place})", "Correct the code there."
-        ) from failure
+        place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+        kind, reason = type(failure).__name__, first_line(failure)
+        said = kind if reason == kind else f"{kind}: {reason}"
+        raise error(f"{spec} failed: {said}{place}", "Correct the code there.") from failure
+    finally:  # what the code sets for the whole process would decide what is computed afterwards
+        torch.set_default_dtype(kept[0])
+        torch.set_grad_enabled(kept[1])
+        torch.use_deterministic_algorithms(kept[2])
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)

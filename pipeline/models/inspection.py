@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from foundation.errors import ModelError
+
 LIBRARIES = ("torch", "torchvision", "timm", "transformers")
 """Code whose version pins its behaviour; any other class of a model is fingerprinted by its source text."""
 
@@ -18,6 +20,33 @@ def structure(model: nn.Module) -> str:
     printed = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model))  # a lambda's address changes from run to run
     tensors = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in model.state_dict().items()]
     return "\n".join([printed, *tensors])
+
+
+def check_whole(model: nn.Module, name: str) -> None:
+    """Raise ModelError where a module never ran `super().__init__()`, or a weight cannot be read as real numbers."""
+    seen: set[int] = set()
+    waiting = [("the model", model)]
+    while waiting:
+        place, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if "_modules" not in vars(module):
+            raise ModelError(
+                f"{name}: {place}, a {type(module).__name__}, never called super().__init__().",
+                "Call it first in its __init__.",
+            )
+        waiting += [(child, part) for child, part in vars(module)["_modules"].items() if part is not None]
+    for place, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"{name}: {place} in its state_dict is a {type(value).__name__}, not a tensor.",
+                "Keep what is no tensor out of the module's state.",
+            )
+        odd = "complex" if value.is_complex() else "meta" if value.is_meta else ""
+        odd = odd or ("sparse" if value.layout != torch.strided else "")
+        if odd:
+            raise ModelError(f"{name}: {place} is a {odd} tensor.", "Give weights that are plain real numbers.")
 
 
 def own_code(model: nn.Module) -> str:

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from foundation.errors import ModelError, first_line
 
+_NESTED = 100
+"""Lists within lists that an output is looked for in; more is one that holds itself."""
+
 
 def check(model: nn.Module, inputs: tuple[Tensor, ...], classes: int | None = None, name: str = "The model") -> Tensor:
     """Run `model` once and return its first output; `classes` is how many the data has.
@@ -34,10 +37,27 @@ def check(model: nn.Module, inputs: tuple[Tensor, ...], classes: int | None = No
             f"{name} returns one dict per sample, as detectors do: how many results it gives depends on the data.",
             "Give a model whose output is one tensor of logits (batch, classes), such as the detector's backbone.",
         )
-    while not isinstance(out, Tensor):
-        if not out or not isinstance(out, dict | tuple | list):
+    for _ in range(_NESTED):
+        if isinstance(out, Tensor):
+            break
+        if not isinstance(out, dict | tuple | list) or not out:
             raise ModelError(f"{name} returns {type(out).__name__}, not a tensor.", "Return logits (batch, classes).")
         out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+    if not isinstance(out, Tensor):
+        raise ModelError(f"{name} returns lists within lists, not a tensor.", "Return logits (batch, classes).")
+    rows = len(inputs[0]) if inputs else 0
+    if classes is not None:
+        odd = "meta" if out.is_meta else "sparse" if out.layout != torch.strided else ""
+        if odd or not out.is_floating_point():
+            raise ModelError(
+                f"{name} returns a {odd or str(out.dtype).removeprefix('torch.')} tensor, which no loss can train.",
+                "Return logits (batch, classes) in a float type.",
+            )
+        if out.ndim == 2 and out.shape[0] != rows:
+            raise ModelError(
+                f"{name} gives {out.shape[0]} rows of outputs for a batch of {rows} samples.",
+                "Return one row of logits per sample.",
+            )
     if classes is not None and (out.ndim != 2 or out.shape[1] < classes):
         raise ModelError(
             f"{name} gives outputs of shape {'x'.join(map(str, out.shape))} but the data has {classes} classes.",
