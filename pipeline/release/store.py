@@ -23,7 +23,7 @@ from pathlib import Path
 
 import filelock
 
-from foundation.errors import StoreError, VersionError, nearest
+from foundation.errors import StoreError, VersionError, first_line, nearest
 from foundation.files import sync
 
 PARTIAL = ".partial"
@@ -271,7 +271,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise
         raise _disk_error(error, folder) from None
     except Exception as error:
-        if "No space left on device" in str(error) or shutil.disk_usage(folder).free < 1 << 16:
+        if "No space left on device" in first_line(error) or shutil.disk_usage(folder).free < 1 << 16:
             raise _disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), folder) from None
         raise
 
