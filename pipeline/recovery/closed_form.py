@@ -41,6 +41,11 @@ CHUNK = 32
 ON_DISK = 3 << 30
 """Bytes of activations of both networks together, beyond which further ones are kept in a file that is mapped."""
 
+_ELEMENTWISE = (
+    aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor, aten.mul.Tensor, aten.mul_.Tensor,
+    aten.div.Tensor, aten.div_.Tensor,
+)  # fmt: skip
+"""Scales and positions that are learnt: no weights in the sense of a fit."""
 LARGE = 1 << 16
 """Numbers in a tensor, from which on it is counted and may go to disk."""
 
@@ -318,7 +323,7 @@ class _Walk:
     ) -> None:
         held = weight_of(node)
         if held is None or held not in fixed:
-            for source in node.all_input_nodes:
+            for source in node.all_input_nodes if node.target not in _ELEMENTWISE else ():
                 if source.name in self.parameters and fixed[source][0].dim() > 1:
                     reason = f"there is no rule for {node.target} ({node.name})"
                     self.fitted.append(Fitted(self.names[source.name], reason=reason))

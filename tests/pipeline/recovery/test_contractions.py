@@ -1,4 +1,4 @@
-"""Every contraction: rows times matrix is what the operator gives, at any positions, and matrices go back to weights."""
+"""Every contraction: rows times matrix is what the operator gives, anywhere, and matrices go back to weights."""
 
 import pytest
 import torch
