@@ -8,9 +8,10 @@ reconstruction (He et al. 2017, arXiv:1707.06168), here for every contraction of
 
 from __future__ import annotations
 
-import os
+import mmap
 import tempfile
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,29 +138,49 @@ class _Shelf:
     folder: Path | None = None
     held: int = 0
     on_disk: int = 0
-    sizes: dict[int, int] = field(default_factory=dict)
+    counted: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Tensor -> its bytes, and how many nodes have it for their value: what is written in place is that of several."""
+    mapped: weakref.WeakValueDictionary[int, mmap.mmap] = field(default_factory=weakref.WeakValueDictionary)
+    """Address of a tensor's memory -> the file behind it."""
 
-    def put(self, value: Any) -> Any:
-        """`value`, moved into a file where it is a large tensor of its own and memory is full."""
-        if not isinstance(value, Tensor) or value._is_view() or value.numel() < LARGE or id(value) in self.sizes:
+    def put(self, value: Any, *, move: bool = True) -> Any:
+        """`value` of one more node, moved into a file where it is a large tensor of its own and memory is full."""
+        if not isinstance(value, Tensor) or value.numel() < LARGE:
+            return value
+        if id(value) in self.counted:
+            size, nodes = self.counted[id(value)]
+            self.counted[id(value)] = size, nodes + 1
+            return value
+        if value._is_view():
             return value
         size = value.numel() * value.element_size()
-        if self.held + size <= self.limit:
+        if self.held + size <= self.limit or not move:
             self.held += size
-            self.sizes[id(value)] = size
+            self.counted[id(value)] = size, 1
             return value
         self.on_disk += size
-        handle, name = tempfile.mkstemp(prefix="leanort-activations-", dir=self.folder)
-        try:
-            os.close(handle)
-            mapped = torch.from_file(name, shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
-        finally:
-            Path(name).unlink()  # the mapping keeps it; the space is free again when the last value goes
-        return mapped.copy_(value)
+        with tempfile.TemporaryFile(dir=self.folder) as file:  # it has no name; the space is free when the value goes
+            file.truncate(size)
+            pages = mmap.mmap(file.fileno(), size)
+        stored = torch.frombuffer(pages, dtype=value.dtype).view(value.shape).copy_(value)
+        self.mapped[stored.untyped_storage().data_ptr()] = pages
+        self.rest(stored)
+        return stored
+
+    def rest(self, value: Any) -> None:
+        """Free the memory of a value that lies in a file, until it is read again."""
+        pages = self.mapped.get(value.untyped_storage().data_ptr()) if isinstance(value, Tensor) else None
+        if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+            pages.madvise(mmap.MADV_DONTNEED)  # of a shared mapping: what was written is kept by the file
 
     def drop(self, value: Any) -> None:
         """Forget a value that nobody reads any more."""
-        self.held -= self.sizes.pop(id(value), 0)
+        size, nodes = self.counted.get(id(value), (0, 0))
+        if nodes > 1:
+            self.counted[id(value)] = size, nodes - 1
+        elif nodes:
+            self.held -= size
+            del self.counted[id(value)]
 
 
 class _Walk:
@@ -255,7 +276,9 @@ class _Walk:
                         fixed[node] = sides
                     else:
                         at = next(inputs)
-                        column = [chunk[at].clone() if written else chunk[at] for chunk in self.chunks]
+                        column = [chunk[at] for chunk in self.chunks]
+                        if written:
+                            column = [self.shelf.put(value.clone()) for value in column]
                         values[node] = [column, column]
                     continue
                 if node.op != "call_function":
@@ -263,7 +286,8 @@ class _Walk:
                 tick(number, node.name)
                 self._node(node, values, fixed)
                 for dead in dies.get(node, ()):
-                    for column in values.pop(dead, ()):
+                    gone = values.pop(dead, [])
+                    for column in gone if gone and gone[0] is not gone[1] else gone[:1]:
                         for value in column:
                             self.shelf.drop(value)
 
@@ -278,7 +302,7 @@ class _Walk:
         changed = moved or any(fixed[s][0] is not fixed[s][1] for s in sources if s in fixed)
         first = sources[0] if sources else None
         if changed and writes(node) and first in values and values[first][0] is values[first][1]:
-            values[first] = [values[first][0], [v.clone() for v in values[first][0]]]
+            values[first] = [values[first][0], [self.shelf.put(v.clone()) for v in values[first][0]]]
         dense = self._column(node, values, fixed, 0)
         if not changed:
             values[node] = [dense, dense]
@@ -301,7 +325,9 @@ class _Walk:
         for chunk in range(len(self.chunks)):
             args = {s: values[s][side][chunk] if s in values else fixed[s][side] for s in node.all_input_nodes}
             value = self._call(node, args)
-            made.append(value if writes(node) else self.shelf.put(value))  # what is written into lies somewhere already
+            made.append(self.shelf.put(value, move=not writes(node)))  # other nodes have what is written in place
+            for used in args.values():
+                self.shelf.rest(used)
         return made
 
     def _call(self, node: fx.Node, args: Mapping[fx.Node, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +67,7 @@ def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool) 
     new = weight.double()
     if strength:
         # The rows held back are learnt from as well, about the mean of all.
-        both = (v - v.mean(1, keepdim=True) for v in (xs, rest)) if intercept else (xs, rest)
-        change = _Solver(*both).solve(strength)
+        change = solver.joined(xs, rest, held, centre=intercept).solve(strength)
         if bool(change.isfinite().all()):
             new = new + change
         else:
@@ -89,6 +89,24 @@ class _Solver:
         self.gram = gram.double()
         self.mean = (x.double().square().sum((1, 2)) / x.shape[2]).clamp_min(1e-30)
         self.product = None if self.dual else (x.mT @ rest).double()
+
+    def joined(self, x: Tensor, rest: Tensor, more: Tensor, *, centre: bool) -> _Solver:
+        """The solver of all rows of `x` and `rest`, about their mean where `centre`; it knew those that are not `more`.
+
+        The products of rows that it knew are not formed again.
+        """
+        if self.product is None:
+            return _Solver(*((v - v.mean(1, keepdim=True) for v in (x, rest)) if centre else (x, rest)))
+        made = copy.copy(self)
+        further, left = x[:, more], rest[:, more]
+        made.gram = self.gram + (further.mT @ further).double()
+        made.product = self.product + (further.mT @ left).double()
+        if centre:
+            mean_x, mean_rest = (v.mean(1, keepdim=True, dtype=torch.float64) for v in (x, rest))
+            made.gram = made.gram - x.shape[1] * mean_x.mT @ mean_x
+            made.product = made.product - x.shape[1] * mean_x.mT @ mean_rest
+        made.mean = made.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+        return made
 
     def solve(self, strength: float) -> Tensor:
         """(groups, outputs, columns); the strength is raised tenfold while the matrix cannot be factored."""
