@@ -39,7 +39,7 @@ LEAST = 10
 """Samples, at the least: some of them are held back."""
 CHUNK = 32
 """Samples that are computed at once."""
-ON_DISK = 3 << 30
+ON_DISK = 2 << 30
 """Bytes of activations of both networks together, beyond which further ones are kept in a file that is mapped."""
 
 _ELEMENTWISE = (
