@@ -17,9 +17,8 @@ from pipeline.channels.program.capture import capture
 from pipeline.drawing.widths import widths_svg
 from pipeline.recipe.config import Config
 from pipeline.runner import Step
-from pipeline.selection import criteria
 from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import choose_groups
+from pipeline.selection.choose import choose_groups, measured, observed
 from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
 from pipeline.training import masks
@@ -100,14 +99,15 @@ def plan(config: Config) -> Plan:
     source, data = runner.sources(config.model, None, config)
     model = source.build()
     analysis = analyse(capture(model, models.example(source)), policy_of(config.prune.groups))
-    seen = observe(model, data, criteria.find(config.prune.criterion).observes)
+    seen = observe(model, data, observed(config.prune), config.prune.samples)
     maskable = masks.maskable(model)
+    worth = measured(analysis, seen, config.prune, maskable)
     elements = sum(p.numel() for p in model.parameters())
     width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(1, elements)  # bytes of one parameter
 
     def at(ratio: float) -> tuple[Removed, Size]:
         section = config.prune.model_copy(update={"ratio": ratio})
-        removed = choose_groups(analysis, seen, section, ratio, maskable)
+        removed = choose_groups(analysis, seen, section, ratio, maskable, worth)
         return removed, analysis.estimate(removed)
 
     removed, expected = at(config.prune.ratio)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from pipeline.recipe.removal import GroupSwitches
 from pipeline.recipe.section import Section, Seed
@@ -22,7 +22,10 @@ class PruneSection(Section):
         validation_alias=AliasChoices("criterion", "norm"),
         description="how much a group matters: l1, l2, ...; those that matter least go",
     )
-    scope: Literal["layer", "global"] = Field("layer", description="rank inside each layer, or over the whole model")
+    scope: Literal["layer", "global", "curves"] = Field(
+        "layer", description="rank inside each layer, over the whole model, or by measured loss per operation saved"
+    )
+    samples: int = Field(64, ge=1, le=100_000, description="calibration samples that curves are measured on")
     align: int | Literal["auto"] = Field("auto", description="kept channels are a multiple; auto = host vector block")
     floor: float = Field(0.1, ge=0.0, le=1.0, description="share of every layer's groups that always stays")
     overrides: dict[str, float] = Field(default_factory=dict, description="layer glob -> ratio")
@@ -48,3 +51,9 @@ class PruneSection(Section):
             if not 0.0 <= ratio < 1.0:  # NaN, too
                 raise ValueError(f"the ratio for {glob!r} must be in [0, 1), got {ratio}")
         return value
+
+    @model_validator(mode="after")
+    def _curves(self) -> PruneSection:
+        if self.scope == "curves" and self.method not in ("structured", "none"):
+            raise ValueError(f"scope 'curves' is for method 'structured', not {self.method!r}: use layer or global")
+        return self

@@ -8,18 +8,21 @@ reconstruction (He et al. 2017, arXiv:1707.06168), here for every contraction of
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
 from foundation.editor import writes
+from foundation.files import memory_of
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import last_uses
 from pipeline.recovery import regression
@@ -36,13 +39,23 @@ LEAST = 10
 """Samples, at the least: some of them are held back."""
 CHUNK = 32
 """Samples that are computed at once."""
-ON_DISK = 3 << 30
+ON_DISK = 2 << 30
 """Bytes of activations of both networks together, beyond which further ones are kept in a file that is mapped."""
+
+_ELEMENTWISE = (
+    aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor, aten.mul.Tensor, aten.mul_.Tensor,
+    aten.div.Tensor, aten.div_.Tensor,
+)  # fmt: skip
+"""Scales and positions that are learnt: no weights in the sense of a fit."""
+LARGE = 1 << 16
+"""Numbers in a tensor, from which on it is counted and may go to disk."""
 
 _NORMS: dict[Any, int] = {
     aten.batch_norm.default: 1, aten.layer_norm.default: 2, aten.group_norm.default: 2, aten.instance_norm.default: 1,
 }  # fmt: skip
 """Norms with a shift -> the position of their scale; the shift comes next."""
+_CENTRING = (aten.batch_norm.default, aten.instance_norm.default)
+"""Norms that take a wrong mean of a channel for what their own shift can mend."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +93,41 @@ def recover(
     start: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     on_disk: int = ON_DISK,
+    folder: Path | None = None,
     tick: Tick = lambda done, note: None,
 ) -> ClosedForm:
     """Fit the kept weights under `masks` to what `captured` computes, which is the dense network.
 
     `masks`: parameter name -> bool tensor, True = kept. `inputs`: the model's inputs, all samples in dimension 0 of
     each. `start`: the weights that the pruned network has by now, where they are not the dense ones; the fit is pulled
-    to them. `tick(nodes done, name)` is called as it goes. Deterministic: the same inputs and seed give the same
-    weights. Raises ValueError for fewer than `LEAST` samples, or activations that are not finite.
+    to them. `tick(nodes done, name)` is called as it goes. Activations beyond `on_disk` bytes lie in files that have no
+    name (in `folder`, by default where the system keeps temporary ones), so that nothing is left behind. Deterministic:
+    the same inputs and seed give the same weights. A weight that reads activations which are not finite stays, and its
+    `Fitted.reason` says so. Raises ValueError for fewer than `LEAST` samples, inputs of different lengths or that are
+    not finite, a fixed batch larger than the samples, and a graph that cannot be run node by node.
     """
     began = time.perf_counter()
-    if len(inputs[0]) < LEAST:
-        raise ValueError(f"{len(inputs[0])} samples are too few to fit weights to; it takes {LEAST}")
-    walk = _Walk(captured, masks, {**captured.state, **(start or {})}, inputs, seed, on_disk)
-    walk.run(tick)
-    state = {**walk.start, **walk.result}
-    return ClosedForm(state, tuple(walk.fitted), time.perf_counter() - began, walk.shelf.on_disk)
+    _check(captured, inputs)
+    # What counts is in `captured.state`; the program may hold older values of it.
+    walk = _Walk(captured, masks, {**captured.state, **(start or {})}, inputs, seed, _Shelf(on_disk, folder))
+    with torch.random.fork_rng(devices=[]):
+        walk.run(tick)
+    return ClosedForm(walk.state(), tuple(walk.fitted), time.perf_counter() - began, walk.shelf.on_disk)
+
+
+def _check(captured: Captured, inputs: Sequence[Tensor]) -> None:
+    """Raise ValueError where the samples cannot be used."""
+    counts = {len(x) for x in inputs}
+    if len(counts) != 1:
+        raise ValueError(f"the inputs hold different numbers of samples: {sorted(counts)}")
+    count = counts.pop()
+    if count < LEAST:
+        raise ValueError(f"{count} samples are too few to fit weights to; it takes {LEAST}")
+    if not captured.dynamic_batch and count < len(captured.example[0]):
+        raise ValueError(f"{count} samples do not fill the batch of {len(captured.example[0])} that the model fixes")
+    for at, x in enumerate(inputs):
+        if (x.is_floating_point() or x.is_complex()) and not bool(x.isfinite().all()):
+            raise ValueError(f"input {at} holds values that are not finite")
 
 
 @dataclass
@@ -103,32 +135,52 @@ class _Shelf:
     """Where activations lie: in memory, or in mapped files once there are too many bytes of them."""
 
     limit: int
+    folder: Path | None = None
     held: int = 0
     on_disk: int = 0
-    folder: Any = None
-    sizes: dict[int, int] = field(default_factory=dict)
+    counted: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Tensor -> its bytes, and how many nodes have it for their value: what is written in place is that of several."""
+    mapped: weakref.WeakValueDictionary[int, mmap.mmap] = field(default_factory=weakref.WeakValueDictionary)
+    """Address of a tensor's memory -> the file behind it."""
 
-    def put(self, value: Any) -> Any:
-        """`value`, moved into a file where it is a large tensor of its own and memory is full."""
-        if not isinstance(value, Tensor) or value._base is not None or value.numel() < 1 << 16:
+    def put(self, value: Any, *, move: bool = True) -> Any:
+        """`value` of one more node, moved into a file where it is a large tensor of its own and memory is full."""
+        if not isinstance(value, Tensor) or value.numel() < LARGE:
+            return value
+        if id(value) in self.counted:
+            size, nodes = self.counted[id(value)]
+            self.counted[id(value)] = size, nodes + 1
+            return value
+        if value._is_view():
             return value
         size = value.numel() * value.element_size()
-        if self.held + size <= self.limit or value.dtype == torch.bool:
+        if self.held + size <= self.limit or not move:
             self.held += size
-            self.sizes[id(value)] = size
+            self.counted[id(value)] = size, 1
             return value
-        if self.folder is None:
-            self.folder = tempfile.TemporaryDirectory(prefix="leanort-activations-")
         self.on_disk += size
-        file = tempfile.NamedTemporaryFile(dir=self.folder.name, delete=False)  # noqa: SIM115  # mapped, then unlinked
-        array = np.memmap(file, dtype=value.numpy().dtype, mode="w+", shape=tuple(value.shape))
-        array[...] = value.contiguous().numpy()
-        file.close()
-        return torch.from_numpy(array)
+        with tempfile.TemporaryFile(dir=self.folder) as file:  # it has no name; the space is free when the value goes
+            file.truncate(size)
+            pages = mmap.mmap(file.fileno(), size)
+        stored = torch.frombuffer(pages, dtype=value.dtype).view(value.shape).copy_(value)
+        self.mapped[stored.untyped_storage().data_ptr()] = pages
+        self.rest(stored)
+        return stored
+
+    def rest(self, value: Any) -> None:
+        """Free the memory of a value that lies in a file, until it is read again."""
+        pages = self.mapped.get(value.untyped_storage().data_ptr()) if isinstance(value, Tensor) else None
+        if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+            pages.madvise(mmap.MADV_DONTNEED)  # of a shared mapping: what was written is kept by the file
 
     def drop(self, value: Any) -> None:
         """Forget a value that nobody reads any more."""
-        self.held -= self.sizes.pop(id(value), 0)
+        size, nodes = self.counted.get(id(value), (0, 0))
+        if nodes > 1:
+            self.counted[id(value)] = size, nodes - 1
+        elif nodes:
+            self.held -= size
+            del self.counted[id(value)]
 
 
 class _Walk:
@@ -141,7 +193,7 @@ class _Walk:
         start: Mapping[str, Tensor],
         inputs: Sequence[Tensor],
         seed: int,
-        on_disk: int,
+        shelf: _Shelf,
     ) -> None:
         self.captured, self.seed, self.start = captured, seed, start
         self.graph = captured.program.graph
@@ -152,12 +204,23 @@ class _Walk:
         }
         held: dict[str, Any] = {**captured.program.constants, **captured.program.state_dict, **captured.state}
         self.dense = {node: held[target] for node, target in self.names.items()}
-        self.masks = {node: masks[target] for node, target in self.names.items() if target in masks}
+        self.parameters = set(captured.program.graph_signature.inputs_to_parameters)
+        # Tied tensors lie under several names, and a mask may be given under any of them.
+        self.memory = {name: memory_of(name, value) for name, value in captured.state.items()}
+        known = {self.memory[name]: torch.as_tensor(mask) for name, mask in masks.items() if name in self.memory}
+        self.masks = {
+            node: known[self.memory[target]] for node, target in self.names.items() if self.memory.get(target) in known
+        }
+        self.readers: dict[Any, int] = {}
+        for node in self.graph.nodes:
+            if node.name in self.names:
+                key = self._key(node)
+                self.readers[key] = self.readers.get(key, 0) + len(node.users)
         self.result: dict[str, Tensor] = {}
         self.fitted: list[Fitted] = []
-        self.shelf = _Shelf(on_disk)
+        self.shelf = shelf
         self.chunks = self._chunks(inputs)
-        samples = len(self.order)
+        self.samples = samples = sum(len(chunk[0]) for chunk in self.chunks)
         # The samples held back lie anywhere in the data: it may be sorted by class.
         draw = torch.Generator().manual_seed(seed)
         self.held_back = torch.zeros(samples, dtype=torch.bool)
@@ -167,24 +230,34 @@ class _Walk:
         count = len(inputs[0])
         size = CHUNK if self.captured.dynamic_batch else len(self.captured.example[0])
         starts = range(0, count - (0 if self.captured.dynamic_batch else size - 1), size)
-        self.order = torch.arange(count if self.captured.dynamic_batch else len(starts) * size)
         chunks = [[x[start : start + size] for x in inputs] for start in starts]
         if self.captured.dynamic_batch and len(chunks) > 1 and len(chunks[-1][0]) == 1:
             last = chunks.pop()  # a batch of one is a case of its own to torch.export
             chunks[-1] = [torch.cat([a, b]) for a, b in zip(chunks[-1], last, strict=True)]
         return chunks
 
+    def _key(self, node: fx.Node) -> Any:
+        """The same for placeholders of tied tensors."""
+        target = self.names[node.name]
+        return self.memory.get(target, target)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every parameter by each of its names, the originals under the masks as they were."""
+        made: dict[Any, Tensor] = {}
+        for node in self.graph.nodes:
+            name = self.names.get(node.name)
+            if name not in self.result:
+                continue
+            value, mask = self.result[name], self.masks.get(node.name)
+            made[self._key(node)] = value if mask is None else torch.where(mask, value, self.start[name])
+        return {name: made.get(self.memory.get(name, name), value) for name, value in self.start.items()}
+
     def run(self, tick: Tick) -> None:
-        """Compute, fit, forget, node by node."""
+        """Compute, fit, forget, node by node. Raises ValueError where an operator does not take its operands."""
         pruned = {node: self.start.get(self.names[node], value) for node, value in self.dense.items()}
-        pruned = {n: self.dense[n] if torch.equal(v, self.dense[n]) else v for n, v in pruned.items()}
         for node, mask in self.masks.items():
             pruned[node] = torch.where(mask, pruned[node], torch.zeros((), dtype=pruned[node].dtype))
-        readers: dict[str, int] = {}
-        for node in self.graph.nodes:
-            held = weight_of(node)
-            if held is not None:
-                readers[held.name] = readers.get(held.name, 0) + 1
+        pruned = {n: self.dense[n] if _same(v, self.dense[n]) else v for n, v in pruned.items()}
         values: dict[fx.Node, list[list[Any]]] = {}  # node -> [dense values, pruned values], each by chunk
         dies = last_uses(self.graph)
         inputs = iter(range(len(self.chunks[0])))
@@ -194,33 +267,31 @@ class _Walk:
                 if node.op == "output":
                     break
                 if node.op == "placeholder":
+                    # A graph may write into its inputs and its state; ours are no one else's.
+                    written = any(writes(user) for user in node.users)
                     if node.name in self.dense:
-                        fixed[node] = [self.dense[node.name], pruned[node.name]]
+                        sides = [self.dense[node.name], pruned[node.name]]
+                        if written:
+                            sides = [v.clone() if isinstance(v, Tensor) else v for v in sides]
+                        fixed[node] = sides
                     else:
                         at = next(inputs)
                         column = [chunk[at] for chunk in self.chunks]
+                        if written:
+                            column = [self.shelf.put(value.clone()) for value in column]
                         values[node] = [column, column]
                     continue
+                if node.op != "call_function":
+                    raise ValueError(f"the graph holds a {node.op} node ({node.name}), which has no values of its own")
                 tick(number, node.name)
-                self._node(node, values, fixed, readers)
+                self._node(node, values, fixed)
                 for dead in dies.get(node, ()):
-                    for column in values.pop(dead, ()):
+                    gone = values.pop(dead, [])
+                    for column in gone if gone and gone[0] is not gone[1] else gone[:1]:
                         for value in column:
                             self.shelf.drop(value)
-        for node in self.masks:
-            name = self.names[node]
-            if name not in self.result:
-                continue
-            # Originals stay under the masks.
-            self.result[name] = torch.where(self.masks[node], self.result[name], self.start[name])
 
-    def _node(
-        self,
-        node: fx.Node,
-        values: dict[fx.Node, list[list[Any]]],
-        fixed: dict[fx.Node, list[Any]],
-        readers: Mapping[str, int],
-    ) -> None:
+    def _node(self, node: fx.Node, values: dict[fx.Node, list[list[Any]]], fixed: dict[fx.Node, list[Any]]) -> None:
         sources = node.all_input_nodes
         if all(source in fixed for source in sources):  # of weights alone
             pair = [self._call(node, {s: fixed[s][side] for s in sources}) for side in (0, 1)]
@@ -231,14 +302,16 @@ class _Walk:
         changed = moved or any(fixed[s][0] is not fixed[s][1] for s in sources if s in fixed)
         first = sources[0] if sources else None
         if changed and writes(node) and first in values and values[first][0] is values[first][1]:
-            values[first] = [values[first][0], [v.clone() for v in values[first][0]]]
+            values[first] = [values[first][0], [self.shelf.put(v.clone()) for v in values[first][0]]]
         dense = self._column(node, values, fixed, 0)
         if not changed:
             values[node] = [dense, dense]
             return
         if moved:
-            self._fit(node, values, fixed, dense, readers)
-        values[node] = [dense, self._column(node, values, fixed, 1)]
+            self._fit(node, values, fixed, dense)
+        pruned = self._column(node, values, fixed, 1)
+        # A size is the same number in both, however they differ.
+        values[node] = [dense, dense if all(isinstance(v, int) for v in dense) and dense == pruned else pruned]
         if node.target in _NORMS:
             self._shift(node, values, fixed)
 
@@ -246,14 +319,24 @@ class _Walk:
         self, node: fx.Node, values: dict[fx.Node, list[list[Any]]], fixed: dict[fx.Node, list[Any]], side: int
     ) -> list[Any]:
         made = []
+        target: Any = node.target
+        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+            torch.manual_seed(self.seed + hash_of(node.name))  # the same noise in both networks, and in every run
         for chunk in range(len(self.chunks)):
             args = {s: values[s][side][chunk] if s in values else fixed[s][side] for s in node.all_input_nodes}
-            made.append(self.shelf.put(self._call(node, args)))
+            value = self._call(node, args)
+            made.append(self.shelf.put(value, move=not writes(node)))  # other nodes have what is written in place
+            for used in args.values():
+                self.shelf.rest(used)
         return made
 
     def _call(self, node: fx.Node, args: Mapping[fx.Node, Any]) -> Any:
         target: Any = node.target
-        return target(*fx.node.map_arg(node.args, args.__getitem__), **fx.node.map_arg(node.kwargs, args.__getitem__))
+        positional = fx.node.map_arg(node.args, args.__getitem__)
+        try:
+            return target(*positional, **fx.node.map_arg(node.kwargs, args.__getitem__))
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{node.name} cannot be run by itself: {str(error).splitlines()[0]}") from error
 
     # ── fitting ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -263,22 +346,28 @@ class _Walk:
         values: dict[fx.Node, list[list[Any]]],
         fixed: dict[fx.Node, list[Any]],
         dense: list[Any],
-        readers: Mapping[str, int],
     ) -> None:
         held = weight_of(node)
-        if held is None:
+        if held is None or held not in fixed:
+            for source in node.all_input_nodes if node.target not in _ELEMENTWISE else ():
+                if source.name in self.parameters and fixed[source][0].dim() > 1:
+                    reason = f"there is no rule for {node.target} ({node.name})"
+                    self.fitted.append(Fitted(self.names[source.name], reason=reason))
             return
         name = self.names.get(held.name)
-        if name is None or held not in fixed:
-            what = "is computed from others" if held in fixed else "depends on the input"
-            self.fitted.append(Fitted(held.name, reason=f"the weight of {node.name} {what}"))
+        if name is None or held.name not in self.parameters:
+            what = "is computed from others" if name is None else "is no parameter"
+            self.fitted.append(Fitted(name or held.name, reason=f"the weight of {node.name} {what}"))
             return
         found = contraction(node, fixed[held][0])
         if found is None or found.x not in values:
-            self.fitted.append(Fitted(name, reason="what it multiplies is no input"))
+            self.fitted.append(
+                Fitted(name, reason=f"there is no rule for {node.target} of such operands ({node.name})")
+            )
             return
-        if readers[held.name] > 1:
-            self.fitted.append(Fitted(name, reason=f"{readers[held.name]} operators read it"))
+        reason = self._obstacle(node, found, values[found.x][1], dense, fixed[held][1])
+        if reason:
+            self.fitted.append(Fitted(name, reason=reason))
             return
         matrix = found.to_matrix(fixed[held][1])
         mask = self.masks.get(held.name, torch.ones_like(fixed[held][0], dtype=torch.bool))
@@ -290,17 +379,23 @@ class _Walk:
         if not bool(kept.any()):
             self.fitted.append(Fitted(name, reason="nothing of it is kept"))
             return
-        x, y, held_back = self._rows(node, found, values[found.x][1], dense)
+        x, y, held_back = self._rows(node, found, values[found.x][1], dense, matrix)
+        if not (bool(x.isfinite().all()) and bool(y.isfinite().all())):
+            self.fitted.append(Fitted(name, reason="it reads or gave values that are not finite"))
+            return
         bias = found.bias
-        own_bias = bias is not None and self.names.get(bias.name) is not None and readers.get(bias.name, 0) == 0
-        intercept = own_bias or self._norm_follows(node)
+        own_bias = bias is not None and self._own_shift(bias, fixed, matrix.shape[0] * matrix.shape[1])
+        intercept = own_bias or self._norm_follows(node, fixed)
         new, made = self._solve(x, y, matrix, outputs, columns, held_back, intercept)
         value = found.from_matrix(new)
         self.result[name] = value
         fixed[held] = [fixed[held][0], torch.where(mask, value, torch.zeros_like(value))]
         if own_bias and bias is not None:
             whole = fixed[bias][1].clone()
-            whole[outputs.flatten()] = torch.cat([fit.bias.flatten() for fit in made if fit.bias is not None])
+            new_bias = torch.cat([fit.bias.flatten() for fit in made if fit.bias is not None])
+            whole[outputs.flatten()] = new_bias.to(whole.dtype)
+            if bias.name in self.masks:
+                whole = torch.where(self.masks[bias.name], whole, torch.zeros_like(whole))
             self.result[self.names[bias.name]] = whole
             fixed[bias] = [fixed[bias][0], whole]
         total = sum(fit.error_before for fit in made), sum(fit.error_after for fit in made)
@@ -315,31 +410,72 @@ class _Walk:
             )
         )
 
-    def _norm_follows(self, node: fx.Node) -> bool:
-        """Whether a norm with a shift is all that reads it, so that a wrong mean is mended there."""
+    def _obstacle(
+        self, node: fx.Node, found: Contraction, inputs: list[Any], outputs: list[Any], weight: Tensor
+    ) -> str:
+        """Why the weight stays as it is; "" where nothing is in the way."""
+        readers = self.readers[self._key(found.weight)]
+        if readers > 1:
+            return f"{readers} operators read it"
+        if any(v.is_complex() or not v.is_floating_point() for v in (inputs[0], outputs[0], weight)):
+            return "it is no matter of real numbers"
+        if inputs[0].dim() < weight.dim():
+            return f"the input of {node.name} has no dimension for the samples"
+        return ""
+
+    def _own_shift(self, shift: fx.Node, fixed: dict[fx.Node, list[Any]], size: int) -> bool:
+        """Whether `shift` is a parameter of `size` numbers that nothing else reads."""
+        if shift not in fixed or shift.name not in self.parameters:
+            return False
+        value = fixed[shift][0]
+        return tuple(value.shape) == (size,) and value.is_floating_point() and self.readers[self._key(shift)] == 1
+
+    def _shift_of(self, norm: fx.Node, fixed: dict[fx.Node, list[Any]]) -> fx.Node | None:
+        """The shift of a norm where it can take what a channel's mean lacks."""
+        at = _NORMS[norm.target] + 1
+        shift = norm.args[at] if len(norm.args) > at else None
+        if not isinstance(shift, fx.Node) or shift not in fixed:
+            return None
+        return shift if self._own_shift(shift, fixed, fixed[shift][0].numel()) else None
+
+    def _norm_follows(self, node: fx.Node, fixed: dict[fx.Node, list[Any]]) -> bool:
+        """Whether a norm whose shift mends a wrong mean is all that reads it."""
         users = list(node.users)
-        return len(users) == 1 and users[0].target in _NORMS
+        return len(users) == 1 and users[0].target in _CENTRING and self._shift_of(users[0], fixed) is not None
+
+    def _batch_axis(self, node: fx.Node, samples: int) -> int:
+        """The dimension of the samples in what a matrix multiplies; 0 where none shows."""
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            for axis, size in enumerate(value.shape[:-1]):
+                if size == samples if isinstance(size, int) else self.captured.dynamic_batch:
+                    return axis
+        return 0
 
     def _rows(
-        self, node: fx.Node, found: Contraction, inputs: list[Tensor], outputs: list[Tensor]
+        self, node: fx.Node, found: Contraction, inputs: list[Tensor], outputs: list[Tensor], matrix: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (rows, groups, columns), targets (rows, groups, outputs), which rows are held back."""
-        samples = len(self.order)
+        axis = self._batch_axis(found.x, -1 if self.captured.dynamic_batch else len(self.chunks[0][0]))
+        if axis and found.matrix:
+            inputs, outputs = ([v.movedim(axis, 0) for v in side] for side in (inputs, outputs))
         count = found.count(outputs[0])
-        columns = found.rows(inputs[0][:1], torch.zeros(1, dtype=torch.long))
-        width = columns.shape[-1]
-        wanted = min(max(ROWS, PER_COLUMN * width), max(1, MOST // columns[0, 0].numel()))
-        each = min(count, -(-wanted // samples))
+        width = matrix.shape[2]
+        wanted = min(max(ROWS, PER_COLUMN * width), max(1, MOST // (matrix.shape[0] * width)))
+        each = min(count, -(-wanted // sum(len(x) for x in inputs)))
         draw = torch.Generator().manual_seed(self.seed + 1 + hash_of(node.name))
         xs, ys, held, start = [], [], [], 0
-        for x, y in zip(inputs, outputs, strict=True):
+        for x, y, chunk in zip(inputs, outputs, self.chunks, strict=True):
             # The same places of every sample of a chunk, others in the next.
             places = torch.randperm(count, generator=draw)[:each]
-            xs.append(found.rows(x, places).flatten(0, 1))
-            ys.append(found.targets(y, places).flatten(0, 1))
-            held.append(self.held_back[start : start + len(x)].repeat_interleave(each))
-            start += len(x)
-        return torch.cat(xs).float(), torch.cat(ys).float(), torch.cat(held)
+            xs.append(found.rows(x, places).flatten(0, 1).float())
+            ys.append(found.targets(y, places).flatten(0, 1).float())
+            samples = len(chunk[0])
+            # Windows and frames lie beside each other in the batch: several entries are of one sample.
+            owner = start + torch.arange(len(x)) * samples // len(x)
+            held.append(self.held_back[owner].repeat_interleave(each))
+            start += samples
+        return torch.cat(xs), torch.cat(ys), torch.cat(held)
 
     def _solve(
         self,
@@ -371,22 +507,21 @@ class _Walk:
 
     def _shift(self, node: fx.Node, values: dict[fx.Node, list[list[Any]]], fixed: dict[fx.Node, list[Any]]) -> None:
         """Give a norm's shift what its output's mean lacks, per channel; the pruned values move along."""
-        at = _NORMS[node.target] + 1
-        shift = node.args[at] if len(node.args) > at else None
-        if not isinstance(shift, fx.Node) or shift not in fixed or shift.name not in self.names:
-            return
-        if len(shift.users) > 1:
+        shift = self._shift_of(node, fixed)
+        if shift is None:
             return
         dense, pruned = values[node]
         axis = -1 if node.target is aten.layer_norm.default else 1
         size = fixed[shift][0].shape
-        if len(size) != 1 or dense[0].shape[axis] != size[0]:
+        if dense[0].shape[axis] != size[0]:
             return
         lack = torch.zeros(size[0], dtype=torch.float64)
         for a, b in zip(dense, pruned, strict=True):
             rest = [d for d in range(a.dim()) if d != axis % a.dim()]
             lack += (a.double() - b.double()).mean(rest) * len(a)
-        lack /= len(self.order)
+        lack /= sum(len(a) for a in dense)
+        if not bool(lack.isfinite().all()):
+            return
         if shift.name in self.masks:
             lack[~self.masks[shift.name]] = 0
         lack = lack.to(fixed[shift][0].dtype)
@@ -397,6 +532,11 @@ class _Walk:
         shape[axis] = -1
         for value in pruned:
             value += lack.reshape(shape)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values of the model are one, or alike in every number."""
+    return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
 
 
 def hash_of(name: str) -> int:

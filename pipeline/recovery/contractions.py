@@ -24,7 +24,8 @@ class Contraction:
     `x`, `weight`, `bias`: the nodes that it reads; `bias` may be None. `groups`: of the weight. `to_matrix` brings a
     weight into the form (groups, outputs, columns), `from_matrix` back. `rows(x, positions)` gives (batch, positions,
     groups, columns) of an input; `targets(y, positions)` gives (batch, positions, groups, outputs) of an output.
-    `count`: positions of one sample, given an output.
+    `count`: positions of one sample, given an output. `matrix`: whether the last dimension alone is contracted, so that
+    the others are in any order.
     """
 
     x: fx.Node
@@ -36,15 +37,16 @@ class Contraction:
     rows: Callable[[Tensor, Tensor], Tensor]
     targets: Callable[[Tensor, Tensor], Tensor]
     count: Callable[[Tensor], int]
+    matrix: bool = False
 
 
 def contraction(node: fx.Node, weight: Tensor | None) -> Contraction | None:
     """The contraction that `node` is, None for any other operator; `weight` is the value of its weight."""
     if node.op != "call_function" or weight is None:
         return None
-    if node.target is aten.linear.default:
+    if node.target is aten.linear.default and weight.dim() == 2:
         return _linear(node, 1, transposed=False)
-    if node.target is aten.addmm.default:
+    if node.target is aten.addmm.default and node.kwargs.get("beta", 1) == node.kwargs.get("alpha", 1) == 1:
         return _linear(node, 2, transposed=True)
     if node.target in (aten.mm.default, aten.matmul.default) and weight.dim() == 2:
         return _linear(node, 1, transposed=True)
@@ -60,14 +62,7 @@ def weight_of(node: fx.Node) -> fx.Node | None:
     if node.op != "call_function":
         return None
     at = 2 if node.target is aten.addmm.default else 1
-    known = (
-        aten.linear.default,
-        aten.addmm.default,
-        aten.mm.default,
-        aten.matmul.default,
-        *_CONVOLUTIONS,
-        *_TRANSPOSED,
-    )
+    known = (*_MATRICES, *_CONVOLUTIONS, *_TRANSPOSED)
     found = node.args[at] if node.target in known and len(node.args) > at else None
     return found if isinstance(found, fx.Node) else None
 
@@ -114,6 +109,7 @@ def _linear(node: fx.Node, at: int, *, transposed: bool) -> Contraction | None:
         rows=drawn,
         targets=drawn,
         count=lambda y: y[0].numel() // y.shape[-1],
+        matrix=True,
     )
 
 
@@ -183,7 +179,7 @@ def _transposed(node: fx.Node, weight: Tensor) -> Contraction | None:
 
     def from_matrix(value: Tensor) -> Tensor:
         parts = value.reshape(groups, outputs, inputs, *kernel).transpose(1, 2).flip(spatial)
-        return parts.reshape(weight.shape)
+        return parts.reshape(weight.shape).contiguous()
 
     def rows(value: Tensor, positions: Tensor) -> Tensor:
         spread = value.new_zeros(

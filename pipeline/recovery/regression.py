@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean diagonal of the Gram matrix: from hardly any pull to as strong as the data."""
 HELD_BACK = 5
 """One sample in so many chooses the strength."""
+FLAT = 1e-5
+"""Of a column's largest value: who varies by no more is constant."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,23 @@ def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool) 
     (rows,) bool, True = held back. The strength s is the one of `STRENGTHS` whose fit on the other rows leaves the
     least on those; where none leaves less than the old weights do (with the mean mended), these stay. Solved in
     float64, in the smaller of the two spaces (columns, or rows where there are fewer of them). Hoerl & Kennard 1970.
+    Raises ValueError for values that are not finite, and where no row, or every one, is held back.
     """
+    if not bool(held.any()) or bool(held.all()):
+        raise ValueError("rows have to be held back, and not all of them")
+    if not all(bool(v.isfinite().all()) for v in (x, y, weight)):
+        raise ValueError("what weights are fitted to has to be finite")
     x, y = x.movedim(1, 0), y.movedim(1, 0)  # groups first
     learn = ~held
-    mean_x, mean_y = (v[:, learn].mean(1, keepdim=True, dtype=torch.float64) for v in (x, y))
+    old = weight.float()
+    mean_x, mean_y = (v[:, learn].mean(1, keepdim=True, dtype=torch.float64).float() for v in (x, y))
     if not intercept:
         mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
-    xs, ys = x - mean_x.float(), y - mean_y.float()
-    rest = ys - xs @ weight.mT  # what the old weights leave
+    xs, ys = x - mean_x, y - mean_y
+    # What is left of a constant column once its mean is gone is rounding, and no ground for a weight.
+    flat = xs.abs().amax(1, keepdim=True) <= FLAT * x.abs().amax(1, keepdim=True)
+    xs = xs.masked_fill(flat, 0.0)
+    rest = ys - xs @ old.mT  # what the old weights leave
     scale = float(ys[:, held].double().square().sum()) or 1.0
     before = float(rest[:, held].double().square().sum()) / scale
     best, strength = before, 0.0
@@ -52,16 +64,19 @@ def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool) 
         left = float((rest[:, held] - xs[:, held] @ change.float().mT).double().square().sum()) / scale
         if left < best:
             best, strength = left, candidate
+    new = weight.double()
     if strength:
-        solver = _Solver(xs, rest)
-        new = weight.double() + solver.solve(strength)
-    else:
-        new = weight.double()
+        # The rows held back are learnt from as well, about the mean of all.
+        change = solver.joined(xs, rest, held, centre=intercept).solve(strength)
+        if bool(change.isfinite().all()):
+            new = new + change
+        else:
+            best, strength = before, 0.0
     bias = None
     if intercept:
         all_x, all_y = (v.mean(1, dtype=torch.float64) for v in (x, y))
-        bias = all_y - (new @ all_x.unsqueeze(2)).squeeze(2)
-    return Fit(new.to(weight.dtype), None if bias is None else bias.to(weight.dtype), strength, before, best)
+        bias = (all_y - (new @ all_x.unsqueeze(2)).squeeze(2)).to(weight.dtype)
+    return Fit(new.to(weight.dtype), bias, strength, before, best)
 
 
 class _Solver:
@@ -74,6 +89,24 @@ class _Solver:
         self.gram = gram.double()
         self.mean = (x.double().square().sum((1, 2)) / x.shape[2]).clamp_min(1e-30)
         self.product = None if self.dual else (x.mT @ rest).double()
+
+    def joined(self, x: Tensor, rest: Tensor, more: Tensor, *, centre: bool) -> _Solver:
+        """The solver of all rows of `x` and `rest`, about their mean where `centre`; it knew those that are not `more`.
+
+        The products of rows that it knew are not formed again.
+        """
+        if self.product is None:
+            return _Solver(*((v - v.mean(1, keepdim=True) for v in (x, rest)) if centre else (x, rest)))
+        made = copy.copy(self)
+        further, left = x[:, more], rest[:, more]
+        made.gram = self.gram + (further.mT @ further).double()
+        made.product = self.product + (further.mT @ left).double()
+        if centre:
+            mean_x, mean_rest = (v.mean(1, keepdim=True, dtype=torch.float64) for v in (x, rest))
+            made.gram = made.gram - x.shape[1] * mean_x.mT @ mean_x
+            made.product = made.product - x.shape[1] * mean_x.mT @ mean_rest
+        made.mean = made.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+        return made
 
     def solve(self, strength: float) -> Tensor:
         """(groups, outputs, columns); the strength is raised tenfold while the matrix cannot be factored."""

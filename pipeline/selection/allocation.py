@@ -44,7 +44,7 @@ def allocate(clusters: Sequence[Cluster], scores: Mapping[str, Scores], budget: 
     wanted = {c.name: c.size * (1.0 - fixed.get(c.name, budget.ratio)) for c in clusters}
     if budget.scope == "global" and free:
         wanted |= _global_counts(free, scores, budget.ratio)
-    return {c.name: _lowest(scores[c.name], c.size - _kept(c, wanted[c.name], budget)) for c in clusters}
+    return {c.name: lowest(scores[c.name], c.size - _kept(c, wanted[c.name], budget)) for c in clusters}
 
 
 def aligned_count(wanted: float, size: int, step: int) -> int:
@@ -57,13 +57,25 @@ def aligned_count(wanted: float, size: int, step: int) -> int:
     return min(size, max(step, step * math.floor(wanted / step + 0.5)))
 
 
+def widths_allowed(cluster: Cluster, budget: Budget) -> list[int]:
+    """The counts of groups that may stay, from all of them down: aligned as `allocate` does, never below the floor."""
+    step = _step(cluster, budget)
+    least = max(1, math.ceil(cluster.size * budget.floor))
+    if step <= 1 or cluster.size <= step:
+        return list(range(cluster.size, least - 1, -1))
+    return [cluster.size, *(n for n in range((cluster.size - 1) // step * step, 0, -step) if n >= least)]
+
+
+def _step(cluster: Cluster, budget: Budget) -> int:
+    # A group of several channels (a head, a group of a grouped convolution) is aligned by the channels that it holds.
+    return budget.align // math.gcd(budget.align, cluster.unit)
+
+
 def _kept(cluster: Cluster, wanted: float, budget: Budget) -> int:
     if wanted >= cluster.size:
         return cluster.size
-    # A group of several channels (a head, a group of a grouped convolution) is aligned by the channels that it holds.
-    step = budget.align // math.gcd(budget.align, cluster.unit)
     least = max(1, math.ceil(cluster.size * budget.floor))
-    return max(least, aligned_count(wanted, cluster.size, step))
+    return max(least, aligned_count(wanted, cluster.size, _step(cluster, budget)))
 
 
 def _global_counts(free: Sequence[Cluster], scores: Mapping[str, Scores], ratio: float) -> dict[str, float]:
@@ -74,7 +86,8 @@ def _global_counts(free: Sequence[Cluster], scores: Mapping[str, Scores], ratio:
     return {c.name: float((relative(scores[c.name]) >= threshold).sum()) for c in free}
 
 
-def _lowest(scores: Scores, count: int) -> npt.NDArray[np.bool_]:
+def lowest(scores: Scores, count: int) -> npt.NDArray[np.bool_]:
+    """True for the `count` lowest scores; among equals the first."""
     removed = np.zeros(len(scores), dtype=bool)
     removed[np.argsort(scores, kind="stable")[:count]] = True
     return removed

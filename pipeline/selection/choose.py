@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.program.capture import capture
 from pipeline.models.source import ModelSource, example
 from pipeline.recipe.prune import PruneSection
-from pipeline.selection import criteria, weights
+from pipeline.selection import criteria, curves, weights
 from pipeline.selection.allocation import Budget, Removed, allocate, overridden
-from pipeline.selection.criteria import Evidence
+from pipeline.selection.criteria import Evidence, Observation
+from pipeline.selection.curves import Curve
 from pipeline.selection.kinds import policy_of
 from pipeline.training import masks
 from pipeline.training.masks import Masks
@@ -36,12 +37,35 @@ def chosen_by(cfg: PruneSection) -> str:
     return words[cfg.method]
 
 
+def observed(cfg: PruneSection) -> frozenset[Observation]:
+    """What a recipe's choice looks at besides the weights."""
+    by_scope: frozenset[Observation] = frozenset({"samples"} if _by_curves(cfg) else ())
+    return criteria.find(cfg.criterion).observes | by_scope
+
+
+def measured(
+    analysis: Analysis, seen: Evidence, cfg: PruneSection, maskable: frozenset[str]
+) -> Mapping[str, Curve] | None:
+    """The curves of all clusters that may be cut, by the recipe's criterion; None where its scope asks for none."""
+    if not _by_curves(cfg) or seen.samples is None:
+        return None
+    clusters = _choosable(analysis, maskable)
+    scores = {c.name: criteria.find(cfg.criterion).score(c, seen) for c in clusters}
+    return curves.measure(analysis, clusters, scores, seen.samples, seen.weights)
+
+
 def choose_groups(
-    analysis: Analysis, seen: Evidence, cfg: PruneSection, ratio: float, maskable: frozenset[str]
+    analysis: Analysis,
+    seen: Evidence,
+    cfg: PruneSection,
+    ratio: float,
+    maskable: frozenset[str],
+    worth: Mapping[str, Curve] | None = None,
 ) -> Removed:
     """Cluster name -> True for each group that goes at `ratio`: the lowest scores of the recipe's criterion.
 
-    A cluster with a parameter outside `maskable` stays whole.
+    `worth`: curves as `measured` gives them, by which the widths follow then. A cluster with a parameter outside
+    `maskable` stays whole.
     """
     clusters = _choosable(analysis, maskable)
     criterion = criteria.find(cfg.criterion)
@@ -49,12 +73,14 @@ def choose_groups(
     share = ratio / cfg.ratio if cfg.ratio else 0.0  # how far a schedule has come; overrides grow with it
     budget = Budget(
         ratio=ratio,
-        scope=cfg.scope,
+        scope="global" if cfg.scope == "global" else "layer",
         align=vector_block() if cfg.align == "auto" else cfg.align,
         floor=cfg.floor,
         overrides={glob: share * final for glob, final in cfg.overrides.items()},
     )
     whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
+    if worth is not None:
+        return whole | curves.choose(analysis, clusters, scores, worth, budget)
     return whole | allocate(clusters, scores, budget)
 
 
@@ -74,21 +100,40 @@ def check_overrides(cfg: PruneSection, source: ModelSource) -> None:
 def chooser(cfg: PruneSection, analysis: Analysis, model: nn.Module) -> Choose:
     """The method of the recipe as one function."""
     if cfg.method == "structured":
-        maskable = masks.maskable(model)
-        return lambda seen, ratio: {
-            name: torch.from_numpy(mask)
-            for name, mask in analysis.masks(choose_groups(analysis, seen, cfg, ratio, maskable)).items()
-            if name in maskable  # a buffer, such as a fixed position table, holds no weights
-        }
+        return _structured(cfg, analysis, masks.maskable(model))
     if cfg.method == "unstructured":
         names = tuple(weights.prunable(model))
         return lambda seen, ratio: weights.unstructured_l1(
-            {name: seen.weights[name] for name in names}, ratio, scope=cfg.scope, overrides=cfg.overrides
+            {name: seen.weights[name] for name in names},
+            ratio,
+            scope="global" if cfg.scope == "global" else "layer",
+            overrides=cfg.overrides,
         )
     if cfg.method == "2:4":
         names = tuple(weights.prunable(model))
         return lambda seen, ratio: weights.two_four({name: seen.weights[name] for name in names}) if ratio else {}
     return lambda seen, ratio: {}
+
+
+def _structured(cfg: PruneSection, analysis: Analysis, maskable: frozenset[str]) -> Choose:
+    """Whole groups. Curves are measured once, on the dense weights, however many rounds follow."""
+    held: list[Mapping[str, Curve] | None] = []
+
+    def choose(seen: Evidence, ratio: float) -> Masks:
+        if not held:
+            held.append(measured(analysis, seen, cfg, maskable))
+        removed = choose_groups(analysis, seen, cfg, ratio, maskable, held[0])
+        return {
+            name: torch.from_numpy(mask)
+            for name, mask in analysis.masks(removed).items()
+            if name in maskable  # a buffer, such as a fixed position table, holds no weights
+        }
+
+    return choose
+
+
+def _by_curves(cfg: PruneSection) -> bool:
+    return cfg.method == "structured" and cfg.scope == "curves"
 
 
 def _choosable(analysis: Analysis, maskable: frozenset[str]) -> list[Cluster]:

@@ -20,8 +20,8 @@ from pipeline.channels.coupling.groups import Cluster
 Scores = npt.NDArray[np.float64]
 """One score per group of a cluster."""
 
-Observation = Literal["gradients"]
-"""What a criterion may ask for besides the weights; `pipeline.selection.observe` knows how each is gathered."""
+Observation = Literal["gradients", "samples"]
+"""What a criterion or a scope may ask for besides the weights; `pipeline.selection.observe` gathers it."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,13 @@ class Evidence:
     """What criteria look at, all of it by the model's own names.
 
     `weights`: the state dict as the masked model sees it. `gradients`: of the task's loss, mean over the calibration
-    part, one per trained parameter; empty where no criterion asked for them.
+    part, one per trained parameter; empty where no criterion asked for them. `samples`: of the calibration part,
+    without labels; None where nothing asked for them.
     """
 
     weights: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    samples: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,19 @@ from pipeline.training import masks
 BATCH = 64
 
 
-def observe(model: nn.Module, data: Data, wanted: frozenset[Observation]) -> Evidence:
-    """The weights as the masked model sees them, and what else is `wanted`.
+def observe(model: nn.Module, data: Data, wanted: frozenset[Observation], samples: int = 64) -> Evidence:
+    """The weights as the masked model sees them, and what else is `wanted`; `samples` of the calibration part.
 
     What is masked already counts zero, so that pruning in rounds only ever takes more.
     """
     held = masks.masks_of(model)
     state = masks.originals(model)
     weights = {name: value * held[name] if name in held else value for name, value in state.items()}
-    return Evidence(weights, _gradients(model, data) if "gradients" in wanted else {})
+    return Evidence(
+        weights,
+        _gradients(model, data) if "gradients" in wanted else {},
+        data.sample("calibration", samples) if "samples" in wanted else None,
+    )
 
 
 def _gradients(model: nn.Module, data: Data) -> dict[str, Tensor]:

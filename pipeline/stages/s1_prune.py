@@ -17,9 +17,9 @@ from pipeline.drawing.plots import sparsity_plot
 from pipeline.models.source import ModelSource, example
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
-from pipeline.selection import criteria, schedules
+from pipeline.selection import schedules
 from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import chooser, chosen_by
+from pipeline.selection.choose import chooser, chosen_by, observed
 from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
 from pipeline.selection.schedules import Course
@@ -40,7 +40,7 @@ def run(
     model = source.build()
     model.load_state_dict(baseline.weights())
     analysis = analyse(capture(model, example(source)), policy_of(cfg.groups))
-    wanted = criteria.find(cfg.criterion).observes
+    wanted = observed(cfg)
     settings = default_settings(model, recovery=True, seed=cfg.seed, given=cfg.train)
 
     def recover(name: str, held: Masks | None, on_step: OnStep | None) -> Masks:
@@ -55,7 +55,7 @@ def run(
             steps=cfg.steps,
             epochs=settings.epochs,
             choose=chooser(cfg, analysis, model),
-            see=lambda: observe(model, data, wanted),
+            see=lambda: observe(model, data, wanted, cfg.samples),
             recover=recover,
             progress=progress,
         )

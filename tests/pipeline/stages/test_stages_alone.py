@@ -83,6 +83,17 @@ def test_every_schedule_cuts_what_it_promised_and_keeps_the_originals(source, di
     assert not list(tmp_path.rglob("*.pt")), "a training checkpoint was left behind"
 
 
+def test_widths_by_curves_leave_no_more_operations_and_go_through_the_chain(source, digits, baseline, tmp_path):
+    by_layer = prune(source, digits, baseline, tmp_path / "layer", ratio=0.5, align=1)
+    pruned = prune(source, digits, baseline, tmp_path / "prune", ratio=0.5, align=1, scope="curves", samples=32)
+    assert 0.9 * by_layer.expected_macs <= pruned.expected_macs <= by_layer.expected_macs
+    assert [w.after for w in pruned.widths] != [w.after for w in by_layer.widths]
+    again = prune(source, digits, baseline, tmp_path / "again", ratio=0.5, align=1, scope="curves", samples=32)
+    assert again.widths == pruned.widths
+    _, shrunk = finish(source, digits, baseline, pruned, tmp_path)
+    assert (shrunk.params_after, shrunk.macs_after) == (pruned.expected_params, pruned.expected_macs)
+
+
 @pytest.mark.parametrize(
     "settings", [{"method": "unstructured", "scope": s} for s in ("layer", "global")] + [{"method": "2:4"}], ids=str
 )
