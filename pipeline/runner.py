@@ -66,8 +66,9 @@ def run(
     check_overrides(config.prune, source)
     folder = config.artifacts / (config.name or folder_name(model))
     with store.locked(folder, lambda: progress.say(f"Another run is building {folder}; waiting for it to end.")):
-        with journal.locked(folder.parent):  # a pointer that is just being moved is none of what a kill left
-            store.tidy(folder)
+        if store.versions(folder):
+            with journal.locked(folder.parent):  # a pointer that is just being moved is none of what a kill left
+                store.tidy(folder)
         partial = store.open_partial(folder)
         wires: dict[type, Any] = {ModelSource: source, Data: dataset, Progress: progress}
         digests = {"model": source.fingerprint, "data": dataset.fingerprint}

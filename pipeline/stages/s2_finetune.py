@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from foundation.errors import first_line
 from foundation.files import save_tensors
 from pipeline.artifacts.base import write_table
 from pipeline.artifacts.eager import FITTED, Baseline, Finetuned, Pruned, Rung
@@ -152,8 +153,12 @@ def _closed_form(
     images = data.sample("train", cfg.samples)
     if len(images) < closed_form.LEAST:
         return f"{len(images)} images are too few to fit weights to"
-    with progress.bar("closed form", len(list(captured.program.graph.nodes))) as bar:
-        made = closed_form.recover(captured, chosen, (images,), start=masks.originals(model), seed=cfg.seed, tick=bar)
+    start = masks.originals(model)
+    try:
+        with progress.bar("closed form", len(list(captured.program.graph.nodes))) as bar:
+            made = closed_form.recover(captured, chosen, (images,), start=start, seed=cfg.seed, folder=out, tick=bar)
+    except ValueError as error:  # samples or a graph that nothing can be fitted with; the next rung has its turn
+        return f"nothing fitted: {first_line(error)}"
     known = masks.originals(model)
     masks.load_originals(model, {name: made.state.get(name, value) for name, value in known.items()})
     write_table(out / FITTED, made.fitted)
