@@ -116,7 +116,9 @@ def first_line(error: BaseException) -> str:
     """
     try:
         text = str(error)
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # it may even call sys.exit
         text = ""
     lines = (line.strip() for line in text.splitlines())
     line = next((line for line in lines if line), type(error).__name__)

@@ -223,7 +223,8 @@ def _cosine(left: Array, right: Array) -> Array:
 
 
 def _score(name: str, metric: Metric, logits: Array, labels: Array) -> Array:
-    found = np.asarray(metric(logits, labels), dtype=np.float64)
+    # Copies: a metric that writes into what it is given would change the accuracy that is measured beside it.
+    found = np.asarray(metric(logits.copy(), labels.copy()), dtype=np.float64)
     if found.shape != labels.shape:
         raise ValidationError(
             f"The metric {name} gave an array of shape {found.shape} for {len(labels)} samples.",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foundation.errors import StoreError
+from foundation.files import replacing
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -76,7 +77,9 @@ def write(program: ExportedProgram, path: Path) -> None:
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     with zipfile.ZipFile(buffer) as archive:
-        path.write_bytes(_rewritten(archive))
+        content = _rewritten(archive)
+    with replacing(path, durable=False) as partial:  # whole or not at all; it is synced when its version is sealed
+        partial.write_bytes(content)
     if found := faults(path):
         raise StoreError(f"{path.name} cannot be stored safely: {found[0]}.", "Please report the model.")
 

@@ -111,10 +111,11 @@ def worst_class(found: AccuracyComparison) -> str:
 def metrics(cfg: GateSection) -> tuple[dict[str, Metric], tuple[str, ...]]:
     """The recipe's further metrics: those that score each sample, by name, and those that compare embeddings.
 
-    Raises ConfigError for one that cannot be found.
+    Raises ConfigError for one that cannot be found, or that goes by the name of another: the name is the key that a
+    limit asks for, so that either would be judged in place of the other.
     """
     scores: dict[str, Metric] = {}
-    for name in cfg.metrics:
+    for name in dict.fromkeys(cfg.metrics):
         if name == "top5":
             scores[name] = top_k(5)
         elif name not in _SIMILARITIES:
@@ -123,7 +124,12 @@ def metrics(cfg: GateSection) -> tuple[dict[str, Metric], tuple[str, ...]]:
                     f"gate.metrics: there is no metric {name!r}.",
                     f"There are top5, {', '.join(_SIMILARITIES)}, and path/to/file.py:callable.",
                 )
-            scores[name.rpartition(":")[2]] = load_callable(name, ConfigError)[0]
+            own = name.rpartition(":")[2]
+            if own in policy.MEASURED or own in _SIMILARITIES:
+                raise ConfigError(f"gate.metrics: the gate itself measures a {own}.", "Give the callable another name.")
+            if own in scores:
+                raise ConfigError(f"gate.metrics: two metrics are called {own}.", "Give one of them another name.")
+            scores[own] = load_callable(name, ConfigError)[0]
     return scores, _similarities_of(cfg)
 
 
@@ -238,24 +244,37 @@ def _of_metric(name: str) -> str:
     return f"metric {name}"
 
 
+_NO_NUMBERS = {"U": "text", "S": "text", "c": "complex numbers", "M": "dates", "m": "times", "V": "records"}
+"""What numpy would turn into floats, or fail to, by the letter of its kind."""
+_LARGEST_SCORE = 1e300
+"""Beyond it, the sum of a set's scores or a difference of two would be infinite."""
+
+
 def _guarded(name: str, metric: Metric, crashed: Crashes) -> Metric:
     """`metric`, but what it raises, or a score that is no number, is kept as its own crash: accuracy goes on."""
 
     def score(outputs: Array, labels: Array) -> Array:
         nothing = np.full(labels.shape, np.nan)
         try:
-            made = np.asarray(metric(outputs, labels), dtype=np.float64)
+            given = np.asarray(metric(outputs, labels))
+            if given.dtype.kind not in _NO_NUMBERS:
+                made = given.astype(np.float64)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # the user's own code, which may call sys.exit
             crashed.note(_of_metric(name), error)
             return nothing
+        if given.dtype.kind in _NO_NUMBERS:
+            wrong = f"it gave {_NO_NUMBERS[given.dtype.kind]} where numbers should be"
+            crashed.note(_of_metric(name), ValidationError(wrong))
+            return nothing
         if made.shape != labels.shape:
             wrong = f"it gave an array of shape {made.shape} for {len(labels)} samples"
             crashed.note(_of_metric(name), ValidationError(wrong))
             return nothing
-        if not np.isfinite(made).all():
+        if not (np.abs(made) < _LARGEST_SCORE).all():
             crashed.note(_of_metric(name), ValidationError("it gave a score that is not a finite number"))
+            return nothing
         return made
 
     return score

@@ -33,6 +33,8 @@ _NAMES = {
     "accuracy": "accuracy",
     "top5": "top-5 accuracy",
 }
+MEASURED = frozenset(_NAMES)
+"""The keys of what the gate measures itself, which no metric of the user's own may be called by."""
 
 
 def name_of(key: str) -> str:

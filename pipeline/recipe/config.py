@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from foundation.errors import ConfigError, first_line, nearest
+from foundation.errors import LONGEST, ConfigError, brief, first_line, nearest
 from pipeline.recipe.data import DataSection
 from pipeline.recipe.export import ExportSection
 from pipeline.recipe.policy import GateSection, Policy
@@ -142,7 +142,11 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def _read(recipe: Path, kind: str = "recipe") -> dict[str, Any]:
     try:
-        return tomllib.loads(recipe.read_text(encoding="utf-8"))
+        with recipe.open("rb") as file:  # a device or a pipe may have no end
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ConfigError(f"The {kind} {recipe} cannot be read: it is longer than {_MOST_BYTES} bytes.", _PLAINER)
+        return tomllib.loads(content.decode("utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{recipe} is not valid TOML: {error}.", "Mend that line.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -151,6 +155,7 @@ def _read(recipe: Path, kind: str = "recipe") -> dict[str, Any]:
         raise ConfigError(f"The {kind} {recipe} cannot be read: {first_line(error)}.", _PLAINER) from None
 
 
+_MOST_BYTES = 1 << 20
 _PLAINER = "Write it plainer; see docs/recipe.md for the keys and their values."
 
 
@@ -170,8 +175,8 @@ def _explain(error: ValidationError, root: type[Section] | None = None, kind: st
     where = [part for part in problem["loc"] if isinstance(part, str)]
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
-        return ConfigError(f"Unknown key {key!r} in the {kind}.", _near_key(where, root or Config))
-    reason = problem["msg"].removeprefix("Value error, ")
+        return ConfigError(f"Unknown key {brief(key)} in the {kind}.", _near_key(where, root or Config))
+    reason = problem["msg"].removeprefix("Value error, ")[:LONGEST]  # it may quote what was given
     return ConfigError(f"{key}: {reason} (got {_shown(problem['input'])}).", "See docs/recipe.md for the ranges.")
 
 

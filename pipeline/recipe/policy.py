@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from foundation.errors import brief
 from foundation.files import sha256
 from pipeline.recipe.section import BatchSize, Seconds, Section, Seed, Threads
 
@@ -33,16 +34,16 @@ class Rule(Section):
     @model_validator(mode="after")
     def _bounded(self) -> Rule:
         if self.max is None and self.min is None:
-            raise ValueError(f"the limit on {self.metric!r} has neither max nor min")
+            raise ValueError(f"the limit on {brief(self.metric)} has neither max nor min")
         if any(value is not None and math.isnan(value) for value in (self.max, self.min)):
-            raise ValueError(f"the limit on {self.metric!r} is not a number")
+            raise ValueError(f"the limit on {brief(self.metric)} is not a number")
         if self.max is not None and self.min is not None and self.min > self.max:
-            raise ValueError(f"the limit on {self.metric!r} can never hold: min is above max")
+            raise ValueError(f"the limit on {brief(self.metric)} can never hold: min is above max")
         share = self.metric in ("accuracy", "top5")
         if share and self.against is None and self.min is not None and self.min > 1:
-            raise ValueError(f"the limit on {self.metric!r} can never hold: it is a share, at most 1")
+            raise ValueError(f"the limit on {brief(self.metric)} can never hold: it is a share, at most 1")
         if not share and self.metric in RATIOS and self.max is not None and self.max <= 0:
-            raise ValueError(f"the limit on {self.metric!r} can never hold: it is never 0 or less")
+            raise ValueError(f"the limit on {brief(self.metric)} can never hold: it is never 0 or less")
         return self
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 # Far more than any machine has or any run takes: what is beyond is a slip, and would break something deep inside.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -21,8 +21,11 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _readable(cls, value: Any) -> Any:
-        """No control characters in names and paths, which no file system and no terminal takes."""
+    def _readable(cls, value: Any, info: ValidationInfo) -> Any:
+        """No control characters in names and paths, which no file system and no terminal takes; and no true for 1."""
+        kind = cls.model_fields[info.field_name].annotation if info.field_name else None
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError("must not be true or false")
         return readable(value)
 
     def code(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -48,6 +49,25 @@ def test_a_run_killed_in_every_stage_in_turn_resumes_and_ends_in_the_same_result
     for name in ("0-baseline/weights.safetensors", "3-fold/weights.safetensors", "4-shrink/ledger.json"):
         assert (model / "v0001" / name).read_bytes() == (version / name).read_bytes(), name
     assert sorted(p.name for p in model.iterdir()) == [".lock", "current", "v0001"]
+
+
+def test_no_room_for_the_shrunk_program_is_one_line_that_names_it_and_the_next_run_goes_on(tmp_path):
+    """The operating system itself cuts the write short."""
+    short = ["--set", "baseline.train={epochs=1}", "--set", "finetune.train={epochs=1}"]
+    words = command(tmp_path, "deploy", f"{TINY}:build", *QUICK, *short)
+    assert subprocess.run([*words, "--until", "fold"], capture_output=True, check=False).returncode == 0
+    done = subprocess.run(
+        [*words, "--until", "shrink"], capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 3, said
+    assert "Traceback" not in said
+    (error,) = (line for line in said.splitlines() if line.startswith("error:"))
+    assert "4-shrink.building/shrunk.pt2 cannot be written: File too large" in error
+    done = subprocess.run([*words, "--until", "shrink"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("reused from the interrupted run") == 4
 
 
 @pytest.mark.slow

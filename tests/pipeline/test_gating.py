@@ -212,6 +212,19 @@ def test_an_own_metric_is_limited_like_any_other(world):
         ("raise RuntimeError('boom')", "RuntimeError: boom"),
         ("return logits", "it gave an array of shape (48, 4) for 48 samples"),
         ("return logits.max(1) * float('nan')", "it gave a score that is not a finite number"),
+        ("return None", "it gave an array of shape () for 48 samples"),
+        ("return 'good'", "it gave text where numbers should be"),
+        ("return ['1.0'] * len(labels)", "it gave text where numbers should be"),
+        ("return logits.max(1) + 1j", "it gave complex numbers where numbers should be"),
+        ("return (logits.max(1) > 0).astype('M8[s]')", "it gave dates where numbers should be"),
+        ("return [None] * len(labels)", "it gave a score that is not a finite number"),
+        ("return [[1], [1, 2]]", "ValueError: "),
+        ("import torch; return torch.ones(3)", "it gave an array of shape (3,) for 48 samples"),
+        ("import torch; return torch.ones(len(labels), requires_grad=True)", "RuntimeError: "),
+        ("return logits.max(1) * 0 + 1e308 * (-1.0) ** labels", "it gave a score that is not a finite number"),
+        ("raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})", "Mute"),
+        ("raise type('Mute', (Exception,), {'__str__': lambda self: __import__('sys').exit(0)})", "Mute"),
+        ("raise type('Mute', (Exception,), {'__str__': lambda self: None})", "Mute"),
     ],
 )
 def test_an_own_metric_that_breaks_off_fails_whatever_is_limited_and_the_rest_is_measured(world, body, why):
@@ -224,3 +237,32 @@ def test_an_own_metric_that_breaks_off_fails_whatever_is_limited_and_the_rest_is
     assert [line for line in made["reasons"] if "margin" not in line] == []
     assert made["measurements"]["accuracy"]["value"] == 1
     assert "margin" not in made["measurements"]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "latency", "file_size", "top5", "cosine", "macs"])
+def test_an_own_metric_cannot_take_the_place_of_what_the_gate_measures(world, name):
+    folder, weight = world
+    classifier(folder / "shipped.onnx", -weight)  # always wrong
+    (folder / "scores.py").write_text(f"def {name}(logits, labels):\n    return 0.0 * labels\n")
+    said = gate(folder, "--metric", f"{folder / 'scores.py'}:{name}", code=2)
+    assert f"the gate itself measures a {name}" in said
+
+
+def test_two_own_metrics_of_one_name_are_refused(world):
+    folder, weight = world
+    classifier(folder / "shipped.onnx", weight)
+    for file in ("one.py", "two.py"):
+        (folder / file).write_text("def margin(logits, labels):\n    return 0.0 * labels\n")
+    said = gate(folder, "--metric", f"{folder / 'one.py'}:margin", "--metric", f"{folder / 'two.py'}:margin", code=2)
+    assert "two metrics are called margin" in said
+
+
+def test_an_own_metric_that_writes_into_what_it_is_given_changes_no_accuracy(world):
+    folder, weight = world
+    classifier(folder / "shipped.onnx", -weight)
+    body = "labels[:] = 0\n    logits[:] = 0\n    return 0.0 * labels"
+    (folder / "scores.py").write_text(f"def margin(logits, labels):\n    {body}\n")
+    gate(folder, "--metric", f"{folder / 'scores.py'}:margin", "--report", folder / "ci", code=1)
+    made = json.loads((folder / "ci" / "verdict.json").read_text())
+    assert made["measurements"]["accuracy"]["value"] == 0
+    assert made["measurements"]["accuracy vs dense"]["value"] == 100

@@ -1,5 +1,7 @@
 """Policies: what they can limit, against what, and that nothing passes which was not measured."""
 
+from pathlib import Path
+
 import pytest
 
 from foundation.errors import ConfigError
@@ -125,10 +127,25 @@ def test_a_policy_file_is_read_and_its_faults_are_one_line(tmp_path):
         ('[[limits]]\nmetric = "a"\nmax = nan', "not a number"),
         ("max_accuracy_drop_points = nan", "not a number"),
         ("parity = ", "TOML"),
+        ("parity = true", "parity: must not be true or false"),
+        ("max_latency_ratio = true", "max_latency_ratio: must not be true or false"),
+        ('[[limits]]\nmetric = "a"\nmax = false', "max: must not be true or false"),
+        ("x" * 100_000 + " = 1", "Unknown key"),
+        ("a." * 4000 + "b = 1", "Unknown key"),
+        ("parity = '" + "x" * 100_000 + "'", "parity"),
+        ("accuracy_by = '" + "x" * 100_000 + "'", "accuracy_by"),
+        ('[[limits]]\nmetric = "' + "x" * 100_000 + '"', "neither max nor min"),
+        ("x=" + "[" * 5000, "cannot be read"),
+        ("max_size_ratio = " + "9" * 5000, "cannot be read"),
+        ("# " + "x" * (1 << 20), "1048576 bytes"),
     ):
         path.write_text(text)
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=said) as refused:
             config.load_policy(path)
+        assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 1000
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load_policy(Path("/dev/zero"))  # it has no end
     with pytest.raises(ConfigError, match="cannot be read"):
         config.load_policy(tmp_path / "none.toml")
 
