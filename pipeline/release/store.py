@@ -279,6 +279,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 _DISK = {
     errno.ENOSPC: ("is full", "Free some space or choose another folder with --out, then run the same command again."),
     errno.EDQUOT: ("is over its quota", "Free some space or choose another folder with --out."),
+    errno.EFBIG: ("takes no file of that size", "Raise the limit (ulimit -f) or choose another folder with --out."),
     errno.EROFS: ("is read-only", "Choose a folder that can be written with --out."),
     errno.EACCES: ("may not be written by this user", "Choose a folder that can be written with --out."),
     errno.EPERM: ("may not be written by this user", "Choose a folder that can be written with --out."),
