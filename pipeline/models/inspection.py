@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foundation.errors import ModelError
+from pipeline.channels.program.capture import unsupported
 
 LIBRARIES = ("torch", "torchvision", "timm", "transformers")
 """Code whose version pins its behaviour; any other class of a model is fingerprinted by its source text."""
@@ -18,7 +19,10 @@ LIBRARIES = ("torch", "torchvision", "timm", "transformers")
 def structure(model: nn.Module) -> str:
     """Modules, their printed settings, and every parameter's and buffer's name, shape and dtype, as text."""
     printed = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model))  # a lambda's address changes from run to run
-    tensors = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in model.state_dict().items()]
+    tensors = [
+        f"{name} {tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else f"{name} {t}"
+        for name, t in model.state_dict().items()
+    ]
     return "\n".join([printed, *tensors])
 
 
@@ -31,12 +35,16 @@ def check_whole(model: nn.Module, name: str) -> None:
         if id(module) in seen:
             continue
         seen.add(id(module))
+        if isinstance(module, torch.jit.ScriptModule):  # keeps its parts elsewhere, and has its own refusal
+            return
         if "_modules" not in vars(module):
             raise ModelError(
                 f"{name}: {place}, a {type(module).__name__}, never called super().__init__().",
                 "Call it first in its __init__.",
             )
         waiting += [(child, part) for child, part in vars(module)["_modules"].items() if part is not None]
+    if unsupported(model) is not None:  # a quantised one, whose state holds more than tensors: it has its own refusal
+        return
     for place, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise ModelError(

@@ -154,7 +154,7 @@ def test_folding_weights_that_the_masks_do_not_hold_is_an_error(source, digits, 
     pruned = prune(source, digits, baseline, tmp_path / "p", ratio=0.5)
     out = tmp_path / "tuned"
     out.mkdir()
-    tuned = s2_finetune.run(FinetuneSection(epochs=0), out, source, digits, baseline, pruned, SILENT).save()
+    tuned = s2_finetune.run(FinetuneSection(recover="none"), out, source, digits, baseline, pruned, SILENT).save()
     real = masks.fold
 
     def forgetful(model):
@@ -176,11 +176,11 @@ def test_folding_a_model_that_gives_nan_on_random_inputs_is_no_error():
     assert s3_fold._difference(torch.tensor([torch.inf]), torch.tensor([torch.inf])) == 0
 
 
-def test_no_epochs_skips_recovery_and_keeps_the_weights(source, digits, baseline, tmp_path):
+def test_no_recovery_keeps_the_weights(source, digits, baseline, tmp_path):
     pruned = prune(source, digits, baseline, tmp_path / "p", ratio=0.5)
     out = tmp_path / "tuned"
     out.mkdir()
-    tuned = s2_finetune.run(FinetuneSection(epochs=0), out, source, digits, baseline, pruned, SILENT)
+    tuned = s2_finetune.run(FinetuneSection(recover="none"), out, source, digits, baseline, pruned, SILENT)
     assert all(torch.equal(v, pruned.weights()[k]) for k, v in tuned.weights().items())
 
 
