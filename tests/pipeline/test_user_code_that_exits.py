@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from tests.pipeline.chain import QUICK, leanort
+from pipeline.cli import main
+from tests.pipeline.chain import QUICK
 
 ENDINGS = {
     "exit(0)": "sys.exit(0)",
@@ -70,15 +72,16 @@ def test_a_metric_that_ends_the_process_fails_the_gate(artifacts, version, code,
 
 @pytest.mark.parametrize("name", ["build", "Net"])
 def test_a_model_that_ends_the_process_is_refused(code, tmp_path, name):
-    done = leanort(tmp_path, "deploy", f"{code}:{name}", *QUICK)
-    assert done.returncode == 2, done.stderr
-    assert "error:" in done.stderr
+    done = CliRunner().invoke(main, ["deploy", f"{code}:{name}", *QUICK, "--out", str(tmp_path / "artifacts")])
+    assert done.exit_code == 2, done.output
+    assert "error:" in done.output
 
 
 def test_data_that_ends_the_process_is_refused(code, tmp_path):
-    done = leanort(tmp_path, "deploy", "resnet18", "--data", f"{code}:samples", *QUICK)
-    assert done.returncode == 2, done.stderr
-    assert "mine.py, line" in done.stderr
+    words = ["deploy", "resnet18", "--data", f"{code}:samples", *QUICK, "--out", str(tmp_path / "artifacts")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2, done.output
+    assert "mine.py, line" in done.output
 
 
 def test_an_error_class_of_ours_with_an_own_exit_code_is_no_pass(artifacts, version, tmp_path):
