@@ -33,6 +33,21 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def storage_of(tensor: Tensor) -> str:
+    """How a tensor keeps its values where they cannot be read off one by one: "meta", "nested", "quantised", "sparse";
+    "" for one that lies plainly in memory.
+    """
+    import torch
+
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_quantized:
+        return "quantised"
+    return "" if tensor.layout == torch.strided else "sparse"
+
+
 @contextmanager
 def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """Give a name to write to that becomes `path` when the block ends well, and vanishes when it does not.

@@ -56,10 +56,10 @@ _FREE_TEXT = frozenset({"stack_trace", "nn_module_stack", "torch_fn", "source_fn
 """Kept as text, never looked up and never source: where a node came from, and texts as arguments (`repr` in source)."""
 
 
-def faults(path: Path) -> list[str]:
+def faults(path: Path | io.BytesIO) -> list[str]:
     """Why the program in `path` is not read, in plain words; empty where every member is one that our writer makes.
 
-    Needs no torch. A file that is no archive at all is a fault, too.
+    `path` may also be the file's content. Needs no torch. A file that is no archive at all is a fault, too.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -88,12 +88,15 @@ def read(path: Path) -> ExportedProgram:
     """The program in `path`, as it was written. Raises StoreError where it holds anything but a program."""
     import torch
 
-    if found := faults(path):
+    content = io.BytesIO(
+        path.read_bytes() if path.is_file() else b""
+    )  # what is checked and what is loaded are the same bytes
+    if found := faults(content):
         raise StoreError(
             f"{path} is not loaded, since it is not what was written here: {found[0]}.",
             "Remove that version and deploy again; do not load the file by other means.",
         )
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(content) as archive:
         return torch.export.load(io.BytesIO(_rewritten(archive)))
 
 

@@ -21,6 +21,7 @@ from numpy.lib.format import (
 from torch import Tensor
 
 from foundation.errors import DataError, first_line
+from foundation.files import storage_of
 from pipeline.data.assemble import Raw, check_finite, cut_parts, hashes, stored
 from pipeline.data.parts import PARTS, Part, Split, blocks
 
@@ -157,7 +158,7 @@ def pixels_of(value: Any, what: str) -> Tensor:
     Raises DataError, beginning with `what`, where it holds no real numbers or not all of them (sparse, quantised).
     """
     if isinstance(value, Tensor):
-        odd = "complex" if value.is_complex() else _odd_storage(value)
+        odd = "complex" if value.is_complex() else storage_of(value)
         if odd:
             raise DataError(f"{what} is a {odd} tensor, not plain numbers.", "Give uint8 or float images.")
         plain = value.detach().cpu().resolve_neg()
@@ -169,24 +170,13 @@ def pixels_of(value: Any, what: str) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array if array.dtype == np.uint8 else array.astype(np.float32)))
 
 
-def _odd_storage(tensor: Tensor) -> str:
-    """How a tensor keeps its values where they cannot be read off one by one, else ""."""
-    if tensor.is_meta:
-        return "meta"
-    if tensor.is_quantized:
-        return "quantised"
-    if tensor.is_nested:
-        return "nested"
-    return "" if tensor.layout == torch.strided else "sparse"
-
-
 def class_numbers(value: Any, what: str) -> Tensor:
     """Labels (samples,) or (samples, 1) as int64.
 
     Raises DataError, beginning with `what`, where one is no whole number of 64 bits; it is named.
     """
     if isinstance(value, Tensor):
-        odd = "complex" if value.is_complex() else _odd_storage(value)
+        odd = "complex" if value.is_complex() else storage_of(value)
         if odd:
             raise DataError(f"{what} is a {odd} tensor, not class numbers.", "Give whole numbers from 0.")
         plain = value.detach().cpu().resolve_neg()

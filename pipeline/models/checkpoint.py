@@ -20,7 +20,7 @@ from torch import Tensor
 
 from foundation import checkpoints
 from foundation.errors import WeightsError
-from foundation.files import read_tensors
+from foundation.files import read_tensors, storage_of
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -109,14 +109,8 @@ def read(path: Path) -> Checkpoint:
 
 def oddity(tensor: Tensor) -> str:
     """Why the values of a stored tensor cannot be taken as weights; "" where they can."""
-    if tensor.is_meta:
-        return "on the meta device, without values"
-    if tensor.is_nested:
-        return "nested"
-    if tensor.is_quantized:
-        return "quantised"
-    if tensor.layout != torch.strided:
-        return "sparse"
+    if stored := storage_of(tensor):
+        return "on the meta device, without values" if stored == "meta" else stored
     return "" if tensor.dtype in PLAIN else f"in {str(tensor.dtype).removeprefix('torch.')}"
 
 

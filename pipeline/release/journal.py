@@ -153,8 +153,8 @@ def read(artifacts: Path) -> tuple[list[Entry], list[str]]:
 
 
 def unfinished(artifacts: Path) -> list[Entry]:
-    """The moves that were begun and of which the log does not say how they ended; at most one for each kill."""
-    return [entry for entry in read(artifacts)[0] if entry.state == "begun"]
+    """What was begun and of which the log does not say how it ended; at most one for each kill. Raises as `whole`."""
+    return [entry for entry in whole(artifacts) if entry.state == "begun"]
 
 
 def manifest_of(version: Path) -> str | None:
@@ -169,13 +169,15 @@ def manifest_of(version: Path) -> str | None:
     return known if entries else None
 
 
-def whole(artifacts: Path) -> None:
-    """Raise StoreError where the log was tampered with: nothing is built upon it then."""
-    if faults := read(artifacts)[1]:
+def whole(artifacts: Path) -> list[Entry]:
+    """Every event, oldest first. Raises StoreError where the log was tampered with: nothing is built upon it then."""
+    entries, faults = read(artifacts)
+    if faults:
         raise StoreError(
             f"The log in {artifacts} was tampered with: {faults[0]}.",
             f"Put a backup of {FILE} back, or begin a new log: mv {artifacts / FILE} {artifacts / FILE}.old",
         )
+    return entries
 
 
 def _begun(events: list[Entry], entry: Entry) -> int | None:

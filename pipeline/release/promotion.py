@@ -12,6 +12,7 @@ from typing import Literal
 
 from foundation.errors import ConfigError, StoreError, VersionError
 from pipeline.release import checks, journal, judging, records, store
+from pipeline.release.journal import Entry
 
 
 def promote(version: Path, *, forced: bool = False, reason: str = "") -> str:
@@ -72,7 +73,6 @@ def settle(artifacts: Path) -> None:
     A move that was begun is written down as done where the pointer has moved, and as void where it has not. A pointer
     that moved without a line gets one. Raises StoreError where the log was tampered with.
     """
-    journal.whole(artifacts)
     for entry in journal.unfinished(artifacts):
         folder = artifacts / entry.model
         if entry.action in ("seal", "remove"):
@@ -81,9 +81,10 @@ def settle(artifacts: Path) -> None:
             now = store.current(folder)
             happened = now is not None and now.name == entry.version
         journal.finish(artifacts, entry, "done" if happened else "void")
+    entries = journal.whole(artifacts)
     for folder in store.models(artifacts):
         store.tidy(folder)
-        now, stack = store.current(folder), _promoted(folder)
+        now, stack = store.current(folder), _promoted(folder, entries)
         if now is not None and stack[-1:] != [now.name]:
             previous = stack[-1] if stack else ""
             reason = "found as the current one, with no line that says how"
@@ -98,18 +99,17 @@ def history(folder: Path) -> list[str]:
 
     Raises StoreError where the log was tampered with.
     """
-    journal.whole(folder.parent)
-    stack = _promoted(folder)
+    stack = _promoted(folder, journal.whole(folder.parent))
     now = store.current(folder)
     if now is not None and stack[-1:] != [now.name]:  # moved by hand, or before there was a log
         stack.append(now.name)
     return stack
 
 
-def _promoted(folder: Path) -> list[str]:
+def _promoted(folder: Path, entries: Sequence[Entry]) -> list[str]:
     """What the log alone says, as `history`."""
     stack: list[str] = []
-    for entry in journal.read(folder.parent)[0]:
+    for entry in entries:
         if entry.model != folder.name or entry.state != "done":
             continue
         if entry.action == "promote":

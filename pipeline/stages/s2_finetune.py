@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from foundation.errors import first_line
 from foundation.files import save_tensors
@@ -53,19 +53,19 @@ def run(
     rungs = [Rung(name="pruned", accuracy=now.accuracy, seconds=0.0, kept=True, why="the masks alone")]
     fitted = False
     if cfg.recover != "none" and chosen and not ladder.near(now, dense):
+        images = data.sample("train", cfg.samples)
         made, now = ladder.climb(
             "closed form",
             model,
             data,
             now,
-            lambda: _closed_form(cfg, out, source, data, teacher, model, chosen, progress),
+            lambda: _closed_form(cfg, out, source, images, teacher, model, chosen, progress),
         )
         fitted = made.kept
         if not fitted:
             (out / FITTED).unlink(missing_ok=True)  # what it tells is of no weight that is there
         rungs.append(made)
         if has_batch_norm(model) and not ladder.near(now, dense):
-            images = data.sample("train", cfg.samples)
             made, now = ladder.climb(
                 "batch norm", model, data, now, lambda: f"statistics of {reestimate(model, images)} norms taken anew"
             )
@@ -142,7 +142,7 @@ def _closed_form(
     cfg: FinetuneSection,
     out: Path,
     source: ModelSource,
-    data: Data,
+    images: Tensor,
     teacher: nn.Module,
     model: nn.Module,
     chosen: masks.Masks,
@@ -150,7 +150,6 @@ def _closed_form(
 ) -> str:
     """Fit the weights of `model` in place, and say how many."""
     captured = capture(teacher, example(source))
-    images = data.sample("train", cfg.samples)
     if len(images) < closed_form.LEAST:
         return f"{len(images)} images are too few to fit weights to"
     start = masks.originals(model)

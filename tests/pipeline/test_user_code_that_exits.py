@@ -59,13 +59,15 @@ def code(request, tmp_path) -> Path:
     return path
 
 
-def test_a_metric_that_ends_the_process_fails_the_gate(artifacts, version, code, tmp_path):
+def gated_with(version: Path, metric: str) -> subprocess.CompletedProcess[str]:
     dense = version / "0-baseline" / "dense.onnx"
     words = ["gate", str(dense), "--against", str(dense), "--data", "digits", "--input-size", "3,16,16"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *words, "--seconds", "0.2", "--metric", f"{code}:score"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words += ["--seconds", "0.2", "--metric", metric]
+    return subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, check=False)
+
+
+def test_a_metric_that_ends_the_process_fails_the_gate(artifacts, version, code, tmp_path):
+    done = gated_with(version, f"{code}:score")
     assert done.returncode == 1, done.stderr
     assert "score could not be measured" in " ".join(done.stdout.split())
 
@@ -87,12 +89,7 @@ def test_data_that_ends_the_process_is_refused(code, tmp_path):
 def test_an_error_class_of_ours_with_an_own_exit_code_is_no_pass(artifacts, version, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(CODE.format(ending="pass"))
-    dense = version / "0-baseline" / "dense.onnx"
-    words = ["gate", str(dense), "--against", str(dense), "--data", "digits", "--input-size", "3,16,16"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *words, "--seconds", "0.2", "--metric", f"{path}:fine"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = gated_with(version, f"{path}:fine")
     assert done.returncode == 1, done.stderr
     assert "all is well" in done.stdout
 
