@@ -88,9 +88,8 @@ def read(path: Path) -> ExportedProgram:
     """The program in `path`, as it was written. Raises StoreError where it holds anything but a program."""
     import torch
 
-    content = io.BytesIO(
-        path.read_bytes() if path.is_file() else b""
-    )  # what is checked and what is loaded are the same bytes
+    # What is checked and what is loaded are the same bytes, whatever happens to the file in between.
+    content = io.BytesIO(path.read_bytes() if path.is_file() else b"")
     if found := faults(content):
         raise StoreError(
             f"{path} is not loaded, since it is not what was written here: {found[0]}.",
