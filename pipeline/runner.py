@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from foundation.errors import CaptureError, ConfigError, UserError, nearest
 from foundation.files import sha256
 from pipeline.artifacts import archive
 from pipeline.artifacts.base import Artifact
+from pipeline.artifacts.eager import Baseline
 from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.artifacts.race import Optimized
 from pipeline.artifacts.verdict import Promoted, Validated
@@ -35,7 +36,7 @@ from pipeline.release.records import Manifest, StageRecord
 from pipeline.release.reuse import candidates, compared_with, folder_name, make_current, matches
 from pipeline.report import pages as report
 from pipeline.selection import criteria, schedules
-from pipeline.selection.choose import check_overrides
+from pipeline.selection.choose import check_overrides, observed
 from pipeline.stages.order import STAGES
 
 
@@ -80,6 +81,9 @@ def run(
                         wires[Promoted] = compared_with(folder, digests)
                         digests["promoted"] = wires[Promoted].sha256
                     record, origin = _stage(stage, config, folder, wires, digests, number >= first, progress)
+                    if _produces(stage) is Baseline and not dataset.labelled:
+                        wires[Data] = dataset.answered(*wires[Baseline].answers())
+                        digests["data"] = _answered(digests)
                     done.append((record, origin))
                 if last + 1 < len(STAGES):
                     progress.say(
@@ -116,8 +120,36 @@ def sources(model: str | nn.Module | Callable[[], nn.Module], data: object, conf
     """The data set, and the model built for its classes and input size. Raises UserError when either is bad."""
     given = config.data.source if data is None else data
     dataset = datasets.load(given, input_size=config.data.input_size, seed=config.seed)
-    source = models.load(model, num_classes=dataset.classes, input_size=dataset.input_size, seed=config.seed)
+    classes = dataset.classes if dataset.labelled else config.data.classes
+    if dataset.labelled and config.data.classes not in (None, classes):
+        raise ConfigError(
+            f"data.classes is {config.data.classes}, and {dataset.name} has labels of {classes} classes.",
+            "Leave it out: it is for data without labels.",
+        )
+    source = models.load(model, num_classes=classes, input_size=dataset.input_size, seed=config.seed)
+    if not dataset.labelled:
+        _check_unlabelled(config, source, dataset)
     return source, dataset
+
+
+def _check_unlabelled(config: Config, source: ModelSource, dataset: Data) -> None:
+    """Raise ConfigError for what cannot be done without labels."""
+    own = source.origin.weigh_values or not source.initial
+    if config.baseline.weights == "train" or (config.baseline.weights == "auto" and not own):
+        raise ConfigError(
+            f"{dataset.name} has no labels, so that {source.spec} cannot be trained on it.",
+            "Give its trained weights: --weights FILE, or --weights pretrained.",
+        )
+    if "gradients" in observed(config.prune):
+        raise ConfigError(
+            f"prune.criterion = {config.prune.criterion!r} needs labels, and {dataset.name} has none.",
+            "Take one that looks at the weights alone, such as l2.",
+        )
+
+
+def _answered(digests: Mapping[str, str]) -> str:
+    """Digest of data without labels once the dense model has answered in their place."""
+    return records.digest({"data": digests["data"], "answers": digests[Baseline.STAGE]})
 
 
 def plan(
@@ -145,6 +177,8 @@ def plan(
         record = records.read_stage(found)
         assert record is not None
         digests[name] = record.digest
+        if name == Baseline.STAGE and not dataset.labelled:
+            digests["data"] = _answered(digests)
         steps.append(Step(name, "reuse", found.parent.name))
     return steps
 

@@ -97,6 +97,7 @@ def deployed(tmp_path_factory) -> Path:
     for name in ("samples.npz", "test.npz"):
         x = draw.random((80, 3, 16, 16), np.float32)
         np.savez(folder / name, x=x, y=np.arange(80) % 10)
+    np.savez(folder / "images.npz", x=x)
     for label in range(10):
         (folder / "photos" / str(label)).mkdir(parents=True)
         for number in range(8):

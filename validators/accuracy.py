@@ -192,7 +192,7 @@ def similarity(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any
     cosines: list[Array] = []
     ranks: list[Array] = []
     for x, _ in batches:
-        left, right = (next(iter(r.infer(_feed(r, x)).values())) for r in (reference, candidate))
+        left, right = first_output(reference, x), first_output(candidate, x)
         if left.shape != right.shape or left.ndim < 2:
             raise ValidationError(f"Outputs of shape {left.shape} and {right.shape} cannot be compared row by row.")
         rows = [array.reshape(len(array), -1).astype(np.float64) for array in (left, right)]
@@ -211,6 +211,11 @@ def similarity(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any
         spearman=float(spearman.mean()),
         spearman_min=float(spearman.min()),
     )
+
+
+def first_output(runner: Runner, x: Any) -> Array:
+    """The first output of a model for one batch, given as in `evaluate`."""
+    return next(iter(runner.infer(_feed(runner, x)).values()))
 
 
 def _cosine(left: Array, right: Array) -> Array:
@@ -290,6 +295,41 @@ def compare_accuracy(
             for name in dense.scores.keys() & shipped.scores.keys()
         },
     )
+
+
+def agreement(dense: AccuracyReport, shipped: AccuracyReport, *, confidence: float = 0.95) -> Measured:
+    """Share of the samples, 0 to 1, that both answer alike, with Wilson's interval (1927). Raises ValidationError where
+    the samples differ.
+    """
+    from scipy.stats import binomtest
+
+    if dense.labels != shipped.labels:
+        raise ValidationError("The two models were evaluated on different samples.", "Evaluate both on the same set.")
+    same = np.array(dense.predictions) == np.array(shipped.predictions)
+    found = binomtest(int(same.sum()), len(same)).proportion_ci(confidence, method="wilson")
+    return Measured(value=float(same.mean()), low=float(found.low), high=float(found.high))
+
+
+def chance_of_guessing(report: AccuracyReport) -> float:
+    """How likely so many right answers would be if the answers had nothing to do with the labels, 0 to 1.
+
+    Against the same answers handed out to the samples at random: their number has mean and variance of Hoeffding's
+    combinatorial central limit theorem (1951), and is taken as normal. Answers or labels that are all the same say
+    nothing: 1. Other than a comparison with the commonest class, this is fair to sets of which most are one class.
+    """
+    from scipy.stats import norm
+
+    labels, predictions = np.array(report.labels), np.array(report.predictions)
+    classes = np.unique(np.concatenate([labels, predictions]))
+    called, true = ((values[None] == classes[:, None]).mean(1) for values in (predictions, labels))
+    expected = float((called * true).sum())
+    apart = np.eye(len(classes)) - true[:, None] - called[None] + expected  # rows: called so, columns: labelled so
+    count = len(labels)
+    variance = count**2 / max(1, count - 1) * float((called[:, None] * true[None] * apart**2).sum())
+    if variance < 1e-9:
+        return 1.0
+    right = int((labels == predictions).sum())
+    return float(norm.sf((right - 0.5 - count * expected) / variance**0.5))
 
 
 def _compare_scores(

@@ -65,6 +65,10 @@ class Baseline(Weighted):
 
     STAGE: ClassVar[str] = "0-baseline"
 
+    ANSWERS: ClassVar[str] = "answers.safetensors"
+    CLASSES: ClassVar[str] = "classes"
+    """Beside the answers: of how many classes they are."""
+
     trained_here: bool
     weights_origin: str
     accuracy: float
@@ -76,6 +80,18 @@ class Baseline(Weighted):
     threads: int
     isa: str
     training_seconds: float
+
+    labelled: bool = True
+    """Whether the data has labels; without them, every accuracy is agreement with this model."""
+
+    def answers(self) -> tuple[dict[str, Tensor], int]:
+        """What this model answers where the data has no labels: part -> class number per sample; and of how many.
+
+        Raises WeightsError where they cannot be read.
+        """
+        found = read_tensors(self.folder / self.ANSWERS)
+        classes = int(found.pop(self.CLASSES))
+        return found, classes
 
     @property
     def onnx(self) -> Path:

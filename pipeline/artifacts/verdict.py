@@ -53,6 +53,9 @@ class Validated(Artifact):
     accuracy_drop_points: float | None
     accuracy_drop_low: float | None
     accuracy_drop_high: float | None
+    labelled: bool = Field(True, description="whether the data has labels; without them, no accuracy is known")
+    agreement: float | None = Field(None, description="share of test samples answered as the dense model does")
+    cosine: float | None = Field(None, description="mean cosine of the outputs with the dense model's")
     dense_latency_ms: float | None
     latency_ms: float | None
     latency_p95_ms: float | None

@@ -14,7 +14,7 @@ from foundation.errors import ConfigError, VersionError
 from pipeline.cli.group import EXIT_CODES, OUT, main, plain
 
 if TYPE_CHECKING:
-    from pipeline.recipe.policy import Policy, Rule
+    from pipeline.recipe.policy import Policy
     from validators.gates import Measured, Verdict
 
 _POLICY = click.option("--policy", type=click.Path(path_type=Path), help="A TOML file with the limits.")
@@ -107,7 +107,7 @@ def gate(
         files = {"dense": against, "shipped": Path(target)}
         if promoted is not None:
             files["promoted"] = promoted
-        return _judge_files(target, files, equal_to, limits or Policy(), None, report, options)
+        return _judge_files(target, files, equal_to, limits or Policy(), report, options)
     for name, given in (("--against", against), ("--promoted", promoted), ("--equal-to", equal_to)):
         if given is not None:
             raise ConfigError(f"{name} is for a model file; {target} is judged by its own measurements.")
@@ -130,14 +130,11 @@ def check(a: Path, b: Path, policy: Path | None, report: Path | None, **options:
     leanort check model.onnx model.quantised.onnx --data npz:test.npz
     """
     from pipeline.recipe.config import load_policy
-    from pipeline.recipe.policy import Policy, Rule
+    from pipeline.recipe.policy import Policy
 
     limits = load_policy(policy) if policy is not None else Policy()
-    own = None
-    if policy is None:
-        rule = Rule(metric="accuracy", against="dense", max=limits.max_accuracy_drop_points)
-        own = [rule] if options["data"] else []
-    return _judge_files(f"{a} and {b}", {"dense": a, "shipped": b}, a, limits, own, report, options)
+    files = {"dense": a, "shipped": b}
+    return _judge_files(f"{a} and {b}", files, a, limits, report, options, answers_only=policy is None)
 
 
 def _judge_version(out: Path, target: str, limits: Policy | None, report: Path | None) -> int:
@@ -158,14 +155,16 @@ def _judge_files(
     files: Mapping[str, Path],
     equal: Path | None,
     limits: Policy,
-    own: Sequence[Rule] | None,
     report: Path | None,
     options: Mapping[str, Any],
+    *,
+    answers_only: bool = False,
 ) -> int:
-    """Measure files and judge them."""
+    """Measure files and judge them; `answers_only`: by what they answer to the data, if there is any, and no cost."""
     from pipeline.cli.building import size
     from pipeline.data import find as datasets
     from pipeline.gate import foreign, measuring
+    from pipeline.gate.policy import answer_rules
     from pipeline.progress import TerminalProgress
     from pipeline.recipe.config import checked
     from pipeline.recipe.policy import GateSection
@@ -188,6 +187,7 @@ def _judge_files(
     measuring.metrics(cfg)
     wanted = size(options["input_size"])
     data = datasets.load(options["data"], input_size=wanted) if options["data"] else None
+    own = None if not answers_only else answer_rules(cfg, labelled=data.labelled) if data is not None else ()
     made = foreign.judge_files(cfg, files, data, TerminalProgress(), equal=equal, given=given, rules=own, report=report)
     return _tell(subject, "", made.verdict, made.notes, made.measurements, report)
 

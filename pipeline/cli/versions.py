@@ -73,7 +73,7 @@ def list_(out: Path, as_json: bool, log: bool) -> None:
             name,
             figures.verdict.outcome,
             *_shown(
-                ("{:.1%}", figures.accuracy),
+                ("{:.1%}", figures.accuracy) if figures.labelled else ("{:.1%} as dense", figures.agreement),
                 ("{:.3g} ms", figures.latency_ms),
                 ("{:.2f}", figures.latency_ratio),
                 ("{:.3g} MB", _millions(figures.bytes)),
@@ -294,14 +294,19 @@ def print_release(release: Release) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("", "dense", "shipped", ""):
         table.add_column(column, justify="left")
-    table.add_row(
-        "accuracy",
-        *_shown(
-            ("{:.1%}", checked.dense_accuracy),
-            ("{:.1%}", checked.accuracy),
-            ("{:+.1f} points", None if checked.accuracy_drop_points is None else 0.0 - checked.accuracy_drop_points),
-        ),
-    )
+    if checked.labelled:
+        lost = checked.accuracy_drop_points
+        table.add_row(
+            "accuracy",
+            *_shown(
+                ("{:.1%}", checked.dense_accuracy),
+                ("{:.1%}", checked.accuracy),
+                ("{:+.1f} points", None if lost is None else 0.0 - lost),
+            ),
+        )
+    else:
+        agreed = _shown(("{:.1%}", checked.agreement), ("cosine of the outputs {:.3f}", checked.cosine))
+        table.add_row("agreement with dense", "", *agreed)
     table.add_row(
         "latency",
         *_shown(

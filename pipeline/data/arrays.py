@@ -1,4 +1,4 @@
-"""Arrays in memory and in .npz files: x and y, or x_train, y_train, x_test, y_test."""
+"""Arrays in memory and in .npz files: x and y, or x_train, y_train, x_test, y_test; without any y, unlabelled."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from torch import Tensor
 from foundation.errors import DataError, first_line
 from foundation.files import storage_of
 from pipeline.data.assemble import Raw, check_finite, cut_parts, hashes, stored
-from pipeline.data.parts import PARTS, Part, Split, blocks
+from pipeline.data.parts import PARTS, UNKNOWN, Part, Split, blocks
 
 
 def from_npz(path: Path, seed: int) -> Raw:
-    """An .npz file, never unpickled; raises DataError where it holds no x and y."""
+    """An .npz file, never unpickled; raises DataError where it holds no x, or y for some parts alone."""
     name = f"npz:{path}"
     if not path.is_file():
         raise DataError(f"{path}: no such file.", "Give npz:PATH of a file with arrays x and y.")
@@ -41,7 +41,10 @@ def from_npz(path: Path, seed: int) -> Raw:
                 f"{name}: labels has the shape {arrays['labels'].shape}.", "Give one name per class, or leave it out."
             )
         names = tuple(str(one) for one in arrays["labels"])
-    for _, suffix in named:
+    labelled = any(name.startswith("y") for name in (*arrays, *others))
+    if not labelled and names is not None:
+        raise DataError(f"{path} names classes, but holds no y.", "Add y, or leave labels out.")
+    for _, suffix in named if labelled else ():
         pair = (f"x{suffix}", f"y{suffix}")
         for one, other in (pair, pair[::-1]):
             if one in arrays and other not in arrays:
@@ -49,9 +52,7 @@ def from_npz(path: Path, seed: int) -> Raw:
                     f"{path} holds {', '.join((*arrays, *others))}, but not {other}.", "Give images and their labels."
                 )
     given: dict[Part, tuple[Any, Any]] = {
-        part: (arrays[f"x{suffix}"], arrays[f"y{suffix}"])
-        for part, suffix in named
-        if f"x{suffix}" in arrays and f"y{suffix}" in arrays
+        part: (arrays[f"x{suffix}"], arrays.get(f"y{suffix}")) for part, suffix in named if f"x{suffix}" in arrays
     }
     if "train" not in given:
         raise DataError(
@@ -61,7 +62,13 @@ def from_npz(path: Path, seed: int) -> Raw:
 
 
 def from_arrays(given: Mapping[Part, tuple[Any, Any]], name: str, seed: int, labels: tuple[str, ...] | None) -> Raw:
-    """Arrays in memory, normalised by the training part's own mean and deviation."""
+    """Arrays in memory, normalised by the training part's own mean and deviation; y is None where there are no labels.
+
+    Raises DataError where some parts have labels and others none.
+    """
+    unlabelled = {y is None for _, y in given.values()}
+    if len(unlabelled) > 1:
+        raise DataError(f"{name}: some parts have labels and others none.", "Give labels for all parts, or for none.")
     read = {part: arrays(x, y, f"{name} ({part})" if len(given) > 1 else name) for part, (x, y) in given.items()}
     shapes = {tuple(pixels.shape[1:]) for pixels, _ in read.values()}
     if len(shapes) > 1:
@@ -73,7 +80,8 @@ def from_arrays(given: Mapping[Part, tuple[Any, Any]], name: str, seed: int, lab
     mean = tuple(seen.mean((0, 2, 3)).tolist())
     std = tuple(value or 1.0 for value in seen.std((0, 2, 3)).tolist())  # a constant channel stays 0
     channels, height, width = seen.shape[1:]
-    return Raw(name, parts, labels, (channels, height, width), mean, std, digests)
+    size = (channels, height, width)
+    return Raw(name, parts, labels, size, mean, std, digests, labelled=unlabelled == {False})
 
 
 def _members(path: Path, wanted: Container[str]) -> tuple[dict[str, np.ndarray[Any, Any]], list[str]]:
@@ -128,7 +136,7 @@ def _check_header(stream: IO[bytes], size: int, name: str) -> None:
 
 
 def arrays(x: Any, y: Any, name: str) -> tuple[Tensor, Tensor]:
-    """Images as (samples, channels, height, width) and labels as int64, checked."""
+    """Images as (samples, channels, height, width) and labels as int64, checked; `UNKNOWN` where `y` is None."""
     images = pixels_of(x, f"{name}: x")
     if images.ndim == 3:
         images = images[:, None]
@@ -143,7 +151,7 @@ def arrays(x: Any, y: Any, name: str) -> tuple[Tensor, Tensor]:
         raise DataError(f"{name} is empty.", "Give a data set with samples in it.")
     if not images.numel():
         raise DataError(f"{name}: x has the shape {tuple(images.shape)}: no pixel.", "Give images with pixels in them.")
-    labels = class_numbers(y, f"{name}: y")
+    labels = torch.full((len(images),), UNKNOWN) if y is None else class_numbers(y, f"{name}: y")
     if len(labels) != len(images):
         raise DataError(
             f"{name}: {len(images)} images, but y has the shape {tuple(labels.shape)}.", "Give one label per image."

@@ -15,7 +15,7 @@ from torch.utils.data import (
 )
 
 from foundation.errors import DataError
-from pipeline.data.parts import PARTS, Augmentation, Data, Part, Split, picked
+from pipeline.data.parts import PARTS, UNKNOWN, Augmentation, Data, Part, Split, picked
 from pipeline.models.source import Size
 
 TEST_SHARE = 0.2
@@ -37,6 +37,8 @@ class Raw:
     digests: dict[Part, list[bytes]]
     """A hash per sample, to find the same sample in two parts; empty where the data is too large to be read first."""
     augmentation: Augmentation | None = None
+    labelled: bool = True
+    """False: every label is `UNKNOWN`."""
 
 
 def finish(raw: Raw, input_size: Size | None) -> Data:
@@ -51,7 +53,7 @@ def finish(raw: Raw, input_size: Size | None) -> Data:
     for part in PARTS:
         if not len(parts[part]):
             raise DataError(f"{raw.name}: the {part} part is empty.", "Give more data; the parts never share a sample.")
-    labels = _label_names(raw, parts)
+    labels = _label_names(raw, parts) if raw.labelled else ()
     digest = hashlib.sha256(repr((size, labels, raw.mean, raw.std, raw.augmentation)).encode())
     for part in PARTS:
         digest.update(part.encode() + parts[part].labels.numpy().tobytes())
@@ -70,6 +72,7 @@ def finish(raw: Raw, input_size: Size | None) -> Data:
         digest.hexdigest(),
         raw.augmentation,
         notes,
+        raw.labelled,
     )
 
 
@@ -160,7 +163,10 @@ def listed(samples: Dataset[tuple[Tensor, int]], labels: Tensor, workers: int) -
 def cut_parts(
     given: dict[Part, Split], digests: dict[Part, list[bytes]], seed: int, name: str, test: int | None = None
 ) -> tuple[dict[Part, Split], dict[Part, list[bytes]]]:
-    """Take the test and calibration parts that were not given out of the training part."""
+    """Take the test and calibration parts that were not given out of the training part.
+
+    With every class in its share; samples without labels (all of them `UNKNOWN`) are one class here.
+    """
     parts, hashes = dict(given), dict(digests)
     wanted: list[tuple[Part, float]] = [("test", TEST_SHARE), ("calibration", CALIBRATION_SHARE)]
     for part, share in wanted:
@@ -169,7 +175,7 @@ def cut_parts(
         whole, known = parts["train"], hashes.get("train", [])
         if not len(whole):
             raise DataError(f"{name} is empty.", "Give a data set with samples in it.")
-        if len(set(whole.labels.tolist())) < 2:
+        if set(whole.labels.tolist()) != {UNKNOWN} and len(set(whole.labels.tolist())) < 2:
             raise DataError(f"{name} has a single class.", "Give data of at least two classes.")
         count = test if part == "test" and test is not None else _share(whole.labels, share)
         rest, taken = _cut(whole.labels, count, seed, name)

@@ -1,4 +1,4 @@
-"""One folder of images per class; train/ and test/ or val/ above them if there are."""
+"""One folder of images per class, or images without labels; train/ and test/ or val/ above them if there are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils.data import (
 
 from foundation.errors import DataError, first_line
 from pipeline.data.assemble import Raw, cut_parts, listed
-from pipeline.data.parts import Augmentation, Part, Split
+from pipeline.data.parts import UNKNOWN, Augmentation, Part, Split
 from pipeline.models.extras import need
 from pipeline.models.source import Size
 
@@ -102,7 +102,10 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
     """A folder of images, read when asked for; raises DataError where it is none, or a file in it is no image."""
     name = f"imagefolder:{path}"
     if not path.is_dir():
-        raise DataError(f"{path}: no such folder.", "Give imagefolder:PATH with one folder of images per class.")
+        raise DataError(
+            f"{path}: no such folder.",
+            "Give imagefolder:PATH with one folder of images per class, or images without labels.",
+        )
     if size[0] not in (1, 3):
         raise DataError(f"{name}: images have 1 or 3 channels, not {size[0]}.", "Set data.input_size to 3 channels.")
     folders: dict[Part, Path] = {"train": path}
@@ -115,6 +118,10 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
             folders["calibration"] = held[1]
     found = {part: _image_files(folder) for part, folder in folders.items()}
     names = found["train"][0]
+    if len({bool(classes) for classes, _ in found.values()}) > 1:
+        raise DataError(
+            f"{name}: some parts have class folders and others none.", "Give labels for all parts, or for none."
+        )
     numbers = {one: number for number, one in enumerate(names)}
     parts: dict[Part, Split] = {}
     digests: dict[Part, list[bytes]] = {}
@@ -126,7 +133,7 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
                 f"{folders[part]} has classes that {folders['train']} has not: {', '.join(unknown[:5])}.",
                 "Give every part the same class folders.",
             )
-        renumbered = [(file, numbers[classes[label]]) for file, label in files]
+        renumbered = [(file, numbers[classes[label]] if classes else UNKNOWN) for file, label in files]
         labels = torch.tensor([label for _, label in renumbered])
         workers = (
             min(4, (os.cpu_count() or 1) - 1) if len(files) >= 2000 else 0
@@ -135,31 +142,42 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
         digests[part] = [_file_digest(Path(file), whole <= HASHED_BYTES) for file, _ in renumbered]
     cut, hashes = cut_parts(parts, digests, seed, name)
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if size[0] == 3 else ((0.5,), (0.5,))
-    return Raw(name, cut, names, size, mean, std, hashes, Augmentation())
+    return Raw(name, cut, names or None, size, mean, std, hashes, Augmentation(), labelled=bool(names))
 
 
 def _image_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Class names and (file, class number) of a folder, every file opened as far as its header."""
+    """Class names and (file, class number) of a folder, every file opened as far as its header.
+
+    Images that lie in the folder itself, with no folder beside them, have no labels: no names, every number `UNKNOWN`.
+    """
     need("torchvision")
     from pipeline.models import torchvision_operators  # noqa: F401  # before torchvision itself
 
     # isort: split
     import torchvision
 
-    try:
-        found = torchvision.datasets.ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{folder}: {error}", "Put each class's images (.png, .jpg, …) into a folder of its own."
-        ) from error
-    files: list[tuple[str, int]] = found.samples
+    classes: tuple[str, ...] = ()
+    loose = sorted(
+        str(one) for one in folder.iterdir() if one.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS
+    )
+    if loose and not any(one.is_dir() for one in folder.iterdir()):
+        files = [(file, UNKNOWN) for file in loose]
+    else:
+        try:
+            found = torchvision.datasets.ImageFolder(str(folder))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{folder}: {error}",
+                "Put each class's images (.png, .jpg, …) into a folder of its own, or unlabelled ones right here.",
+            ) from error
+        classes, files = tuple(found.classes), found.samples
     for file, _ in files:
         if not Path(file).is_file():
             raise DataError(f"{file} is not a readable image: it is no file.", "Replace or remove it.")
     for file, _ in files[:: max(1, len(files) // SCANNED)]:
         with _opened(file) as image:
             image.verify()
-    return tuple(found.classes), files
+    return classes, files
 
 
 def _file_digest(path: Path, by_content: bool) -> bytes:

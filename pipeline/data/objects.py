@@ -25,7 +25,7 @@ from foundation.errors import DataError, brief, nearest
 from pipeline.data.arrays import arrays, class_numbers, from_arrays, pixels_of
 from pipeline.data.assemble import Raw, cut_parts, listed
 from pipeline.data.imagefolder import SCANNED
-from pipeline.data.parts import PARTS, Part, Split
+from pipeline.data.parts import PARTS, UNKNOWN, Part, Split
 from pipeline.models.extras import need
 from pipeline.models.from_code import user_code
 from pipeline.seeding import seeded
@@ -42,13 +42,15 @@ _SYNONYMS: dict[str, Part] = {
 
 
 def from_objects(content: Any, name: str, seed: int) -> Raw:
-    """Data sets, loaders or arrays: one, a mapping of parts, or (train, test[, calibration])."""
+    """Data sets, loaders or arrays, labelled or not: one, a mapping of parts, or (train, test[, calibration])."""
     given = _named_parts(content, name)
-    if all(_is_arrays(value) for value in given.values()):
-        return from_arrays(given, name, seed, None)
+    if all(_is_arrays(value) or isinstance(value, Tensor | np.ndarray) for value in given.values()):
+        pairs = {part: (value[0], value[1]) if _is_arrays(value) else (value, None) for part, value in given.items()}
+        return from_arrays(pairs, name, seed, None)
     parts: dict[Part, Split] = {}
     digests: dict[Part, list[bytes]] = {}
     shapes: set[tuple[int, ...]] = set()
+    labelled: set[bool] = set()
     names: tuple[str, ...] | None = None
     for part in PARTS:
         if part not in given:
@@ -59,6 +61,7 @@ def from_objects(content: Any, name: str, seed: int) -> Raw:
         samples, workers = _samples(value, f"{name} ({part})")
         labels, digests[part], shape = _scan(samples, f"{name} ({part})", seed)
         parts[part] = listed(samples, labels, workers)
+        labelled.add(bool(samples.labelled))
         shapes.add(shape)
         with user_code(f"{name}: the names in .classes", DataError):
             classes = getattr(samples.source, "classes", None)
@@ -66,10 +69,14 @@ def from_objects(content: Any, name: str, seed: int) -> Raw:
                 names = tuple(str(one) for one in classes)
     if len(shapes) > 1:
         raise DataError(f"{name}: the parts have different shapes: {sorted(shapes)}.", "Give parts of one shape.")
+    if len(labelled) > 1:
+        raise DataError(f"{name}: some parts have labels and others none.", "Give labels for all parts, or for none.")
     cut, hashes = cut_parts(parts, digests, seed, name)
     channels, height, width = shapes.pop()
     # What own code returns is what the model gets: its transforms have normalised already.
-    return Raw(name, cut, names, (channels, height, width), (0.0,) * channels, (1.0,) * channels, hashes)
+    known = labelled == {True}
+    size, mean, std = (channels, height, width), (0.0,) * channels, (1.0,) * channels
+    return Raw(name, cut, names if known else None, size, mean, std, hashes, labelled=known)
 
 
 def _named_parts(content: Any, name: str) -> dict[Part, Any]:
@@ -99,7 +106,7 @@ def _is_arrays(value: Any) -> bool:
 
 
 class _Samples(Dataset[tuple[Tensor, int]]):
-    """A data set of anybody's, each sample as (tensor, class number)."""
+    """A data set of anybody's, each sample as (tensor, class number); `UNKNOWN` where it has no label."""
 
     def __init__(self, source: Any, indices: Sequence[int] | None, name: str) -> None:
         self.source, self.name = source, name
@@ -107,6 +114,8 @@ class _Samples(Dataset[tuple[Tensor, int]]):
             self.indices = range(len(source)) if indices is None else indices
         self.like: Tensor | None = None
         """The first sample that was read: the others have its shape, and are bytes where it is."""
+        self.labelled: bool | None = None
+        """Whether the first sample that was read had a label: the others do as it does."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -116,9 +125,7 @@ class _Samples(Dataset[tuple[Tensor, int]]):
         place = f"{self.name}, sample {number}"
         with user_code(place, DataError):
             sample = self.source[number]
-        if not isinstance(sample, tuple | list) or len(sample) != 2:
-            raise DataError(f"{place} is no pair (image, label).", "Return (image, label) from the data set.")
-        image, label = sample
+        image, label = self._pair(sample, place)
         if isinstance(image, Image.Image):
             need("torchvision")
             from pipeline.models import torchvision_operators  # noqa: F401  # before torchvision itself
@@ -131,7 +138,23 @@ class _Samples(Dataset[tuple[Tensor, int]]):
             what = tuple(image.shape) if isinstance(image, Tensor | np.ndarray) else type(image).__name__
             raise DataError(f"{place} is {what}, not an image.", "Return tensors (channels, height, width).")
         pixels = pixels_of(image, f"{place}: the image")
-        return self._alike(pixels if pixels.ndim == 3 else pixels[None], place), _class_number(label, place)
+        number = UNKNOWN if label is None else _class_number(label, place)
+        self.labelled = label is not None if self.labelled is None else self.labelled
+        if self.labelled != (label is not None):
+            odd, others = ("no label", "have one") if label is None else ("a label", "have none")
+            raise DataError(f"{place} has {odd}, others {others}.", "Give labels for all samples, or for none.")
+        return self._alike(pixels if pixels.ndim == 3 else pixels[None], place), number
+
+    @staticmethod
+    def _pair(sample: Any, place: str) -> tuple[Any, Any]:
+        """Image and label of a sample; the label is None where there is none: an image alone, (image,), or so given."""
+        if isinstance(sample, Image.Image | Tensor | np.ndarray):
+            return sample, None
+        if not isinstance(sample, tuple | list) or len(sample) not in (1, 2):
+            raise DataError(
+                f"{place} is no pair (image, label).", "Return (image, label) from the data set, or the image alone."
+            )
+        return sample[0], sample[1] if len(sample) == 2 else None
 
     def _alike(self, image: Tensor, place: str) -> Tensor:
         """The image, having checked that it has numbers, and the shape and scale of the others."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -41,12 +41,16 @@ class Augmentation:
         return F.grid_sample(images, grid, mode="bilinear", padding_mode=self.padding, align_corners=False)
 
 
+UNKNOWN = -1
+"""Label of a sample without one; no loss takes it, so that none can be mistaken for a class."""
+
+
 @dataclass(frozen=True)
 class Split:
     """One part: its labels, and how to read its images."""
 
     labels: Tensor
-    """Class numbers, int64, one per sample."""
+    """Class numbers, int64, one per sample; `UNKNOWN` where nobody gave one."""
     stream: Callable[[Sequence[list[int]]], Iterator[Tensor]] = field(repr=False)
     """For lists of sample numbers, the float images of each, (batch, channels, height, width), any size."""
 
@@ -63,7 +67,7 @@ class Data:
     calibration: Split
     test: Split
     labels: tuple[str, ...]
-    """Name of each class."""
+    """Name of each class; none while the data has no labels."""
     input_size: Size
     """Channels, height, width of what `batches` gives."""
     mean: tuple[float, ...]
@@ -73,11 +77,22 @@ class Data:
     augmentation: Augmentation | None = None
     notes: tuple[str, ...] = ()
     """What the user should know, such as duplicates that were left out."""
+    labelled: bool = True
+    """Whether the labels are the data's own; if not, they are unknown, or the answers of the dense model."""
 
     @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return len(self.labels)
+    def classes(self) -> int | None:
+        """Number of classes; None while nothing says how many there are."""
+        return len(self.labels) or None
+
+    def answered(self, answers: Mapping[str, Tensor], classes: int) -> Data:
+        """Data without labels, with what the dense model answers in their place.
+
+        `answers`: part -> class number per sample, int64, in the order of the part; of `classes` classes.
+        """
+        parts = {part: replace(self.split(part), labels=answers.get(part, self.split(part).labels)) for part in PARTS}
+        names = tuple(map(str, range(classes)))
+        return replace(self, labels=names, train=parts["train"], calibration=parts["calibration"], test=parts["test"])
 
     def split(self, part: Part) -> Split:
         """One part by name."""

@@ -115,7 +115,13 @@ def judge_files(
         if name != "shipped":
             measurements |= measuring.against(counts["shipped"], counts[name], name)
     verdict, left = policy.decide(
-        cfg, measurements, hops=hops, promoted="promoted" in files, given=rules, crashed=crashed
+        cfg,
+        measurements,
+        hops=hops,
+        promoted="promoted" in files,
+        labelled=data is None or data.labelled,
+        given=rules,
+        crashed=crashed,
     )
     return Judgement(verdict, (*left, *notes), measurements)
 

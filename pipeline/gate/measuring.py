@@ -12,15 +12,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from exporters.summary import describe
 from exporters.to_ort import session_of
 from foundation.errors import ConfigError, UserError, ValidationError, first_line
-from pipeline.data.parts import Data
+from pipeline.data.parts import Data, picked
 from pipeline.gate import policy
 from pipeline.gate.policy import rules
 from pipeline.models.from_code import load_callable
@@ -31,8 +32,11 @@ from validators.accuracy import (
     AccuracyReport,
     Metric,
     Similarity,
+    agreement,
+    chance_of_guessing,
     compare_accuracy,
     evaluate,
+    first_output,
     similarity,
     top_k,
 )
@@ -44,6 +48,8 @@ from validators.runners import Array, OrtRunner
 from validators.structure import StructureReport, measure
 
 EVALUATION_BATCH = 64
+COSINE_SAMPLES = 1000
+"""Of the test part, for the cosine of the outputs with the dense ones; answers are compared on all of it."""
 _SIMILARITIES = ("cosine", "spearman")
 
 
@@ -88,11 +94,12 @@ class Findings:
     similarity: dict[str, Similarity] = field(default_factory=dict)
     measurements: dict[str, Measured | None] = field(default_factory=dict)
     crashed: Mapping[str, str] = field(default_factory=dict)
+    labelled: bool = True
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader should know beside the figures: the class that lost most, and what disturbed the race."""
-        lost = (worst_class(found) for name, found in self.accuracy.items() if name == "dense")
+        lost = (worst_class(found) for name, found in self.accuracy.items() if name == "dense" and self.labelled)
         return (*(note for note in lost if note), *(self.latency.warnings if self.latency else ()))
 
 
@@ -170,13 +177,19 @@ def contest(
     if runners.keys() == files.keys():  # else nothing that compares them can be told
         if data is not None:
             with crashed.noted("accuracy"):
+                data = _with_labels(data, runners, progress)
                 reports = _evaluated(cfg, runners, data, progress, crashed)
                 own = reports["shipped"]
-                found |= {"accuracy": policy.exactly(own.top1)}
-                found |= {name: policy.exactly(float(np.mean(values))) for name, values in own.scores.items()}
+                if data.labelled:
+                    found |= {"accuracy": policy.exactly(own.top1)}
+                    found |= {name: policy.exactly(float(np.mean(values))) for name, values in own.scores.items()}
                 for name in others:
                     accuracy[name] = compare_accuracy(reports[name], own, seed=cfg.seed)
-                    found |= _lost(name, accuracy[name])
+                    found |= _lost(name, accuracy[name]) if data.labelled else {}
+                if "dense" in reports:
+                    found[policy.AGREEMENT] = agreement(reports["dense"], own)
+                    found[policy.GUESSED] = policy.exactly(chance_of_guessing(reports["dense"]))
+                    found[policy.COSINE] = _cosine(runners, data)
                 similarities = _similarities(cfg, runners, data, crashed)
                 if "dense" in similarities:
                     asked = _similarities_of(cfg)
@@ -198,14 +211,47 @@ def contest(
         for name in costs:
             if name != "shipped":
                 found |= against(costs["shipped"], costs[name], name)
-    return Findings(latency, structure, accuracy, similarities, found, crashed)
+    labelled = data is None or data.labelled
+    return Findings(latency, structure, accuracy, similarities, found, crashed, labelled)
+
+
+def _with_labels(data: Data, runners: Mapping[str, OrtRunner], progress: Progress) -> Data:
+    """`data`, and where it has no labels, the answers of the model "dense" to its test part in their place.
+
+    Raises ValidationError where there is no such model, or an answer of it is not finite.
+    """
+    if data.labelled:
+        return data
+    if "dense" not in runners:
+        raise ValidationError(f"{data.name} has no labels, and there is no model to agree with.")
+    progress.say(f"  {data.name} has no labels: the dense model's answers stand in their place")
+    answers: list[Array] = []
+    for x, _ in data.batches("test", EVALUATION_BATCH):
+        outputs = first_output(runners["dense"], x)
+        if outputs.ndim != 2 or outputs.shape[1] < 2:
+            raise ValidationError(
+                f"Outputs of shape {outputs.shape} hold no answer to agree with.", "Give outputs (samples, 2 or more)."
+            )
+        if not np.isfinite(outputs).all():
+            raise ValidationError("The dense model gives NaN or infinity.", "Check its weights and the data.")
+        answers.append(outputs.argmax(1))
+    return data.answered({"test": torch.from_numpy(np.concatenate(answers))}, outputs.shape[1])
+
+
+def _cosine(runners: Mapping[str, OrtRunner], data: Data) -> Measured | None:
+    """Mean cosine of the outputs of "shipped" with those of "dense", over test samples evenly spaced."""
+    chosen = torch.linspace(0, len(data.test) - 1, min(COSINE_SAMPLES, len(data.test))).long()
+    some = replace(data, test=picked(data.test, chosen))
+    return policy.exactly(
+        similarity(runners["dense"], runners["shipped"], some.batches("test", EVALUATION_BATCH)).cosine
+    )
 
 
 def _evaluated(
     cfg: GateSection, runners: Mapping[str, OrtRunner], data: Data, progress: Progress, crashed: Crashes
 ) -> dict[str, AccuracyReport]:
     """Every model on the test part; an own metric that breaks off is left out of all reports, with its reason noted."""
-    progress.say(f"  accuracy on {len(data.test)} test samples")
+    progress.say(f"  {'accuracy' if data.labelled else 'agreement with dense'} on {len(data.test)} test samples")
     scores, _ = metrics(cfg)
     guarded = {name: _guarded(name, metric, crashed) for name, metric in scores.items()}
     reports = {

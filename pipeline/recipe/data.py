@@ -17,6 +17,10 @@ class DataSection(Section):
         None, description="C, H, W; the data's own size when left out"
     )
 
+    classes: int | None = Field(
+        None, ge=2, le=1_000_000, description="outputs of the model where the data has no labels; the model's own else"
+    )
+
     @field_validator("input_size")
     @classmethod
     def _fits(cls, value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:

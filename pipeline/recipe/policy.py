@@ -56,6 +56,12 @@ class Policy(Section):
     accuracy_by: Literal["value", "interval"] = Field(
         "value", description="judge the measured drop, or its whole 95 % interval"
     )
+    min_agreement: float = Field(
+        0.95, ge=0, le=1, description="where the data has no labels: share of samples answered as dense does"
+    )
+    min_cosine: float = Field(
+        0.9, ge=-1, le=1, description="where the data has no labels: mean cosine of the outputs with the dense ones"
+    )
     max_latency_ratio: float = Field(1.0, gt=0, description="shipped over dense latency, medians")
     max_size_ratio: float = Field(1.0, gt=0, description="shipped over dense file size")
     parity: float = Field(1e-5, gt=0, le=1e6, description="|a-b| at most this times max(1, max|reference|), every hop")

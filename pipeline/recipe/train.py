@@ -54,7 +54,9 @@ class FinetuneSection(Section):
     epochs: int | None = Field(
         None, ge=0, le=1_000_000, description="chosen from the model when left out; 0 trains nothing"
     )
-    distill_weight: float = Field(0.5, ge=0.0, le=1.0, description="share of the loss taught by the dense model")
+    distill_weight: float | None = Field(
+        None, ge=0.0, le=1.0, description="share of the loss taught by the dense model; 0.5, or 1 without labels"
+    )
     distill_temperature: float = Field(2.0, gt=0.0)
     train: Training = Field(None, description="any other setting of the training; wins over the three above")
     seed: Seed = 0

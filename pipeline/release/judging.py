@@ -20,6 +20,7 @@ def judge(checked: Validated, limits: Policy) -> tuple[Verdict, tuple[str, ...]]
         checked.measurements,
         hops=[f"{policy.PARITY}{hop.reference} - {hop.candidate}" for hop in checked.hops if hop.judged],
         promoted=bool(checked.promoted),
+        labelled=checked.labelled,
         crashed=checked.crashed,
     )
 

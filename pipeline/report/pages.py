@@ -161,6 +161,7 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
     shipped = optimized.winner
     return named | {
         "manifest": manifest,
+        "score": "Accuracy" if named["validated"].labelled else "Agreement with dense",
         "verdict": named["validated"].verdict.outcome,
         "checks": checks,
         "reasons": reasons(named["validated"].verdict, checks),
@@ -199,6 +200,8 @@ def _summary(dense: Baseline, shrunk: Shrunk, checked: Validated) -> str:
         words.append(f"{ratio(shrunk.params_after, dense.params)} of its parameters")
     if checked.accuracy_drop_points is not None:
         words.append(f"{points(-checked.accuracy_drop_points)} of accuracy")
+    elif checked.agreement is not None:
+        words.append(f"the same answer on {percent(checked.agreement)} of the samples")
     return f"{words[0][0].upper()}{', '.join(words)[1:]}."
 
 

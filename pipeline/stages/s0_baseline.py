@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from exporters import host
@@ -29,6 +30,8 @@ from validators.latency import race
 from validators.runners import OrtRunner
 
 LATENCY_SECONDS = 2.0
+LEAST_CLASSES = 2
+"""Outputs that a model has at least where the data has no labels: of one alone, the largest is always the same."""
 
 
 def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progress: Progress) -> Baseline:
@@ -39,7 +42,7 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
     """
     inputs = example(source)
     model = source.build_as_given()
-    check(model, inputs, data.classes, source.spec)
+    check(model, inputs, data.classes or LEAST_CLASSES, source.spec)
     if plain.free(model):
         progress.say("  every parameter of the model is frozen: they are freed, or nothing could be recovered")
     # Plain weights from here on, whatever computed them; trained or filled before that, in the form that was given.
@@ -57,6 +60,11 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
     runner = OrtRunner(made.path, threads=cfg.threads)
     feed = random_feeds(runner.inputs, seed=cfg.seed, batches=(1,))[0]
     latency = race({"dense": runner}, feed, reference="dense", seconds=LATENCY_SECONDS, seed=cfg.seed)
+    if not data.labelled:
+        answers, classes = classification.answers(model, data)
+        data = data.answered(answers, classes)
+        save_tensors(answers | {Baseline.CLASSES: torch.tensor(classes)}, out / Baseline.ANSWERS)
+        progress.say(f"  {data.name} has no labels: what counts from here on is how often a model answers as this one")
     (out / "latency.json").write_text(latency.model_dump_json(indent=1) + "\n", encoding="utf-8")
     (out / "model.txt").write_text(f"{model}\n", encoding="utf-8")
     return Baseline(
@@ -72,6 +80,7 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
         threads=cfg.threads,
         isa=host.isa(),
         training_seconds=seconds,
+        labelled=data.labelled,
     )
 
 
@@ -88,6 +97,9 @@ def _fill(
         return str(Path(cfg.weights).name), 0.0
     if cfg.weights == "auto" and not source.initial:
         return "as given", 0.0
+    if cfg.weights == "auto" and not data.labelled:
+        progress.say(f"  weights: those that {source.spec} comes with")
+        return "as built", 0.0
     settings = default_settings(model, seed=cfg.seed, given=cfg.train)
     progress.say(
         f"  no weights were given: training {source.spec} on {data.name} for {settings.epochs} epochs "

@@ -23,6 +23,8 @@ from pipeline.training import loop, masks
 from pipeline.training.defaults import default_settings, has_batch_norm
 from pipeline.training.history import Epoch, history_csv
 
+TAUGHT = 0.5
+"""Share of the loss that the dense model teaches, where the recipe says nothing; without labels it teaches all."""
 GENTLE = 0.1
 """Of the learning rate that a pruned model takes: after a fit a careless epoch loses more than it gains."""
 
@@ -70,7 +72,7 @@ def run(
                 "batch norm", model, data, now, lambda: f"statistics of {reestimate(model, images)} norms taken anew"
             )
             rungs.append(made)
-    settings = _settings(cfg, model, gentle=fitted)
+    settings = _settings(cfg, model, gentle=fitted, labelled=data.labelled)
     history: tuple[Epoch, ...] = ()
     best_epoch, seconds = 0, 0.0
     why = _no_training(cfg, settings, ladder.near(now, dense))
@@ -114,10 +116,11 @@ def run(
     )
 
 
-def _settings(cfg: FinetuneSection, model: nn.Module, *, gentle: bool) -> TrainSettings:
+def _settings(cfg: FinetuneSection, model: nn.Module, *, gentle: bool, labelled: bool) -> TrainSettings:
     """The recipe's settings, and for the rest what suits the model; gentle from weights that were fitted already."""
+    taught = TAUGHT if labelled else 1.0
     section: dict[str, float | int] = {
-        "distill_weight": cfg.distill_weight,
+        "distill_weight": taught if cfg.distill_weight is None else cfg.distill_weight,
         "distill_temperature": cfg.distill_temperature,
     }
     section |= {} if cfg.epochs is None else {"epochs": cfg.epochs}

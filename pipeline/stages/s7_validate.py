@@ -84,6 +84,7 @@ def run(
         measurements,
         hops=[key for key in measurements if key.startswith(policy.PARITY)],
         promoted=promoted.onnx is not None,
+        labelled=data.labelled,
         crashed=crashed,
     )
     accuracy, latency = found.accuracy.get("dense"), found.latency
@@ -98,17 +99,22 @@ def run(
     for sample, picture in pictures.items():
         (out / FLIPPED).mkdir(exist_ok=True)
         picture.save(out / FLIPPED / f"{sample}.png")
+    agreed, alike = (measurements.get(key) for key in (policy.AGREEMENT, policy.COSINE))
+    right = accuracy if data.labelled else None
     mine, reference = (latency.runners[name] if latency else None for name in ("shipped", "dense"))
     before, after = (found.structure.get(name) for name in ("dense", "shipped"))
     return Validated(
         folder=out,
         verdict=verdict,
         hops=hops,
-        dense_accuracy=accuracy and accuracy.dense,
-        accuracy=accuracy and accuracy.shipped,
-        accuracy_drop_points=accuracy and accuracy.drop.value,
-        accuracy_drop_low=accuracy and accuracy.drop.low,
-        accuracy_drop_high=accuracy and accuracy.drop.high,
+        dense_accuracy=right and right.dense,
+        accuracy=right and right.shipped,
+        accuracy_drop_points=right and right.drop.value,
+        accuracy_drop_low=right and right.drop.low,
+        accuracy_drop_high=right and right.drop.high,
+        labelled=data.labelled,
+        agreement=agreed and agreed.value,
+        cosine=alike and alike.value,
         dense_latency_ms=reference and reference.median_ms,
         latency_ms=mine and mine.median_ms,
         latency_p95_ms=mine and mine.p95_ms,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foundation.errors import ModelError
-from pipeline.data.parts import Data, Part
+from pipeline.data.parts import PARTS, Data, Part
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,29 @@ def evaluate(
         model.train(was_training)  # type: ignore[union-attr]
     predictions, labels = torch.cat(predicted), data.split(part).labels
     return Evaluation(float((predictions == labels).float().mean()), lost / len(labels), predictions, labels)
+
+
+def answers(model: nn.Module, data: Data) -> tuple[dict[str, Tensor], int]:
+    """What `model`, in eval mode, answers to every sample: part -> class number, int64; and how many outputs it has.
+
+    Raises ModelError where an output is not finite: it is no answer, and what is held against it would mean nothing.
+    """
+    found: dict[str, Tensor] = {}
+    outputs = 0
+    with torch.no_grad():
+        for part in PARTS:
+            numbers = []
+            for images, _ in data.batches(part):
+                logits = logits_of(model(images))
+                if not bool(logits.isfinite().all()):
+                    raise ModelError(
+                        f"The dense model gives NaN or infinity on samples of the {part} part of {data.name}.",
+                        "Check its weights, and that its inputs are scaled as it expects.",
+                    )
+                outputs = logits.shape[1]
+                numbers.append(logits.argmax(1))
+            found[part] = torch.cat(numbers)
+    return found, outputs
 
 
 def loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

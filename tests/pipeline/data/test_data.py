@@ -487,7 +487,17 @@ class Words(Own):
 
 class Alone(Own):
     def __getitem__(self, index: int):
-        return torch.rand(3, 4, 4)
+        return torch.full((3, 4, 4), index / self.count)
+
+
+class Triple(Own):
+    def __getitem__(self, index: int):
+        return torch.rand(3, 4, 4), 0, 1
+
+
+class Half(Own):
+    def __getitem__(self, index: int):
+        return torch.rand(3, 4, 4), None if index == 3 else 0
 
 
 @pytest.mark.parametrize(
@@ -505,7 +515,9 @@ class Alone(Own):
         (Broken(), "NaN or infinity"),
         (Flat(), "not an image"),
         (Words(), "'cat' is no class number"),
-        (Alone(), "no pair"),
+        (Triple(), "no pair"),
+        (Half(), "sample 3 has no label, others have one"),
+        ({"train": Own(), "test": Alone()}, "some parts have labels and others none"),
         (Own(0), "is empty"),
         ((Own(), Own(0)), "is empty"),
         ({"train": Own(), "test": TensorDataset(torch.rand(4, 1, 4, 4), torch.zeros(4))}, "different shapes"),
@@ -627,3 +639,88 @@ def test_a_label_that_is_no_class_number_is_refused(label):
     samples = [(torch.full((1, 4, 4), float(i)), i % 2) for i in range(20)] + [(torch.zeros(1, 4, 4), label)]
     with pytest.raises(DataError, match="is no class number"):
         data.load(samples)
+
+
+# ── without labels ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def loose(path: Path, count: int = 20) -> Path:
+    """Images that lie in the folder itself; other counts give other images."""
+    folder(path, ("all",), count, seed=count)
+    for file in list((path / "all").iterdir()):
+        file.rename(path / file.name)
+    (path / "all").rmdir()
+    return path
+
+
+def unlabelled(kind: str, path: Path) -> object:
+    x, _ = arrays(40)
+    if kind == "npz":
+        np.savez(path / "x.npz", x=x)
+        return f"npz:{path / 'x.npz'}"
+    if kind == "npz in parts":
+        np.savez(path / "x.npz", x_train=x[:30], x_test=x[30:])
+        return f"npz:{path / 'x.npz'}"
+    if kind == "folder":
+        return f"imagefolder:{loose(path / 'photos')}"
+    if kind == "folder in parts":
+        loose(path / "photos" / "train")
+        loose(path / "photos" / "test", 6)
+        return f"imagefolder:{path / 'photos'}"
+    return {
+        "array": x,
+        "tensor": torch.from_numpy(x),
+        "list": [torch.from_numpy(one) for one in x],
+        "alone": Alone(),
+        "no label": [(torch.from_numpy(one), None) for one in x],
+        "one of a tuple": TensorDataset(torch.from_numpy(x)),
+        "parts": {"train": x[:30], "test": x[30:]},
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["npz", "npz in parts", "folder", "folder in parts", "array", "tensor", "list", "alone", "no label",
+     "one of a tuple", "parts"],
+)  # fmt: skip
+def test_data_without_labels_is_cut_into_parts_that_share_no_sample(kind, tmp_path):
+    found = data.load(unlabelled(kind, tmp_path))
+    assert not found.labelled
+    assert found.classes is None
+    assert all(sizes(found))
+    assert {int(y) for part in ("train", "calibration", "test") for _, ys in found.batches(part) for y in ys} == {-1}
+    parts = [hashes(found, part) for part in ("train", "calibration", "test")]
+    assert not parts[0] & parts[1]
+    assert not (parts[0] | parts[1]) & parts[2]
+
+
+def test_answers_stand_in_the_place_of_labels(tmp_path):
+    found = data.load(unlabelled("npz", tmp_path))
+    answers = {part: torch.arange(len(found.split(part))) % 7 for part in ("train", "calibration", "test")}
+    answered = found.answered(answers, 7)
+    assert answered.classes == 7
+    assert not answered.labelled
+    assert torch.equal(torch.cat([y for _, y in answered.batches("train", 8)]), answers["train"])
+    assert torch.equal(answered.sample("test", 3), found.sample("test", 3))
+
+
+@pytest.mark.parametrize("missing", [("x_test",), ("y_test",), ("y_train",)])
+def test_an_archive_with_labels_for_some_parts_alone_is_refused(tmp_path, missing):
+    x, y = arrays(40)
+    held = {"x_train": x[:30], "y_train": y[:30], "x_test": x[30:], "y_test": y[30:]}
+    np.savez(tmp_path / "x.npz", **{name: value for name, value in held.items() if name not in missing})
+    with pytest.raises(DataError, match="but not [xy]_t"):
+        data.load(f"npz:{tmp_path / 'x.npz'}")
+
+
+def test_names_of_classes_without_labels_are_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", x=arrays(40)[0], labels=np.array(["a", "b"]))
+    with pytest.raises(DataError, match="names classes, but holds no y"):
+        data.load(f"npz:{tmp_path / 'x.npz'}")
+
+
+def test_a_part_with_class_folders_beside_one_without_is_refused(tmp_path):
+    folder(tmp_path / "photos" / "train")
+    loose(tmp_path / "photos" / "test")
+    with pytest.raises(DataError, match="some parts have class folders and others none"):
+        data.load(f"imagefolder:{tmp_path / 'photos'}")

@@ -8,6 +8,7 @@ from exporters import to_onnx
 from foundation.files import save_tensors
 from pipeline import data, models
 from pipeline.artifacts import Baseline, Candidate, Exported, Folded, Optimized, Promoted, Shrunk, archive
+from pipeline.gate.policy import GUESSED
 from pipeline.progress import Progress
 from pipeline.recipe.policy import GateSection
 from pipeline.stages import s7_validate
@@ -74,4 +75,5 @@ def test_a_hop_into_onnxruntime_may_differ_as_the_dense_model_does_and_says_so(
     assert optimised.passed
     assert into_runtime.passed is passed
     assert ("the dense model itself differs by" in " ".join(into_runtime.reasons)) is passed
-    assert (made.verdict.outcome == "pass") is passed
+    failed = {check.limit.metric for check in made.verdict.checks if check.outcome != "pass"}
+    assert (failed == {GUESSED}) is passed  # the net is untrained, so that its accuracy proves nothing

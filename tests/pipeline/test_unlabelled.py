@@ -1,0 +1,183 @@
+"""Data without labels: the dense model's answers stand in their place, and the verdict says what that proves."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from pipeline import data
+from pipeline.artifacts import Baseline
+from pipeline.cli import main
+from pipeline.training import loop
+from pipeline.training.defaults import default_settings
+from tests.pipeline.chain import QUICK, TINY, figures, said
+from tests.pipeline.tiny import TinyNet
+
+SIZE = (3, 16, 16)
+CHAIN = ["deploy", f"{TINY}:build", *QUICK]
+
+
+def deployed(folder: Path, *words: str, code: int = 0) -> str:
+    return said(folder, *CHAIN, *words, code=code)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Of a tiny net that knows the digits."""
+    torch.manual_seed(0)
+    model = TinyNet()
+    settings = default_settings(model, seed=0).model_copy(update={"epochs": 3, "lr": 0.1})
+    made = loop.train(model, data.load("digits", input_size=SIZE), settings)
+    assert made.best_accuracy > 0.85
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """The digits without their labels."""
+    from sklearn.datasets import load_digits
+
+    path = tmp_path_factory.mktemp("images") / "digits.npz"
+    np.savez(path, x=(load_digits().images[:600] / 16).astype(np.float32))
+    return path
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory, weights, images) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts")
+    words = ["--data", f"npz:{images}", "--weights", str(weights), "--set", "finetune.recover=closed-form"]
+    text = deployed(folder, *words, "--set", "prune.ratio=0.25", "--set", "gate.min_agreement=0.6")
+    assert "agreement with dense" in text
+    return folder / "tiny" / "v0001"
+
+
+def test_agreement_is_judged_and_no_accuracy_is_claimed(version):
+    checked = figures(version, "7-validate")
+    assert not checked["labelled"]
+    assert checked["accuracy"] is checked["dense_accuracy"] is None
+    assert not any(key.startswith("accuracy") for key in checked["measurements"])
+    assert checked["agreement"] == checked["measurements"]["agreement vs dense"]["value"]
+    assert 0.6 < checked["agreement"] <= 1
+    assert 0.9 < checked["cosine"] <= 1
+    verdict = json.loads((version / "verdict.json").read_text())
+    judged = {check["limit"]["metric"]: check["limit"]["value"] for check in verdict["checks"]}
+    assert judged["agreement with dense"] == 0.6
+    assert judged["cosine of the outputs with dense"] == 0.9
+    assert not any("accuracy" in metric for metric in judged)
+    assert any("no labels" in note for note in verdict["notes"])
+
+
+def test_what_is_shown_says_agreement_and_never_accuracy(version):
+    for name in ("report.html", "report.md"):
+        text = re.sub(r"<(style|script).*?</\1>", "", (version / name).read_text(), flags=re.S)
+        assert "Agreement with dense" in text, name
+        assert not re.search(r"\bAccuracy\b", text), name
+    out = version.parent.parent
+    assert "as dense" in said(out, "list")
+    shown = said(out, "show", "tiny")
+    assert "agreement with dense" in shown
+    assert "accuracy" not in shown
+
+
+def test_the_answers_are_the_dense_models_own(version, weights, images):
+    model = TinyNet().eval()
+    model.load_state_dict(load_file(weights))
+    answers, classes = Baseline.load(version / "0-baseline").answers()
+    assert classes == 10
+    found = data.load(f"npz:{images}", input_size=SIZE)
+    for part, numbers in answers.items():
+        with torch.no_grad():
+            wanted = torch.cat([model(x).argmax(1) for x, _ in found.batches(part)])
+        assert torch.equal(numbers, wanted)
+    assert not found.labelled
+
+
+def test_it_is_judged_the_same_again_and_by_another_policy(version, tmp_path):
+    out = version.parent.parent
+    assert "the data has no labels" in said(out, "gate", "tiny")
+    policy = tmp_path / "strict.toml"
+    policy.write_text("min_agreement = 1.0\n")
+    agreement = figures(version, "7-validate")["agreement"]
+    told = said(out, "gate", "tiny", "--policy", str(policy), code=0 if agreement == 1 else 1)
+    assert agreement == 1 or "Agreement with dense" in told
+    policy.write_text('[[limits]]\nmetric = "accuracy"\nmin = 0.5\n')
+    assert "Accuracy" in said(out, "gate", "tiny", "--policy", str(policy), code=1)  # asked for, and not measured
+
+
+def test_other_answers_are_other_data(version, images, tmp_path):
+    """The stages after the baseline depend on the answers: other dense weights, and none of them is reused."""
+    torch.manual_seed(1)
+    other = tmp_path / "other.safetensors"
+    save_file({name: value.contiguous() for name, value in TinyNet().state_dict().items()}, other)
+    words = [f"{TINY}:build", *QUICK, "--data", f"npz:{images}", "--weights", str(other)]
+    result = CliRunner().invoke(main, ["plan", *words, "--out", str(version.parent.parent), "--json"])
+    assert result.exit_code == 0, result.output
+    assert {step["action"] for step in json.loads(result.stdout)["stages"]} == {"run"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "has no labels, so that resnet18 cannot be trained on it"),
+        (["--weights", "train"], "cannot be trained"),
+        (["--weights", "{weights}", "--set", "prune.criterion=taylor"], "needs labels"),
+    ],
+)
+def test_what_needs_labels_is_refused_before_anything_is_spent(tmp_path, images, weights, words, says):
+    model = "resnet18" if not words else f"{TINY}:build"
+    words = [word.format(weights=weights) for word in words]
+    text = said(tmp_path, "deploy", model, "--data", f"npz:{images}", *words, code=2)
+    assert says in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_classes_are_for_data_without_labels(tmp_path):
+    assert "labels of 10 classes" in said(tmp_path, "deploy", f"{TINY}:build", "--set", "data.classes=4", code=2)
+
+
+def test_a_dense_model_with_one_answer_proves_nothing(tmp_path, images, weights):
+    state = load_file(weights)
+    state["head.bias"] = torch.tensor([100.0] + [0.0] * 9)
+    constant = tmp_path / "constant.safetensors"
+    save_file(state, constant)
+    words = ["--data", f"npz:{images}", "--weights", str(constant), "--set", "finetune.recover=none"]
+    assert "only guesses" in deployed(tmp_path / "out", *words, code=1)
+    assert not (tmp_path / "out" / "tiny" / "current").exists()
+
+
+def test_a_dense_model_that_gives_nan_has_no_answers(tmp_path, images, weights):
+    state = load_file(weights)
+    state["head.bias"] = torch.full((10,), float("nan"))
+    broken = tmp_path / "broken.safetensors"
+    save_file(state, broken)
+    assert "NaN" in deployed(tmp_path / "out", "--data", f"npz:{images}", "--weights", str(broken), code=2)
+
+
+def test_made_up_labels_do_not_pass(tmp_path, images, weights):
+    """A dense model that is never right, and a shipped one that is never right either: no drop, and no proof."""
+    with np.load(images) as file:
+        x = file["x"]
+    labelled = tmp_path / "labelled.npz"
+    np.savez(labelled, x=x, y=np.random.default_rng(0).integers(0, 10, len(x)))
+    words = ["--data", f"npz:{labelled}", "--weights", str(weights), "--set", "finetune.recover=none"]
+    text = deployed(tmp_path / "out", *words, "--set", "gate.max_accuracy_drop_points=100", code=1)
+    assert "only guesses" in text
+    assert not (tmp_path / "out" / "tiny" / "current").exists()
+
+
+def test_files_from_elsewhere_agree_with_the_one_they_are_held_against(version, images):
+    dense = version / "0-baseline" / "dense.onnx"
+    shipped = version / "6-optimize" / figures(version, "6-optimize")["ships"]
+    words = ["--data", f"npz:{images}", "--input-size", "3,16,16", "--seconds", "0.1"]
+    told = CliRunner().invoke(main, ["gate", str(shipped), "--against", str(dense), *words]).output
+    assert "agreement with dense" in told
+    assert "no labels" in told
+    same = CliRunner().invoke(main, ["check", str(dense), str(dense), *words])
+    assert same.exit_code == 0, same.output
