@@ -35,6 +35,10 @@ PER_COLUMN = 3
 """A weight is fitted on `ROWS` rows or `PER_COLUMN` for each of its columns, where the samples have so many."""
 MOST = 1 << 26
 """Numbers in the rows of one weight: a quarter of a gigabyte."""
+LARGEST_SPARSE = 1 << 31
+"""Outputs times columns squared of a weight of which single ones are masked: about what a second of one core does, for
+each step of the conjugate gradients.
+"""
 LEAST = 10
 """Samples, at the least: some of them are held back."""
 CHUNK = 32
@@ -307,7 +311,7 @@ class _Walk:
         if not changed:
             values[node] = [dense, dense]
             return
-        if moved:
+        if moved or self._thinned(node, fixed):
             self._fit(node, values, fixed, dense)
         pruned = self._column(node, values, fixed, 1)
         # A size is the same number in both, however they differ.
@@ -373,8 +377,9 @@ class _Walk:
         mask = self.masks.get(held.name, torch.ones_like(fixed[held][0], dtype=torch.bool))
         kept = found.to_matrix(mask)
         outputs, columns = kept.any(2), kept.any(1)
-        if not torch.equal(kept, outputs.unsqueeze(2) & columns.unsqueeze(1)):
-            self.fitted.append(Fitted(name, reason="single weights of it are masked, not channels"))
+        by_channel = _channels(kept)
+        if not by_channel and kept.numel() * kept.shape[2] > LARGEST_SPARSE:
+            self.fitted.append(Fitted(name, reason="single weights are masked, of too many to fit each output alone"))
             return
         if not bool(kept.any()):
             self.fitted.append(Fitted(name, reason="nothing of it is kept"))
@@ -386,7 +391,11 @@ class _Walk:
         bias = found.bias
         own_bias = bias is not None and self._own_shift(bias, fixed, matrix.shape[0] * matrix.shape[1])
         intercept = own_bias or self._norm_follows(node, fixed)
-        new, made = self._solve(x, y, matrix, outputs, columns, held_back, intercept)
+        if by_channel:
+            new, made = self._solve(x, y, matrix, outputs, columns, held_back, intercept)
+        else:
+            made = [regression.fit(x, y, matrix, held_back, intercept=intercept, kept=kept)]
+            new, outputs = made[0].weight, torch.ones_like(outputs)
         value = found.from_matrix(new)
         self.result[name] = value
         fixed[held] = [fixed[held][0], torch.where(mask, value, torch.zeros_like(value))]
@@ -409,6 +418,14 @@ class _Walk:
                 error_after=total[1] / len(made),
             )
         )
+
+    def _thinned(self, node: fx.Node, fixed: dict[fx.Node, list[Any]]) -> bool:
+        """Whether single weights of `node` are masked: then what is left of an output can make up for them."""
+        held = weight_of(node)
+        if held is None or held not in fixed or held.name not in self.masks:
+            return False
+        found = contraction(node, fixed[held][0])
+        return found is not None and not _channels(found.to_matrix(self.masks[held.name]))
 
     def _obstacle(
         self, node: fx.Node, found: Contraction, inputs: list[Any], outputs: list[Any], weight: Tensor
@@ -532,6 +549,11 @@ class _Walk:
         shape[axis] = -1
         for value in pruned:
             value += lack.reshape(shape)
+
+
+def _channels(kept: Tensor) -> bool:
+    """Whether whole rows and columns of a mask (groups, outputs, columns) are gone, and no single weights."""
+    return torch.equal(kept, kept.any(2, keepdim=True) & kept.any(1, keepdim=True))
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -12,6 +12,9 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean diagonal of the Gram matrix: from hardly any pull to as strong as the data."""
 HELD_BACK = 5
 """One sample in so many chooses the strength."""
+CLOSE = 1e-4
+"""Of the first residual: where conjugate gradients end. What a fit is uncertain by is a hundred times as much."""
+MOST_STEPS = 100
 FLAT = 1e-5
 """Of a column's largest value: who varies by no more is constant."""
 
@@ -31,13 +34,15 @@ class Fit:
     error_after: float
 
 
-def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool) -> Fit:
+def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool, kept: Tensor | None = None) -> Fit:
     """Weights W' that minimise ‖X W'ᵀ + b - Y‖² + s·d·‖W' - W‖² for each group, d the mean of the diagonal of XᵀX.
 
     `x`: (rows, groups, columns) float32, `y`: (rows, groups, outputs), `weight`: (groups, outputs, columns), `held`:
     (rows,) bool, True = held back. The strength s is the one of `STRENGTHS` whose fit on the other rows leaves the
     least on those; where none leaves less than the old weights do (with the mean mended), these stay. Solved in
     float64, in the smaller of the two spaces (columns, or rows where there are fewer of them). Hoerl & Kennard 1970.
+    `kept`: bool like `weight`, where single weights are zero and stay so, other ones in every output (as in SparseGPT,
+    Frantar & Alistarh 2023, arXiv:2301.00774); `weight` has to be zero there.
     Raises ValueError for values that are not finite, and where no row, or every one, is held back.
     """
     if not bool(held.any()) or bool(held.all()):
@@ -58,7 +63,7 @@ def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool) 
     scale = float(ys[:, held].double().square().sum()) or 1.0
     before = float(rest[:, held].double().square().sum()) / scale
     best, strength = before, 0.0
-    solver = _Solver(xs[:, learn], rest[:, learn])
+    solver = _Solver(xs[:, learn], rest[:, learn], kept)
     for candidate in STRENGTHS:
         change = solver.solve(candidate)
         left = float((rest[:, held] - xs[:, held] @ change.float().mT).double().square().sum()) / scale
@@ -80,11 +85,11 @@ def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool) 
 
 
 class _Solver:
-    """ΔW = Rᵀ X (XᵀX + λ)⁻¹ for several λ, of one X and R."""
+    """ΔW = Rᵀ X (XᵀX + λ)⁻¹ for several λ, of one X and R; with `kept`, the best ΔW that is zero elsewhere."""
 
-    def __init__(self, x: Tensor, rest: Tensor) -> None:
-        self.x, self.rest = x, rest
-        self.dual = x.shape[1] < x.shape[2]
+    def __init__(self, x: Tensor, rest: Tensor, kept: Tensor | None = None) -> None:
+        self.x, self.rest, self.kept = x, rest, kept
+        self.dual = kept is None and x.shape[1] < x.shape[2]
         gram = x @ x.mT if self.dual else x.mT @ x
         self.gram = gram.double()
         self.mean = (x.double().square().sum((1, 2)) / x.shape[2]).clamp_min(1e-30)
@@ -110,6 +115,8 @@ class _Solver:
 
     def solve(self, strength: float) -> Tensor:
         """(groups, outputs, columns); the strength is raised tenfold while the matrix cannot be factored."""
+        if self.kept is not None:
+            return self._sparse(strength)
         for _ in range(6):
             loaded = self.gram + (strength * self.mean).reshape(-1, 1, 1) * torch.eye(
                 self.gram.shape[1], dtype=torch.float64
@@ -122,3 +129,27 @@ class _Solver:
             return (self.x.double().mT @ torch.cholesky_solve(self.rest.double(), factor)).mT
         assert self.product is not None
         return torch.cholesky_solve(self.product, factor).mT
+
+    def _sparse(self, strength: float) -> Tensor:
+        """Every output has columns of its own: conjugate gradients for all outputs at once, so that the one Gram matrix
+        serves them all (Hestenes & Stiefel 1952, preconditioned by the diagonal).
+        """
+        assert self.product is not None
+        assert self.kept is not None
+        load = (strength * self.mean).reshape(-1, 1, 1)
+        scale = self.gram.diagonal(dim1=1, dim2=2).unsqueeze(1) + load
+        change = torch.zeros_like(self.kept, dtype=torch.float64)
+        left = torch.where(self.kept, self.product.mT, 0.0)
+        step = left / scale
+        power = (left * step).sum(2, keepdim=True)
+        enough = power.amax() * CLOSE**2
+        for _ in range(MOST_STEPS):
+            if not float(power.amax()) > float(enough):
+                break
+            moved = torch.where(self.kept, step @ self.gram + load * step, 0.0)
+            length = power / (step * moved).sum(2, keepdim=True).clamp_min(1e-300)
+            change += length * step
+            left -= length * moved
+            before, power = power, (left * left / scale).sum(2, keepdim=True)
+            step = left / scale + power / before.clamp_min(1e-300) * step
+        return change

@@ -370,11 +370,27 @@ def test_tied_names_get_one_value():
     assert "again" not in made.state or torch.equal(made.state["again"], made.state["2.weight"])
 
 
-def test_single_masked_weights_stay_and_say_why():
+@pytest.mark.parametrize("name", ["mlp", "plain", "grouped", "separable", "decoder"])
+def test_what_is_left_of_single_masked_weights_makes_up_for_them(name):
+    captured, inputs = built(name)
+    draw = torch.Generator().manual_seed(0)
+    masks = {n: torch.rand(v.shape, generator=draw) > 0.4 for n, v in captured.state.items() if v.dim() > 1}
+    made = recover(captured, masks, inputs)
+    assert {f.name: f.reason for f in made.fitted} == dict.fromkeys(masks, "")
+    for weight, mask in masks.items():
+        assert torch.equal(made.state[weight][~mask], captured.state[weight][~mask])
+    before, after = (distance(captured, state, masks, inputs) for state in (captured.state, made.state))
+    assert after < 0.5 * before
+
+
+def test_single_masked_weights_of_too_large_a_layer_stay_and_say_why(monkeypatch):
+    monkeypatch.setattr(closed_form, "LARGEST_SPARSE", 24 * 6 * 6)
     captured, inputs = built("mlp")
-    masks = {"0.weight": torch.rand(24, 6) > 0.5, "2.weight": torch.rand(16, 24) > 0.5}
+    draw = torch.Generator().manual_seed(0)
+    masks = {n: torch.rand(captured.state[n].shape, generator=draw) > 0.5 for n in ("0.weight", "2.weight")}
     made = {f.name: f.reason for f in recover(captured, masks, inputs).fitted}
-    assert "single weights" in made["2.weight"] and made["4.weight"] == ""
+    assert made["0.weight"] == made["4.weight"] == ""
+    assert "too many" in made["2.weight"]
 
 
 def test_masks_in_other_words_are_taken():

@@ -45,6 +45,28 @@ def test_it_solves_what_numpy_solves(rows, columns, intercept):
             assert made.bias is None
 
 
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("rows", [400, 15])
+def test_single_weights_that_are_zero_stay_so_and_the_rest_is_what_each_output_alone_would_get(rows, intercept):
+    x, y, old, held = drawn(rows, 20, 6, groups=2)
+    kept = torch.rand(old.shape, generator=torch.Generator().manual_seed(5)) > 0.5
+    kept[0, 0] = False  # an output of which nothing is left
+    made = fit(x, y, old * kept, held, intercept=intercept, kept=kept)
+    assert made.strength
+    assert not bool(made.weight[~kept].any())
+    for group in range(2):
+        every = x[:, group].double() - (x[:, group].double().mean(0) if intercept else 0)
+        pull = made.strength * float(every.square().sum()) / 20
+        for output in range(1, 6):
+            columns = kept[group, output]
+            part, target = every[:, columns], y[:, group, output].double()
+            target = target - (target.mean() if intercept else 0)
+            start = old[group, output, columns].double()
+            loaded = part.T @ part + pull * torch.eye(part.shape[1], dtype=torch.float64)
+            wanted = start + torch.linalg.solve(loaded, part.T @ (target - part @ start))
+            torch.testing.assert_close(made.weight[group, output, columns].double(), wanted, rtol=0.01, atol=2e-3)
+
+
 def test_both_spaces_give_the_same():
     draw = torch.Generator().manual_seed(1)
     x, rest = torch.randn(1, 20, 20, generator=draw), torch.randn(1, 20, 3, generator=draw)
