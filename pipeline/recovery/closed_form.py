@@ -36,8 +36,8 @@ PER_COLUMN = 3
 MOST = 1 << 26
 """Numbers in the rows of one weight: a quarter of a gigabyte."""
 LARGEST_SPARSE = 1 << 31
-"""Outputs times columns squared of a weight of which single ones are masked: about what a second of one core does, for
-each step of the conjugate gradients.
+"""Outputs times columns squared of a weight of which single ones are masked: multiply-accumulates in each step of the
+conjugate gradients.
 """
 LEAST = 10
 """Samples, at the least: some of them are held back."""
