@@ -28,8 +28,6 @@ from validators.feeds import random_feeds
 from validators.latency import race
 from validators.runners import OrtRunner
 
-LATENCY_SECONDS = 2.0
-
 
 def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progress: Progress) -> Baseline:
     """Load or train the dense model and measure it.
@@ -56,7 +54,7 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
     made = to_onnx(captured.program, out / "dense.onnx", example=inputs, opset=cfg.opset, metadata={})
     runner = OrtRunner(made.path, threads=cfg.threads)
     feed = random_feeds(runner.inputs, seed=cfg.seed, batches=(1,))[0]
-    latency = race({"dense": runner}, feed, reference="dense", seconds=LATENCY_SECONDS, seed=cfg.seed)
+    latency = race({"dense": runner}, feed, reference="dense", seconds=cfg.seconds, seed=cfg.seed)
     (out / "latency.json").write_text(latency.model_dump_json(indent=1) + "\n", encoding="utf-8")
     (out / "model.txt").write_text(f"{model}\n", encoding="utf-8")
     return Baseline(
