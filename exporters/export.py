@@ -9,14 +9,16 @@ runs it as it is, or as a depthwise convolution at ORT_ENABLE_ALL.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import torch
@@ -112,7 +114,8 @@ def _capture(module: nn.Module, example: tuple[Tensor, ...], dynamic_batch: bool
 
 def _translate(program: ExportedProgram, opset: int) -> ir.Model:
     try:
-        made = torch.onnx.export(translatable(program), dynamo=True, opset_version=opset, verbose=False)
+        with _translations_read_once():
+            made = torch.onnx.export(translatable(program), dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:  # translation runs third-party code for every operator
         raise ExportError(*_explain(_root(error))) from error
     assert made is not None
@@ -120,6 +123,30 @@ def _translate(program: ExportedProgram, opset: int) -> ir.Model:
     if model.opset_imports.get("") != opset:
         raise ExportError(f"torch.onnx cannot write opset {opset} for this model.", "Use opset 18 or above.")
     return model
+
+
+@contextmanager
+def _translations_read_once() -> Iterator[None]:
+    """For every export torch.onnx asks onnxscript for its 500 translations, which parses the source of each again: half
+    the time that a small model takes. They never change, so they are asked for once. Another version of torch or
+    onnxscript may do this elsewhere; then nothing is kept.
+    """
+    try:
+        apis = importlib.import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
+        asked = apis.get_torchlib_ops
+    except (ImportError, AttributeError):
+        yield
+        return
+    apis.get_torchlib_ops = _kept(asked)
+    try:
+        yield
+    finally:
+        apis.get_torchlib_ops = asked
+
+
+@functools.cache
+def _kept(asked: Callable[[], Sequence[Any]]) -> Callable[[], Sequence[Any]]:
+    return functools.cache(asked)
 
 
 def _explain(error: BaseException) -> tuple[str, str]:

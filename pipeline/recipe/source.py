@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from foundation import checkpoints
 from foundation.files import sha256
-from pipeline.recipe.section import Section, Seed, Threads
+from pipeline.recipe.section import Seconds, Section, Seed, Threads
 from pipeline.recipe.train import Training
 
 
@@ -19,6 +19,7 @@ class BaselineSection(Section):
     train: Training = Field(None, description="how to train here; what is left out is chosen from the model")
     opset: int = Field(23, ge=18, le=1000, description="ONNX opset of the dense reference file")
     threads: Threads = Field(1, description="onnxruntime threads for the dense latency")
+    seconds: Seconds = Field(2.0, description="time for measuring the dense latency")
     seed: Seed = 0
 
     def code(self) -> dict[str, str]:

@@ -29,7 +29,6 @@ from validators.feeds import random_feeds
 from validators.latency import race
 from validators.runners import OrtRunner
 
-LATENCY_SECONDS = 2.0
 LEAST_CLASSES = 2
 """Outputs that a model has at least where the data has no labels: of one alone, the largest is always the same."""
 
@@ -59,7 +58,7 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
     made = to_onnx(captured.program, out / "dense.onnx", example=inputs, opset=cfg.opset, metadata={})
     runner = OrtRunner(made.path, threads=cfg.threads)
     feed = random_feeds(runner.inputs, seed=cfg.seed, batches=(1,))[0]
-    latency = race({"dense": runner}, feed, reference="dense", seconds=LATENCY_SECONDS, seed=cfg.seed)
+    latency = race({"dense": runner}, feed, reference="dense", seconds=cfg.seconds, seed=cfg.seed)
     if not data.labelled:
         answers, classes = classification.answers(model, data)
         data = data.answered(answers, classes)

@@ -78,14 +78,16 @@ def program_of():
     return program
 
 
-def check(program, inputs, path, opset=18):
-    """onnxruntime gives the same for other batches."""
+def check(program, path, *batches, opset=18):
+    """onnxruntime gives the same for other batches, each a list of inputs; the program is exported once."""
+    assert batches
     names = [str(name) for name in program.graph_signature.user_inputs]
     to_onnx(program, path, example=(), opset=opset, metadata={}, input_names=names)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    want = program.module()(*inputs).detach().numpy()
-    got = session.run(None, dict(zip(names, [x.numpy() for x in inputs], strict=True)))[0]
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    for inputs in batches:
+        want = program.module()(*inputs).detach().numpy()
+        got = session.run(None, dict(zip(names, [x.numpy() for x in inputs], strict=True)))[0]
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.fixture(scope="session", name="check")

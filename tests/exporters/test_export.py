@@ -131,6 +131,18 @@ def test_the_same_program_gives_the_same_bytes(tiny_program, image, tmp_path):
     assert export(tiny_program, tmp_path / "b.onnx", image, metadata={"a": "b", "k": "v"}).path.read_bytes() == first
 
 
+def test_translations_are_asked_for_once_and_torch_is_left_as_it_was(tiny_program, image, tmp_path, monkeypatch):
+    apis = importlib.import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
+    real, asked = apis.get_torchlib_ops, []
+    counted = lambda: (asked.append(1), real())[1]  # noqa: E731
+    monkeypatch.setattr(apis, "get_torchlib_ops", counted)
+    for name in ("a.onnx", "b.onnx"):
+        export(tiny_program, tmp_path / name, image)
+        assert apis.get_torchlib_ops is counted
+    assert len(asked) == 1
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
 def test_the_file_does_not_tell_where_the_model_was_written(tiny_net, image, tmp_path):
     content = export(tiny_net, tmp_path / "m.onnx", image).path.read_bytes()
     assert b".py" not in content

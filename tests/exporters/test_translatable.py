@@ -28,7 +28,7 @@ class Routed(nn.Module):
 def test_sizes_read_off_data_can_be_translated_again(program_of, check, tmp_path):
     program = program_of(Routed(), torch.randn(4, 6))
     for opset in (18, 20):
-        check(program, (torch.randn(3, 6),), tmp_path / "routed.onnx", opset)
+        check(program, tmp_path / "routed.onnx", (torch.randn(3, 6),), opset=opset)
 
 
 class Builtin(nn.Module):

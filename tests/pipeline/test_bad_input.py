@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from pipeline import models
 from pipeline.cli import main
+from tests.pipeline.chain import forked
 
 TINY = f"{Path(__file__).with_name('tiny.py')}:build"
 SMALL = ["--input-size", "3,16,16"]
@@ -207,6 +208,8 @@ def test_a_disk_that_fills_up_in_the_middle_is_said_and_the_run_can_go_on(tmp_pa
         "--set",
         "finetune.train={epochs=1}",
         "--set",
+        "baseline.seconds=0.1",
+        "--set",
         "gate.seconds=0.2",
         "--set",
         'optimize={candidates=["portable"], seconds=0.1}',
@@ -236,22 +239,19 @@ def test_a_disk_that_fills_up_in_the_middle_is_said_and_the_run_can_go_on(tmp_pa
 
 
 def test_ctrl_c_ends_with_one_line_and_keeps_what_is_complete(tmp_path):
-    command = [sys.executable, "-m", "pipeline", "deploy", TINY, *SMALL, "--name", "tiny", "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        [*command, "--set", "finetune.train={epochs=500}", "--set", "baseline.train={epochs=1}"],
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite run in the background ignores it
-    )  # fmt: skip
-    building = tmp_path / "tiny" / ".partial" / "2-finetune.building"
-    deadline = time.monotonic() + 120
-    while not building.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    words = ["deploy", TINY, *SMALL, "--name", "tiny", "--set", "baseline.train={epochs=1}"]
+    with forked(tmp_path, *words, "--set", "finetune.train={epochs=500}") as (process, _, err):
+        building = tmp_path / "tiny" / ".partial" / "2-finetune.building"
+        deadline = time.monotonic() + 120
+        while not building.exists():
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        said = err.read_text()
+    assert process.exitcode == 130
     assert "Interrupted" in said
     assert "Traceback" not in said
     assert (tmp_path / "tiny" / ".partial" / "0-baseline" / "stage.json").is_file()
@@ -265,7 +265,7 @@ def test_an_unknown_stage_and_an_unknown_version(tmp_path):
 
 def test_an_opset_that_the_exporter_cannot_write_is_a_failed_stage_in_one_line(tmp_path):
     words = [TINY, *SMALL, "--name", "tiny", "--out", str(tmp_path), "--set", "export.opset=99", "--until", "export"]
-    words += ["--set", "baseline.train.epochs=1", "--set", "finetune.epochs=0"]
+    words += ["--set", "baseline.train.epochs=1", "--set", "baseline.seconds=0.1", "--set", "finetune.epochs=0"]
     result = CliRunner().invoke(main, ["deploy", *words])
     assert result.exit_code == 3
     assert "opset 99" in result.output

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,30 +16,6 @@ from foundation.errors import ExportError, VersionError
 from pipeline.artifacts.race import Optimized
 from pipeline.release import bundling
 from tests.exporters.bundles import reseal, rewrite
-from tests.pipeline.chain import QUICK, TINY, command
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def environment(home) -> dict[str, str]:
-    """Of somebody who has never heard of telemetry, on a disk of his own."""
-    # Where it sees a CI's variables, onnxruntime reports nothing by itself, and nothing would be proven.
-    silenced = ("ORT_DISABLE_TELEMETRY", "CI", "GITHUB_ACTIONS", "GITLAB_CI", "TF_BUILD", "BUILDKITE", "JENKINS_URL")
-    kept = {key: value for key, value in os.environ.items() if key not in silenced}
-    return {**kept, "HOME": str(home), "TMPDIR": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
-
-
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory, environment) -> Path:
-    folder = tmp_path_factory.mktemp("artifacts")
-    words = ["deploy", f"{TINY}:build", *QUICK]
-    done = subprocess.run(command(folder, *words), capture_output=True, text=True, timeout=280, env=environment)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return folder
 
 
 def reported(home: Path) -> list[str]:

@@ -2,10 +2,7 @@
 
 import html
 import json
-import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +19,7 @@ from torch.export import ExportedProgram
 from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.release import store
 from pipeline.stages import s7_validate
-from tests.pipeline.chain import QUICK, STAGES, TINY, command, deploy, figures, said
+from tests.pipeline.chain import QUICK, STAGES, TINY, deploy, figures, forked, said
 from validators import OrtRunner
 
 
@@ -31,15 +28,13 @@ from validators import OrtRunner
 def test_a_run_killed_in_every_stage_in_turn_resumes_and_ends_in_the_same_result(artifacts, version, tmp_path):
     model = tmp_path / "tiny"
     for number, stage in enumerate(STAGES):
-        words = command(tmp_path, "deploy", f"{TINY}:build", *QUICK)
-        process = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while not (model / ".partial" / f"{number}-{stage}.building" / ".fingerprint").exists():
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with forked(tmp_path, "deploy", f"{TINY}:build", *QUICK) as (process, _, _):
+            deadline = time.monotonic() + 120
+            while not (model / ".partial" / f"{number}-{stage}.building" / ".fingerprint").exists():
+                assert process.is_alive(), "the run ended before it could be killed"
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            process.kill()
         complete = [p.parent.name for p in sorted(model.glob(".partial/*/stage.json"))]
         assert complete == [f"{n}-{name}" for n, name in enumerate(STAGES[:number])]
         assert not (model / "v0001").exists()
@@ -54,36 +49,27 @@ def test_a_run_killed_in_every_stage_in_turn_resumes_and_ends_in_the_same_result
 def test_no_room_for_the_shrunk_program_is_one_line_that_names_it_and_the_next_run_goes_on(tmp_path):
     """The operating system itself cuts the write short."""
     short = ["--set", "baseline.train={epochs=1}", "--set", "finetune.train={epochs=1}"]
-    words = command(tmp_path, "deploy", f"{TINY}:build", *QUICK, *short)
-    assert subprocess.run([*words, "--until", "fold"], capture_output=True, check=False).returncode == 0
-    done = subprocess.run(
-        [*words, "--until", "shrink"], capture_output=True, text=True, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
-    )  # fmt: skip
-    said = done.stdout + done.stderr
-    assert done.returncode == 3, said
-    assert "Traceback" not in said
-    (error,) = (line for line in said.splitlines() if line.startswith("error:"))
+    said(tmp_path, "deploy", f"{TINY}:build", *QUICK, *short, "--until", "fold")
+    done = deploy(tmp_path, *short, "--until", "shrink", largest=40_000)
+    output = done.stdout + done.stderr
+    assert done.returncode == 3, output
+    assert "Traceback" not in output
+    (error,) = (line for line in output.splitlines() if line.startswith("error:"))
     assert "4-shrink.building/shrunk.pt2 cannot be written: File too large" in error
-    done = subprocess.run([*words, "--until", "shrink"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("reused from the interrupted run") == 4
+    again = said(tmp_path, "deploy", f"{TINY}:build", *QUICK, *short, "--until", "shrink")
+    assert again.count("reused from the interrupted run") == 4
 
 
 @pytest.mark.slow
 def test_a_run_killed_between_epochs_goes_on_with_the_next_one(version, tmp_path):
     """The long stage: its checkpoint is used, and the weights are those of a run that was never killed."""
-    words = command(tmp_path, "deploy", f"{TINY}:build", *QUICK, "--until", "baseline")
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
     checkpoint = tmp_path / "tiny" / ".partial" / "0-baseline.building" / "training.pt"
-    while not checkpoint.exists():
-        assert process.poll() is None
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert "Resuming after epoch" in done.stderr
+    with forked(tmp_path, "deploy", f"{TINY}:build", *QUICK, "--until", "baseline") as (process, _, _):
+        while not checkpoint.exists():
+            assert process.is_alive()
+            time.sleep(0.002)
+        process.kill()
+    assert "Resuming after epoch" in said(tmp_path, "deploy", f"{TINY}:build", *QUICK, "--until", "baseline")
     resumed = tmp_path / "tiny" / ".partial" / "0-baseline" / "weights.safetensors"
     assert resumed.read_bytes() == (version / "0-baseline" / "weights.safetensors").read_bytes()
 

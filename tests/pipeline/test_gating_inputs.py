@@ -9,10 +9,18 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.cli import main
+from validators import structure
 
 DRAW = np.random.default_rng(3)
 LIMITS = "max_latency_ratio = inf\nmax_size_ratio = inf\nmax_accuracy_drop_points = inf\n"
 FLOAT, INT64, UINT8 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.UINT8
+
+
+@pytest.fixture(autouse=True)
+def cold_start(monkeypatch):
+    """Memory and cold start as data: no process is started for either model, since inputs are what is tested here."""
+    fresh = {"idle_rss": 1 << 20, "peak_rss": 2 << 20, "cold_load_ms": 1.0, "cold_first_ms": 1.0}
+    monkeypatch.setattr(structure, "_fresh_process", lambda *given: fresh)
 
 
 def weights(*shape: int) -> np.ndarray:

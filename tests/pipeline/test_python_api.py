@@ -32,8 +32,9 @@ def release(tmp_path_factory):
     config = pipeline.Config(
         name="stripes",
         artifacts=tmp_path_factory.mktemp("artifacts"),
-        baseline={"weights": "train", "train": TrainSettings(epochs=3, lr=0.01)},
+        baseline={"weights": "train", "train": TrainSettings(epochs=3, lr=0.01), "seconds": 0.2},
         finetune={"train": TrainSettings(epochs=2, lr=0.002)},
+        optimize={"seconds": 0.2},
         gate={"max_accuracy_drop_points": 20, "max_latency_ratio": 1000, "seconds": 0.3},
     )
     made = pipeline.deploy(model, {"train": stripes(256, 0), "test": stripes(96, 1)}, config)
@@ -60,7 +61,9 @@ def test_a_stored_release_opens_to_the_same_figures(release):
 def test_nothing_is_printed(release, capsys, tmp_path):
     dataset = {"train": stripes(64, 2), "test": stripes(32, 3)}
     config = pipeline.Config(
-        artifacts=tmp_path, name="quiet", baseline={"weights": "train", "train": TrainSettings(epochs=1)}
+        artifacts=tmp_path,
+        name="quiet",
+        baseline={"weights": "train", "train": TrainSettings(epochs=1), "seconds": 0.1},
     )
     assert pipeline.deploy(TINY(num_classes=2), dataset, config, until="prune") is None
     captured = capsys.readouterr()

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from tests.pipeline.chain import QUICK
+from tests.pipeline.chain import QUICK, leanort
 
 ENDINGS = {
     "exit(0)": "sys.exit(0)",
@@ -63,7 +63,7 @@ def gated_with(version: Path, metric: str) -> subprocess.CompletedProcess[str]:
     dense = version / "0-baseline" / "dense.onnx"
     words = ["gate", str(dense), "--against", str(dense), "--data", "digits", "--input-size", "3,16,16"]
     words += ["--seconds", "0.2", "--metric", metric]
-    return subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, check=False)
+    return leanort(version.parents[1], *words)
 
 
 def test_a_metric_that_ends_the_process_fails_the_gate(artifacts, version, code, tmp_path):

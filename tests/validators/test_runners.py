@@ -77,7 +77,7 @@ def test_a_read_only_array_is_fed_without_a_warning(linear_torch, recwarn):
     x = np.zeros((1, 3), np.float32)
     x.setflags(write=False)
     TorchRunner(linear_torch, example=(torch.zeros(1, 3),), threads=1).infer({"input": x})
-    assert not recwarn.list
+    assert [str(one.message) for one in recwarn] == []
 
 
 def test_what_does_not_fit_is_one_line(linear_onnx, linear_torch, tmp_path, capfd):

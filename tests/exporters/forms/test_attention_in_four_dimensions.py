@@ -11,7 +11,7 @@ from exporters.translatable import translatable
 def test_attention_of_any_rank(program_of, check, attend, between, masked, tmp_path):
     draw = [torch.randn(4, *between, 5, 8) for _ in range(3)]
     program = program_of(attend(masked), *draw)
-    check(program, [x[:3] for x in draw], tmp_path / "model.onnx")
+    check(program, tmp_path / "model.onnx", [x[:3] for x in draw])
     inner = translatable(program)
     assert inner is not program
     torch.testing.assert_close(inner.module()(*draw), program.module()(*draw))

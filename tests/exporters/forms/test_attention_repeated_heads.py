@@ -6,4 +6,4 @@ import torch
 def test_one_head_of_keys_and_values_for_all(program_of, check, attend, tmp_path):
     draw = [torch.randn(4, heads, 5, 8) for heads in (3, 1, 1)]
     program = program_of(attend(), *draw)
-    check(program, [x[:3] for x in draw], tmp_path / "model.onnx", opset=23)
+    check(program, tmp_path / "model.onnx", [x[:3] for x in draw], opset=23)

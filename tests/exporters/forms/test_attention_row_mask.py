@@ -21,4 +21,4 @@ class MaskedKeys(nn.Module):
 @pytest.mark.parametrize("opset", [20, 23])
 def test_one_mask_of_keys_for_all_queries(program_of, check, opset, tmp_path):
     program = program_of(MaskedKeys(), torch.randn(4, 6, 12))
-    check(program, (torch.randn(3, 6, 12),), tmp_path / "masked.onnx", opset)
+    check(program, tmp_path / "masked.onnx", (torch.randn(3, 6, 12),), opset=opset)

@@ -22,5 +22,4 @@ class LowFrequencies(nn.Module):
 def test_a_part_is_written(program_of, check, tmp_path):
     with torch.no_grad():  # PyTorch itself has no gradient for it
         program = program_of(LowFrequencies(), torch.randn(4, 8, 6))
-        for batch in (1, 3):
-            check(program, (torch.randn(batch, 8, 6),), tmp_path / "m.onnx")
+        check(program, tmp_path / "m.onnx", *[(torch.randn(batch, 8, 6),) for batch in (1, 3)])

@@ -19,5 +19,4 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("product", [torch.matmul, lambda x, w: torch.einsum("btc,cd->btd", x, w)])
 def test_a_product_is_four_of_real_numbers(program_of, check, product, tmp_path):
     program = program_of(Mixed(product), torch.randn(4, 8, 6))
-    for batch in (1, 3):
-        check(program, (torch.randn(batch, 8, 6),), tmp_path / "m.onnx")
+    check(program, tmp_path / "m.onnx", *[(torch.randn(batch, 8, 6),) for batch in (1, 3)])

@@ -35,5 +35,4 @@ class PerSample(nn.Module):
 )  # fmt: skip
 def test_the_batch_is_a_dimension_again(program_of, check, outputs, kernel, options, tmp_path):
     program = program_of(PerSample(outputs, kernel, **options), torch.randn(4, 4, 8, 7))
-    for batch in (1, 3):
-        check(program, (torch.randn(batch, 4, 8, 7),), tmp_path / "m.onnx")
+    check(program, tmp_path / "m.onnx", *[(torch.randn(batch, 4, 8, 7),) for batch in (1, 3)])

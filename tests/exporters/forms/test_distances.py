@@ -23,5 +23,4 @@ class Distances(nn.Module):
 )  # fmt: skip
 def test_distances_are_written_out(program_of, check, entries, options, tmp_path):
     program = program_of(Distances(entries, **options), torch.randn(4, 7, 6))
-    for batch in (1, 3):
-        check(program, (torch.randn(batch, 7, 6),), tmp_path / "m.onnx")
+    check(program, tmp_path / "m.onnx", *[(torch.randn(batch, 7, 6),) for batch in (1, 3)])

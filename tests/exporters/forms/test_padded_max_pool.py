@@ -22,4 +22,4 @@ class PaddedPool(nn.Module):
 )
 def test_zeros_around_a_max_pooling_stay_zeros(program_of, check, pad, tmp_path):
     program = program_of(PaddedPool(pad), torch.randn(4, 2, 8, 8))
-    check(program, (torch.randn(3, 2, 8, 8),), tmp_path / "pool.onnx")
+    check(program, tmp_path / "pool.onnx", (torch.randn(3, 2, 8, 8),))

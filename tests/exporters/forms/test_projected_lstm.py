@@ -26,8 +26,7 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}])
 def test_a_projection_stands_behind_a_plain_lstm(program_of, check, options, tmp_path):
     program = program_of(Recurrent(**options), torch.randn(4, 7, 6))
-    for batch in (1, 3):
-        check(program, (torch.randn(batch, 7, 6),), tmp_path / "m.onnx")
+    check(program, tmp_path / "m.onnx", *[(torch.randn(batch, 7, 6),) for batch in (1, 3)])
 
 
 def test_one_that_starts_from_something_else_is_left(program_of):

@@ -17,4 +17,4 @@ class Inverted(nn.Module):
 
 def test_whole_numbers_taken_from_a_fraction(program_of, check, tmp_path):
     program = program_of(Inverted(), torch.randn(4, 6))
-    check(program, (torch.randn(3, 6),), tmp_path / "inverted.onnx")
+    check(program, tmp_path / "inverted.onnx", (torch.randn(3, 6),))

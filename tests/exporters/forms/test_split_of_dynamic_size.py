@@ -22,4 +22,4 @@ class Pairs(nn.Module):
 @pytest.mark.parametrize("split", [False, True], ids=["chunk", "split"])
 def test_pieces_of_a_dimension_that_depends_on_the_batch(program_of, check, split, tmp_path):
     program = program_of(Pairs(split), torch.randn(4, 6), torch.randn(4, 6))
-    check(program, (torch.randn(3, 6), torch.randn(3, 6)), tmp_path / "pairs.onnx")
+    check(program, tmp_path / "pairs.onnx", (torch.randn(3, 6), torch.randn(3, 6)))

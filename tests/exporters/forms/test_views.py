@@ -20,4 +20,4 @@ def test_a_view_becomes_a_reshape_and_needs_no_copy(program_of, check, tmp_path)
     assert [torch.ops.aten.view.default in nodes for nodes in kinds] == [True, False]
     assert [torch.ops.aten.reshape.default in nodes for nodes in kinds] == [False, True]
     assert torch.ops.aten.clone.default not in kinds[1]
-    check(program, [x[:3]], tmp_path / "model.onnx")
+    check(program, tmp_path / "model.onnx", [x[:3]])

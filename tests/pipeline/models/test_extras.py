@@ -1,5 +1,6 @@
 """Without torchvision, timm or transformers: whatever needs one names its extra, and everything else works."""
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 # A hook in place of the import system's own finder: what is barred is neither found, nor known to importlib.metadata.
 HOOK = """
-import importlib.metadata, sys
+import importlib.metadata, json, sys
 from importlib.machinery import PathFinder
 
 class Without:
@@ -34,16 +35,21 @@ class Without:
 
 barred = set(sys.argv.pop(1).split(","))
 sys.meta_path[:] = [Without(f, barred) if f is PathFinder else f for f in sys.meta_path]
+from click.testing import CliRunner
 from pipeline.cli import main
-main(sys.argv[1:])
+ran = [CliRunner().invoke(main, words) for words in json.load(sys.stdin)]
+json.dump([(done.exit_code, done.stdout, done.stderr) for done in ran], sys.stdout)
 """
 ABSENT = HOOK.format(refusal="return None")
 RAISES = HOOK.format(refusal='raise ModuleNotFoundError(f"No module named {name!r}", name=name)')
 
 
-def run(barred: tuple[str, ...], folder: Path, *words: str, hook: str = ABSENT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", hook, ",".join(barred), *words, "--out", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def plan(barred: tuple[str, ...], folder: Path, *models: list[str], hook: str = ABSENT) -> list[tuple[int, str, str]]:
+    """`plan` for each of several models, all in one new process: the exit codes, and what went to stdout and stderr."""
+    words = json.dumps([["plan", *model, "--out", str(folder)] for model in models])
+    command = [sys.executable, "-c", hook, ",".join(barred)]
+    done = subprocess.run(command, input=words, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 @pytest.fixture
@@ -56,35 +62,43 @@ def photos(tmp_path) -> Path:
 
 @pytest.mark.parametrize("hook", [ABSENT, RAISES], ids=["absent", "raises"])
 @pytest.mark.parametrize(
-    ("library", "words"),
+    ("library", "models"),
     [
-        ("torchvision", ["resnet18"]),
-        ("torchvision", ["timm:resnet18"]),
-        ("torchvision", [f"{TINY}:build", "--data", "imagefolder:PHOTOS", "--input-size", "3,8,8"]),
-        ("timm", ["timm:resnet18"]),
-        ("transformers", ["hf:bert"]),
+        (
+            "torchvision",
+            [
+                ["resnet18"],
+                ["timm:resnet18"],
+                [f"{TINY}:build", "--data", "imagefolder:PHOTOS", "--input-size", "3,8,8"],
+            ],
+        ),
+        ("timm", [["timm:resnet18"]]),
+        ("transformers", [["hf:bert"]]),
     ],
-    ids=["name", "timm on torchvision", "folder", "timm", "hf"],
+    ids=["torchvision", "timm", "transformers"],
 )
-def test_a_missing_library_is_named_with_its_extra(library, words, hook, photos, tmp_path):
-    done = run((library,), tmp_path / "out", "plan", *[w.replace("PHOTOS", str(photos)) for w in words], hook=hook)
-    assert done.stderr.splitlines() == [f"error: {library} is not installed.", f'  -> pip install "leanort[{library}]"']
-    assert done.returncode == 2
+def test_a_missing_library_is_named_with_its_extra(library, models, hook, photos, tmp_path):
+    models = [[word.replace("PHOTOS", str(photos)) for word in model] for model in models]
+    ran = plan((library,), tmp_path / "out", *models, hook=hook)
+    for model, (code, _, said) in zip(models, ran, strict=True):
+        lines = [f"error: {library} is not installed.", f'  -> pip install "leanort[{library}]"']
+        assert said.splitlines() == lines, model
+        assert code == 2, model
     assert not (tmp_path / "out").exists()
 
 
 def test_a_name_that_only_timm_could_know_is_refused_as_before_without_timm(tmp_path):
-    done = run(("timm",), tmp_path, "plan", "vit_tiny_patch16_224")
-    assert "torchvision has no model named 'vit_tiny_patch16_224'" in done.stderr
-    assert done.returncode == 2
+    ((code, _, said),) = plan(("timm",), tmp_path, ["vit_tiny_patch16_224"])
+    assert "torchvision has no model named 'vit_tiny_patch16_224'" in said
+    assert code == 2
 
 
 @pytest.mark.parametrize("hook", [ABSENT, RAISES], ids=["absent", "raises"])
 def test_own_code_on_digits_needs_none_of_them(hook, tmp_path):
-    done = run(EXTRAS, tmp_path, "plan", f"{TINY}:build", "--input-size", "3,16,16", hook=hook)
-    assert done.returncode == 0, done.stderr
-    assert "widths can change" in done.stdout
-    assert "bug" not in done.stderr
+    ((code, shown, said),) = plan(EXTRAS, tmp_path, [f"{TINY}:build", "--input-size", "3,16,16"], hook=hook)
+    assert code == 0, said
+    assert "widths can change" in shown
+    assert "bug" not in said
 
 
 def test_tools_leave_out_what_is_not_installed(monkeypatch):

@@ -106,7 +106,7 @@ def deployed(tmp_path, code: str, *words: str):
     path.write_text(HEAD + code)
     out = tmp_path / "artifacts"
     words = ("deploy", f"{path}:build", "--input-size", "3,8,8", "--until", "baseline", "--out", str(out),
-             "--set", "baseline.train={epochs=1}", *words)  # fmt: skip
+             "--set", "baseline.train={epochs=1}", "--set", "baseline.seconds=0.1", *words)  # fmt: skip
     return CliRunner().invoke(main, words), out
 
 

@@ -110,7 +110,7 @@ def test_it_is_trained_pruned_recovered_and_shrunk(kind, criterion, digits, tmp_
     monkeypatch.setattr(loop, "train", watched)
     source = models.load(MODELS[kind], input_size=(3, 16, 16))
     progress = Listening()
-    dense = s0_baseline.run(BaselineSection(train=TRAIN), folders[0], source, digits, progress).save()
+    dense = s0_baseline.run(BaselineSection(train=TRAIN, seconds=0.1), folders[0], source, digits, progress).save()
     computed = kind not in ("lazy", "partly frozen", "all frozen")
     said = [line for line in progress.heard if "folded into plain weights" in line]
     assert len(said) == int(computed)
@@ -127,7 +127,7 @@ def test_it_is_trained_pruned_recovered_and_shrunk(kind, criterion, digits, tmp_
 
 def test_a_pruning_masks_zeros_are_held_while_the_baseline_is_trained(digits, tmp_path):
     source = models.load(MODELS["pruning mask"], input_size=(3, 16, 16))
-    dense = s0_baseline.run(BaselineSection(train=TRAIN), tmp_path, source, digits, Progress())
+    dense = s0_baseline.run(BaselineSection(train=TRAIN, seconds=0.1), tmp_path, source, digits, Progress())
     zeros = source.build()[3].weight == 0
     assert zeros.sum() == round(0.3 * zeros.numel())
     assert not dense.weights()["3.weight"][zeros].any()
@@ -158,6 +158,6 @@ def test_recurrent_layers_are_shrunk_too(hook, digits, tmp_path):
     for folder in folders:
         folder.mkdir()
     source = models.load(make, input_size=(3, 16, 16))
-    dense = s0_baseline.run(BaselineSection(train=TRAIN), folders[0], source, digits, Progress()).save()
+    dense = s0_baseline.run(BaselineSection(train=TRAIN, seconds=0.1), folders[0], source, digits, Progress()).save()
     shrunk = shrink(source, digits, dense, "l2", folders[1:])
     assert {(w.cluster, w.before, w.after) for w in shrunk.widths} == {("i", 8, 4), ("l", 8, 4)}

@@ -35,7 +35,7 @@ def source(digits):
 @pytest.fixture(scope="module")
 def baseline(source, digits, tmp_path_factory) -> Baseline:
     out = tmp_path_factory.mktemp("baseline")
-    cfg = BaselineSection(train=TrainSettings(epochs=3, lr=0.1))
+    cfg = BaselineSection(train=TrainSettings(epochs=3, lr=0.1), seconds=0.1)
     return s0_baseline.run(cfg, out, source, digits, SILENT).save()
 
 
