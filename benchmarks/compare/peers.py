@@ -1,0 +1,158 @@
+"""The other libraries, each as its own documentation shows, at widths that leave the wanted MACs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.compare.problems import ALIGN, Problem, macs
+
+Make = Callable[[nn.Module, float], nn.Module]
+"""(a copy of the dense model, share of channels that goes) -> the pruned model."""
+STEPS = 9
+"""Of the bisection."""
+SEEN = 128
+"""Samples that gradients are taken of."""
+
+
+def bisected(dense: nn.Module, make: Make, wanted: float, problem: Problem) -> tuple[nn.Module, float]:
+    """The largest model with at most `wanted` of the MACs, and its share."""
+    whole = macs(dense, problem.x)
+    low, high = 0.0, 0.98
+    best: tuple[nn.Module, float] | None = None
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        made = make(copy.deepcopy(dense), middle)
+        share = macs(made, problem.x) / whole
+        if share <= wanted * 1.01:
+            high = middle
+            if best is None or share > best[1]:
+                best = made, share
+        else:
+            low = middle
+    if best is None:
+        raise ValueError(f"no width leaves {wanted} of the MACs")
+    return best
+
+
+def _head(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 10]
+
+
+def torch_pruning(kind: str, problem: Problem) -> Make:
+    """Torch-Pruning 1.6.1 by `l2`, `taylor`, `hessian`, or `isomorphic` ranking by magnitude."""
+    import torch_pruning as tp
+
+    def make(model: nn.Module, ratio: float) -> nn.Module:
+        importance: Any = {
+            "l2": tp.importance.GroupMagnitudeImportance,
+            "taylor": tp.importance.GroupTaylorImportance,
+            "hessian": tp.importance.GroupHessianImportance,
+            "isomorphic": tp.importance.GroupMagnitudeImportance,
+        }[kind]()
+        heads: dict[nn.Module, int] = {}
+        for module in model.modules():  # as its examples for ViT and BERT say
+            if hasattr(module, "qkv") and hasattr(module, "num_heads"):
+                module.fused_attn = False
+                heads[module.qkv] = module.num_heads
+            for name in ("query", "key", "value"):
+                if hasattr(module, "num_attention_heads") and isinstance(getattr(module, name, None), nn.Linear):
+                    heads[getattr(module, name)] = module.num_attention_heads
+        pruner = tp.pruner.BasePruner(
+            model, problem.x[:2], importance, pruning_ratio=ratio, ignored_layers=_head(model), round_to=ALIGN,
+            global_pruning=kind == "isomorphic", isomorphic=kind == "isomorphic", max_pruning_ratio=0.95,
+            num_heads=heads,
+        )  # fmt: skip
+        x, y = (v[:SEEN] for v in problem.part("train"))
+        if kind == "taylor":
+            F.cross_entropy(model(x), y).backward()
+        elif kind == "hessian":
+            importance.zero_grad()
+            for one in F.cross_entropy(model(x[:32]), y[:32], reduction="none"):
+                model.zero_grad()
+                one.backward(retain_graph=True)
+                importance.accumulate_grad(model)
+        pruner.step()
+        for module in model.modules():
+            if hasattr(module, "qkv") and hasattr(module, "num_heads"):
+                module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+            if hasattr(module, "attention_head_size") and isinstance(getattr(module, "query", None), nn.Linear):
+                module.attention_head_size = module.query.out_features // module.num_attention_heads
+                module.all_head_size = module.query.out_features
+        return model.eval()
+
+    return make
+
+
+def kirigami(problem: Problem) -> Make:
+    """torch-kirigami 0.2.1: group magnitude, the same share of every layer."""
+    from torch_kirigami import DependencyGraph
+    from torch_kirigami.pruning import ChannelRatio, Greedy, GroupMagnitude, Pruner
+
+    def make(model: nn.Module, ratio: float) -> nn.Module:
+        graph = DependencyGraph.build(model, args=(problem.x[:2],))
+        pruner = Pruner(model, graph=graph)
+        made, _ = pruner.prune(
+            pruner.discover_candidates(), budget=ChannelRatio(ratio), strategy=Greedy(GroupMagnitude(p=2))
+        )
+        return made.eval()
+
+    return make
+
+
+def onnxsim(dense: nn.Module, wanted: float, problem: Problem) -> tuple[Callable[[Tensor], Tensor], float]:
+    """onnxsim 0.8.1: structured pruning, then its own ridge refit on 256 training samples; an onnxruntime session."""
+    import tempfile
+    from pathlib import Path
+
+    import onnx
+    import onnxruntime
+    import onnxsim as simplifier
+
+    from validators.feeds import Feed
+    from validators.macs import count_macs
+
+    x = problem.x[:2]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dense.onnx"
+        torch.onnx.export(
+            dense, (x,), path, dynamo=True, external_data=False, verbose=False,
+            dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=["input"],
+        )  # fmt: skip
+        whole, _ = simplifier.simplify(onnx.load(path))
+
+        def counted(model: Any) -> int:
+            onnx.save(model, Path(folder) / "counted.onnx")
+            return count_macs(Path(folder) / "counted.onnx", Feed("one", {"input": x[:1].numpy()}))
+
+        dense_macs = counted(whole)
+        low, high = 0.0, 0.98
+        best: tuple[Any, float] | None = None
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            made = simplifier.apply_structured_pruning(whole, middle)
+            share = counted(made) / dense_macs
+            low, high = (low, middle) if share <= wanted * 1.01 else (middle, high)
+            if share <= wanted * 1.01 and (best is None or share > best[1]):
+                best = made, share
+        if best is None:
+            raise ValueError(f"no sparsity leaves {wanted} of the MACs")
+        seen, _ = problem.part("train")
+        batches = [{"input": seen[i : i + 64].numpy()} for i in range(0, min(256, len(seen)), 64)]
+        tuned = simplifier.apply_pruning_finetune(whole, best[0], calibration_data=batches)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(tuned.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda batch: torch.from_numpy(session.run(None, {"input": batch.numpy()})[0]), best[1]
+
+
+def makers(problem: Problem) -> Iterator[tuple[str, Callable[[], Make]]]:
+    """Every peer that gives a torch module, by name."""
+    for kind in ("l2", "taylor", "hessian", "isomorphic"):
+        yield f"Torch-Pruning, {kind}", lambda kind=kind: torch_pruning(kind, problem)
+    yield "torch-kirigami, l2", lambda: kirigami(problem)

@@ -1,0 +1,98 @@
+"""The results as a table and a picture: mean over seeds, with the 95 % interval of the mean (Student's t)."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+CONFIDENCE = 0.95
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every row of a results file, the last one of a kind winning."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        rows[tuple(row[name] for name in ("model", "data", "seed", "method", "wanted"))] = row
+    return list(rows.values())
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its interval; 0 for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, 0.0
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return mean, float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+
+
+def markdown(path: Path) -> str:
+    """One table per model and data set: methods down, MACs across, percent of the test part right."""
+    lines: list[str] = []
+    for (model, data), rows in sorted(_by(read(path), "model", "data").items()):
+        shares = sorted({row["wanted"] for row in rows if row["method"] != "dense"}, reverse=True)
+        seeds = len({row["seed"] for row in rows})
+        dense = interval([row["accuracy"] for row in rows if row["method"] == "dense"])
+        lines += [f"### {model}, {data}: dense {dense[0]:.1f} ± {dense[1]:.1f} %, {seeds} seeds", ""]
+        lines += [
+            "| MACs left | " + " | ".join(f"{share:g}" for share in shares) + " |",
+            "|---" * (len(shares) + 1) + "|",
+        ]
+        methods = sorted(
+            {row["method"] for row in rows} - {"dense"}, key=lambda name: (not name.startswith("leanort"), name)
+        )
+        for method in methods:
+            cells = [_cell([r for r in rows if r["method"] == method and r["wanted"] == share]) for share in shares]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(rows: list[dict[str, Any]]) -> str:
+    values = [row["accuracy"] for row in rows if "accuracy" in row]
+    if not values:
+        return "fails" if rows else "–"
+    mean, half = interval(values)
+    return f"{mean:.1f} ± {half:.1f}"
+
+
+def draw(path: Path, picture: Path) -> None:
+    """Accuracy over MACs, one panel per model and data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = sorted(_by(read(path), "model", "data").items())
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axis, ((model, data), rows) in zip(axes[0], panels, strict=True):
+        dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
+        axis.axhline(statistics.fmean(dense), color="grey", linestyle=":", label="dense")
+        for method, mine in sorted(_by(rows, "method").items()):
+            points = defaultdict(list)
+            for row in mine:
+                if "accuracy" in row and method != ("dense",):
+                    points[row["wanted"]].append(row["accuracy"])
+            if points:
+                shares = sorted(points)
+                found = [interval(points[share]) for share in shares]
+                style = "-" if method[0].startswith("leanort") else "--"
+                axis.errorbar(
+                    shares, [m for m, _ in found], [h for _, h in found], linestyle=style, label=method[0], capsize=2
+                )
+        axis.set(title=f"{model}, {data}", xlabel="MACs left", ylabel="accuracy, %", ylim=(50, 100))
+        axis.legend(fontsize=5)
+    figure.tight_layout()
+    figure.savefig(picture)
+
+
+def _by(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    made: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        made[tuple(row[name] for name in names)].append(row)
+    return made
