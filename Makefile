@@ -10,7 +10,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan gate test test-long lint format zoo bench bench-huge bench-norms race bundle-versions house faults alarms clean
+.PHONY: help setup deploy plan gate test test-long lint format zoo bench bench-huge bench-norms race bundle-versions house faults alarms compare clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,14 @@ house: $(STAMP) ## [MODEL= BEFORE=older/checkout]: start-up of every command tha
 
 faults: $(STAMP) ## [CAMPAIGNS="kills versions ..." SIZE= SEED=]: attacks on the product, at random; only 0 wrong is right
 	$(BIN)/python -m benchmarks.faults $(CAMPAIGNS) $(if $(SIZE),--size $(SIZE)) $(if $(SEED),--seed $(SEED))
+
+compare: $(STAMP) .compare ## [ARGS="--models resnet18 --seeds 0"]: accuracy against the field's pruning libraries, at equal MACs
+	PYTHONPATH=.compare $(BIN)/python -m benchmarks.compare $(ARGS)
+	PYTHONPATH=.compare $(BIN)/python -m benchmarks.compare --table $(ARGS)
+
+# Beside the environment, not in it: nothing of ours needs them.
+.compare:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ torch-kirigami==0.2.1 onnxsim==0.8.1 mlxtend==0.25.0
 
 alarms: $(STAMP) ## [GATES=200]: how often the latency gate raises a false alarm, and misses a slow-down of 5 %
 	$(BIN)/python benchmarks/gate_alarms.py --gates $(or $(GATES),200)
