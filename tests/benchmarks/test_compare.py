@@ -38,9 +38,11 @@ def test_a_peer_gets_the_widest_model_within_the_macs(problem):
         )
 
     dense = make(nn.Identity(), 0.0)
-    made, left = peers.bisected(dense, make, 0.3, problem)
-    assert made[0].out_features == 30
-    assert left == pytest.approx(0.3)
+    made = peers.bisected(dense, make, 0.3, problem)
+    assert made.model[0].out_features == 30
+    assert made.macs == pytest.approx(0.3)
+    again = peers.at_ratio(dense, make, made.ratio, problem)
+    assert (again.macs, again.model[0].out_features) == (made.macs, 30)
 
 
 def test_the_interval_is_students(tmp_path):
