@@ -99,7 +99,7 @@ def plan(config: Config) -> Plan:
     source, data = runner.sources(config.model, None, config)
     model = source.build()
     analysis = analyse(capture(model, models.example(source)), policy_of(config.prune.groups))
-    seen = observe(model, data, observed(config.prune), config.prune.samples)
+    seen = observe(model, data, observed(config.prune), analysis, config.prune.samples, seed=config.prune.seed)
     maskable = masks.maskable(model)
     worth = measured(analysis, seen, config.prune, maskable)
     elements = sum(p.numel() for p in model.parameters())

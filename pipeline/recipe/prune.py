@@ -20,7 +20,7 @@ class PruneSection(Section):
         "l2",
         # `norm` is how it was called while norms were all there was.
         validation_alias=AliasChoices("criterion", "norm"),
-        description="how much a group matters: l1, l2, ...; those that matter least go",
+        description="how much a group matters: l2, taylor, fisher, wanda, ...; those that matter least go",
     )
     scope: Literal["layer", "global", "curves"] = Field(
         "layer", description="rank inside each layer, over the whole model, or by measured loss per operation saved"

@@ -40,7 +40,8 @@ def chosen_by(cfg: PruneSection) -> str:
 def observed(cfg: PruneSection) -> frozenset[Observation]:
     """What a recipe's choice looks at besides the weights."""
     by_scope: frozenset[Observation] = frozenset({"samples"} if _by_curves(cfg) else ())
-    return criteria.find(cfg.criterion).observes | by_scope
+    by_criterion = criteria.find(cfg.criterion).observes if cfg.method == "structured" else frozenset()
+    return by_criterion | by_scope
 
 
 def measured(
@@ -50,7 +51,7 @@ def measured(
     if not _by_curves(cfg) or seen.samples is None:
         return None
     clusters = _choosable(analysis, maskable)
-    scores = {c.name: criteria.find(cfg.criterion).score(c, seen) for c in clusters}
+    scores = {c.name: criteria.rank(cfg.criterion, c, seen).scores for c in clusters}
     return curves.measure(analysis, clusters, scores, seen.samples, seen.weights)
 
 
@@ -68,8 +69,7 @@ def choose_groups(
     `maskable` stays whole.
     """
     clusters = _choosable(analysis, maskable)
-    criterion = criteria.find(cfg.criterion)
-    scores = {c.name: criterion.score(c, seen) for c in clusters}
+    scores = {c.name: criteria.rank(cfg.criterion, c, seen).scores for c in clusters}
     share = ratio / cfg.ratio if cfg.ratio else 0.0  # how far a schedule has come; overrides grow with it
     budget = Budget(
         ratio=ratio,

@@ -55,7 +55,7 @@ def run(
             steps=cfg.steps,
             epochs=settings.epochs,
             choose=chooser(cfg, analysis, model),
-            see=lambda: observe(model, data, wanted, cfg.samples),
+            see=lambda: observe(model, data, wanted, analysis, cfg.samples, seed=cfg.seed),
             recover=recover,
             progress=progress,
         )
