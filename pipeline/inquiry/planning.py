@@ -18,7 +18,7 @@ from pipeline.drawing.widths import widths_svg
 from pipeline.recipe.config import Config
 from pipeline.runner import Step
 from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import choose_groups, measured, observed
+from pipeline.selection.choose import Weighed, choose_groups, measured, observed
 from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
 from pipeline.training import masks
@@ -28,12 +28,15 @@ RATIOS = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a ratio would leave. `megabytes`: the parameters' bytes / 10⁶; a file adds a few kilobytes of graph."""
+    """What a ratio would leave. `megabytes`: the parameters' bytes / 10⁶; a file adds a few kilobytes of graph.
+    `divergence`: of the outputs from the dense ones, nats, by the curves of all clusters added up; None without curves.
+    """
 
     ratio: float
     params: int
     macs: int
     megabytes: float
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,15 @@ class Plan:
 
     steps: list[Step]
     analysis: Analysis
-    removed: Removed
+    weighed: Weighed
     expected: Size
     expectations: tuple[Expectation, ...]
     megabytes: float
+
+    @property
+    def removed(self) -> Removed:
+        """Cluster -> True for each group that would go."""
+        return self.weighed.removed
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -89,6 +97,7 @@ class Plan:
                 for c in self.analysis.clusters
             ],
             "layers": [asdict(layer) for layer in self.layers],
+            "prices": [asdict(price) for price in self.weighed.prices],
             "blocked": [asdict(block) for block in self.analysis.blocked],
         }
 
@@ -105,24 +114,28 @@ def plan(config: Config) -> Plan:
     elements = sum(p.numel() for p in model.parameters())
     width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(1, elements)  # bytes of one parameter
 
-    def at(ratio: float) -> tuple[Removed, Size]:
+    def at(ratio: float) -> tuple[Weighed, Size]:
         section = config.prune.model_copy(update={"ratio": ratio})
-        removed = choose_groups(analysis, seen, section, ratio, maskable, worth)
-        return removed, analysis.estimate(removed)
+        weighed = choose_groups(analysis, seen, section, ratio, maskable, worth)
+        return weighed, analysis.estimate(weighed.removed)
 
-    removed, expected = at(config.prune.ratio)
-    others = [(ratio, at(ratio)[1]) for ratio in RATIOS if ratio != config.prune.ratio]
+    made = [(ratio, *at(ratio)) for ratio in dict.fromkeys((config.prune.ratio, *RATIOS))]
+    weighed, expected = made[0][1:]
     return Plan(
         steps=runner.plan(config.model, None, config),
         analysis=analysis,
-        removed=removed,
+        weighed=weighed,
         expected=expected,
         expectations=tuple(
-            Expectation(ratio, size.params, size.macs, size.params * width / 1e6)
-            for ratio, size in [(config.prune.ratio, expected), *others]
+            Expectation(ratio, size.params, size.macs, size.params * width / 1e6, _promised(one))
+            for ratio, one, size in made
         ),
         megabytes=analysis.params * width / 1e6,
     )
+
+
+def _promised(weighed: Weighed) -> float | None:
+    return sum(price.divergence for price in weighed.prices) if weighed.measured is not None else None
 
 
 # -- for people ----------------------------------------------------------------------------------------------------

@@ -37,6 +37,9 @@ LARGEST_GRAM = 1 << 25
 ALL_GRAMS = 1 << 28
 """Numbers in all readers' Gram matrices together (2 GiB); the largest ones are their diagonals, until that holds."""
 
+FLAT = 1e-10
+"""Of a column's mean square: whose variance is no more is constant."""
+
 aten = torch.ops.aten
 _CENTRING = (aten.batch_norm.default, aten.instance_norm.default)
 
@@ -46,8 +49,9 @@ class ReaderInput:
     """What one contraction reads, in the form (groups, columns) of its weight's matrix (groups, outputs, columns).
 
     `mean`, `square`: of the values and of their squares, over `rows` rows. `gram`: mean of the products (groups,
-    columns, columns), None where nobody asked or where it would be too large, as `reason` says then. `takes_mean`:
-    whether a bias or a norm behind it can take what the mean lacks. `fold` is the contraction that tells the columns.
+    columns, columns), None where nobody asked or where it would be too large, as `reason` says then. `bias`, or else
+    `running_mean` of a norm behind it, can take what the mean lacks ("" where neither is there). `fold` is the
+    contraction that tells the columns.
     """
 
     weight: str
@@ -56,8 +60,14 @@ class ReaderInput:
     mean: Tensor
     square: Tensor
     gram: Tensor | None
-    takes_mean: bool
+    bias: str = ""
+    running_mean: str = ""
     reason: str = ""
+
+    @property
+    def takes_mean(self) -> bool:
+        """Whether a change of what the mean gives can be undone."""
+        return bool(self.bias or self.running_mean)
 
     @property
     def variance(self) -> Tensor:
@@ -66,11 +76,17 @@ class ReaderInput:
 
     def second(self) -> Tensor:
         """What a change of the weights costs: the Gram matrix, about the mean where that is taken, (groups, columns,
-        columns), a diagonal one where nothing else is known.
+        columns), a diagonal one where nothing else is known. Columns that do not vary are exactly zero.
         """
+        kept = self.variance if self.takes_mean else self.square
+        # What is left of a constant column is rounding: products are of float32.
+        flat = kept <= FLAT * self.square
         if self.gram is None:
-            return torch.diag_embed(self.variance if self.takes_mean else self.square)
-        return self.gram - self.mean.unsqueeze(2) * self.mean.unsqueeze(1) if self.takes_mean else self.gram
+            return torch.diag_embed(torch.where(flat, 0.0, kept))
+        found = self.gram - self.mean.unsqueeze(2) * self.mean.unsqueeze(1) if self.takes_mean else self.gram.clone()
+        found.masked_fill_(flat.unsqueeze(1) | flat.unsqueeze(2), 0.0)
+        found.diagonal(dim1=1, dim2=2).copy_(torch.where(flat, 0.0, kept))
+        return found
 
     def columns(self, shape: Sequence[int], dim: int, labels: Tensor) -> Tensor | None:
         """Group of each column (groups, columns), -1 for none, given those of the weight's dimension `dim`; None where
@@ -108,7 +124,7 @@ def observe_readers(
     wanted = {name for cluster in clusters for name, _ in cluster.readers}
     watched = _watched(captured, wanted)
     chunks = list(batches(captured, samples))
-    sums = {node: _Sums(node, *found) for node, found in watched.items()}
+    sums = {node: _Sums(*found) for node, found in watched.items()}
     if grams:
         _allow_grams(list(sums.values()))
     count = sum(map(len, chunks))
@@ -146,8 +162,8 @@ _SCALES: dict[Any, int] = {
 class _Sums:
     """Sums over the rows of one contraction."""
 
-    def __init__(self, node: fx.Node, weight: str, fold: Contraction, shape: tuple[int, int]) -> None:
-        self.node, self.weight, self.fold, self.shape = node, weight, fold, shape
+    def __init__(self, weight: str, fold: Contraction, shape: tuple[int, int], shifts: tuple[str, str]) -> None:
+        self.weight, self.fold, self.shape, self.shifts = weight, fold, shape, shifts
         self.rows = 0
         self.total = torch.zeros(shape, dtype=torch.float64)
         self.squares = torch.zeros(shape, dtype=torch.float64)
@@ -188,16 +204,21 @@ class _Sums:
                 "Check the weights and the calibration samples, or take a criterion that looks at the weights only: "
                 "--set prune.criterion=l2",
             )
-        bias = self.fold.bias is not None or any(user.target in _CENTRING for user in self.node.users)
-        return ReaderInput(self.weight, self.fold, self.rows, mean, square, gram, bias, self.reason if asked else "")
+        return ReaderInput(
+            self.weight, self.fold, self.rows, mean, square, gram, *self.shifts, self.reason if asked else ""
+        )
 
 
 def _broken(gram: Tensor | None) -> bool:
     return gram is not None and not bool(gram.isfinite().all())
 
 
-def _watched(captured: Captured, wanted: set[str]) -> dict[fx.Node, tuple[str, Contraction, tuple[int, int]]]:
-    """Contraction -> its weight's name, its form, and (groups, columns); only of weights that are `wanted`."""
+def _watched(
+    captured: Captured, wanted: set[str]
+) -> dict[fx.Node, tuple[str, Contraction, tuple[int, int], tuple[str, str]]]:
+    """Contraction -> its weight's name, its form, (groups, columns), names of its bias and of the mean of a norm behind
+    it; only of weights that are `wanted`.
+    """
     named = {s.arg.name: s.target for s in captured.program.graph_signature.input_specs if s.target is not None}
     keys = {memory_of(name, captured.state[name]): name for name in wanted if name in captured.state}
     found = {}
@@ -210,8 +231,19 @@ def _watched(captured: Captured, wanted: set[str]) -> dict[fx.Node, tuple[str, C
         name, fold = keys.get(memory_of(target, value)), contraction(node, value)
         if name is not None and fold is not None and value.is_floating_point():
             matrix = fold.to_matrix(value)
-            found[node] = (name, fold, (matrix.shape[0], matrix.shape[2]))
+            found[node] = (name, fold, (matrix.shape[0], matrix.shape[2]), _shifts(node, fold, named, captured.state))
     return found
+
+
+def _shifts(
+    node: fx.Node, fold: Contraction, named: Mapping[str, str | None], state: Mapping[str, Tensor]
+) -> tuple[str, str]:
+    """Names of the bias, and of the running mean of a norm that is all that reads `node`; "" for what is not there."""
+    bias = named.get(fold.bias.name) if fold.bias is not None else None
+    users = list(node.users)
+    mean = users[0].args[3] if len(users) == 1 and users[0].target in _CENTRING and len(users[0].args) > 3 else None
+    running = named.get(mean.name) if isinstance(mean, fx.Node) else None
+    return (bias or "" if bias in state else ""), (running or "" if running in state else "")
 
 
 def _allow_grams(sums: Sequence[_Sums]) -> None:

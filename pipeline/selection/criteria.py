@@ -27,6 +27,8 @@ Scores = npt.NDArray[np.float64]
 Observation = Literal["samples", "activations", "grams", "gradients", "effects", "sampled effects"]
 """What a criterion or a scope may ask for besides the weights; `pipeline.selection.observe` gathers it."""
 
+GONE = 1e-300
+"""Below zero by so much is the score of a group whose weights are all zero; it weighs nothing in a mean."""
 RIDGE = 0.01
 """Of the mean diagonal of a Gram matrix: how strongly a refit is pulled to the weights that were there."""
 
@@ -88,16 +90,18 @@ class Ranked:
 
 
 def rank(name: str, cluster: Cluster, seen: Evidence) -> Ranked:
-    """The scores of `cluster` by the criterion `name`.
+    """The scores of `cluster` by the criterion `name`, below zero for groups whose weights are all zero.
 
     Groups of one cluster are ranked by one criterion: where it can tell nothing of some of them (no norm scales them,
     say), the L2 norm ranks them all, and `reason` says so. Raises ConfigError for a name that is not in the table.
     """
     row = find(name)
     scores = row.score(cluster, seen)
+    # What is masked goes before what merely never fires, or pruning in rounds would bring some of it back.
+    masked = _l1(cluster, seen) == 0
     if np.isfinite(scores).all():
-        return Ranked(scores, name)
-    return Ranked(_l2(cluster, seen), "l2", row.lacks)
+        return Ranked(np.where(masked, -GONE, scores), name)
+    return Ranked(np.where(masked, -GONE, _l2(cluster, seen)), "l2", row.lacks)
 
 
 def require_labels(name: str, labelled: bool) -> None:
@@ -259,7 +263,12 @@ def _reconstruction(cluster: Cluster, seen: Evidence) -> Scores:
 
 def _least_losses(weight: Tensor, gram: Tensor, columns: Tensor, size: int) -> Tensor:
     """Of one reader, (outputs, columns): per group (size,), what its columns leave when they go; 0 without columns."""
-    loaded = gram + RIDGE * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram), dtype=torch.float64)
+    moving = gram.diagonal() > 0  # what never changes loses nothing
+    weight, gram, columns = weight[:, moving], gram[moving][:, moving], columns[moving]
+    if not len(columns):
+        return torch.zeros(size, dtype=torch.float64)
+    ridge = RIDGE * float(gram.diagonal().sum()) / len(moving)
+    loaded = gram + max(ridge, 1e-30) * torch.eye(len(gram), dtype=torch.float64)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(loaded))
     found = torch.zeros(size, dtype=torch.float64)
     order = columns.argsort(stable=True)
