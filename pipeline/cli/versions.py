@@ -191,8 +191,11 @@ def why(version: str, layer: str | None, out: Path, group: int | None, as_json: 
     if group is not None:
         if layer is None:
             raise UserError("--group needs a LAYER.", "Write it like `leanort why MODEL LAYER --group 7`.")
-        lines = found.group(layer, group)
-        click.echo(json.dumps(lines) if as_json else "\n".join(map(printable, lines)))
+        if as_json:
+            click.echo(json.dumps(found.group(layer, group), indent=2))
+            return
+        for line in found.group_sentences(layer, group):
+            click.echo(printable(line))
         return
     if layer is None:
         rows = found.overview()

@@ -63,27 +63,30 @@ class Removal:
             "scores": scores,
         }
 
-    def group(self, layer: str, group: int) -> list[str]:
-        """One group of the clusters of `layer` in words: its score, its rank, what it was weighed against.
+    def group(self, layer: str, group: int) -> dict[str, Any]:
+        """One group of each cluster of `layer`, as plain values: its score, rank, and what it was weighed against.
 
         Raises UserError where the version holds no scores for it.
         """
-        weighed = {c: one for c, one in self.why(layer)["scores"].items() if 0 <= group < len(one["groups"])}
+        scores = self.why(layer)["scores"]
+        weighed = {cluster: one for cluster, one in scores.items() if 0 <= group < len(one["groups"])}
         if not weighed:
-            sizes = {c: len(one["groups"]) for c, one in self.why(layer)["scores"].items()}
+            sizes = ", ".join(f"{cluster} has {len(one['groups'])}" for cluster, one in scores.items())
             raise UserError(
                 f"No group {group} of '{layer}' was scored.",
-                f"Groups are numbered from 0: {', '.join(f'{c} has {n}' for c, n in sizes.items())}."
+                f"Groups are numbered from 0: {sizes}."
                 if sizes
                 else "Scores are kept for whole groups, of layers that lost some; see `leanort why MODEL`.",
             )
+        return {cluster: {**one["groups"][group], **one} for cluster, one in weighed.items()}
+
+    def group_sentences(self, layer: str, group: int) -> list[str]:
+        """`group` in words."""
         lines = []
-        for cluster, one in weighed.items():
-            mine = one["groups"][group]
-            went = "went" if mine["gone"] else "stayed"
+        for cluster, one in self.group(layer, group).items():
             lines.append(
-                f"group {group} of {cluster} {went}: score {mine['score']:.4g} by {one['criterion']}, "
-                f"rank {mine['rank']} of {len(one['groups'])}; {_cut_off(one)}"
+                f"group {group} of {cluster} {'went' if one['gone'] else 'stayed'}: score {one['score']:.4g} by "
+                f"{one['criterion']}, rank {one['rank']} of {len(one['groups'])}; {_cut_off(one)}"
             )
             lines += [f"  {line}" for line in self._priced(cluster, one)]
         return lines

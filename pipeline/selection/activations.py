@@ -37,6 +37,8 @@ LARGEST_GRAM = 1 << 25
 ALL_GRAMS = 1 << 28
 """Numbers in all readers' Gram matrices together (2 GiB); the largest ones are their diagonals, until that holds."""
 
+WAITING = 1024
+"""Rows of a reader whose products are added up at once."""
 FLAT = 1e-10
 """Of a column's mean square: whose variance is no more is constant."""
 
@@ -168,6 +170,7 @@ class _Sums:
         self.total = torch.zeros(shape, dtype=torch.float64)
         self.squares = torch.zeros(shape, dtype=torch.float64)
         self.gram: Tensor | None = None
+        self.waiting: list[Tensor] = []
         self.reason = ""
 
     @property
@@ -192,10 +195,20 @@ class _Sums:
         self.total += exact.sum(1)
         self.squares += exact.square().sum(1)
         if self.gram is not None:
-            self.gram += (rows.float().mT @ rows.float()).double()
+            self.waiting.append(rows.float())
+            if sum(part.shape[1] for part in self.waiting) >= min(width, WAITING):
+                self._multiply()
+
+    def _multiply(self) -> None:
+        """Add the products of the rows that wait: adding up a large matrix for every few rows would take longest."""
+        if self.gram is not None and self.waiting:
+            rows = torch.cat(self.waiting, 1)
+            self.gram += (rows.mT @ rows).double()
+            self.waiting.clear()
 
     def finished(self, asked: bool) -> ReaderInput:
         """The means. Raises ModelError where they are not finite."""
+        self._multiply()
         mean, square = self.total / self.rows, self.squares / self.rows
         gram = None if self.gram is None else self.gram / self.rows
         if not bool(square.isfinite().all()) or not bool(mean.isfinite().all()) or _broken(gram):

@@ -98,7 +98,7 @@ def rank(name: str, cluster: Cluster, seen: Evidence) -> Ranked:
     row = find(name)
     scores = row.score(cluster, seen)
     # What is masked goes before what merely never fires, or pruning in rounds would bring some of it back.
-    masked = _l1(cluster, seen) == 0
+    masked = over_groups(cluster, {name: seen.weights[name] != 0 for name, _ in cluster.labels}) == 0
     if np.isfinite(scores).all():
         return Ranked(np.where(masked, -GONE, scores), name)
     return Ranked(np.where(masked, -GONE, _l2(cluster, seen)), "l2", row.lacks)
@@ -145,6 +145,16 @@ def over_indices(cluster: Cluster, sums: Mapping[tuple[str, int], Scores]) -> Sc
     return total
 
 
+def squares(value: Tensor) -> Tensor:
+    """|w|² of each weight."""
+    return value.abs().square() if value.is_complex() else value.square()
+
+
+def effects(gradient: Tensor, weight: Tensor) -> Tensor:
+    """g·w of each weight: by how much the loss would rise, to first order, were the weight twice as large."""
+    return (gradient.conj() * weight).real if weight.is_complex() else gradient * weight
+
+
 def relative(scores: Scores) -> Scores:
     """Scores divided by their own mean, so that clusters of different size and scale can be ranked against each other.
 
@@ -164,7 +174,7 @@ def _l1(cluster: Cluster, seen: Evidence) -> Scores:
 
 def _l2(cluster: Cluster, seen: Evidence) -> Scores:
     """√Σw² over the coupled group."""
-    return np.sqrt(over_groups(cluster, {name: seen.weights[name].square() for name, _ in cluster.labels}))
+    return np.sqrt(over_groups(cluster, {name: squares(seen.weights[name]) for name, _ in cluster.labels}))
 
 
 def _norm_scale(cluster: Cluster, seen: Evidence) -> Scores:
@@ -199,7 +209,8 @@ def _taylor_elements(cluster: Cluster, seen: Evidence) -> Scores:
 
 
 def _products(cluster: Cluster, seen: Evidence) -> dict[str, Tensor]:
-    return {name: seen.gradients[name] * seen.weights[name] for name, _ in cluster.labels if name in seen.gradients}
+    names = {name for name, _ in cluster.labels if name in seen.gradients}
+    return {name: effects(seen.gradients[name], seen.weights[name]) for name in names}
 
 
 def _fisher(cluster: Cluster, seen: Evidence) -> Scores:
@@ -222,14 +233,14 @@ def _reads(cluster: Cluster, seen: Evidence) -> Iterator[tuple[ReaderInput, Tens
 
 
 def _over_columns(cluster: Cluster, seen: Evidence, worth: Callable[[ReaderInput, Tensor], Tensor]) -> Scores:
-    """Sum over the group's columns, in all readers, of `worth` (groups, columns); NaN where no reader was seen."""
-    total, seen_any = np.zeros(cluster.size), False
+    """Sum over the group's columns, in all readers, of `worth` (groups, columns); NaN for a group that none reads."""
+    total, count = np.zeros(cluster.size), np.zeros(cluster.size)
     for read, matrix, columns in _reads(cluster, seen):
         mine = columns >= 0
         values = worth(read, matrix)[mine].numpy()
         total += np.bincount(columns[mine].numpy(), weights=values, minlength=cluster.size)
-        seen_any = True
-    return total if seen_any else np.full(cluster.size, np.nan)
+        count += np.bincount(columns[mine].numpy(), minlength=cluster.size)
+    return np.where(count > 0, total, np.nan)
 
 
 def _wanda(cluster: Cluster, seen: Evidence) -> Scores:
@@ -249,7 +260,7 @@ def _reconstruction(cluster: Cluster, seen: Evidence) -> Scores:
     With H the Gram matrix of what a reader sees, about the mean where a bias or norm takes that, plus `RIDGE`: the
     least of tr(Δ H Δᵀ) over all Δ that take the columns S to zero is tr(W_S ((H⁻¹)_SS)⁻¹ W_Sᵀ).
     """
-    total, seen_any = np.zeros(cluster.size), False
+    total, count = np.zeros(cluster.size), np.zeros(cluster.size)
     for read, matrix, columns in _reads(cluster, seen):
         second = read.second()
         given = float((matrix @ second * matrix).sum())
@@ -257,8 +268,8 @@ def _reconstruction(cluster: Cluster, seen: Evidence) -> Scores:
         for weight, gram, of in zip(matrix, second, columns, strict=True):
             loss += _least_losses(weight, gram, of, cluster.size)
         total += (loss / given if given > 0 else loss).numpy()
-        seen_any = True
-    return total if seen_any else np.full(cluster.size, np.nan)
+        count += np.bincount(columns[columns >= 0].numpy(), minlength=cluster.size)
+    return np.where(count > 0, total, np.nan)
 
 
 def _least_losses(weight: Tensor, gram: Tensor, columns: Tensor, size: int) -> Tensor:

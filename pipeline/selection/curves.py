@@ -8,6 +8,7 @@ greedily: the block that costs the least divergence per multiply-accumulate save
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ def measure(
     """
     began = time.perf_counter()
     captured = analysis.captured.with_state(state)
-    trials = _trials(captured, clusters)
+    trials = _trials(analysis, captured, clusters)
     shares: tuple[float, ...] = SHARES
     if seconds is not None:
         shares, count = _fitting(captured, clusters, samples, trials, seconds)
@@ -207,8 +208,8 @@ class _Trial:
     count: int
 
 
-def _trials(captured: Captured, clusters: Sequence[Cluster]) -> list[tuple[int, Cluster]]:
-    """(the first node that changes when a cluster does, cluster)."""
+def _trials(analysis: Analysis, captured: Captured, clusters: Sequence[Cluster]) -> list[tuple[int, Cluster]]:
+    """(the first node that changes when groups of a cluster go, cluster)."""
     nodes = list(captured.program.graph.nodes)
     users: dict[Hashable, int] = {}
     named = {s.arg.name: s.target for s in captured.program.graph_signature.input_specs if s.target is not None}
@@ -218,10 +219,12 @@ def _trials(captured: Captured, clusters: Sequence[Cluster]) -> list[tuple[int, 
         if target is not None and target in captured.state and node.users:
             key = memory_of(target, captured.state[target])  # tied tensors change together
             users[key] = min(users.get(key, len(nodes)), *(places[user] for user in node.users), len(nodes))
-    return [
-        (min((users.get(memory_of(n, captured.state[n]), len(nodes)) for n, _ in c.labels), default=len(nodes)), c)
-        for c in clusters
-    ]
+    made = []
+    for cluster in clusters:
+        touched = analysis.masks({cluster.name: np.ones(cluster.size, dtype=bool)})
+        first = (users.get(memory_of(name, captured.state[name]), len(nodes)) for name in touched)
+        made.append((min(first, default=len(nodes)), cluster))
+    return made
 
 
 def _start(
@@ -414,11 +417,12 @@ class _Widths:
 
 def _greedy(widths: _Widths) -> dict[str, int]:
     now = {c.name: 0 for c in widths.free}
-    for left in range(ROUNDS, 0, -1):
+    # What is still lacking after the last round goes in further ones: every block saves less the more have gone.
+    for left in itertools.chain(range(ROUNDS, 0, -1), itertools.repeat(1)):
         macs = widths.macs(now)
-        if macs <= widths.goal:
-            break
         waiting = [c for c in widths.free if now[c.name] < widths.last[c.name]]
+        if macs <= widths.goal or not waiting:
+            break
         steps = [widths.steps(c, now, macs, now[c.name], widths.last[c.name]) for c in waiting]
         taken = cheapest(steps, (macs - widths.goal) / left)
         now |= {c.name: now[c.name] + n for c, n in zip(waiting, taken, strict=True)}

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foundation.errors import ModelError
+from foundation.errors import DataError, ModelError
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.data.parts import Data, picked
 from pipeline.selection.activations import SAMPLES, norm_scales, observe_readers
 from pipeline.selection.criteria import Evidence, Observation, Scores, over_indices, per_index
+from pipeline.selection.criteria import effects as effects_of
 from pipeline.tasks import classification
 from pipeline.training import masks
 
@@ -52,7 +53,11 @@ def observe(
         seed=seed,
         effects=_effects(model, data, weights, analysis, "sampled effects" in effects, seed) if effects else {},
         readers=observe_readers(
-            captured, analysis.clusters, data.sample("calibration", SAMPLES), grams="grams" in readers, seed=seed
+            captured,
+            analysis.clusters,
+            _varied(data.sample("calibration", SAMPLES)),
+            grams="grams" in readers,
+            seed=seed,
         )
         if readers
         else {},
@@ -100,21 +105,42 @@ def _effects(
     part = replace(data, calibration=picked(data.calibration, chosen))
     with _differentiable(model) as parameters:
         for image, label in part.batches("calibration", 1):
-            logits = classification.logits_of(model(image))
-            if logits.dim() == 1:  # a model may drop a dimension of one
-                logits = logits.unsqueeze(0)
+            logits = _logits_of_one(model, image)
             if sampled:
                 shares = logits.detach().double().softmax(1)
                 _check({"the last layer": shares}, "outputs")
                 label = torch.multinomial(shares, 1, generator=draw).flatten()
             classification.loss(logits, label).backward()  # type: ignore[no-untyped-call]
-            products = {name: value * weights[name] for name, value in _gathered(model).items()}
+            products = {name: effects_of(value, weights[name]) for name, value in _gathered(model).items()}
             sums = {(name, dim): per_index(products[name], dim) for name, dim in places if name in products}
             for cluster in analysis.clusters:
                 total[cluster.name] += np.square(over_indices(cluster, sums)) / len(part.calibration)
             for value in parameters.values():
                 value.grad = None
     return total
+
+
+def _logits_of_one(model: nn.Module, image: Tensor) -> Tensor:
+    """The logits (1, classes) of one image (1, channels, height, width); given twice to a model that takes no batch of
+    one, or drops the dimension.
+    """
+    try:
+        logits = classification.logits_of(model(image))
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        logits = torch.empty(0)
+    if logits.dim() < 2 or len(logits) != 1:
+        logits = classification.logits_of(model(torch.cat([image, image])))[:1]
+    return logits
+
+
+def _varied(samples: Tensor) -> Tensor:
+    """`samples`. Raises DataError where there are several and all of them are alike."""
+    if len(samples) > 1 and bool((samples == samples[:1]).all()):
+        raise DataError(
+            f"The {len(samples)} calibration samples are all alike: what layers read does not vary over them.",
+            "Give samples that differ, or take a criterion that looks at the weights only: --set prune.criterion=l2",
+        )
+    return samples
 
 
 def _gathered(model: nn.Module) -> dict[str, Tensor]:

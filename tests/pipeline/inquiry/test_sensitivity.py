@@ -158,5 +158,8 @@ def test_why_tells_of_one_group(folder, version):
         told = said(folder, "why", "tiny", "blocks.0.conv1", "--group", str(group))
         assert f"group {group} of blocks.0.conv1 {went}: score {float(row['score']):.4g} by wanda" in told
         assert f"rank {row['rank']} of 32" in told
+        plain = json.loads(said(folder, "why", "tiny", "blocks.0.conv1", "--group", str(group), "--json"))
+        one = plain["blocks.0.conv1"]
+        assert (one["score"], one["rank"], one["gone"]) == (float(row["score"]), int(row["rank"]), went == "went")
     assert "blocks.0.conv1 has 32" in said(folder, "why", "tiny", "blocks.0.conv1", "--group", "32", code=2)
     assert "--group needs a LAYER" in said(folder, "why", "tiny", "--group", "1", code=2)

@@ -279,6 +279,20 @@ def test_as_many_operations_go_as_layer_by_layer(net, ratio, align):
         assert kept(chosen)["branches.weak.0"] < kept(chosen)["branches.useful.0"]
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_goal_is_reached_in_a_deep_network_too_where_every_block_saves_less_than_it_seemed(exact):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 32), *(nn.Linear(32, 32) for _ in range(12)), nn.Linear(32, 5))
+    analysis = analyse(capture(model.eval(), (torch.randn(2, 3, 2, 2),)))
+    draw = np.random.default_rng(0)
+    for align, ratio in itertools.product((1, 4, 8), (0.3, 0.5, 0.7, 0.8)):
+        scores = {c.name: draw.random(c.size) for c in analysis.clusters}
+        made = {c.name: convex([8, 16, 24, 29], np.cumsum(draw.random(4))) for c in analysis.clusters}
+        budget = Budget(ratio, align=align, floor=0.1)
+        goal = analysis.estimate(allocate(analysis.clusters, scores, budget)).macs
+        chosen = curves.choose(analysis, analysis.clusters, scores, made, budget, exact=exact)
+        assert analysis.estimate(chosen).macs <= goal, (align, ratio)
+
+
 def test_overrides_hold(net):
     analysis, scores, _, measured = net
     budget = Budget(0.5, align=4, overrides={"branches.useless.*": 0.0, "branches.useful.*": 0.75})

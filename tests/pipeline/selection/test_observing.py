@@ -1,7 +1,9 @@
 """Criteria that observe, each against a slow, direct computation: one group at a time, loops, whole unfoldings."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from foundation.errors import ConfigError, ModelError
+from foundation.errors import ConfigError, DataError, ModelError
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.program.capture import capture
 from pipeline.data.parts import Data, Split
 from pipeline.selection import activations, criteria
 from pipeline.selection.allocation import lowest
-from pipeline.selection.criteria import CRITERIA, rank
+from pipeline.selection.criteria import CRITERIA, Evidence, rank
 from pipeline.selection.observe import observe
 from pipeline.training import masks
 
@@ -361,6 +363,81 @@ def test_a_cluster_whose_readers_have_no_rule_goes_by_l2():
     data = Data("noise", split(4, 0), split(8, 1), split(4, 2), tuple("abcde"), (3, 6, 6), (0.0,) * 3, (1.0,) * 3, "")
     ranked = scores((model, data, analysis), "wanda")
     assert ranked["a"].by == "l2" and "contraction" in ranked["a"].reason
+
+
+def test_a_group_that_no_reader_with_a_rule_reads_is_not_taken_for_worthless():
+    class Halves(nn.Module):
+        """A recurrent layer reads half of the channels, a linear one the others."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.lstm, self.b = nn.Linear(18, 8), nn.LSTM(4, 6, batch_first=True), nn.Linear(4, 5)
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, x):
+            x = self.a(x.transpose(1, 2).flatten(2))
+            return self.head(self.lstm(x[..., :4])[0][:, -1]) + self.b(x[..., 4:]).mean(1)
+
+    model = Halves().eval()
+    analysis = analyse(capture(model, (torch.randn(2, 3, 6, 6),)))
+    data = Data("noise", split(4, 0), split(8, 1), split(4, 2), tuple("abcde"), (3, 6, 6), (0.0,) * 3, (1.0,) * 3, "")
+    for name in ("wanda", "flap", "reconstruction"):
+        for ranked in scores((model, data, analysis), name).values():
+            assert ranked.by == "l2" or (ranked.scores > 0).all()
+    read = {("a.weight", 0): np.array([0, 1, 2, 3, -1, -1, -1, -1]), ("b.weight", 1): np.array([0, 1, -1, -1])}
+    cluster = SimpleNamespace(name="a", size=4, unit=1, labels=read, readers=(("b.weight", 1),))
+    seen = observe(model, data, frozenset({"activations", "grams"}), analysis)
+    seen = replace(seen, readers=observe_b(model))
+    for name in ("wanda", "flap", "reconstruction"):
+        assert rank(name, cluster, seen).by == "l2"
+
+
+def observe_b(model):
+    captured = capture(model, (torch.randn(2, 3, 6, 6),))
+    cluster = SimpleNamespace(readers=(("b.weight", 1),))
+    return activations.observe_readers(captured, [cluster], torch.randn(8, 3, 6, 6), grams=True)
+
+
+def test_a_model_that_takes_no_batch_of_one_has_its_gradients_one_by_one_all_the_same(net):
+    class Squeezing(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.how, self.a, self.head = how, nn.Conv2d(3, 6, 1), nn.Linear(6, 5)
+
+        def forward(self, x):
+            x = self.a(x).relu().mean((2, 3), keepdim=True)
+            if self.how == "strict" and len(x) == 1 and not torch.compiler.is_exporting():
+                raise ValueError("more than one value per channel is expected")
+            return self.head(x.squeeze() if self.how == "squeeze" else x.flatten(1))
+
+    _, data, _ = net
+    found = []
+    for how in ("plain", "squeeze", "strict"):
+        torch.manual_seed(5)
+        model = Squeezing(how).eval()
+        analysis = analyse(capture(model, (torch.randn(2, 3, 6, 6),)))
+        found.append(observe(model, data, CRITERIA["fisher"].observes, analysis).effects["a"])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wanda", "flap", "reconstruction"])
+def test_samples_that_are_all_alike_are_refused(net, name):
+    model, data, analysis = net
+    image = torch.randn(3, 6, 6)
+    same = Split(torch.zeros(9, dtype=torch.long), lambda chunks: (image.expand(len(c), 3, 6, 6) for c in chunks))
+    with pytest.raises(DataError, match="all alike"):
+        observe(model, replace(data, calibration=same), CRITERIA[name].observes, analysis)
+
+
+def test_complex_weights_count_by_their_size():
+    value = torch.tensor([[3 + 4j, 0], [0, 1j]])
+    cluster = SimpleNamespace(name="a", size=2, labels={("a.weight", 0): np.arange(2)})
+    seen = Evidence({"a.weight": value}, gradients={"a.weight": torch.tensor([[1j, 0], [0, 2 + 1j]])})
+    assert CRITERIA["l1"].score(cluster, seen) == pytest.approx([5.0, 1.0])
+    assert CRITERIA["l2"].score(cluster, seen) == pytest.approx([5.0, 1.0])
+    assert CRITERIA["taylor"].score(cluster, seen) == pytest.approx([4.0, 1.0])
+    assert CRITERIA["taylor-elements"].score(cluster, seen) == pytest.approx([16.0, 1.0])
 
 
 def test_random_follows_the_seed_and_the_cluster(net):
