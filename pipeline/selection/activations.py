@@ -210,7 +210,7 @@ class _Sums:
         """The means. Raises ModelError where they are not finite."""
         self._multiply()
         mean, square = self.total / self.rows, self.squares / self.rows
-        gram = None if self.gram is None else self.gram / self.rows
+        gram = None if self.gram is None else self.gram.div_(self.rows)  # in place: it may be large
         if not bool(square.isfinite().all()) or not bool(mean.isfinite().all()) or _broken(gram):
             raise ModelError(
                 f"{self.weight.rpartition('.')[0] or self.weight} reads values that are NaN, infinite or too large.",

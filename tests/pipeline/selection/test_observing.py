@@ -305,6 +305,22 @@ def test_a_gram_matrix_that_is_too_large_is_its_diagonal_and_says_so(net, monkey
     assert sum(g.numel() for g in room if g is not None) <= 64
 
 
+@pytest.mark.parametrize("count", [21, 20, 4, 1])
+def test_batches_add_up_to_what_one_gives(net, monkeypatch, count):
+    _, data, analysis = net
+    samples = data.sample("calibration", count)
+    whole = activations.observe_readers(analysis.captured, analysis.clusters, samples, grams=True)
+    monkeypatch.setattr(activations, "CHUNK", 4)  # 21 = 5 * 4 + 1: the last one joins a batch, none is of one
+    monkeypatch.setattr(activations, "WAITING", 100)
+    parts = activations.observe_readers(analysis.captured, analysis.clusters, samples, grams=True)
+    assert set(parts) == set(whole)
+    for name, (one, *_) in whole.items():
+        (other, *_) = parts[name]
+        assert one.rows == other.rows
+        assert torch.allclose(one.mean, other.mean, atol=1e-6) and torch.allclose(one.square, other.square, atol=1e-6)
+        assert torch.allclose(one.second(), other.second(), atol=1e-5)
+
+
 def test_positions_are_drawn_where_there_are_more_than_it_takes(net, monkeypatch):
     model, data, analysis = net
     whole = observe(model, data, frozenset({"activations"}), analysis).readers["a.weight"][0]
