@@ -36,7 +36,7 @@ from pipeline.release.records import Manifest, StageRecord
 from pipeline.release.reuse import candidates, compared_with, folder_name, make_current, matches
 from pipeline.report import pages as report
 from pipeline.selection import criteria, schedules
-from pipeline.selection.choose import check_overrides, observed
+from pipeline.selection.choose import check_overrides
 from pipeline.stages.order import STAGES
 
 
@@ -140,11 +140,8 @@ def _check_unlabelled(config: Config, source: ModelSource, dataset: Data) -> Non
             f"{dataset.name} has no labels, so that {source.spec} cannot be trained on it.",
             "Give its trained weights: --weights FILE, or --weights pretrained.",
         )
-    if "gradients" in observed(config.prune):
-        raise ConfigError(
-            f"prune.criterion = {config.prune.criterion!r} needs labels, and {dataset.name} has none.",
-            "Take one that looks at the weights alone, such as l2.",
-        )
+    if config.prune.method == "structured":
+        criteria.require_labels(config.prune.criterion, dataset.labelled)
 
 
 def _answered(digests: Mapping[str, str]) -> str:

@@ -134,16 +134,19 @@ def run(folder: Path, words: list[str]) -> None:
     A command without the arguments that it needs is only mentioned, not shown, and not run.
     """
     name, *rest = words
-    needs = name in ("deploy", "plan") or any(isinstance(p, click.Argument) and p.required for p in command(name))
+    optional = ("deploy", "plan", "sensitivity")  # a recipe may stand for their model
+    needs = name in optional or any(isinstance(p, click.Argument) and p.required for p in command(name))
     if needs and not rest:
         return
-    if name in ("deploy", "plan") and "--help" not in rest:
+    if name in optional and "--help" not in rest:
         own_size = "--input-size" in rest or any(word.endswith(".toml") for word in rest)
         rest = ["mynet.py:build" if word in MODELS else word for word in rest]
         rest += ["--name", "resnet50", *([] if own_size else ["--input-size", "3,16,16"])]
-        if name == "deploy":
+        if name in ("deploy", "sensitivity"):
             first = QUICK.index("--set")
-            rest += [*QUICK[first : first + 4], "--until", "prune", "--quiet"]  # both settings of the baseline
+            rest += QUICK[first : first + 4]  # both settings of the baseline
+        if name == "deploy":
+            rest += ["--until", "prune", "--quiet"]
     if (name == "gate" and any(word.endswith(".onnx") for word in rest)) or name == "check":
         rest += ["--seconds", "0.2"]
     if name == "bundle" and "--check" not in rest:

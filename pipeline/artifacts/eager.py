@@ -99,6 +99,21 @@ class Baseline(Weighted):
         return self.folder / "dense.onnx"
 
 
+SCORES, CURVES, PRICES = "scores.csv", "curves.csv", "prices.csv"
+"""In the folder of stage 1 where whole groups went: how they rank; where curves decided, these and prices of widths."""
+
+
+class CurveFacts(BaseModel):
+    """How curves were measured: at which shares of a cluster, on how many samples, with readers fitted anew or not."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shares: tuple[float, ...]
+    samples: int
+    refit: bool
+    seconds: float
+
+
 class Pruned(Weighted):
     """Masks, and the original weights under them (never lost before fold)."""
 
@@ -121,6 +136,8 @@ class Pruned(Weighted):
     accuracy_after: float
     layers: tuple[Sparsity, ...]
     widths: tuple[WidthChange, ...]
+    curves: CurveFacts | None = None
+    """None where no curves were measured."""
 
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> bool tensor of its shape, True = kept."""

@@ -111,6 +111,7 @@ def main() -> None:
 
     \b
     leanort plan resnet50                 what would run; which channels can go; what blocks the rest
+    leanort sensitivity resnet50          which layers can least do without their channels
     leanort deploy resnet50               the whole chain on the embedded data
     leanort deploy resnet50 --ratio 0.3   the same, gentler
     leanort show resnet50                 the figures of the newest version

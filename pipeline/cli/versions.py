@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from foundation.errors import LeanortError, VersionError
+from foundation.errors import LeanortError, UserError, VersionError
 from foundation.words import printable
 from pipeline.cli.group import OUT, main, plain
 
@@ -170,18 +170,33 @@ def verify(version: str, out: Path) -> None:
 @click.argument("version", metavar="MODEL[/VERSION]")
 @click.argument("layer", required=False)
 @OUT
+@click.option("--group", type=click.IntRange(0), help="One group of LAYER: its score, rank, and the cut-off.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def why(version: str, layer: str | None, out: Path, as_json: bool) -> None:
+def why(version: str, layer: str | None, out: Path, group: int | None, as_json: bool) -> None:
     """Tell which channels of LAYER went, and why; and why others stayed. Without LAYER: every layer, one line each.
+
+    Channels that live and die together are one group of a cluster. With their scores stands by which criterion they
+    were ranked, between which scores the line was drawn, and, where curves decided, what the layer's width costs beside
+    the others.
 
     \b
     leanort why resnet50 layer3.1.conv2
+    leanort why resnet50 layer3.1.conv2 --group 7
     leanort why resnet50/v0002
     """
     from pipeline.inquiry import removal
     from pipeline.release import store
 
     found = removal.read(store.resolve(out, version))
+    if group is not None:
+        if layer is None:
+            raise UserError("--group needs a LAYER.", "Write it like `leanort why MODEL LAYER --group 7`.")
+        if as_json:
+            click.echo(json.dumps(found.group(layer, group), indent=2))
+            return
+        for line in found.group_sentences(layer, group):
+            click.echo(printable(line))
+        return
     if layer is None:
         rows = found.overview()
         if as_json:

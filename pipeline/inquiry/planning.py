@@ -15,10 +15,13 @@ from pipeline.channels.coupling.groups import Analysis, Blocked, Cluster, Size
 from pipeline.channels.coupling.layers import Layer, layers
 from pipeline.channels.program.capture import capture
 from pipeline.drawing.widths import widths_svg
+from pipeline.inquiry.dense import dense_model
+from pipeline.progress import Progress
 from pipeline.recipe.config import Config
+from pipeline.release.reuse import folder_name
 from pipeline.runner import Step
 from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import choose_groups, measured, observed
+from pipeline.selection.choose import Weighed, choose_groups, measured, observed
 from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
 from pipeline.training import masks
@@ -28,27 +31,54 @@ RATIOS = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a ratio would leave. `megabytes`: the parameters' bytes / 10⁶; a file adds a few kilobytes of graph."""
+    """What a ratio would leave. `megabytes`: the parameters' bytes / 10⁶; a file adds a few kilobytes of graph.
+    `divergence`: of the outputs from the dense ones, nats, by the curves of all clusters added up; None without curves.
+    """
 
     ratio: float
     params: int
     macs: int
     megabytes: float
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages, channel groups of the model as built, and what the recipe's ratio would leave.
+    """Stages, channel groups, and what the recipe's ratio would leave.
 
     `expectations`: the recipe's ratio first, then a few others for comparison. `megabytes`: of the dense parameters.
+    `weights`: where those come from that the widths follow, in words; "" for initial ones.
     """
 
     steps: list[Step]
     analysis: Analysis
-    removed: Removed
+    weighed: Weighed
     expected: Size
     expectations: tuple[Expectation, ...]
     megabytes: float
+    weights: str = ""
+
+    @property
+    def curve_words(self) -> list[str]:
+        """How the widths came about, in sentences; none where no curves were measured."""
+        measured = self.weighed.measured
+        if measured is None:
+            return []
+        refit = ", readers fitted anew" if measured.refit else ", before any recovery"
+        said = [
+            f"Divergence: from the dense outputs, by the curves of all layers added up{refit}; "
+            f"measured on {measured.samples} samples in {measured.seconds:.1f} s, weights: {self.weights or 'initial'}."
+        ]
+        if not self.weights:
+            said.append(
+                "Curves of initial weights say little: give --weights, or run a deploy with --until baseline first."
+            )
+        return said
+
+    @property
+    def removed(self) -> Removed:
+        """Cluster -> True for each group that would go."""
+        return self.weighed.removed
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -89,40 +119,59 @@ class Plan:
                 for c in self.analysis.clusters
             ],
             "layers": [asdict(layer) for layer in self.layers],
+            "weights": self.weights,
+            "prices": [asdict(price) for price in self.weighed.prices],
             "blocked": [asdict(block) for block in self.analysis.blocked],
         }
 
 
-def plan(config: Config) -> Plan:
-    """Analyse the model as it is built (weights decide which channels go, not how many). Nothing is written."""
+def plan(config: Config, progress: Progress | None = None) -> Plan:
+    """Analyse the model, and say what a deploy would do with it. Nothing is written.
+
+    As it is built where the recipe cuts layer by layer, since weights decide then which channels go, not how many; else
+    on the weights that a deploy would prune, as far as they are known.
+    """
     runner.check(config)
     source, data = runner.sources(config.model, None, config)
-    model = source.build()
-    analysis = analyse(capture(model, models.example(source)), policy_of(config.prune.groups))
-    seen = observe(model, data, observed(config.prune), config.prune.samples)
+    steps = runner.plan(config.model, None, config)
+    model, origin = source.build(), ""
+    section = config.prune
+    if section.scope == "layer":
+        # How many go does not hang on the scores then, and nothing else is shown: the cheapest criterion will do.
+        section = section.model_copy(update={"criterion": "l2"})
+    elif section.method == "structured":
+        folder = config.artifacts / (config.name or folder_name(config.model))
+        model, origin = dense_model(config.baseline, source, folder, steps)
+    analysis = analyse(capture(model, models.example(source)), policy_of(section.groups))
+    seen = observe(model, data, observed(section), analysis, section.samples, seed=section.seed)
     maskable = masks.maskable(model)
-    worth = measured(analysis, seen, config.prune, maskable)
+    worth = measured(analysis, seen, section, maskable, progress)
     elements = sum(p.numel() for p in model.parameters())
     width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(1, elements)  # bytes of one parameter
 
-    def at(ratio: float) -> tuple[Removed, Size]:
-        section = config.prune.model_copy(update={"ratio": ratio})
-        removed = choose_groups(analysis, seen, section, ratio, maskable, worth)
-        return removed, analysis.estimate(removed)
+    def at(ratio: float) -> tuple[Weighed, Size]:
+        at_ratio = section.model_copy(update={"ratio": ratio})
+        weighed = choose_groups(analysis, seen, at_ratio, ratio, maskable, worth)
+        return weighed, analysis.estimate(weighed.removed)
 
-    removed, expected = at(config.prune.ratio)
-    others = [(ratio, at(ratio)[1]) for ratio in RATIOS if ratio != config.prune.ratio]
+    made = [(ratio, *at(ratio)) for ratio in dict.fromkeys((section.ratio, *RATIOS))]
+    weighed, expected = made[0][1:]
     return Plan(
-        steps=runner.plan(config.model, None, config),
+        steps=steps,
         analysis=analysis,
-        removed=removed,
+        weighed=weighed,
         expected=expected,
         expectations=tuple(
-            Expectation(ratio, size.params, size.macs, size.params * width / 1e6)
-            for ratio, size in [(config.prune.ratio, expected), *others]
+            Expectation(ratio, size.params, size.macs, size.params * width / 1e6, _promised(one))
+            for ratio, one, size in made
         ),
         megabytes=analysis.params * width / 1e6,
+        weights=origin,
     )
+
+
+def _promised(weighed: Weighed) -> float | None:
+    return sum(price.divergence for price in weighed.prices) if weighed.measured is not None else None
 
 
 # -- for people ----------------------------------------------------------------------------------------------------

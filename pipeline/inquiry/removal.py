@@ -11,7 +11,7 @@ from typing import Any
 
 from foundation.errors import StoreError, UserError, nearest
 from foundation.files import sha256
-from pipeline.artifacts.eager import FITTED, Finetuned, Pruned
+from pipeline.artifacts.eager import FITTED, PRICES, SCORES, Finetuned, Pruned
 from pipeline.artifacts.program import Shrunk
 from pipeline.channels.ledger import Ledger
 from pipeline.release import records
@@ -24,7 +24,9 @@ class Removal:
     """The ledger of a version, and what pruning chose.
 
     `chosen`: cluster -> groups. `blocked`: what could not go at all, with operator and reason. `fitted`: weight -> what
-    the closed form made of it, as its table says (all text); empty where none was tried.
+    the closed form made of it, as its table says (all text); empty where none was tried. `scores`: cluster -> how its
+    groups rank, and `prices`: cluster -> what its width costs, as the tables of stage 1 say (all text); empty for
+    versions that are older than these, or where no groups or no curves were chosen by.
     """
 
     ledger: Ledger
@@ -32,6 +34,8 @@ class Removal:
     chosen: Mapping[str, Sequence[int]]
     blocked: Sequence[Mapping[str, Any]]
     fitted: Mapping[str, Mapping[str, str]]
+    scores: Mapping[str, Sequence[Mapping[str, str]]]
+    prices: Mapping[str, Mapping[str, str]]
 
     def why(self, layer: str) -> dict[str, Any]:
         """As plain values: what went from `layer`, by which cluster and whose choice; what stayed, and why.
@@ -48,7 +52,70 @@ class Removal:
                 "dead in the weights": sorted(set(groups) - set(by_choice)),
             }
         fitted = {name: dict(row) for name, row in self.fitted.items() if name in self._shapes(layer)}
-        return {"layer": layer, "shapes": self._shapes(layer), **{"cause": {}}, **found, "fitted": fitted}
+        clusters = [c for c in self.scores if c in found["groups"] or c == layer]
+        scores = {cluster: self._weighed(cluster) for cluster in clusters}
+        return {
+            "layer": layer,
+            "shapes": self._shapes(layer),
+            **{"cause": {}},
+            **found,
+            "fitted": fitted,
+            "scores": scores,
+        }
+
+    def group(self, layer: str, group: int) -> dict[str, Any]:
+        """One group of each cluster of `layer`, as plain values: its score, rank, and what it was weighed against.
+
+        Raises UserError where the version holds no scores for it.
+        """
+        scores = self.why(layer)["scores"]
+        weighed = {cluster: one for cluster, one in scores.items() if 0 <= group < len(one["groups"])}
+        if not weighed:
+            sizes = ", ".join(f"{cluster} has {len(one['groups'])}" for cluster, one in scores.items())
+            raise UserError(
+                f"No group {group} of '{layer}' was scored.",
+                f"Groups are numbered from 0: {sizes}."
+                if sizes
+                else "Scores are kept for whole groups, of layers that lost some; see `leanort why MODEL`.",
+            )
+        return {cluster: {**one["groups"][group], **one} for cluster, one in weighed.items()}
+
+    def group_sentences(self, layer: str, group: int) -> list[str]:
+        """`group` in words."""
+        lines = []
+        for cluster, one in self.group(layer, group).items():
+            lines.append(
+                f"group {group} of {cluster} {'went' if one['gone'] else 'stayed'}: score {one['score']:.4g} by "
+                f"{one['criterion']}, rank {one['rank']} of {len(one['groups'])}; {_cut_off(one)}"
+            )
+            lines += [f"  {line}" for line in self._priced(cluster, one)]
+        return lines
+
+    def _weighed(self, cluster: str) -> dict[str, Any]:
+        """The scores of a cluster's groups, in order, by which criterion; and the price of its width."""
+        rows = self.scores[cluster]
+        groups = [
+            {"score": float(row["score"]), "rank": int(row["rank"]), "gone": row["gone"] == "True"} for row in rows
+        ]
+        price = {name: float(value) if value else None for name, value in self.prices.get(cluster, {}).items()}
+        return {"criterion": rows[0]["criterion"], "reason": rows[0]["reason"], "groups": groups, "price": price}
+
+    def _priced(self, cluster: str, one: Mapping[str, Any]) -> list[str]:
+        """The price of a cluster's width in words; nothing where no curves decided."""
+        price = one["price"]
+        if not price:
+            return []
+        facts = self.pruned.curves
+        how = f", measured on {facts.samples} samples" if facts else ""
+        dearest = max((float(row["last"]) for row in self.prices.values() if row["last"]), default=0.0)
+        parts = [
+            f"its curve{how}: without {price['gone']:.0f} groups the outputs move by {price['divergence']:.3g} nats"
+        ]
+        if price["last"] is not None:
+            parts.append(f"the last block that went cost {price['last']:.3g} nats per million MACs")
+        if price["next"] is not None:
+            parts.append(f"the next would cost {price['next']:.3g}")
+        return [f"cluster {cluster}: {'; '.join(parts)}; the dearest that went anywhere cost {dearest:.3g}"]
 
     @property
     def names(self) -> list[str]:
@@ -100,6 +167,10 @@ class Removal:
                 lines.append(f"  cluster {cluster}: {method}: {spans(chosen)}")
             if dead:
                 lines.append(f"  cluster {cluster}: dead in the weights without being chosen: {spans(dead)}")
+        for cluster, one in found["scores"].items():
+            instead = f" ({one['reason']})" if one["reason"] else ""
+            lines.append(f"  cluster {cluster}: scored by {one['criterion']}{instead}: {_cut_off(one)}")
+            lines += [f"  {line}" for line in self._priced(cluster, one)]
         for fold in found["folded"]:
             told = "; ".join(
                 f"{cluster} " + ", ".join(f"{group} = {number:.4g}" for group, number in list(groups.items())[:SHOWN])
@@ -142,15 +213,34 @@ def read(version: Path) -> Removal:
             raise StoreError(f"{file} is not what was sealed.", "Run `leanort verify` on the version.")
         return file.read_text(encoding="utf-8")
 
-    table = f"{Finetuned.STAGE}/{FITTED}"
-    rows = csv.DictReader(text(Finetuned.STAGE, FITTED).splitlines()) if table in sealed else ()
+    def table(stage: str, name: str) -> list[dict[str, str]]:
+        """The rows of a table, none where the version has no such."""
+        return list(csv.DictReader(text(stage, name).splitlines())) if f"{stage}/{name}" in sealed else []
+
+    scores: dict[str, list[dict[str, str]]] = {}
+    for row in table(Pruned.STAGE, SCORES):
+        scores.setdefault(row.pop("cluster"), []).append(row)
     return Removal(
         ledger=Ledger.from_json(text(Shrunk.STAGE, "ledger.json")),
         pruned=Pruned.load(version / Pruned.STAGE),
         chosen=json.loads(text(Pruned.STAGE, "removed.json")),
         blocked=json.loads(text(Shrunk.STAGE, "blocked.json")),
-        fitted={row["name"]: row for row in rows},
+        fitted={row["name"]: row for row in table(Finetuned.STAGE, FITTED)},
+        scores=scores,
+        prices={row.pop("cluster"): row for row in table(Pruned.STAGE, PRICES)},
     )
+
+
+def _cut_off(one: Mapping[str, Any]) -> str:
+    """Between which scores the line was drawn."""
+    went = [group["score"] for group in one["groups"] if group["gone"]]
+    stayed = [group["score"] for group in one["groups"] if not group["gone"]]
+    if not went:
+        return f"none of {len(stayed)} was chosen"
+    parts = [f"the {len(went)} of {len(one['groups'])} chosen score {min(went):.4g} to {max(went):.4g}"]
+    if stayed:
+        parts.append(f"those that stayed {min(stayed):.4g} to {max(stayed):.4g}")
+    return ", ".join(parts)
 
 
 def spans(numbers: Sequence[int]) -> str:

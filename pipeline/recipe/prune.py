@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from pipeline.recipe.removal import GroupSwitches
-from pipeline.recipe.section import Section, Seed
+from pipeline.recipe.section import Seconds, Section, Seed
 from pipeline.recipe.train import Training
 
 
@@ -20,12 +20,17 @@ class PruneSection(Section):
         "l2",
         # `norm` is how it was called while norms were all there was.
         validation_alias=AliasChoices("criterion", "norm"),
-        description="how much a group matters: l1, l2, ...; those that matter least go",
+        description="how much a group matters: l2, taylor, fisher, wanda, ...; those that matter least go",
     )
     scope: Literal["layer", "global", "curves"] = Field(
         "layer", description="rank inside each layer, over the whole model, or by measured loss per operation saved"
     )
     samples: int = Field(64, ge=1, le=100_000, description="calibration samples that curves are measured on")
+    seconds: Seconds | None = Field(None, description="time for measuring curves; where it is short, fewer points")
+    refit: bool = Field(False, description="measure curves with whatever reads a group fitted anew")
+    allocation: Literal["greedy", "exact"] = Field(
+        "greedy", description="widths by curves: the cheapest block first, or an integer program on top of that"
+    )
     align: int | Literal["auto"] = Field("auto", description="kept channels are a multiple; auto = host vector block")
     floor: float = Field(0.1, ge=0.0, le=1.0, description="share of every layer's groups that always stays")
     overrides: dict[str, float] = Field(default_factory=dict, description="layer glob -> ratio")

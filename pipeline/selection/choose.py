@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,17 +14,55 @@ from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.program.capture import capture
 from pipeline.models.source import ModelSource, example
+from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.selection import criteria, curves, weights
 from pipeline.selection.allocation import Budget, Removed, allocate, overridden
-from pipeline.selection.criteria import Evidence, Observation
-from pipeline.selection.curves import Curve
+from pipeline.selection.criteria import Evidence, Observation, Ranked
+from pipeline.selection.curves import Measured, Price
 from pipeline.selection.kinds import policy_of
 from pipeline.training import masks
 from pipeline.training.masks import Masks
 
-Choose = Callable[[Evidence, float], Masks]
-"""(what is seen of the model, ratio) -> masks."""
+
+@dataclass(frozen=True)
+class Weighed:
+    """What a choice of groups was made from: how each cluster's groups rank, and, where curves decided on the widths,
+    these and what each width costs.
+    """
+
+    removed: Removed
+    ranked: Mapping[str, Ranked]
+    measured: Measured | None = None
+    prices: Sequence[Price] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One group of a table of scores: its `rank` among the groups of its cluster, 1 the lowest score, and by which
+    `criterion`, with the `reason` where that is not the recipe's.
+    """
+
+    cluster: str
+    group: int
+    score: float
+    rank: int
+    gone: bool
+    criterion: str
+    reason: str
+
+
+def rows(weighed: Weighed) -> list[Row]:
+    """Every group that was ranked."""
+    made = []
+    for name, one in weighed.ranked.items():
+        rank = np.empty(len(one.scores), dtype=int)
+        rank[np.argsort(one.scores, kind="stable")] = np.arange(1, len(one.scores) + 1)
+        made += [
+            Row(name, group, float(score), int(rank[group]), bool(weighed.removed[name][group]), one.by, one.reason)
+            for group, score in enumerate(np.maximum(one.scores, 0.0))
+        ]
+    return made
 
 
 def chosen_by(cfg: PruneSection) -> str:
@@ -39,19 +78,31 @@ def chosen_by(cfg: PruneSection) -> str:
 
 def observed(cfg: PruneSection) -> frozenset[Observation]:
     """What a recipe's choice looks at besides the weights."""
-    by_scope: frozenset[Observation] = frozenset({"samples"} if _by_curves(cfg) else ())
-    return criteria.find(cfg.criterion).observes | by_scope
+    by_scope: set[Observation] = {"samples"} if _by_curves(cfg) else set()
+    if _by_curves(cfg) and cfg.refit:
+        by_scope.add("grams")
+    by_criterion = criteria.find(cfg.criterion).observes if cfg.method == "structured" else frozenset()
+    return by_criterion | by_scope
 
 
 def measured(
-    analysis: Analysis, seen: Evidence, cfg: PruneSection, maskable: frozenset[str]
-) -> Mapping[str, Curve] | None:
+    analysis: Analysis, seen: Evidence, cfg: PruneSection, maskable: frozenset[str], progress: Progress | None = None
+) -> Measured | None:
     """The curves of all clusters that may be cut, by the recipe's criterion; None where its scope asks for none."""
     if not _by_curves(cfg) or seen.samples is None:
         return None
     clusters = _choosable(analysis, maskable)
-    scores = {c.name: criteria.find(cfg.criterion).score(c, seen) for c in clusters}
-    return curves.measure(analysis, clusters, scores, seen.samples, seen.weights)
+    scores = {c.name: criteria.rank(cfg.criterion, c, seen).scores for c in clusters}
+    return curves.measure(
+        analysis,
+        clusters,
+        scores,
+        seen.samples,
+        seen.weights,
+        readers=seen.readers if cfg.refit else None,
+        seconds=cfg.seconds,
+        progress=progress,
+    )
 
 
 def choose_groups(
@@ -60,16 +111,16 @@ def choose_groups(
     cfg: PruneSection,
     ratio: float,
     maskable: frozenset[str],
-    worth: Mapping[str, Curve] | None = None,
-) -> Removed:
-    """Cluster name -> True for each group that goes at `ratio`: the lowest scores of the recipe's criterion.
+    worth: Measured | None = None,
+) -> Weighed:
+    """Which groups go at `ratio`, by cluster: those with the lowest scores of the recipe's criterion; and why these.
 
     `worth`: curves as `measured` gives them, by which the widths follow then. A cluster with a parameter outside
-    `maskable` stays whole.
+    `maskable` stays whole, and is not ranked.
     """
     clusters = _choosable(analysis, maskable)
-    criterion = criteria.find(cfg.criterion)
-    scores = {c.name: criterion.score(c, seen) for c in clusters}
+    ranked = {c.name: criteria.rank(cfg.criterion, c, seen) for c in clusters}
+    scores = {name: one.scores for name, one in ranked.items()}
     share = ratio / cfg.ratio if cfg.ratio else 0.0  # how far a schedule has come; overrides grow with it
     budget = Budget(
         ratio=ratio,
@@ -79,9 +130,11 @@ def choose_groups(
         overrides={glob: share * final for glob, final in cfg.overrides.items()},
     )
     whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
-    if worth is not None:
-        return whole | curves.choose(analysis, clusters, scores, worth, budget)
-    return whole | allocate(clusters, scores, budget)
+    if worth is None:
+        return Weighed(whole | allocate(clusters, scores, budget), ranked)
+    chosen = curves.choose(analysis, clusters, scores, worth.curves, budget, exact=cfg.allocation == "exact")
+    prices = curves.prices(analysis, clusters, scores, worth.curves, budget, whole | chosen)
+    return Weighed(whole | chosen, ranked, worth, prices)
 
 
 def check_overrides(cfg: PruneSection, source: ModelSource) -> None:
@@ -97,39 +150,46 @@ def check_overrides(cfg: PruneSection, source: ModelSource) -> None:
         overridden([c.name for c in _choosable(analysis, masks.maskable(model))], cfg.overrides)
 
 
-def chooser(cfg: PruneSection, analysis: Analysis, model: nn.Module) -> Choose:
-    """The method of the recipe as one function."""
-    if cfg.method == "structured":
-        return _structured(cfg, analysis, masks.maskable(model))
-    if cfg.method == "unstructured":
-        names = tuple(weights.prunable(model))
-        return lambda seen, ratio: weights.unstructured_l1(
-            {name: seen.weights[name] for name in names},
-            ratio,
-            scope="global" if cfg.scope == "global" else "layer",
-            overrides=cfg.overrides,
-        )
-    if cfg.method == "2:4":
-        names = tuple(weights.prunable(model))
-        return lambda seen, ratio: weights.two_four({name: seen.weights[name] for name in names}) if ratio else {}
-    return lambda seen, ratio: {}
+class Chooser:
+    """The method of a recipe, asked once or in every round: `choose(seen, ratio)` gives masks.
 
+    Curves are measured once, on the weights of the first time, however many rounds follow. `weighed`: what the last
+    choice of whole groups was made from.
+    """
 
-def _structured(cfg: PruneSection, analysis: Analysis, maskable: frozenset[str]) -> Choose:
-    """Whole groups. Curves are measured once, on the dense weights, however many rounds follow."""
-    held: list[Mapping[str, Curve] | None] = []
+    def __init__(
+        self, cfg: PruneSection, analysis: Analysis, model: nn.Module, progress: Progress | None = None
+    ) -> None:
+        self.cfg, self.analysis, self.progress = cfg, analysis, progress
+        self.maskable = masks.maskable(model)
+        self.names = tuple(weights.prunable(model))
+        self.weighed: Weighed | None = None
+        self._measured: Measured | None = None
 
-    def choose(seen: Evidence, ratio: float) -> Masks:
-        if not held:
-            held.append(measured(analysis, seen, cfg, maskable))
-        removed = choose_groups(analysis, seen, cfg, ratio, maskable, held[0])
+    def choose(self, seen: Evidence, ratio: float) -> Masks:
+        """Parameter name -> mask, for what is seen of the model as it is now."""
+        if self.cfg.method == "structured":
+            return self._groups(seen, ratio)
+        if self.cfg.method == "unstructured":
+            return weights.unstructured_l1(
+                {name: seen.weights[name] for name in self.names},
+                ratio,
+                scope="global" if self.cfg.scope == "global" else "layer",
+                overrides=self.cfg.overrides,
+            )
+        if self.cfg.method == "2:4" and ratio:
+            return weights.two_four({name: seen.weights[name] for name in self.names})
+        return {}
+
+    def _groups(self, seen: Evidence, ratio: float) -> Masks:
+        if self._measured is None:
+            self._measured = measured(self.analysis, seen, self.cfg, self.maskable, self.progress)
+        self.weighed = choose_groups(self.analysis, seen, self.cfg, ratio, self.maskable, self._measured)
         return {
             name: torch.from_numpy(mask)
-            for name, mask in analysis.masks(removed).items()
-            if name in maskable  # a buffer, such as a fixed position table, holds no weights
+            for name, mask in self.analysis.masks(self.weighed.removed).items()
+            if name in self.maskable  # a buffer, such as a fixed position table, holds no weights
         }
-
-    return choose
 
 
 def _by_curves(cfg: PruneSection) -> bool:

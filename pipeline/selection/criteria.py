@@ -1,50 +1,120 @@
 """How much a channel group matters, as a table: a criterion is one row. The groups with the lowest scores go.
 
-A row says what it has to see besides the weights (`observe` gathers it), and how it is told in words. The recipe's
-`prune.criterion`, `leanort plan` and `leanort why` read this table; to add a criterion is to add its row.
+A row says where it comes from, what it has to see besides the weights (`observe` gathers it), what that costs, and how
+it is told in words. The recipe's `prune.criterion`, `leanort plan` and `leanort why` read this table; to add a
+criterion is to add its row. docs/choice.md compares them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from foundation.errors import ConfigError, nearest
 from pipeline.channels.coupling.groups import Cluster
+from pipeline.selection.activations import ReaderInput
 
 Scores = npt.NDArray[np.float64]
 """One score per group of a cluster."""
 
-Observation = Literal["gradients", "samples"]
+Observation = Literal["samples", "activations", "grams", "gradients", "effects", "sampled effects"]
 """What a criterion or a scope may ask for besides the weights; `pipeline.selection.observe` gathers it."""
+
+GONE = 1e-300
+"""Below zero by so much is the score of a group whose weights are all zero; it weighs nothing in a mean."""
+RIDGE = 0.01
+"""Of the mean diagonal of a Gram matrix: how strongly a refit is pulled to the weights that were there."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What criteria look at, all of it by the model's own names.
+    """What criteria look at, all of it by the model's own names; what nobody asked for is empty or None.
 
-    `weights`: the state dict as the masked model sees it. `gradients`: of the task's loss, mean over the calibration
-    part, one per trained parameter; empty where no criterion asked for them. `samples`: of the calibration part,
-    without labels; None where nothing asked for them.
+    `weights`: the state dict as the masked model sees it. `scales`: the parameters among them that are scales of norms.
+    `seed`: the recipe's. `gradients`: of the task's loss, mean over the calibration part, one per trained parameter.
+    `effects`: cluster -> mean over samples of (Σ g·w over the group)². `readers`: weight -> what the contractions with
+    it read. `samples`: of the calibration part, without labels.
     """
 
     weights: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Tensor | None = None
+    scales: frozenset[str] = frozenset()
+    seed: int = 0
+    effects: Mapping[str, Scores] = field(default_factory=dict)
+    readers: Mapping[str, tuple[ReaderInput, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """One way to score groups: `score` gives an array of shape (cluster.size,); `words` name what goes."""
+    """One way to score groups.
+
+    `words` name what goes: "the groups with ...". `score` gives an array of shape (cluster.size,), NaN for a group of
+    which the criterion can tell nothing, for the reason `lacks`. `source`: where it was published; `cost`: in words.
+    """
 
     words: str
     score: Callable[[Cluster, Evidence], Scores]
+    source: str
+    cost: str = "none"
     observes: frozenset[Observation] = frozenset()
+    lacks: str = ""
+
+    @property
+    def labels(self) -> bool:
+        """Whether the calibration samples need labels."""
+        return not self.observes.isdisjoint({"gradients", "effects"})
+
+    @property
+    def sees(self) -> str:
+        """What it looks at besides the weights: "nothing", "activations" or "gradients"."""
+        if not self.observes:
+            return "nothing"
+        return "activations" if self.observes <= {"activations", "grams"} else "gradients"
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Scores of a cluster's groups; `by` which criterion, and the `reason` where it is not the one asked for."""
+
+    scores: Scores
+    by: str
+    reason: str = ""
+
+
+def rank(name: str, cluster: Cluster, seen: Evidence) -> Ranked:
+    """The scores of `cluster` by the criterion `name`, below zero for groups whose weights are all zero.
+
+    Groups of one cluster are ranked by one criterion: where it can tell nothing of some of them (no norm scales them,
+    say), the L2 norm ranks them all, and `reason` says so. Raises ConfigError for a name that is not in the table.
+    """
+    row = find(name)
+    scores = row.score(cluster, seen)
+    # What is masked goes before what merely never fires, or pruning in rounds would bring some of it back.
+    masked = over_groups(cluster, {name: seen.weights[name] != 0 for name, _ in cluster.labels}) == 0
+    if np.isfinite(scores).all():
+        return Ranked(np.where(masked, -GONE, scores), name)
+    return Ranked(np.where(masked, -GONE, _l2(cluster, seen)), "l2", row.lacks)
+
+
+def require_labels(name: str, labelled: bool) -> None:
+    """Raise ConfigError where the criterion `name` needs labels and the calibration samples have none."""
+    if find(name).labels and not labelled:
+        free = [other for other, row in CRITERIA.items() if not row.labels and row.sees != "nothing"]
+        raise ConfigError(
+            f"prune.criterion {name!r} needs the labels of the calibration samples, and this data has none.",
+            f"Take one that needs none: {', '.join(free)}.",
+        )
+
+
+# ── sums over coupled groups ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def over_groups(cluster: Cluster, values: Mapping[str, Tensor]) -> Scores:
@@ -53,15 +123,36 @@ def over_groups(cluster: Cluster, values: Mapping[str, Tensor]) -> Scores:
     The weights of a group are the rows that produce it (convolution or linear rows, biases, norm scale and shift) and
     the columns that read it, in every layer of the cluster. Tensors that `values` lacks count nothing.
     """
+    sums = {(name, dim): per_index(values[name], dim) for name, dim in cluster.labels if name in values}
+    return over_indices(cluster, sums)
+
+
+def per_index(value: Tensor, dim: int) -> Scores:
+    """Sum over all dimensions but `dim`, in float64."""
+    others = [d for d in range(value.dim()) if d != dim]
+    found = value.detach().sum(others, dtype=torch.float64) if others else value.detach().double()
+    summed: Scores = found.numpy()
+    return summed
+
+
+def over_indices(cluster: Cluster, sums: Mapping[tuple[str, int], Scores]) -> Scores:
+    """Sum over each group of what `sums` has for the indices of (parameter, dimension); others count nothing."""
     total = np.zeros(cluster.size)
-    for (name, dim), labels in cluster.labels.items():
-        if name not in values:
-            continue
-        value = values[name].detach().double()
-        per_index = value.movedim(dim, 0).flatten(1).sum(1).numpy() if value.dim() > 1 else value.numpy()
-        mine = labels >= 0
-        total += np.bincount(labels[mine], weights=per_index[mine], minlength=cluster.size)
+    for place, labels in cluster.labels.items():
+        if place in sums:
+            mine = labels >= 0
+            total += np.bincount(labels[mine], weights=sums[place][mine], minlength=cluster.size)
     return total
+
+
+def squares(value: Tensor) -> Tensor:
+    """|w|² of each weight."""
+    return value.abs().square() if value.is_complex() else value.square()
+
+
+def effects(gradient: Tensor, weight: Tensor) -> Tensor:
+    """g·w of each weight: by how much the loss would rise, to first order, were the weight twice as large."""
+    return (gradient.conj() * weight).real if weight.is_complex() else gradient * weight
 
 
 def relative(scores: Scores) -> Scores:
@@ -73,30 +164,202 @@ def relative(scores: Scores) -> Scores:
     return scores / mean if mean > 0 else scores
 
 
+# ── nothing but the weights ──────────────────────────────────────────────────────────────────────────────────────────
+
+
 def _l1(cluster: Cluster, seen: Evidence) -> Scores:
-    """Σ|w| (Li et al. 2017, "Pruning Filters for Efficient ConvNets"), over the coupled group."""
+    """Σ|w| over the coupled group."""
     return over_groups(cluster, {name: seen.weights[name].abs() for name, _ in cluster.labels})
 
 
 def _l2(cluster: Cluster, seen: Evidence) -> Scores:
-    """√Σw² over the coupled group (Fang et al. 2023, "DepGraph")."""
-    return np.sqrt(over_groups(cluster, {name: seen.weights[name].square() for name, _ in cluster.labels}))
+    """√Σw² over the coupled group."""
+    return np.sqrt(over_groups(cluster, {name: squares(seen.weights[name]) for name, _ in cluster.labels}))
+
+
+def _norm_scale(cluster: Cluster, seen: Evidence) -> Scores:
+    """Σ|γ| over the scales of all norms in the group; NaN for groups that no norm scales."""
+    scales = {name: seen.weights[name] for name, _ in cluster.labels if name in seen.scales}
+    there = over_groups(cluster, {name: torch.ones_like(value) for name, value in scales.items()})
+    found = over_groups(cluster, {name: value.abs() for name, value in scales.items()})
+    return np.where(there > 0, found, np.nan)
+
+
+def _random(cluster: Cluster, seen: Evidence) -> Scores:
+    """A number in 0..1 that the seed and the cluster's name decide."""
+    drawn: Scores = np.random.default_rng([seen.seed, zlib.crc32(cluster.name.encode())]).random(cluster.size)
+    return drawn
+
+
+# ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _taylor(cluster: Cluster, seen: Evidence) -> Scores:
     """|Σ g·w| over the coupled group: by how much the loss would change to first order without it.
 
-    Molchanov et al. 2017, arXiv:1611.06440, with the weights in the place of the activations as in Molchanov et al.
-    2019, arXiv:1906.10771. A parameter that takes no part in the loss has no gradient, and counts nothing.
+    With the weights in the place of the activations. A parameter that takes no part in the loss has no gradient, and
+    counts nothing.
     """
-    products = {name: seen.gradients[name] * seen.weights[name] for name, _ in cluster.labels if name in seen.gradients}
-    return np.abs(over_groups(cluster, products))
+    return np.abs(over_groups(cluster, _products(cluster, seen)))
 
+
+def _taylor_elements(cluster: Cluster, seen: Evidence) -> Scores:
+    """Σ (g·w)² over the coupled group: effects of single weights, which cannot cancel each other."""
+    return over_groups(cluster, {name: value.double().square() for name, value in _products(cluster, seen).items()})
+
+
+def _products(cluster: Cluster, seen: Evidence) -> dict[str, Tensor]:
+    names = {name for name, _ in cluster.labels if name in seen.gradients}
+    return {name: effects(seen.gradients[name], seen.weights[name]) for name in names}
+
+
+def _fisher(cluster: Cluster, seen: Evidence) -> Scores:
+    """Mean over samples of (Σ g·w over the coupled group)² / 2: to second order, with the Fisher information."""
+    return seen.effects[cluster.name] / 2
+
+
+# ── what readers see ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _reads(cluster: Cluster, seen: Evidence) -> Iterator[tuple[ReaderInput, Tensor, Tensor]]:
+    """What each contraction sees that reads channels of the cluster, its weight's matrix, and its columns' groups."""
+    for name, dim in cluster.readers:
+        weight = seen.weights[name]
+        labels = torch.from_numpy(cluster.labels[name, dim])
+        for read in seen.readers.get(name, ()):
+            columns = read.columns(weight.shape, dim, labels)
+            if columns is not None:
+                yield read, read.fold.to_matrix(weight).detach().double(), columns
+
+
+def _over_columns(cluster: Cluster, seen: Evidence, worth: Callable[[ReaderInput, Tensor], Tensor]) -> Scores:
+    """Sum over the group's columns, in all readers, of `worth` (groups, columns); NaN for a group that none reads."""
+    total, count = np.zeros(cluster.size), np.zeros(cluster.size)
+    for read, matrix, columns in _reads(cluster, seen):
+        mine = columns >= 0
+        values = worth(read, matrix)[mine].numpy()
+        total += np.bincount(columns[mine].numpy(), weights=values, minlength=cluster.size)
+        count += np.bincount(columns[mine].numpy(), minlength=cluster.size)
+    return np.where(count > 0, total, np.nan)
+
+
+def _wanda(cluster: Cluster, seen: Evidence) -> Scores:
+    """Σ|w|·‖x‖ over the columns that read the group, ‖x‖ the root mean square of what the column reads."""
+    return _over_columns(cluster, seen, lambda read, matrix: matrix.abs().sum(1) * read.square.sqrt())
+
+
+def _flap(cluster: Cluster, seen: Evidence) -> Scores:
+    """Σ var(x)·‖w‖² over the columns that read the group: what its mean, put into a bias, could not replace."""
+    return _over_columns(cluster, seen, lambda read, matrix: matrix.square().sum(1) * read.variance)
+
+
+def _reconstruction(cluster: Cluster, seen: Evidence) -> Scores:
+    """What the readers lose when the group goes *after* the best refit of their other columns, as shares of what they
+    give, summed.
+
+    With H the Gram matrix of what a reader sees, about the mean where a bias or norm takes that, plus `RIDGE`: the
+    least of tr(Δ H Δᵀ) over all Δ that take the columns S to zero is tr(W_S ((H⁻¹)_SS)⁻¹ W_Sᵀ).
+    """
+    total, count = np.zeros(cluster.size), np.zeros(cluster.size)
+    for read, matrix, columns in _reads(cluster, seen):
+        second = read.second()
+        given = float((matrix @ second * matrix).sum())
+        loss = torch.zeros(cluster.size, dtype=torch.float64)
+        for weight, gram, of in zip(matrix, second, columns, strict=True):
+            loss += _least_losses(weight, gram, of, cluster.size)
+        total += (loss / given if given > 0 else loss).numpy()
+        count += np.bincount(columns[columns >= 0].numpy(), minlength=cluster.size)
+    return np.where(count > 0, total, np.nan)
+
+
+def _least_losses(weight: Tensor, gram: Tensor, columns: Tensor, size: int) -> Tensor:
+    """Of one reader, (outputs, columns): per group (size,), what its columns leave when they go; 0 without columns."""
+    moving = gram.diagonal() > 0  # what never changes loses nothing
+    weight, gram, columns = weight[:, moving], gram[moving][:, moving], columns[moving]
+    if not len(columns):
+        return torch.zeros(size, dtype=torch.float64)
+    ridge = RIDGE * float(gram.diagonal().sum()) / len(moving)
+    loaded = gram + max(ridge, 1e-30) * torch.eye(len(gram), dtype=torch.float64)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(loaded))
+    found = torch.zeros(size, dtype=torch.float64)
+    order = columns.argsort(stable=True)
+    owned = columns[order]
+    counts = torch.bincount(owned[owned >= 0], minlength=size)
+    ends = counts.cumsum(0) + int((owned < 0).sum())
+    for count in sorted(set(counts.tolist())):  # groups of as many columns at once
+        if count:
+            which = (counts == count).nonzero().flatten()
+            places = order[(ends[which] - count).unsqueeze(1) + torch.arange(count)]  # groups, columns of each
+            blocks = inverse[places.unsqueeze(2), places.unsqueeze(1)]
+            taken = weight[:, places].movedim(0, 2)  # groups, columns, outputs
+            found[which] = (taken * torch.linalg.solve(blocks, taken)).sum((1, 2))
+    return found
+
+
+# ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_UNREAD = "nothing that reads it is a contraction with a rule"
+_FORWARD = "one forward pass over up to 512 samples"
 
 CRITERIA: Mapping[str, Criterion] = {
-    "l1": Criterion("the lowest L1 norms", _l1),
-    "l2": Criterion("the lowest L2 norms", _l2),
-    "taylor": Criterion("the least effect on the loss, to first order", _taylor, frozenset({"gradients"})),
+    "l1": Criterion("the lowest L1 norms", _l1, "Li et al. 2017, arXiv:1608.08710"),
+    "l2": Criterion("the lowest L2 norms", _l2, "Fang et al. 2023, arXiv:2301.12900"),
+    "batch-norm": Criterion(
+        "the smallest scales of norms", _norm_scale, "Liu et al. 2017, arXiv:1708.06519", lacks="no norm scales it"
+    ),
+    "taylor": Criterion(
+        "the least effect on the loss, to first order",
+        _taylor,
+        "Molchanov et al. 2017, arXiv:1611.06440",
+        "forward and backward over the calibration part",
+        frozenset({"gradients"}),
+    ),
+    "taylor-elements": Criterion(
+        "the least effects of single weights on the loss, squared",
+        _taylor_elements,
+        "Molchanov et al. 2019, arXiv:1906.10771",
+        "forward and backward over the calibration part",
+        frozenset({"gradients"}),
+    ),
+    "fisher": Criterion(
+        "the least Fisher information",
+        _fisher,
+        "Theis et al. 2018, arXiv:1801.05787; Liu et al. 2021, arXiv:2108.00708",
+        "forward and backward, one by one, for up to 256 samples",
+        frozenset({"effects"}),
+    ),
+    "fisher-sampled": Criterion(
+        "the least Fisher information, by labels drawn from the model itself",
+        _fisher,
+        "Theis et al. 2018, arXiv:1801.05787; Kunstner et al. 2019, arXiv:1905.12558",
+        "forward and backward, one by one, for up to 256 samples",
+        frozenset({"sampled effects"}),
+    ),
+    "wanda": Criterion(
+        "the lowest norms weighted by activations",
+        _wanda,
+        "Sun et al. 2024, arXiv:2306.11695",
+        _FORWARD,
+        frozenset({"activations"}),
+        _UNREAD,
+    ),
+    "flap": Criterion(
+        "the least fluctuation, weighted",
+        _flap,
+        "An et al. 2024, arXiv:2312.11983",
+        _FORWARD,
+        frozenset({"activations"}),
+        _UNREAD,
+    ),
+    "reconstruction": Criterion(
+        "the least that their readers lose after a refit",
+        _reconstruction,
+        "Hassibi & Stork 1992, by columns as in Frantar & Alistarh 2022, arXiv:2208.11580",
+        f"{_FORWARD}, and a matrix inverse for each reader",
+        frozenset({"grams"}),
+        _UNREAD,
+    ),
+    "random": Criterion("the lowest random numbers", _random, "a control: any other should be better"),
 }
 
 

@@ -2,33 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from pipeline.data.parts import Data
-from pipeline.selection.criteria import Evidence, Observation
+from foundation.errors import DataError, ModelError
+from pipeline.channels.coupling.groups import Analysis
+from pipeline.data.parts import Data, picked
+from pipeline.selection.activations import SAMPLES, norm_scales, observe_readers
+from pipeline.selection.criteria import Evidence, Observation, Scores, over_indices, per_index
+from pipeline.selection.criteria import effects as effects_of
 from pipeline.tasks import classification
 from pipeline.training import masks
 
 BATCH = 64
+ONE_BY_ONE = 256
+"""Samples, at the most, whose gradients are taken one by one."""
 
 
-def observe(model: nn.Module, data: Data, wanted: frozenset[Observation], samples: int = 64) -> Evidence:
+def observe(
+    model: nn.Module,
+    data: Data,
+    wanted: frozenset[Observation],
+    analysis: Analysis,
+    samples: int = 64,
+    *,
+    seed: int = 0,
+) -> Evidence:
     """The weights as the masked model sees them, and what else is `wanted`; `samples` of the calibration part.
 
-    What is masked already counts zero, so that pruning in rounds only ever takes more.
+    What is masked already counts zero, so that pruning in rounds only ever takes more. `seed` draws the labels of
+    "sampled effects" and the positions of activations. Deterministic. Raises ModelError, naming the layer, for
+    gradients and activations that are not finite.
     """
     held = masks.masks_of(model)
     state = masks.originals(model)
     weights = {name: value * held[name] if name in held else value for name, value in state.items()}
+    effects = wanted & {"effects", "sampled effects"}
+    readers = wanted & {"activations", "grams"}
+    captured = analysis.captured.with_state(weights)
     return Evidence(
         weights,
-        _gradients(model, data) if "gradients" in wanted else {},
-        data.sample("calibration", samples) if "samples" in wanted else None,
+        gradients=_gradients(model, data) if "gradients" in wanted else {},
+        samples=data.sample("calibration", samples) if "samples" in wanted else None,
+        scales=norm_scales(captured),
+        seed=seed,
+        effects=_effects(model, data, weights, analysis, "sampled effects" in effects, seed) if effects else {},
+        readers=observe_readers(
+            captured,
+            analysis.clusters,
+            _varied(data.sample("calibration", SAMPLES)),
+            grams="grams" in readers,
+            seed=seed,
+        )
+        if readers
+        else {},
     )
 
 
-def _gradients(model: nn.Module, data: Data) -> dict[str, Tensor]:
-    """Parameter -> gradient of the task's loss, mean over the calibration samples; dropout off, norms as in use."""
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The trained parameters by name, without gradients; dropout off, norms as in use. Afterwards all is as before."""
     parameters = masks.parameters(model)
     before = {name: value.grad for name, value in parameters.items()}
     was_training = model.training
@@ -36,12 +74,90 @@ def _gradients(model: nn.Module, data: Data) -> dict[str, Tensor]:
     try:
         for value in parameters.values():
             value.grad = None
-        for images, labels in data.batches("calibration", BATCH):
-            share = len(labels) / len(data.calibration)
-            loss = classification.loss(classification.logits_of(model(images)), labels) * share
-            loss.backward()  # type: ignore[no-untyped-call]
-        return {name: value.grad for name, value in parameters.items() if value.grad is not None}
+        yield parameters
     finally:
         for name, value in parameters.items():
             value.grad = before[name]
         model.train(was_training)
+
+
+def _gradients(model: nn.Module, data: Data) -> dict[str, Tensor]:
+    """Parameter -> gradient of the task's loss, mean over the calibration samples."""
+    with _differentiable(model):
+        for images, labels in data.batches("calibration", BATCH):
+            share = len(labels) / len(data.calibration)
+            loss = classification.loss(classification.logits_of(model(images)), labels) * share
+            loss.backward()  # type: ignore[no-untyped-call]
+        return _gathered(model)
+
+
+def _effects(
+    model: nn.Module, data: Data, weights: Mapping[str, Tensor], analysis: Analysis, sampled: bool, seed: int
+) -> dict[str, Scores]:
+    """Cluster -> mean over samples of (Σ g·w over the group)², g the gradient of one sample's loss.
+
+    `sampled`: the label of each is drawn from the model's own softmax instead of taken from the data.
+    """
+    places = {place for cluster in analysis.clusters for place in cluster.labels}
+    total = {cluster.name: np.zeros(cluster.size) for cluster in analysis.clusters}
+    draw = torch.Generator().manual_seed(seed)
+    chosen = torch.linspace(0, len(data.calibration) - 1, min(ONE_BY_ONE, len(data.calibration))).long()
+    part = replace(data, calibration=picked(data.calibration, chosen))
+    with _differentiable(model) as parameters:
+        for image, label in part.batches("calibration", 1):
+            logits = _logits_of_one(model, image)
+            if sampled:
+                shares = logits.detach().double().softmax(1)
+                _check({"the last layer": shares}, "outputs")
+                label = torch.multinomial(shares, 1, generator=draw).flatten()
+            classification.loss(logits, label).backward()  # type: ignore[no-untyped-call]
+            products = {name: effects_of(value, weights[name]) for name, value in _gathered(model).items()}
+            sums = {(name, dim): per_index(products[name], dim) for name, dim in places if name in products}
+            for cluster in analysis.clusters:
+                total[cluster.name] += np.square(over_indices(cluster, sums)) / len(part.calibration)
+            for value in parameters.values():
+                value.grad = None
+    return total
+
+
+def _logits_of_one(model: nn.Module, image: Tensor) -> Tensor:
+    """The logits (1, classes) of one image (1, channels, height, width); given twice to a model that takes no batch of
+    one, or drops the dimension.
+    """
+    try:
+        logits = classification.logits_of(model(image))
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        logits = torch.empty(0)
+    if logits.dim() < 2 or len(logits) != 1:
+        logits = classification.logits_of(model(torch.cat([image, image])))[:1]
+    return logits
+
+
+def _varied(samples: Tensor) -> Tensor:
+    """`samples`. Raises DataError where there are several and all of them are alike."""
+    if len(samples) > 1 and bool((samples == samples[:1]).all()):
+        raise DataError(
+            f"The {len(samples)} calibration samples are all alike: what layers read does not vary over them.",
+            "Give samples that differ, or take a criterion that looks at the weights only: --set prune.criterion=l2",
+        )
+    return samples
+
+
+def _gathered(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients by every name of their parameters. Raises ModelError where one is not finite."""
+    named = {name: masks.original_of(module, attribute) for name, module, attribute in masks.parameters_by_name(model)}
+    found = {name: value.grad for name, value in named.items() if value.grad is not None}
+    _check(found)
+    return found
+
+
+def _check(found: Mapping[str, Tensor], what: str = "gradients") -> None:
+    """Raise ModelError for the first that is not finite."""
+    for name, value in found.items():
+        if not bool(value.isfinite().all()):
+            layer = name.rpartition(".")[0] or name
+            raise ModelError(
+                f"The {what} of {layer} are NaN or infinite on the calibration samples.",
+                "Check the weights and the samples, or take a criterion that looks at the weights only: "
+                "--set prune.criterion=l2",
+            )

@@ -9,7 +9,6 @@ from torch import nn
 
 from foundation.errors import ConfigError, nearest
 from pipeline.progress import Progress
-from pipeline.selection.choose import Choose
 from pipeline.selection.criteria import Evidence
 from pipeline.training import masks
 from pipeline.training.loop import OnStep
@@ -20,15 +19,16 @@ from pipeline.training.masks import Masks
 class Course:
     """What a schedule works with.
 
-    `see` looks at the model as it is now; `recover(name, masks, on_step)` trains it with the masks held, resumable
-    under that name, and returns the masks that it ended with. `steps`: rounds, or mask updates per epoch of `epochs`.
+    `choose(what is seen of the model, ratio)` gives masks; `see` looks at the model as it is now. `recover(name, masks,
+    on_step)` trains it with the masks held, resumable under that name, and returns the masks that it ended with.
+    `steps`: rounds, or mask updates per epoch of `epochs`.
     """
 
     model: nn.Module
     ratio: float
     steps: int
     epochs: int
-    choose: Choose
+    choose: Callable[[Evidence, float], Masks]
     see: Callable[[], Evidence]
     recover: Callable[[str, Masks | None, OnStep | None], Masks]
     progress: Progress

@@ -8,7 +8,7 @@ import numpy as np
 
 from foundation.files import save_tensors
 from pipeline.artifacts.base import WidthChange, write_json, write_table
-from pipeline.artifacts.eager import Baseline, Pruned
+from pipeline.artifacts.eager import CURVES, PRICES, SCORES, Baseline, CurveFacts, Pruned
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.program.capture import capture
@@ -19,7 +19,8 @@ from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.selection import schedules
 from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import chooser, chosen_by, observed
+from pipeline.selection.choose import Chooser, chosen_by, observed, rows
+from pipeline.selection.curves import Measured, points
 from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
 from pipeline.selection.schedules import Course
@@ -48,14 +49,15 @@ def run(
         made = loop.train(model, data, settings, masks=held, on_step=on_step, checkpoint=checkpoint, progress=progress)
         return made.masks
 
+    chooser = Chooser(cfg, analysis, model, progress)
     chosen = schedules.find(cfg.schedule)(
         Course(
             model=model,
             ratio=cfg.ratio,
             steps=cfg.steps,
             epochs=settings.epochs,
-            choose=chooser(cfg, analysis, model),
-            see=lambda: observe(model, data, wanted, cfg.samples),
+            choose=chooser.choose,
+            see=lambda: observe(model, data, wanted, analysis, cfg.samples, seed=cfg.seed),
             recover=recover,
             progress=progress,
         )
@@ -76,6 +78,12 @@ def run(
     )
     write_table(out / "widths.csv", widths)
     write_json(out / "removed.json", {name: np.flatnonzero(gone).tolist() for name, gone in removed.items()})
+    weighed = chooser.weighed
+    if weighed is not None:
+        write_table(out / SCORES, rows(weighed))
+    if weighed is not None and weighed.measured is not None:
+        write_table(out / CURVES, points(weighed.measured))
+        write_table(out / PRICES, weighed.prices)
     zeros = sum(layer.zeros for layer in layers)
     return Pruned(
         folder=out,
@@ -93,6 +101,13 @@ def run(
         accuracy_after=classification.evaluate(model, data, "test").accuracy,
         layers=layers,
         widths=widths,
+        curves=_facts(weighed.measured) if weighed is not None and weighed.measured is not None else None,
+    )
+
+
+def _facts(measured: Measured) -> CurveFacts:
+    return CurveFacts(
+        shares=measured.shares, samples=measured.samples, refit=measured.refit, seconds=round(measured.seconds, 3)
     )
 
 

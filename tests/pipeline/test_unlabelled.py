@@ -127,7 +127,7 @@ def test_other_answers_are_other_data(version, images, tmp_path):
     [
         ([], "has no labels, so that resnet18 cannot be trained on it"),
         (["--weights", "train"], "cannot be trained"),
-        (["--weights", "{weights}", "--set", "prune.criterion=taylor"], "needs labels"),
+        (["--weights", "{weights}", "--set", "prune.criterion=taylor"], "needs the labels"),
     ],
 )
 def test_what_needs_labels_is_refused_before_anything_is_spent(tmp_path, images, weights, words, says):

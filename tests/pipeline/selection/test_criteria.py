@@ -9,6 +9,8 @@ from torch import nn
 
 from foundation.errors import ConfigError
 from pipeline import data
+from pipeline.channels.coupling.analyse import analyse
+from pipeline.channels.program.capture import capture
 from pipeline.recipe.config import load
 from pipeline.selection import criteria
 from pipeline.selection.criteria import CRITERIA, Evidence
@@ -60,8 +62,9 @@ def test_gradients_are_gathered_only_where_a_criterion_asks_and_leave_the_model_
     digits = data.load("digits", input_size=(1, 8, 8))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).train()
-    assert observe(model, digits, CRITERIA["l2"].observes).gradients == {}
-    seen = observe(model, digits, CRITERIA["taylor"].observes)
+    analysis = analyse(capture(model, (torch.randn(2, 1, 8, 8),)))
+    assert observe(model, digits, CRITERIA["l2"].observes, analysis).gradients == {}
+    seen = observe(model, digits, CRITERIA["taylor"].observes, analysis)
     images, labels = next(digits.batches("calibration", len(digits.calibration)))
     nn.functional.cross_entropy(model(images), labels).backward()
     assert torch.allclose(seen.gradients["1.weight"], model[1].weight.grad, atol=1e-6)

@@ -1,5 +1,7 @@
 """Curves are measured as told, and widths follow them: greedily as well as exactly, aligned, above the floor."""
 
+import itertools
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +14,14 @@ from torch import nn
 
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.program.capture import capture
+from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.selection import curves
+from pipeline.selection.activations import observe_readers
 from pipeline.selection.allocation import Budget, allocate, lowest, widths_allowed
-from pipeline.selection.criteria import Evidence, find
-from pipeline.selection.curves import Curve, Steps, cheapest, convex
+from pipeline.selection.criteria import RIDGE, Evidence, find
+from pipeline.selection.curves import Curve, Steps, cheapest, convex, exactly
+from pipeline.selection.refit import refitted
 
 # ── greedy and exact ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -71,6 +76,33 @@ def test_greedy_is_exact_where_blocks_save_alike(steps, share):
 def test_greedy_is_exact_for_what_it_saves(steps, share):
     taken = cheapest(steps, share * sum(sum(s.saved) for s in steps))
     assert total(steps, taken, "lost") == pytest.approx(exact(steps, total(steps, taken, "saved")))
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=ladders(alike=False), share=st.floats(0.05, 1.0))
+def test_exactly_saves_enough_loses_the_least_and_takes_steps_in_their_order(steps, share):
+    wanted = share * sum(sum(s.saved) for s in steps)
+    taken = exactly(steps, wanted)
+    assert total(steps, taken, "saved") >= wanted * (1 - 1e-9)
+    assert total(steps, taken, "lost") == pytest.approx(exact(steps, wanted), abs=1e-6)
+    greedy = cheapest(steps, wanted)
+    assert total(steps, taken, "lost") <= total(steps, greedy, "lost") + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=ladders(alike=True), share=st.floats(0.05, 1.0))
+def test_both_agree_where_blocks_save_alike(steps, share):
+    wanted = share * sum(sum(s.saved) for s in steps)
+    found = [total(steps, how(steps, wanted), "lost") for how in (cheapest, exactly)]
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_the_exact_choice_is_better_where_one_dear_block_saves_what_two_cheap_ones_do_not():
+    steps = [Steps((3.0, 3.0), (1.0, 5.0)), Steps((4.0,), (1.5,))]
+    assert cheapest(steps, 4.0) == [1, 1]
+    assert exactly(steps, 4.0) == [0, 1]
+    assert exactly(steps, 0.0) == [0, 0]
+    assert exactly(steps, 99.0) == [2, 1]
 
 
 def test_more_than_there_is_takes_all():
@@ -146,7 +178,7 @@ def net():
     analysis = analyse(captured)
     seen = Evidence(dict(captured.state), samples=samples)
     scores = {c.name: find("l1").score(c, seen) for c in analysis.clusters}
-    measured = curves.measure(analysis, analysis.clusters, scores, samples, captured.state)
+    measured = curves.measure(analysis, analysis.clusters, scores, samples, captured.state).curves
     return analysis, scores, samples, measured
 
 
@@ -168,7 +200,7 @@ def test_a_curve_is_the_hull_of_what_a_plain_run_gives(net):
 def test_it_is_deterministic_and_writes_to_nothing(net):
     analysis, scores, samples, measured = net
     before, state = samples.clone(), {n: v.clone() for n, v in analysis.captured.state.items()}
-    again = curves.measure(analysis, analysis.clusters, scores, samples, analysis.captured.state)
+    again = curves.measure(analysis, analysis.clusters, scores, samples, analysis.captured.state).curves
     assert again == measured
     assert torch.equal(samples, before)
     assert all(torch.equal(v, state[n]) for n, v in analysis.captured.state.items())
@@ -184,6 +216,46 @@ def test_the_useless_layer_goes_first(net):
     left = kept(curves.choose(analysis, analysis.clusters, scores, measured, budget))
     assert left["branches.useless.0"] < 32
     assert all(left[c.name] == c.size for c in analysis.clusters if c.name != "branches.useless.0")
+
+
+def promised(measured, removed):
+    return sum(measured[name].at(int(gone.sum())) for name, gone in removed.items())
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.8])
+@pytest.mark.parametrize("align", [1, 4, 8])
+def test_the_exact_choice_is_aligned_above_the_floor_within_the_operations_and_never_worse(net, ratio, align):
+    analysis, scores, _, measured = net
+    budget = Budget(ratio, align=align, floor=0.2, overrides={"branches.useful.*": 0.25})
+    by_layer = allocate(analysis.clusters, scores, budget)
+    greedy, best = (
+        curves.choose(analysis, analysis.clusters, scores, measured, budget, exact=exact) for exact in (False, True)
+    )
+    assert analysis.estimate(best).macs <= analysis.estimate(by_layer).macs
+    assert promised(measured, best) <= promised(measured, greedy) + 1e-12
+    assert best["branches.useful.0"].tolist() == by_layer["branches.useful.0"].tolist()
+    for c in analysis.clusters:
+        n = kept(best)[c.name]
+        assert n in widths_allowed(c, budget) or c.name == "branches.useful.0"
+        assert best[c.name].tolist() == lowest(scores[c.name], c.size - n).tolist()
+
+
+def test_the_exact_choice_finds_what_trying_all_of_them_finds(net):
+    analysis, scores, _, _ = net
+    # Curves on which greed goes wrong: the cheapest block per operation saves too little, so that a dear one follows.
+    ends = {"stem": 9.0, "branches.useful.0": 1.0, "branches.useless.0": 1.2, "branches.weak.0": 2.0}
+    made = {c.name: convex([c.size // 2, c.size], [ends[c.name] / 3, ends[c.name]]) for c in analysis.clusters}
+    for ratio in (0.15, 0.3, 0.45):
+        budget = Budget(ratio, align=8)
+        goal = analysis.estimate(allocate(analysis.clusters, scores, budget)).macs
+        widths = [widths_allowed(c, budget) for c in analysis.clusters]
+        all_ = [
+            {c.name: lowest(scores[c.name], c.size - n) for c, n in zip(analysis.clusters, chosen, strict=True)}
+            for chosen in itertools.product(*widths)
+        ]
+        least = min(promised(made, one) for one in all_ if analysis.estimate(one).macs <= goal)
+        found = curves.choose(analysis, analysis.clusters, scores, made, budget, exact=True)
+        assert promised(made, found) == pytest.approx(least)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.8])
@@ -207,11 +279,150 @@ def test_as_many_operations_go_as_layer_by_layer(net, ratio, align):
         assert kept(chosen)["branches.weak.0"] < kept(chosen)["branches.useful.0"]
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_goal_is_reached_in_a_deep_network_too_where_every_block_saves_less_than_it_seemed(exact):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 32), *(nn.Linear(32, 32) for _ in range(12)), nn.Linear(32, 5))
+    analysis = analyse(capture(model.eval(), (torch.randn(2, 3, 2, 2),)))
+    draw = np.random.default_rng(0)
+    for align, ratio in itertools.product((1, 4, 8), (0.3, 0.5, 0.7, 0.8)):
+        scores = {c.name: draw.random(c.size) for c in analysis.clusters}
+        made = {c.name: convex([8, 16, 24, 29], np.cumsum(draw.random(4))) for c in analysis.clusters}
+        budget = Budget(ratio, align=align, floor=0.1)
+        goal = analysis.estimate(allocate(analysis.clusters, scores, budget)).macs
+        chosen = curves.choose(analysis, analysis.clusters, scores, made, budget, exact=exact)
+        assert analysis.estimate(chosen).macs <= goal, (align, ratio)
+
+
 def test_overrides_hold(net):
     analysis, scores, _, measured = net
     budget = Budget(0.5, align=4, overrides={"branches.useless.*": 0.0, "branches.useful.*": 0.75})
     left = kept(curves.choose(analysis, analysis.clusters, scores, measured, budget))
     assert left["branches.useless.0"] == 32 and left["branches.useful.0"] == 8
+
+
+# ── with readers fitted anew ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Doubled(nn.Module):
+    """Every second channel of `a` and `b` is half of the one before it, so that its reader can do without it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.b, self.after, self.c = nn.Conv2d(16, 12, 3, bias=False), nn.BatchNorm2d(12), nn.Conv2d(12, 8, 1)
+        self.head = nn.Linear(8, 5)
+        with torch.no_grad():
+            for layer in (self.a, self.b):
+                layer.weight[1::2] = layer.weight[::2] / 2
+            self.a.bias[1::2] = self.a.bias[::2] / 2
+            self.after.running_mean.uniform_(-0.2, 0.2)
+
+    def forward(self, x):
+        x = self.after(self.b(self.a(x).relu())).relu()
+        return 8.0 * self.head(self.c(x).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def doubled():
+    torch.manual_seed(2)
+    samples = torch.randn(40, 3, 8, 8)
+    captured = capture(Doubled().eval(), (samples[:2],))
+    analysis = analyse(captured)
+    return analysis, samples, observe_readers(captured, analysis.clusters, samples, grams=True)
+
+
+def test_a_refit_is_the_least_squares_solution_and_keeps_the_means(doubled):
+    analysis, samples, readers = doubled
+    state = analysis.captured.state
+    gone = np.arange(16) % 4 == 1
+    made = refitted(analysis.cluster("a"), gone, state, readers)
+    assert set(made) == {"b.weight", "after.running_mean"}  # it has no bias: the norm behind it takes the mean
+    with torch.no_grad():
+        x = nn.functional.conv2d(samples, state["a.weight"], state["a.bias"]).relu()
+        rows = nn.functional.unfold(x, 3).transpose(1, 2).reshape(-1, 16 * 9).double()
+    mean = rows.mean(0)
+    centred = (rows - mean) / len(rows) ** 0.5
+    old, new = (v.flatten(1).double() for v in (state["b.weight"], made["b.weight"]))
+    out = torch.from_numpy(gone).repeat_interleave(9)
+    ridge = (RIDGE * float(centred.square().sum(0).mean())) ** 0.5 * torch.eye(144, dtype=torch.float64)
+    system = torch.cat([centred, ridge])
+    change = torch.linalg.lstsq(system[:, ~out], system[:, out] @ old[:, out].T, driver="gelsd").solution
+    assert torch.allclose(new[:, ~out], old[:, ~out] + change.T, atol=1e-4)
+    lacks = (old @ mean) - (new.masked_fill(out, 0.0) @ mean)
+    assert torch.allclose(made["after.running_mean"].double(), state["after.running_mean"] - lacks, atol=1e-5)
+
+
+def test_what_a_reader_can_do_without_costs_next_to_nothing_once_it_is_fitted_anew(doubled):
+    analysis, samples, readers = doubled
+    clusters = [analysis.cluster("a")]
+    scores = {"a": find("l2").score(clusters[0], Evidence(dict(analysis.captured.state)))}
+    scores["a"][1::2] -= 100.0  # the halves go first
+    plain, refit = (
+        curves.measure(analysis, clusters, scores, samples, analysis.captured.state, readers=r).curves["a"]
+        for r in (None, readers)
+    )
+    assert refit.at(8) < 0.05 * plain.at(8)
+    assert refit.at(14) > 10 * refit.at(8)
+
+
+def test_readers_without_a_gram_matrix_stay_as_they_are(doubled):
+    analysis, samples, _ = doubled
+    bare = observe_readers(analysis.captured, analysis.clusters, samples, grams=False)
+    assert refitted(analysis.cluster("a"), np.arange(16) < 4, analysis.captured.state, bare) == {}
+
+
+# ── within a time ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_budget_in_seconds_takes_points_first_and_samples_then(net, monkeypatch):
+    analysis, scores, samples, measured = net
+    clock = iter(range(10**9))
+    monkeypatch.setattr(curves.time, "perf_counter", lambda: float(next(clock)))  # every look is a second later
+
+    def within(seconds):
+        return curves.measure(analysis, analysis.clusters, scores, samples, analysis.captured.state, seconds=seconds)
+
+    found = [within(1.1**power) for power in range(66, -1, -3)]
+    few = 1 / 4, 1 / 2, 9 / 10
+    plans = list(dict.fromkeys((one.shares, one.samples) for one in found))
+    assert plans == [(curves.SHARES, 24), (few, 24), (few, 12), ((1 / 2,), 12), ((1 / 2,), 3)]
+    assert found[0].curves == measured
+    assert found[-1].curves["stem"].removed == (0, 8)
+
+
+def test_it_says_how_far_it_is(net):
+    analysis, scores, samples, _ = net
+    told = []
+
+    class Told(Progress):
+        @contextmanager
+        def bar(self, label, total):
+            assert (label, total) == ("curves", 20)
+            yield lambda done, note="": told.append((done, note))
+
+    curves.measure(analysis, analysis.clusters, scores, samples, analysis.captured.state, progress=Told())
+    assert [done for done, _ in told] == list(range(1, 21))
+    assert {name for _, name in told} == {c.name for c in analysis.clusters}
+
+
+def test_a_price_is_what_a_block_loses_per_million_operations_beside_the_others(net):
+    analysis, scores, _, measured = net
+    budget = Budget(0.5, align=4)
+    removed = curves.choose(analysis, analysis.clusters, scores, measured, budget)
+    found = {p.cluster: p for p in curves.prices(analysis, analysis.clusters, scores, measured, budget, removed)}
+    for cluster in analysis.clusters:
+        n, one = int(removed[cluster.name].sum()), found[cluster.name]
+        curve = measured[cluster.name]
+        assert (one.gone, one.divergence) == (n, curve.at(n))
+        for to, price in ((n - 4, one.last), (n + 4, one.next)):
+            if not 0 <= to < cluster.size:
+                assert price is None
+                continue
+            other = {**removed, cluster.name: lowest(scores[cluster.name], to)}
+            saved = abs(analysis.estimate(other).macs - analysis.estimate(removed).macs) / 1e6
+            assert price == pytest.approx(abs(curve.at(to) - curve.at(n)) / saved)
+    # None that stays is cheaper than one that went, by more than a block's own size.
+    assert min(p.next for p in found.values() if p.next) > 0
 
 
 def test_a_batch_that_is_fixed_is_measured_in_batches_of_it():
@@ -221,7 +432,7 @@ def test_a_batch_that_is_fixed_is_measured_in_batches_of_it():
     analysis = analyse(captured)
     scores = {c.name: find("l2").score(c, Evidence(dict(captured.state))) for c in analysis.clusters}
     for count in (1, 2, 11):
-        found = curves.measure(analysis, analysis.clusters, scores, torch.randn(count, 3, 8, 8), captured.state)
+        found = curves.measure(analysis, analysis.clusters, scores, torch.randn(count, 3, 8, 8), captured.state).curves
         assert set(found) == {c.name for c in analysis.clusters}
 
 
@@ -230,7 +441,7 @@ def test_outputs_that_are_not_finite_count_as_the_worst():
     captured = capture(model, (torch.randn(2, 4),))
     analysis = analyse(captured)
     scores = {c.name: find("l2").score(c, Evidence(dict(captured.state))) for c in analysis.clusters}
-    found = curves.measure(analysis, analysis.clusters, scores, torch.full((4, 4), 3e38), captured.state)
+    found = curves.measure(analysis, analysis.clusters, scores, torch.full((4, 4), 3e38), captured.state).curves
     assert all(np.isfinite(c.divergence).all() for c in found.values())
 
 
