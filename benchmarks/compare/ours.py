@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +15,9 @@ from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.program.capture import capture
 from pipeline.recipe.prune import PruneSection
 from pipeline.recovery import closed_form
-from pipeline.selection import choose
-from pipeline.selection.allocation import Removed
+from pipeline.selection import choose, criteria, curves
+from pipeline.selection.activations import norm_scales, observe_readers
+from pipeline.selection.allocation import Budget, Removed, allocate
 from pipeline.selection.criteria import Evidence
 from pipeline.selection.kinds import policy_of
 from pipeline.training import masks
@@ -23,6 +25,8 @@ from pipeline.training import masks
 SAMPLES = 2000
 CURVE_SAMPLES = 64
 STEPS = 12
+FLOOR = 0.1
+"""Of a layer's channels, what curves leave at the least."""
 GENTLE = 5e-5
 """Learning rate after a fit."""
 
@@ -38,28 +42,46 @@ class Result:
 
 
 def results(
-    dense: nn.Module, problem: Problem, wanted: tuple[float, ...], scope: str, train_seconds: float = 0.0
+    dense: nn.Module, problem: Problem, wanted: tuple[float, ...], choice: str, train_seconds: float = 0.0
 ) -> Iterator[tuple[float, str, Result]]:
-    """For each share of MACs: ("closed form", its result) and, with seconds to train, ("closed form, trained", ...)."""
+    """For each share of MACs: ("closed form", its result) and, with seconds to train, ("closed form, trained", ...).
+
+    `choice`: a scope and a criterion of the recipe, such as "curves:l2"; a criterion that needs no labels.
+    """
+    scope, _, criterion = choice.partition(":")
     captured = capture(dense, (problem.x[:2],))
-    cfg = PruneSection(scope=scope, align=ALIGN, floor=0.0 if scope == "layer" else 0.1, ratio=0.5)
+    cfg = PruneSection(
+        scope=scope, criterion=criterion, align=ALIGN, floor=0.0 if scope == "layer" else FLOOR, ratio=0.5
+    )
     analysis = analyse(captured, policy_of(cfg.groups))
     x, _ = problem.part("train")
     began = time.perf_counter()
     state = {name: value.detach() for name, value in captured.state.items()}
-    seen = Evidence(state, samples=problem.part("calibration")[0][:CURVE_SAMPLES])
+    calibration, _ = problem.part("calibration")
+    observes = criteria.find(criterion).observes
+    seen = Evidence(
+        state,
+        samples=calibration[:CURVE_SAMPLES],
+        scales=norm_scales(captured),
+        readers=observe_readers(captured, analysis.clusters, calibration[:SAMPLES], grams=True) if observes else {},
+    )
     maskable = masks.maskable(dense)
     worth = choose.measured(analysis, seen, cfg, maskable)
+    ranked = choose.choose_groups(analysis, seen, cfg, 0.0, maskable, worth).ranked  # the same at every ratio
+    scores = {name: one.scores for name, one in ranked.items()}
+    clusters = [c for c in analysis.clusters if c.name in ranked]
+    whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
+
+    def removed_at(ratio: float) -> Removed:
+        budget = Budget(ratio=ratio, align=ALIGN, floor=cfg.floor)
+        if worth is None:
+            return whole | allocate(clusters, scores, budget)
+        return whole | curves.choose(analysis, clusters, scores, worth.curves, budget)
+
     measuring = time.perf_counter() - began
     for share in wanted:
         began = time.perf_counter()
-        removed = _bisected(
-            lambda ratio: choose.choose_groups(
-                analysis, seen, cfg.model_copy(update={"ratio": ratio}), ratio, maskable, worth
-            ),
-            lambda gone: analysis.estimate(gone).macs / analysis.macs,
-            share,
-        )
+        removed = _bisected(removed_at, lambda gone: analysis.estimate(gone).macs / analysis.macs, share)
         chosen = {n: torch.from_numpy(m) for n, m in analysis.masks(removed).items() if n in maskable}
         choosing = measuring + time.perf_counter() - began
         left = analysis.estimate(removed).macs / analysis.macs
