@@ -69,26 +69,32 @@ def draw(path: Path, picture: Path) -> None:
     from matplotlib import pyplot
 
     panels = sorted(_by(read(path), "model", "data").items())
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
-    for axis, ((model, data), rows) in zip(axes[0], panels, strict=True):
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(6 * columns, 3.6 * lines + 1.6), squeeze=False)
+    methods = sorted({row["method"] for _, rows in panels for row in rows} - {"dense"})
+    colours = {method: pyplot.get_cmap("tab20")(number % 20) for number, method in enumerate(methods)}
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, ((model, data), rows) in zip(axes.flat, panels, strict=False):
         dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
         axis.axhline(statistics.fmean(dense), color="grey", linestyle=":", label="dense")
-        for method, mine in sorted(_by(rows, "method").items()):
+        for (method,), mine in sorted(_by(rows, "method").items()):
             points = defaultdict(list)
             for row in mine:
-                if "accuracy" in row and method != ("dense",):
+                if "accuracy" in row and method != "dense":
                     points[row["wanted"]].append(row["accuracy"])
             if points:
-                shares = sorted(points)
-                found = [interval(points[share]) for share in shares]
-                style = "-" if method[0].startswith("leanort") else "--"
-                axis.errorbar(
-                    shares, [m for m, _ in found], [h for _, h in found], linestyle=style, label=method[0], capsize=2
-                )
-        axis.set(title=f"{model}, {data}", xlabel="MACs left", ylabel="accuracy, %", ylim=(50, 100))
-        axis.legend(fontsize=5)
-    figure.tight_layout()
+                found = {share: interval(points[share]) for share in sorted(points)}
+                style = "o-" if method.startswith("leanort") else "x--"
+                means = [mean for mean, _ in found.values()]
+                axis.plot(list(found), means, style, color=colours[method], markersize=4, label=method)
+        axis.set(title=f"{model}, {data}", xlabel="MACs left", ylabel="accuracy, %")
+    known = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(known.values()), list(known), loc="lower center", ncols=3, fontsize=7)
+    figure.tight_layout(rect=(0, 1.4 / (3.6 * lines + 1.6), 1, 1))
     figure.savefig(picture)
+    pyplot.close(figure)
 
 
 def _by(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:

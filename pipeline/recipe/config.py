@@ -30,6 +30,9 @@ RESERVED = "releases.jsonl"
 LONGEST_NAME = 200
 """Bytes of a folder's name; file systems take 255, and some are put in front of it."""
 
+CURVE_SECONDS = 120.0
+"""For measuring curves where the recipe did not ask for them: enough for every point of a ResNet-50 at 32 pixels."""
+
 
 S = TypeVar("S", bound=Section)
 
@@ -84,6 +87,22 @@ class Config(Section):
                 if isinstance(given, dict):
                     seeded[key] = {"seed": values["seed"], **given}
         return seeded
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_by_curves(cls, values: Any) -> Any:
+        """Where nothing is trained, what goes is chosen by measured curves unless the recipe names a scope: no epoch
+        mends a bad choice, and nothing else is worth as much there (docs/comparison.md).
+        """
+        if not isinstance(values, dict):
+            return values
+        finetune, prune = values.get("finetune"), values.get("prune", {})
+        recover = finetune.get("recover") if isinstance(finetune, dict) else getattr(finetune, "recover", None)
+        if recover != "closed-form" or not isinstance(prune, dict) or "scope" in prune:
+            return values
+        if prune.get("method", "structured") != "structured":
+            return values
+        return {**values, "prune": {"seconds": CURVE_SECONDS, **prune, "scope": "curves"}}
 
 
 def load(recipe: Path | None = None, settings: Mapping[str, Any] | None = None) -> Config:

@@ -104,3 +104,22 @@ def test_only_the_training_settings_that_were_set_are_written_out(tmp_path):
     again = config.load(recipe(tmp_path, text))
     assert again.baseline.train is not None
     assert again.baseline.train.model_fields_set == {"epochs"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "scope", "seconds"),
+    [
+        ({}, "layer", None),
+        ({"finetune.recover": "train"}, "layer", None),
+        ({"finetune.recover": "closed-form"}, "curves", 120.0),
+        ({"finetune.recover": "closed-form", "prune.seconds": 5.0}, "curves", 5.0),
+        ({"finetune.recover": "closed-form", "prune.scope": "layer"}, "layer", None),
+        ({"finetune.recover": "closed-form", "prune.method": "2:4"}, "layer", None),
+    ],
+)
+def test_where_nothing_is_trained_curves_choose_unless_a_scope_is_named(settings, scope, seconds, tmp_path):
+    made = config.load(None, settings)
+    assert (made.prune.scope, made.prune.seconds) == (scope, seconds)
+    path = tmp_path / "again.toml"
+    path.write_text(config.to_toml(made))
+    assert config.load(path) == made
