@@ -143,6 +143,7 @@ class _Run:
         began = time.perf_counter()
         seed = self.settings.seed * 1_000_003 + epoch
         lost, hits, seen, rate = 0.0, 0, 0, 0.0
+        score = "accuracy" if self.data.labelled else "agreement"
         # The short batch at the end is left out: batch norm fails on one sample and is noisy on few.
         batches = self.data.batches(
             "train", self.settings.batch_size, True, seed, augment=self.settings.augment, drop_last=True
@@ -163,7 +164,7 @@ class _Run:
                 self._check_one(step)
                 lost, seen = lost + loss * len(labels), seen + len(labels)
                 hits += int((logits.argmax(1) == labels).sum())
-                note = f"epoch {epoch}/{self.settings.epochs}  loss {lost / seen:.3f}  accuracy {hits / seen:.1%}"
+                note = f"epoch {epoch}/{self.settings.epochs}  loss {lost / seen:.3f}  {score} {hits / seen:.1%}"
                 bar(step + 1, note)
         _put_back(self.model, self.masks, self.under)
         masking.check_held(self.model, self.masks)
@@ -172,7 +173,7 @@ class _Run:
         self.history.append(done)
         if self.best is None or _rank(done) > _rank(self.history[self.best_epoch - 1]):
             self.best, self.best_epoch = _copy(masking.originals(self.model)), epoch
-        bar(epoch * self.steps, f"epoch {epoch}/{self.settings.epochs}  calibration accuracy {judged.accuracy:.1%}")
+        bar(epoch * self.steps, f"epoch {epoch}/{self.settings.epochs}  calibration {score} {judged.accuracy:.1%}")
         return done
 
     def _step(self, images: Tensor, labels: Tensor, rate: float) -> tuple[float, Tensor]:
