@@ -3,6 +3,7 @@ import pytest
 from scipy import stats
 
 from validators import AccuracyReport, ValidationError, compare_accuracy, evaluate, similarity, top_k
+from validators.accuracy import agreement, chance_of_guessing
 
 SHIFT = np.array([0, 0, 1], np.float32)
 
@@ -143,3 +144,56 @@ def test_embeddings_are_compared_by_direction_and_by_rank(function_runner):
         similarity(function_runner(lambda x: x), function_runner(lambda x: x * np.nan), batches)
     with pytest.raises(ValidationError, match="no samples"):
         similarity(function_runner(lambda x: x), function_runner(lambda x: x), [])
+
+
+def told(labels, predictions) -> AccuracyReport:
+    """A report of these answers."""
+    return AccuracyReport(
+        runner="m",
+        samples=len(labels),
+        top1=float(np.mean(np.equal(labels, predictions))),
+        per_class={},
+        predictions=tuple(int(p) for p in predictions),
+        labels=tuple(int(y) for y in labels),
+    )
+
+
+@pytest.mark.parametrize("right", [0.1, 0.15, 0.2, 0.3])
+@pytest.mark.parametrize("common", [0.1, 0.7])
+def test_the_chance_of_guessing_is_that_of_answers_handed_out_at_random(right, common):
+    draw = np.random.default_rng(1)
+    shares = np.array([common] + [(1 - common) / 9] * 9)
+    labels = draw.choice(10, 150, p=shares)
+    predictions = np.where(draw.random(150) < right, labels, draw.choice(10, 150, p=shares))
+    hits = int((labels == predictions).sum())
+    handed = [int((labels == draw.permutation(predictions)).sum()) for _ in range(4000)]
+    assert chance_of_guessing(told(labels, predictions)) == pytest.approx(np.mean(np.array(handed) >= hits), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "guesses"),
+    [
+        ([0, 1] * 20, [0] * 40, True),  # one answer to everything
+        ([0] * 40, [0] * 40, True),  # nothing to tell apart
+        ([0, 1] * 20, [7] * 40, True),  # never right
+        ([0, 1] * 20, [1, 0] * 20, True),  # always wrong
+        ([0, 1] * 20, [0, 1] * 20, False),
+        (list(range(40)), list(range(40)), False),
+        (
+            [0] * 95 + [1] * 5,
+            [0] * 96 + [1] * 4,
+            False,
+        ),  # hardly more right than the commonest class, but not by chance
+    ],
+)
+def test_who_only_guesses(labels, predictions, guesses):
+    assert (chance_of_guessing(told(labels, predictions)) > 0.01) is guesses
+
+
+def test_agreement_counts_equal_answers_right_or_wrong():
+    labels, left, right = [0, 1, 2, 3] * 25, [0, 1, 2, 0] * 25, [0, 1, 3, 0] * 25
+    found = agreement(told(labels, left), told(labels, right))
+    assert found.value == 0.75
+    assert 0.65 < found.low < 0.75 < found.high < 0.83
+    with pytest.raises(ValidationError, match="different samples"):
+        agreement(told(labels, left), told(labels[::-1], right))
