@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
-from pipeline.recipe.section import BatchSize, Section, Seed
+from pipeline.recipe.section import BatchSize, Seconds, Section, Seed
 
 
 class TrainSettings(BaseModel):
@@ -53,6 +53,9 @@ class FinetuneSection(Section):
     )
     epochs: int | None = Field(
         None, ge=0, le=1_000_000, description="chosen from the model when left out; 0 trains nothing"
+    )
+    seconds: Seconds | None = Field(
+        None, description="time for training, on this machine: no more epochs than it pays for"
     )
     distill_weight: float | None = Field(
         None, ge=0.0, le=1.0, description="share of the loss taught by the dense model; 0.5, or 1 without labels"

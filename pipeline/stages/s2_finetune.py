@@ -73,6 +73,9 @@ def run(
             )
             rungs.append(made)
     settings = _settings(cfg, model, gentle=fitted, labelled=data.labelled)
+    if cfg.seconds is not None and settings.epochs and not _no_training(cfg, settings, ladder.near(now, dense)):
+        each = loop.seconds_per_epoch(model, data, settings, teacher if settings.distill_weight > 0 else None)
+        settings = settings.model_copy(update={"epochs": min(settings.epochs, int(cfg.seconds / each))})
     history: tuple[Epoch, ...] = ()
     best_epoch, seconds = 0, 0.0
     why = _no_training(cfg, settings, ladder.near(now, dense))
@@ -136,7 +139,8 @@ def _no_training(cfg: FinetuneSection, settings: TrainSettings, near: bool) -> s
     if cfg.recover != "train":
         return f"not asked for (recover = {cfg.recover!r})"
     if settings.epochs == 0:
-        return "no epochs were asked for"
+        paid = cfg.seconds is not None and cfg.epochs != 0
+        return f"{cfg.seconds:g} s do not pay for an epoch" if paid else "no epochs were asked for"
     asked = cfg.epochs is not None or (cfg.train is not None and "epochs" in cfg.train.model_fields_set)
     return "" if asked or not near else "not needed: within noise of the dense model on the calibration part"
 

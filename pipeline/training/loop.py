@@ -8,6 +8,7 @@ weights that it would have reached, and nothing about generators has to be store
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import pickle
 import time
@@ -121,6 +122,34 @@ def train(
                 if on_epoch is not None:
                     on_epoch(done)
         return run.finish(resumed_from)
+
+
+TIMED_STEPS = 4
+"""Steps that tell how long an epoch takes; one before them warms up."""
+
+
+def seconds_per_epoch(model: nn.Module, data: Data, settings: TrainSettings, teacher: nn.Module | None) -> float:
+    """How long an epoch of `train` would take here, timed on a few of its steps; `model` stays as it was.
+
+    The pass over the calibration part that ends an epoch is counted as a third of what its samples cost in training,
+    since it has no backward pass.
+    """
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    was_training = model.training
+    run = _Run(model, data, settings.model_copy(update={"lr": 0.0, "weight_decay": 0.0}), teacher)
+    batches = data.batches("train", settings.batch_size, True, settings.seed, augment=settings.augment)
+    model.train()
+    began, steps = time.perf_counter(), 0
+    with seeded(settings.seed):
+        for steps, (images, labels) in enumerate(itertools.islice(batches, 1 + TIMED_STEPS)):
+            if steps == 1:
+                began = time.perf_counter()
+            run._step(images, labels, 0.0)
+    each = (time.perf_counter() - began) / max(1, steps)
+    model.load_state_dict(before)
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    return each * (run.steps + len(data.calibration) / settings.batch_size / 3)
 
 
 class _Run:

@@ -14,6 +14,7 @@ from pipeline.recipe.train import FinetuneSection, TrainSettings
 from pipeline.recovery import ladder
 from pipeline.stages import s2_finetune
 from pipeline.training import loop, masks
+from pipeline.training.defaults import default_settings
 
 SIZE = (3, 16, 16)
 
@@ -155,3 +156,34 @@ def test_the_paired_tests_decide():
     assert not ladder.helps(broken, base)[0]
     assert ladder.near(same, base)
     assert not ladder.near(worse, base)
+
+
+def test_seconds_pay_for_whole_epochs(stage, digits, monkeypatch):
+    monkeypatch.setattr(loop, "seconds_per_epoch", lambda *args: 10.0)
+    asked = []
+    real = loop.train
+    monkeypatch.setattr(
+        loop,
+        "train",
+        lambda model, own, settings, **o: (asked.append(settings.epochs), real(model, own, settings, **o))[1],
+    )
+    made = stage(halved(), epochs=5, seconds=29.0)
+    assert asked == [2]
+    assert made.epochs == 2
+    made = stage(halved(), epochs=1, seconds=1000.0)
+    assert asked == [2, 1]
+    made = stage(halved(), epochs=5, seconds=9.0)
+    assert made.rungs[-1].why == "9 s do not pay for an epoch"
+    assert asked == [2, 1]
+
+
+def test_an_epoch_is_timed_without_changing_the_model(digits, monkeypatch):
+    model = net().train()
+    masks.apply(model, halved())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = default_settings(model, recovery=True, seed=0)
+    found = loop.seconds_per_epoch(model, digits, settings, net().eval())
+    assert 0 < found < 600
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
