@@ -67,7 +67,7 @@ def compare(
             if kind == "closed form":
                 fit_seconds[share] = max(fit_seconds.get(share, 1.0), result.seconds)
     ratios: dict[float, float] = {}
-    chosen = tuple(others.split(","))
+    chosen = tuple(others.split(";"))
     for name, uniform, peer in peers.makers(problem):
         if not name.startswith(chosen):
             continue
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument(
         "--scopes", default="layer:l2,curves:reconstruction", help="scope:criterion of ours; none: not run"
     )
-    parser.add_argument("--peers", default="Torch-Pruning,torch-kirigami,onnxsim", help="beginnings of their names")
+    parser.add_argument("--peers", default="Torch-Pruning;torch-kirigami;onnxsim", help="beginnings of their names")
     parser.add_argument("--train-seconds", type=float, default=0.0, help="of training, for ours after the fit")
     parser.add_argument("--out", type=Path, default=Path("compare/results.jsonl"))
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves them as they are")

@@ -58,7 +58,7 @@ def _cell(rows: list[dict[str, Any]]) -> str:
     if not values:
         return "fails" if rows else "–"
     mean, half = interval(values)
-    return f"{mean:.1f} ± {half:.1f}"
+    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}, one seed"
 
 
 def draw(path: Path, picture: Path) -> None:

@@ -102,7 +102,8 @@ class Config(Section):
             return values
         if prune.get("method", "structured") != "structured":
             return values
-        return {**values, "prune": {"seconds": CURVE_SECONDS, **prune, "scope": "curves"}}
+        criterion = {} if {"criterion", "norm"} & prune.keys() else {"criterion": "reconstruction"}
+        return {**values, "prune": {"seconds": CURVE_SECONDS, **criterion, **prune, "scope": "curves"}}
 
 
 def load(recipe: Path | None = None, settings: Mapping[str, Any] | None = None) -> Config:

@@ -107,19 +107,21 @@ def test_only_the_training_settings_that_were_set_are_written_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "scope", "seconds"),
+    ("settings", "scope", "criterion", "seconds"),
     [
-        ({}, "layer", None),
-        ({"finetune.recover": "train"}, "layer", None),
-        ({"finetune.recover": "closed-form"}, "curves", 120.0),
-        ({"finetune.recover": "closed-form", "prune.seconds": 5.0}, "curves", 5.0),
-        ({"finetune.recover": "closed-form", "prune.scope": "layer"}, "layer", None),
-        ({"finetune.recover": "closed-form", "prune.method": "2:4"}, "layer", None),
+        ({}, "layer", "l2", None),
+        ({"finetune.recover": "train"}, "layer", "l2", None),
+        ({"finetune.recover": "closed-form"}, "curves", "reconstruction", 120.0),
+        ({"finetune.recover": "closed-form", "prune.seconds": 5.0}, "curves", "reconstruction", 5.0),
+        ({"finetune.recover": "closed-form", "prune.criterion": "l1"}, "curves", "l1", 120.0),
+        ({"finetune.recover": "closed-form", "prune.norm": "l1"}, "curves", "l1", 120.0),
+        ({"finetune.recover": "closed-form", "prune.scope": "layer"}, "layer", "l2", None),
+        ({"finetune.recover": "closed-form", "prune.method": "2:4"}, "layer", "l2", None),
     ],
 )
-def test_where_nothing_is_trained_curves_choose_unless_a_scope_is_named(settings, scope, seconds, tmp_path):
+def test_where_nothing_is_trained_curves_choose_unless_a_scope_is_named(settings, scope, criterion, seconds, tmp_path):
     made = config.load(None, settings)
-    assert (made.prune.scope, made.prune.seconds) == (scope, seconds)
+    assert (made.prune.scope, made.prune.criterion, made.prune.seconds) == (scope, criterion, seconds)
     path = tmp_path / "again.toml"
     path.write_text(config.to_toml(made))
     assert config.load(path) == made
