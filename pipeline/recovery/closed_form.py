@@ -333,6 +333,7 @@ class _Walk:
         with torch.no_grad():
             for number, node in enumerate(self.graph.nodes):
                 if node.op == "output":
+                    self._unread()
                     self.left = self._left(node, values)
                     break
                 if node.op == "placeholder":
@@ -425,6 +426,13 @@ class _Walk:
             return target(*positional, **fx.node.map_arg(node.kwargs, args.__getitem__))
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{node.name} cannot be run by itself: {str(error).splitlines()[0]}") from error
+
+    def _unread(self) -> None:
+        """Say of weights with a mask that nothing reads that there is nothing to fit them to."""
+        for node in self.graph.nodes:
+            masked = node.name in self.masks and not bool(self.masks[node.name].all())
+            if masked and self.readers[self._key(node)] == 0 and self.dense[node.name].dim() > 1:
+                self.fitted.append(Fitted(self.names[node.name], reason="no operator reads it"))
 
     def _left(self, output: fx.Node, values: dict[fx.Node, list[list[Any]]]) -> float:
         """Squares of what the outputs lack on the samples held back, over those of the dense ones; the mean of them."""

@@ -575,6 +575,25 @@ def test_activations_that_are_not_finite_leave_the_weight_with_a_reason():
     assert all(bool(v.isfinite().all()) for v in made.state.values())
 
 
+class Unreached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.never, self.b = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+def test_a_layer_that_is_never_reached_stays_and_says_so():
+    torch.manual_seed(0)
+    captured = capture(Unreached(), (torch.randn(2, 6),))
+    kept = torch.arange(8).lt(4)
+    masks = {"a.weight": kept.unsqueeze(1).expand(8, 6), "a.bias": kept, "never.weight": kept.expand(8, 8)}
+    made = recover(captured, masks, (torch.randn(40, 6),))
+    assert {f.name: f.reason for f in made.fitted} == {"b.weight": "", "never.weight": "no operator reads it"}
+    assert torch.equal(made.state["never.weight"], captured.state["never.weight"])
+
+
 class Windows(nn.Module):
     """A batch of windows, four to a sample."""
 
