@@ -10,7 +10,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan gate test test-long lint format zoo bench bench-huge bench-norms race bundle-versions house faults alarms compare clean
+.PHONY: help setup deploy plan gate test test-long lint format zoo bench bench-huge bench-norms bench-recovery race bundle-versions house faults alarms compare clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ bench-huge: $(STAMP) ## ViT-H/14: seconds and peak memory of analyse, mask and s
 
 bench-norms: $(STAMP) ## forms of a LayerNorm over removed channels in onnxruntime, alone and in whole models
 	$(BIN)/python benchmarks/norm_forms.py
+
+bench-recovery: $(STAMP) ## seconds and memory of the closed-form fit: ResNet-50 at 32 and 224, a BERT [ARGS="small --profile"]
+	$(BIN)/python benchmarks/recovery.py $(ARGS)
 
 race: $(STAMP) ## MODEL=hf:bert [ARGS=]: every candidate of a randomly pruned model, proven and timed, no data needed
 	$(BIN)/python benchmarks/race.py $(MODEL) $(ARGS)

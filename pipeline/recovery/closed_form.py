@@ -8,6 +8,7 @@ reconstruction (He et al. 2017, arXiv:1707.06168), here for every contraction of
 
 from __future__ import annotations
 
+import math
 import mmap
 import tempfile
 import time
@@ -25,7 +26,7 @@ from foundation.editor import writes
 from foundation.files import memory_of
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import last_uses
-from pipeline.recovery import regression
+from pipeline.recovery import regression, tied
 from pipeline.recovery.contractions import Contraction, contraction, weight_of
 
 aten = torch.ops.aten
@@ -35,6 +36,8 @@ PER_COLUMN = 3
 """A weight is fitted on `ROWS` rows or `PER_COLUMN` for each of its columns, where the samples have so many."""
 MOST = 1 << 26
 """Numbers in the rows of one weight: a quarter of a gigabyte."""
+WALKS = 3
+"""Where a weight has several readers; else one is all there is to do."""
 LARGEST_SPARSE = 1 << 31
 """Outputs times columns squared of a weight of which single ones are masked: multiply-accumulates in each step of the
 conjugate gradients.
@@ -109,14 +112,35 @@ def recover(
     the same inputs and seed give the same weights. A weight that reads activations which are not finite stays, and its
     `Fitted.reason` says so. Raises ValueError for fewer than `LEAST` samples, inputs of different lengths or that are
     not finite, a fixed batch larger than the samples, and a graph that cannot be run node by node.
+
+    A weight that several operators read is fitted to all of them at once (`tied`): on what they read in one walk, for
+    the next, up to `WALKS` of them, as long as the outputs of the samples held back come nearer.
     """
     began = time.perf_counter()
     _check(captured, inputs)
     # What counts is in `captured.state`; the program may hold older values of it.
-    walk = _Walk(captured, masks, {**captured.state, **(start or {})}, inputs, seed, _Shelf(on_disk, folder))
+    known, spilt = {**captured.state, **(start or {})}, 0
+    best: _Walk | None = None
+    settled: dict[Any, Fitted] = {}
     with torch.random.fork_rng(devices=[]):
-        walk.run(tick)
-    return ClosedForm(walk.state(), tuple(walk.fitted), time.perf_counter() - began, walk.shelf.on_disk)
+        for _ in range(WALKS):
+            walk = _Walk(captured, masks, known, inputs, seed, _Shelf(on_disk, folder))
+            walk.run(tick)
+            spilt += walk.shelf.on_disk
+            if best is not None and not walk.left < best.left:
+                break
+            walk.fitted.extend(settled.values())
+            best, settled, known = walk, walk.settled, walk.state(walk.tied)
+            if not walk.tied:
+                break
+    assert best is not None
+    told = {one.name for one in best.fitted}
+    best.fitted.extend(
+        Fitted(one.name, reason=one.reason or "several operators read it, and fitted to all of them it comes no nearer")
+        for one in settled.values()
+        if one.name not in told
+    )
+    return ClosedForm(best.state(), tuple(best.fitted), time.perf_counter() - began, spilt)
 
 
 def _check(captured: Captured, inputs: Sequence[Tensor]) -> None:
@@ -187,8 +211,30 @@ class _Shelf:
             del self.counted[id(value)]
 
 
+@dataclass
+class _Tie:
+    """A weight of several readers, as far as they have been met."""
+
+    key: Any
+    held: fx.Node
+    uses: tuple[tied.Use, ...]
+    order: Tensor
+    """Where in the flat weight the numbers of its matrices (groups, outputs, columns) are."""
+    moved: bool = False
+    """Whether any reader reads something changed."""
+    reason: str = ""
+    met: int = 0
+    rows: list[tuple[tied.Use, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    lookups: list[Tensor] = field(default_factory=list)
+    """For each, how often (learnt, held back) each row was looked up: (2, rows of the weight)."""
+
+
 class _Walk:
-    """One pass over the graph with both networks' values of every chunk; where they are the same they are one."""
+    """One pass over the graph with both networks' values of every chunk; where they are the same they are one.
+
+    `settled` and `tied`: what becomes of the weights of several readers, for another walk. `left`: squares of what the
+    outputs differ by, for the samples held back, over those of the dense ones.
+    """
 
     def __init__(
         self,
@@ -201,6 +247,7 @@ class _Walk:
     ) -> None:
         self.captured, self.seed, self.start = captured, seed, start
         self.graph = captured.program.graph
+        self.dies: dict[fx.Node, list[fx.Node]] = {}
         self.names = {
             spec.arg.name: spec.target
             for spec in captured.program.graph_signature.input_specs
@@ -216,10 +263,12 @@ class _Walk:
             node: known[self.memory[target]] for node, target in self.names.items() if self.memory.get(target) in known
         }
         self.readers: dict[Any, int] = {}
+        placeholders: dict[Any, list[fx.Node]] = {}
         for node in self.graph.nodes:
             if node.name in self.names:
-                key = self._key(node)
-                self.readers[key] = self.readers.get(key, 0) + len(node.users)
+                placeholders.setdefault(self._key(node), []).append(node)
+        for key, nodes in placeholders.items():
+            self.readers[key] = len(tied.readers(nodes))
         self.result: dict[str, Tensor] = {}
         self.fitted: list[Fitted] = []
         self.shelf = shelf
@@ -229,6 +278,19 @@ class _Walk:
         draw = torch.Generator().manual_seed(seed)
         self.held_back = torch.zeros(samples, dtype=torch.bool)
         self.held_back[torch.randperm(samples, generator=draw)[: samples // regression.HELD_BACK]] = True
+        self.left = 0.0
+        self.settled: dict[Any, Fitted] = {}
+        self.tied: dict[str, Tensor] = {}
+        self.uses: dict[fx.Node, tuple[_Tie, tied.Use]] = {}
+        self.untied: dict[Any, str] = {}
+        """Weights of several readers that cannot be fitted to all of them -> why."""
+        for key, nodes in placeholders.items() if self.masks else ():
+            weight = self.dense[nodes[0].name]
+            if nodes[0].name not in self.parameters or weight.dim() < 2 or not weight.is_floating_point():
+                continue
+            uses, order, self.untied[key] = tied.uses(nodes, weight)
+            tie = _Tie(key, nodes[0], uses, order)
+            self.uses.update({use.node: (tie, use) for use in uses})
 
     def _chunks(self, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
         count = len(inputs[0])
@@ -245,14 +307,16 @@ class _Walk:
         target = self.names[node.name]
         return self.memory.get(target, target)
 
-    def state(self) -> dict[str, Tensor]:
-        """Every parameter by each of its names, the originals under the masks as they were."""
+    @torch.no_grad()
+    def state(self, result: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Every parameter by each of its names, originals under the masks as they were; with all fits by default."""
+        result = self.result if result is None else result
         made: dict[Any, Tensor] = {}
         for node in self.graph.nodes:
             name = self.names.get(node.name)
-            if name not in self.result:
+            if name is None or name not in result:
                 continue
-            value, mask = self.result[name], self.masks.get(node.name)
+            value, mask = result[name], self.masks.get(node.name)
             made[self._key(node)] = value if mask is None else torch.where(mask, value, self.start[name])
         return {name: made.get(self.memory.get(name, name), value) for name, value in self.start.items()}
 
@@ -263,12 +327,14 @@ class _Walk:
             pruned[node] = torch.where(mask, pruned[node], torch.zeros((), dtype=pruned[node].dtype))
         pruned = {n: self.dense[n] if _same(v, self.dense[n]) else v for n, v in pruned.items()}
         values: dict[fx.Node, list[list[Any]]] = {}  # node -> [dense values, pruned values], each by chunk
-        dies = last_uses(self.graph)
+        self.dies = last_uses(self.graph)
         inputs = iter(range(len(self.chunks[0])))
         fixed: dict[fx.Node, list[Any]] = {}  # parameters, buffers, constants: [dense, pruned]
         with torch.no_grad():
             for number, node in enumerate(self.graph.nodes):
                 if node.op == "output":
+                    self._unread()
+                    self.left = self._left(node, values)
                     break
                 if node.op == "placeholder":
                     # A graph may write into its inputs and its state; ours are no one else's.
@@ -289,7 +355,7 @@ class _Walk:
                     raise ValueError(f"the graph holds a {node.op} node ({node.name}), which has no values of its own")
                 tick(number, node.name)
                 self._node(node, values, fixed)
-                for dead in dies.get(node, ()):
+                for dead in self.dies.get(node, ()):
                     gone = values.pop(dead, [])
                     for column in gone if gone and gone[0] is not gone[1] else gone[:1]:
                         for value in column:
@@ -307,22 +373,38 @@ class _Walk:
         first = sources[0] if sources else None
         if changed and writes(node) and first in values and values[first][0] is values[first][1]:
             values[first] = [values[first][0], [self.shelf.put(v.clone()) for v in values[first][0]]]
-        dense = self._column(node, values, fixed, 0)
+        dense = self._column(node, values, fixed, 0, whole=not changed and node not in self.uses)
+        if node in self.uses:
+            self._meet(node, values, fixed, dense, moved=moved)
         if not changed:
             values[node] = [dense, dense]
             return
         if moved or self._thinned(node, fixed):
             self._fit(node, values, fixed, dense)
-        pruned = self._column(node, values, fixed, 1)
+        pruned = self._column(node, values, fixed, 1, whole=True)
         # A size is the same number in both, however they differ.
         values[node] = [dense, dense if all(isinstance(v, int) for v in dense) and dense == pruned else pruned]
         if node.target in _NORMS:
             self._shift(node, values, fixed)
 
     def _column(
-        self, node: fx.Node, values: dict[fx.Node, list[list[Any]]], fixed: dict[fx.Node, list[Any]], side: int
+        self,
+        node: fx.Node,
+        values: dict[fx.Node, list[list[Any]]],
+        fixed: dict[fx.Node, list[Any]],
+        side: int,
+        *,
+        whole: bool,
     ) -> list[Any]:
+        """What `node` gives on one side. What is read for the last time goes chunk by chunk, so that large activations
+        of two nodes are never there at once; what both sides share only where this is the last side (`whole`).
+        """
         made = []
+        dying = [
+            values[dead][side]
+            for dead in self.dies.get(node, ())
+            if dead in values and (whole or values[dead][0] is not values[dead][1])
+        ]
         target: Any = node.target
         if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
             torch.manual_seed(self.seed + hash_of(node.name))  # the same noise in both networks, and in every run
@@ -332,6 +414,9 @@ class _Walk:
             made.append(self.shelf.put(value, move=not writes(node)))  # other nodes have what is written in place
             for used in args.values():
                 self.shelf.rest(used)
+            for column in dying:
+                self.shelf.drop(column[chunk])
+                column[chunk] = None
         return made
 
     def _call(self, node: fx.Node, args: Mapping[fx.Node, Any]) -> Any:
@@ -342,6 +427,32 @@ class _Walk:
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{node.name} cannot be run by itself: {str(error).splitlines()[0]}") from error
 
+    def _unread(self) -> None:
+        """Say of weights with a mask that nothing reads that there is nothing to fit them to."""
+        for node in self.graph.nodes:
+            masked = node.name in self.masks and not bool(self.masks[node.name].all())
+            if masked and self.readers[self._key(node)] == 0 and self.dense[node.name].dim() > 1:
+                self.fitted.append(Fitted(self.names[node.name], reason="no operator reads it"))
+
+    def _left(self, output: fx.Node, values: dict[fx.Node, list[list[Any]]]) -> float:
+        """Squares of what the outputs lack on the samples held back, over those of the dense ones; the mean of them."""
+        shares = []
+        for node in output.all_input_nodes:
+            wrong = total = start = 0.0
+            for dense, pruned, chunk in zip(*values.get(node, [[], []]), self.chunks, strict=False):
+                held = (
+                    self._held(int(start), len(chunk[0]), len(dense))
+                    if isinstance(dense, Tensor) and dense.dim()
+                    else None
+                )
+                start += len(chunk[0])
+                if held is not None and dense.is_floating_point():
+                    wrong += float((pruned[held].double() - dense[held].double()).square().sum())
+                    total += float(dense[held].double().square().sum())
+            shares.append(wrong / (total or 1.0))
+        worst = sum(shares) / max(len(shares), 1)
+        return worst if math.isfinite(worst) else math.inf
+
     # ── fitting ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _fit(
@@ -351,6 +462,8 @@ class _Walk:
         fixed: dict[fx.Node, list[Any]],
         dense: list[Any],
     ) -> None:
+        if node in self.uses:
+            return  # fitted together with the other readers of its weight
         held = weight_of(node)
         if held is None or held not in fixed:
             for source in node.all_input_nodes if node.target not in _ELEMENTWISE else ():
@@ -385,7 +498,7 @@ class _Walk:
             self.fitted.append(Fitted(name, reason="nothing of it is kept"))
             return
         x, y, held_back = self._rows(node, found, values[found.x][1], dense, matrix)
-        if not (bool(x.isfinite().all()) and bool(y.isfinite().all())):
+        if not (regression.finite(x) and regression.finite(y)):
             self.fitted.append(Fitted(name, reason="it reads or gave values that are not finite"))
             return
         bias = found.bias
@@ -433,12 +546,8 @@ class _Walk:
         """Why the weight stays as it is; "" where nothing is in the way."""
         readers = self.readers[self._key(found.weight)]
         if readers > 1:
-            return f"{readers} operators read it"
-        if any(v.is_complex() or not v.is_floating_point() for v in (inputs[0], outputs[0], weight)):
-            return "it is no matter of real numbers"
-        if inputs[0].dim() < weight.dim():
-            return f"the input of {node.name} has no dimension for the samples"
-        return ""
+            return self.untied.get(self._key(found.weight)) or f"{readers} operators read it"
+        return _not_real(inputs[0], outputs[0], weight) or _without_samples(node, inputs[0], weight)
 
     def _own_shift(self, shift: fx.Node, fixed: dict[fx.Node, list[Any]], size: int) -> bool:
         """Whether `shift` is a parameter of `size` numbers that nothing else reads."""
@@ -470,15 +579,24 @@ class _Walk:
         return 0
 
     def _rows(
-        self, node: fx.Node, found: Contraction, inputs: list[Tensor], outputs: list[Tensor], matrix: Tensor
+        self,
+        node: fx.Node,
+        found: Contraction,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        matrix: Tensor,
+        share: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (rows, groups, columns), targets (rows, groups, outputs), which rows are held back."""
+        """Rows (rows, groups, columns), targets (rows, groups, outputs), which rows are held back.
+
+        One in `share` of the rows that a weight is fitted on, of several readers that have to do with these together.
+        """
         axis = self._batch_axis(found.x, -1 if self.captured.dynamic_batch else len(self.chunks[0][0]))
         if axis and found.matrix:
             inputs, outputs = ([v.movedim(axis, 0) for v in side] for side in (inputs, outputs))
         count = found.count(outputs[0])
         width = matrix.shape[2]
-        wanted = min(max(ROWS, PER_COLUMN * width), max(1, MOST // (matrix.shape[0] * width)))
+        wanted = min(max(ROWS, PER_COLUMN * width), max(1, MOST // (matrix.shape[0] * width))) // share
         each = min(count, -(-wanted // sum(len(x) for x in inputs)))
         draw = torch.Generator().manual_seed(self.seed + 1 + hash_of(node.name))
         xs, ys, held, start = [], [], [], 0
@@ -487,12 +605,141 @@ class _Walk:
             places = torch.randperm(count, generator=draw)[:each]
             xs.append(found.rows(x, places).flatten(0, 1).float())
             ys.append(found.targets(y, places).flatten(0, 1).float())
-            samples = len(chunk[0])
-            # Windows and frames lie beside each other in the batch: several entries are of one sample.
-            owner = start + torch.arange(len(x)) * samples // len(x)
-            held.append(self.held_back[owner].repeat_interleave(each))
-            start += samples
+            self.shelf.rest(x)
+            self.shelf.rest(y)
+            held.append(self._held(start, len(chunk[0]), len(x)).repeat_interleave(each))
+            start += len(chunk[0])
         return torch.cat(xs), torch.cat(ys), torch.cat(held)
+
+    def _held(self, start: int, samples: int, entries: int) -> Tensor:
+        """Which entries of a batch are held back: windows and frames lie beside each other, several of one sample."""
+        return self.held_back[start + torch.arange(entries) * samples // entries]
+
+    # ── weights of several readers ───────────────────────────────────────────────────────────────────────────────────
+
+    def _meet(
+        self,
+        node: fx.Node,
+        values: dict[fx.Node, list[list[Any]]],
+        fixed: dict[fx.Node, list[Any]],
+        dense: list[Any],
+        *,
+        moved: bool,
+    ) -> None:
+        """Take the rows of one reader; with those of the last one, fit the weight: for the next walk, or at once."""
+        tie, use = self.uses[node]
+        tie.met += 1
+        tie.moved |= moved
+        tie.reason = tie.reason or self._gather(tie, use, values, fixed, dense)
+        if tie.met < len(tie.uses):
+            return
+        if tie.moved:
+            name = self.names[tie.held.name]
+            new: dict[fx.Node, Tensor] = {}
+            made = Fitted(name, reason=tie.reason) if tie.reason else self._settle(tie, name, fixed, new)
+            if len(tie.uses) > 1:
+                self.settled[tie.key] = made
+                self.tied.update({self.names[node.name]: value for node, value in new.items()})
+            else:  # nobody has read the old one
+                self.fitted.append(made)
+                for changed, value in new.items():
+                    self.result[self.names[changed.name]] = value
+                    fixed[changed] = [fixed[changed][0], value]
+                for turn in tied.turns(use.found.weight) if use.found else ():
+                    fixed[turn] = [fixed[turn][0], self._call(turn, {n: fixed[n][1] for n in turn.all_input_nodes})]
+        tie.rows, tie.lookups = [], []
+
+    def _gather(
+        self,
+        tie: _Tie,
+        use: tied.Use,
+        values: dict[fx.Node, list[list[Any]]],
+        fixed: dict[fx.Node, list[Any]],
+        dense: list[Any],
+    ) -> str:
+        """Why the rows of one reader cannot be taken, "" where they are."""
+        found = use.found
+        source = use.node.args[1] if found is None else found.x
+        if not isinstance(source, fx.Node) or source not in values:
+            return f"what {use.node.name} reads does not depend on the samples"
+        inputs = values[source][1]
+        if found is None:
+            counts, start = torch.zeros(2, len(fixed[tie.held][0]), dtype=torch.long), 0
+            for tokens, chunk in zip(inputs, self.chunks, strict=True):
+                held = self._held(start, len(chunk[0]), len(tokens))
+                for row, places in enumerate((tokens[~held], tokens[held])):
+                    counts[row] += torch.bincount(places.flatten(), minlength=counts.shape[1])
+                start += len(chunk[0])
+            tie.lookups.append(counts)
+            return ""
+        weight = fixed[found.weight][1]
+        reason = _not_real(inputs[0], dense[0], weight) or _without_samples(use.node, inputs[0], weight)
+        if reason:
+            return reason
+        rows = self._rows(use.node, found, inputs, dense, found.to_matrix(weight), share=len(tie.uses))
+        if not all(regression.finite(v) for v in rows[:2]):
+            return "it reads or gave values that are not finite"
+        tie.rows.append((use, *rows))
+        return ""
+
+    def _settle(self, tie: _Tie, name: str, fixed: dict[fx.Node, list[Any]], new: dict[fx.Node, Tensor]) -> Fitted:
+        """Fit a weight to the rows of all its readers, and the biases that they alone read; put both into `new`."""
+        dense, old = fixed[tie.held]
+        mask = self.masks.get(tie.held.name, torch.ones_like(old, dtype=torch.bool))
+        kept = mask.flatten()[tie.order]
+        if not _channels(kept):
+            return Fitted(name, reason=f"{tied.several(tie.uses)}, and single weights of it are masked")
+        if not bool(kept.any()):
+            return Fitted(name, reason="nothing of it is kept")
+        matrix, wanted = old.flatten()[tie.order], dense.flatten()[tie.order]
+        biases = {use.node: self._tied_bias(tie, use, fixed) for use, *_ in tie.rows}
+        new_biases = {bias: fixed[bias][1].clone().reshape(len(matrix), -1) for bias in biases.values() if bias}
+        fits = []
+        for group in kept.any(2).any(1).nonzero().flatten().tolist():
+            outputs, columns = kept[group].any(1).nonzero().flatten(), kept[group].any(0).nonzero().flatten()
+            parts = []
+            for use, x, y, held in tie.rows:
+                seen, given = (outputs, columns) if use.turned else (columns, outputs)
+                bias = biases[use.node]
+                parts.append(tied.Rows(x[:, group, seen], y[:, group, given], held, use.turned, bias))
+            lookups = [
+                tied.Lookups(learnt[outputs], held[outputs], wanted[group][outputs][:, columns])
+                for learnt, held in tie.lookups
+            ]
+            made = tied.fit(parts, lookups, matrix[group][outputs][:, columns])
+            matrix[group, outputs.unsqueeze(1), columns] = made.weight
+            for use, *_ in tie.rows:
+                bias = biases[use.node]
+                if bias is not None:
+                    new_biases[bias][group, columns if use.turned else outputs] = made.shifts[bias]
+            fits.append(made)
+        value = old.flatten().clone()
+        value[tie.order.flatten()] = matrix.flatten()
+        new[tie.held] = value.reshape(old.shape)
+        for bias, shift in new_biases.items():
+            shift = shift.flatten()
+            new[bias] = torch.where(self.masks.get(bias.name, torch.tensor(True)), shift, 0.0)
+        return Fitted(
+            name=name,
+            rows=sum(len(x) for _, x, _, _ in tie.rows),
+            columns=int(kept.any(1).sum(1).max()),
+            strength=fits[0].strength,
+            error_before=sum(fit.error_before for fit in fits) / len(fits),
+            error_after=sum(fit.error_after for fit in fits) / len(fits),
+        )
+
+    def _tied_bias(self, tie: _Tie, use: tied.Use, fixed: dict[fx.Node, list[Any]]) -> fx.Node | None:
+        """The bias of a reader where readers of the same weight alone read it, by its first node."""
+        bias = use.found.bias if use.found else None
+        if bias is None or bias.name not in self.parameters or bias not in fixed:
+            return None
+        size = tie.order.shape[0] * tie.order.shape[2 if use.turned else 1]
+        key = self._key(bias)
+        same = [o.found.bias for o in tie.uses if o.found and o.found.bias and o.found.bias.name in self.names]
+        same = [node for node in same if self._key(node) == key]
+        alone = len(same) == self.readers[key]
+        value = fixed[bias][0]
+        return same[0] if alone and tuple(value.shape) == (size,) and value.is_floating_point() else None
 
     def _solve(
         self,
@@ -535,7 +782,9 @@ class _Walk:
         lack = torch.zeros(size[0], dtype=torch.float64)
         for a, b in zip(dense, pruned, strict=True):
             rest = [d for d in range(a.dim()) if d != axis % a.dim()]
-            lack += (a.double() - b.double()).mean(rest) * len(a)
+            lack += (a - b).mean(rest, dtype=torch.float64) * len(a)
+            self.shelf.rest(a)
+            self.shelf.rest(b)
         lack /= sum(len(a) for a in dense)
         if not bool(lack.isfinite().all()):
             return
@@ -549,6 +798,18 @@ class _Walk:
         shape[axis] = -1
         for value in pruned:
             value += lack.reshape(shape)
+            self.shelf.rest(value)
+
+
+def _not_real(*values: Tensor) -> str:
+    """The reason where one of them does not hold real numbers."""
+    real = all(v.is_floating_point() for v in values)
+    return "" if real else "it is no matter of real numbers"
+
+
+def _without_samples(node: fx.Node, x: Tensor, weight: Tensor) -> str:
+    """The reason where the input of `node` is a single sample."""
+    return f"the input of {node.name} has no dimension for the samples" if x.dim() < weight.dim() else ""
 
 
 def _channels(kept: Tensor) -> bool:

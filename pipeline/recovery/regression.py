@@ -48,7 +48,7 @@ def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool, 
     """
     if not bool(held.any()) or bool(held.all()):
         raise ValueError("rows have to be held back, and not all of them")
-    if not all(bool(v.isfinite().all()) for v in (x, y, weight)):
+    if not all(finite(v) for v in (x, y, weight)):
         raise ValueError("what weights are fitted to has to be finite")
     x, y = x.movedim(1, 0), y.movedim(1, 0)  # groups first
     learn = ~held
@@ -85,6 +85,11 @@ def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool, 
     return Fit(new.to(weight.dtype), bias, strength, before, best)
 
 
+def finite(value: Tensor) -> bool:
+    """Whether every number of a real tensor is finite; by their sum, which takes a tenth of the time where they are."""
+    return bool(value.sum(dtype=torch.float64).isfinite()) or bool(value.isfinite().all())
+
+
 class _Solver:
     """ΔW = Rᵀ X (XᵀX + λ)⁻¹ for several λ, of one X and R; with `kept`, the best ΔW that is zero elsewhere."""
 
@@ -93,7 +98,8 @@ class _Solver:
         self.dual = kept is None and x.shape[1] < x.shape[2]
         gram = x @ x.mT if self.dual else x.mT @ x
         self.gram = gram.double()
-        self.mean = (x.double().square().sum((1, 2)) / x.shape[2]).clamp_min(1e-30)
+        traces = self.gram.diagonal(dim1=1, dim2=2).sum(1)  # the same in both spaces
+        self.mean = (traces / x.shape[2]).clamp_min(1e-30)
         self.product = None if self.dual else (x.mT @ rest).double()
 
     def joined(self, x: Tensor, rest: Tensor, more: Tensor, *, centre: bool) -> _Solver:

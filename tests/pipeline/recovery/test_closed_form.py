@@ -348,15 +348,119 @@ def reasons(name):
 
 
 def test_weights_without_a_rule_say_why():
-    tied = reasons("tied")
-    assert any("operators read it" in r for n, r in tied.items() if "weight" in n)
-    assert tied["up.weight"] == tied["down.weight"] == "2 operators read it"
     recurrent = reasons("recurrent")
     assert "no rule for aten.lstm" in recurrent["lstm.weight_ih_l0"] and recurrent["head.weight"] == ""
     odd = reasons("odd")
     assert odd["b.weight"] == odd["head.weight"] == ""
     assert "is no parameter" in odd["blur"]
     assert any("is computed from others" in r for r in odd.values())
+
+
+class Turned(nn.Module):
+    """A tied autoencoder: the weight reads, and its transpose gives back; a head whose own transpose multiplies."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.code = nn.Linear(6, 24), nn.Linear(24, 12)
+        self.back = nn.Parameter(torch.zeros(24))
+        self.out = nn.Parameter(torch.randn(5, 24) * 0.2)
+
+    def forward(self, x):
+        x = F.linear(self.code(self.first(x).relu()).relu(), self.code.weight.t(), self.back)
+        return x.relu() @ self.out.T
+
+
+class Twice(nn.Module):
+    """One convolution at two scales, as in the head of a detector; its bias is shared as well."""
+
+    def __init__(self, groups=1):
+        super().__init__()
+        self.stem, self.shared = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1, groups=groups)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head(sum(self.shared(v).relu().mean((2, 3)) for v in (x, F.avg_pool2d(x, 2))))
+
+
+class Mixed(nn.Module):
+    """A weight of which one reader has no rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.c(self.b(x) + torch.einsum("bi,oi->bo", x, self.b.weight.tanh()))
+
+
+SHARED = {
+    "embedding and head": (Tied, None, {"embedding.weight", "up.weight", "down.weight"}),
+    "turned": (Turned, (6,), {"code.weight", "out"}),
+    "two scales": (Twice, IMAGE, {"shared.weight"}),
+    "two scales, grouped": (lambda: Twice(3), IMAGE, {"shared.weight"}),
+}
+
+
+def shared(name, samples=200):
+    torch.manual_seed(0)
+    make, size, names = SHARED[name]
+    x = torch.randn(samples, *size) if size else torch.randint(20, (samples, 7))
+    return capture(make().eval(), (x[:3],)), x, names
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_weight_of_several_readers_is_fitted_to_all_of_them(name, monkeypatch):
+    captured, x, names = shared(name)
+    masks = cut(captured, seed=3 if "grouped" in name else 0)
+    before = {n: v.clone() for n, v in captured.state.items()}
+    made = recover(captured, masks, (x,))
+    assert names <= {f.name for f in made.fitted if not f.reason}
+    assert len({f.name for f in made.fitted}) == len(made.fitted), "one record for one weight"
+    for n in names:
+        assert not torch.equal(made.state[n], before[n])
+    for n, mask in masks.items():
+        assert torch.equal(made.state[n][~mask], before[n][~mask]), "an original under the mask moved"
+    assert all(torch.equal(v, before[n]) for n, v in captured.state.items())
+    again = recover(captured, masks, (x,))
+    assert all(torch.equal(v, again.state[n]) for n, v in made.state.items())
+    monkeypatch.setattr(closed_form.tied, "uses", lambda nodes, weight: ((), torch.empty(0), "left out"))
+    without = recover(captured, masks, (x,))
+    # Every row of the embedding is looked up, so that the head cannot have it all its way.
+    enough = 1.0 if name == "embedding and head" else 0.9
+    fresh = torch.randn_like(x) if x.is_floating_point() else torch.randint(20, x.shape)
+    assert distance(captured, made.state, masks, (fresh,)) < enough * distance(captured, without.state, masks, (fresh,))
+
+
+def test_a_shared_bias_takes_the_mean_of_all_readers_and_stays_zero_where_it_is_masked():
+    captured, x, _ = shared("two scales")
+    masks = cut(captured)
+    made = recover(captured, masks, (x,))
+    kept = masks["shared.bias"]
+    assert not torch.equal(made.state["shared.bias"][kept], captured.state["shared.bias"][kept])
+    assert torch.equal(made.state["shared.bias"][~kept], captured.state["shared.bias"][~kept])
+
+
+def test_a_reader_without_a_rule_leaves_the_weight_with_the_reason():
+    torch.manual_seed(0)
+    x = torch.randn(60, 6)
+    captured = capture(Mixed().eval(), (x[:3],))
+    masks = {"a.weight": torch.arange(16).lt(8).unsqueeze(1).expand(16, 6), "a.bias": torch.arange(16).lt(8)}
+    made = recover(captured, masks, (x,))
+    told = [f.reason for f in made.fitted if f.name == "b.weight"]
+    assert any("2 operators read it, of which there is no rule for aten.tanh" in reason for reason in told)
+    assert torch.equal(made.state["b.weight"], captured.state["b.weight"])
+    assert {f.name: f.reason for f in made.fitted}["c.weight"] == ""
+
+
+def test_single_masked_weights_of_several_readers_stay_and_say_why():
+    captured, x, _ = shared("two scales")
+    draw = torch.Generator().manual_seed(0)
+    masks = {"shared.weight": torch.rand(captured.state["shared.weight"].shape, generator=draw) > 0.4}
+    masks["stem.weight"] = torch.arange(12).lt(6).reshape(12, 1, 1, 1).expand(12, 3, 3, 3)
+    made = {f.name: f.reason for f in recover(captured, masks, (x,)).fitted}
+    assert made["shared.weight"] == "2 operators read it, and single weights of it are masked"
 
 
 def test_tied_names_get_one_value():
@@ -469,6 +573,25 @@ def test_activations_that_are_not_finite_leave_the_weight_with_a_reason():
     assert {f.name: f.reason for f in made.fitted}["c.weight"] == "it reads or gave values that are not finite"
     assert torch.equal(made.state["c.weight"], captured.state["c.weight"])
     assert all(bool(v.isfinite().all()) for v in made.state.values())
+
+
+class Unreached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.never, self.b = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+def test_a_layer_that_is_never_reached_stays_and_says_so():
+    torch.manual_seed(0)
+    captured = capture(Unreached(), (torch.randn(2, 6),))
+    kept = torch.arange(8).lt(4)
+    masks = {"a.weight": kept.unsqueeze(1).expand(8, 6), "a.bias": kept, "never.weight": kept.expand(8, 8)}
+    made = recover(captured, masks, (torch.randn(40, 6),))
+    assert {f.name: f.reason for f in made.fitted} == {"b.weight": "", "never.weight": "no operator reads it"}
+    assert torch.equal(made.state["never.weight"], captured.state["never.weight"])
 
 
 class Windows(nn.Module):

@@ -1,9 +1,11 @@
 """Stage 2: the ladder of recovery, each rung kept only where the calibration part says that it helps."""
 
+import csv
 from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from foundation.files import save_tensors
@@ -138,6 +140,47 @@ def test_too_few_images_are_said_and_leave_the_model(stage, digits):
     made = stage(halved(), few, recover="closed-form")
     assert (made.rungs[1].name, made.rungs[1].kept) == ("closed form", False)
     assert "4 images are too few" in made.rungs[1].why
+
+
+def test_fewer_rows_than_columns_are_told_and_do_no_harm(stage, digits):
+    few = replace(digits, train=data.parts.picked(digits.train, torch.arange(12)))
+    made = stage(halved(), few, recover="closed-form")
+    assert made.calibration_accuracy >= made.rungs[0].accuracy
+    assert made.rungs[1].kept
+    with (made.folder / "fitted.csv").open() as file:
+        head = next(line for line in csv.DictReader(file) if line["name"] == "9.weight")
+    assert (int(head["rows"]), int(head["columns"])) == (12, 48)
+
+
+def given(digits, change):
+    """The training part with `change` made to every batch of its images."""
+    real = digits.train
+    split = type(real)(real.labels, lambda chunks: (change(images) for images in real.stream(chunks)))
+    return replace(digits, train=split)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [torch.zeros_like, lambda images: images[:1].expand_as(images).clone()],
+    ids=["constant", "repeated"],
+)
+def test_images_that_say_nothing_do_no_harm(stage, digits, change):
+    made = stage(halved(), given(digits, change), recover="closed-form")
+    assert made.calibration_accuracy >= made.rungs[0].accuracy - 0.02
+    assert all(bool(value.isfinite().all()) for value in made.weights().values())
+
+
+def test_images_that_are_not_finite_are_told_in_one_line_and_leave_the_model(stage, digits, trained):
+    made = stage(halved(), given(digits, lambda images: images * float("nan")), recover="closed-form")
+    assert not made.rungs[1].kept
+    assert "nothing fitted: input 0 holds values that are not finite" in made.rungs[1].why
+    assert all(torch.equal(value, trained[name]) for name, value in made.weights().items())
+
+
+@pytest.mark.parametrize("samples", [0, 9, -1])
+def test_no_images_to_fit_on_are_refused_before_anything_is_spent(samples):
+    with pytest.raises(ValidationError, match="greater than or equal to 10"):
+        FinetuneSection(samples=samples)
 
 
 def of(correct, loss):
