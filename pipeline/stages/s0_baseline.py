@@ -10,6 +10,7 @@ from torch import nn
 
 from exporters import host
 from exporters.export import to_onnx
+from foundation.errors import WeightsError
 from foundation.files import save_tensors
 from pipeline.artifacts.eager import Baseline
 from pipeline.channels.program.capture import capture
@@ -91,7 +92,14 @@ def _fill(
         progress.say(f"  weights: {weights.load_pretrained(model, source)}")
         return "pretrained", 0.0
     if cfg.weights not in ("auto", "train"):
-        loaded = weights.load_weights(model, cfg.weights)
+        try:
+            loaded = weights.load_weights(model, cfg.weights)
+        except WeightsError as error:
+            if data.labelled:
+                raise
+            # Nothing told the model how many classes there are, so that this is what is wrong most often.
+            hint = "Is it a checkpoint of this very model? Of another number of classes: --set data.classes=NUMBER"
+            raise WeightsError(error.message, hint) from error
         progress.say(f"  weights: {cfg.weights} ({loaded})")
         return str(Path(cfg.weights).name), 0.0
     if cfg.weights == "auto" and not source.initial:

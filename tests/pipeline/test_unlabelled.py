@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import data
 from pipeline.artifacts import Baseline
 from pipeline.cli import main
+from pipeline.release import store
 from pipeline.training import loop
 from pipeline.training.defaults import default_settings
 from tests.pipeline.chain import QUICK, TINY, figures, said
@@ -136,6 +137,18 @@ def test_what_needs_labels_is_refused_before_anything_is_spent(tmp_path, images,
     text = said(tmp_path, "deploy", model, "--data", f"npz:{images}", *words, code=2)
     assert says in text
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_number_of_classes_are_told_how_to_be_taken(tmp_path, images, weights):
+    state = load_file(weights)
+    state["head.weight"], state["head.bias"] = state["head.weight"][:4].clone(), state["head.bias"][:4].clone()
+    fewer = tmp_path / "four.safetensors"
+    save_file(state, fewer)
+    words = [*CHAIN, "--data", f"npz:{images}", "--weights", str(fewer), "--until", "baseline"]
+    assert "--set data.classes=NUMBER" in said(tmp_path / "out", *words, code=2)
+    said(tmp_path / "out", *words, "--set", "data.classes=4")
+    made = Baseline.load(tmp_path / "out" / "tiny" / store.PARTIAL / "0-baseline")
+    assert made.answers()[1] == 4
 
 
 def test_classes_are_for_data_without_labels(tmp_path):
