@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -191,13 +191,7 @@ def similarity(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any
 
     cosines: list[Array] = []
     ranks: list[Array] = []
-    for x, _ in batches:
-        left, right = first_output(reference, x), first_output(candidate, x)
-        if left.shape != right.shape or left.ndim < 2:
-            raise ValidationError(f"Outputs of shape {left.shape} and {right.shape} cannot be compared row by row.")
-        rows = [array.reshape(len(array), -1).astype(np.float64) for array in (left, right)]
-        if not all(np.isfinite(row).all() for row in rows):
-            raise ValidationError("An output holds NaN or infinity.", "Look at the parity report.")
+    for rows in _rows(reference, candidate, batches):
         cosines.append(_cosine(*rows))
         ranked = [rankdata(row, axis=1) for row in rows]
         ranks.append(_cosine(*(row - row.mean(1, keepdims=True) for row in ranked)))
@@ -211,6 +205,31 @@ def similarity(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any
         spearman=float(spearman.mean()),
         spearman_min=float(spearman.min()),
     )
+
+
+def cosine(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any, Any]]) -> float:
+    """Mean cosine, -1 to 1, of the first outputs (N, ...) of two models, sample by sample.
+
+    Raises ValidationError when there are no samples, shapes differ, or an output is not finite or all zero.
+    """
+    found = [_cosine(*rows) for rows in _rows(reference, candidate, batches)]
+    if not sum(map(len, found)):
+        raise ValidationError("There are no samples to compare on.", "Give at least one batch.")
+    return float(np.concatenate(found).mean())
+
+
+def _rows(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Array, Array]]:
+    """Both models' first outputs to each batch, (N, numbers) in float64; raises ValidationError as `similarity` does."""
+    for x, _ in batches:
+        left, right = first_output(reference, x), first_output(candidate, x)
+        if left.shape != right.shape or left.ndim < 2:
+            raise ValidationError(f"Outputs of shape {left.shape} and {right.shape} cannot be compared row by row.")
+        if not (np.isfinite(left).all() and np.isfinite(right).all()):
+            raise ValidationError("An output holds NaN or infinity.", "Look at the parity report.")
+        yield (
+            left.reshape(len(left), -1).astype(np.float64),
+            right.reshape(len(right), -1).astype(np.float64),
+        )
 
 
 def first_output(runner: Runner, x: Any) -> Array:

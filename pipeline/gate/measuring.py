@@ -35,6 +35,7 @@ from validators.accuracy import (
     agreement,
     chance_of_guessing,
     compare_accuracy,
+    cosine,
     evaluate,
     first_output,
     similarity,
@@ -239,12 +240,16 @@ def _with_labels(data: Data, runners: Mapping[str, OrtRunner], progress: Progres
 
 
 def _cosine(runners: Mapping[str, OrtRunner], data: Data) -> Measured | None:
-    """Mean cosine of the outputs of "shipped" with those of "dense", over test samples evenly spaced."""
+    """Mean cosine of the outputs of "shipped" with those of "dense", over test samples evenly spaced.
+
+    None where an output has no direction: zero, as the logits of a model that ends in a ReLU can be, or not finite.
+    """
     chosen = torch.linspace(0, len(data.test) - 1, min(COSINE_SAMPLES, len(data.test))).long()
     some = replace(data, test=picked(data.test, chosen))
-    return policy.exactly(
-        similarity(runners["dense"], runners["shipped"], some.batches("test", EVALUATION_BATCH)).cosine
-    )
+    try:
+        return policy.exactly(cosine(runners["dense"], runners["shipped"], some.batches("test", EVALUATION_BATCH)))
+    except ValidationError:
+        return None
 
 
 def _evaluated(

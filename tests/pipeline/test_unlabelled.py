@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import data
 from pipeline.artifacts import Baseline
 from pipeline.cli import main
+from pipeline.gate import measuring
 from pipeline.release import store
 from pipeline.training import loop
 from pipeline.training.defaults import default_settings
@@ -194,3 +196,16 @@ def test_files_from_elsewhere_agree_with_the_one_they_are_held_against(version, 
     assert "no labels" in told
     same = CliRunner().invoke(main, ["check", str(dense), str(dense), *words])
     assert same.exit_code == 0, same.output
+
+
+@pytest.mark.parametrize(("least", "alike"), [(0.0, None), (0.5, 1.0)])
+def test_outputs_without_a_direction_have_no_cosine_and_break_nothing_else(least, alike):
+    """Logits of a model that ends in a ReLU can all be zero for a sample."""
+
+    def infer(feed):
+        return {"y": np.full((len(feed["x"]), 3), least, np.float32)}
+
+    spec = SimpleNamespace(name="x", dtype="float32", shape=("n", 3, 16, 16))
+    runner = SimpleNamespace(name="m", inputs=[spec], infer=infer)
+    found = measuring._cosine({"dense": runner, "shipped": runner}, data.load("digits", input_size=SIZE))
+    assert (found and found.value) == (None if alike is None else pytest.approx(alike))
