@@ -219,7 +219,7 @@ def cosine(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any, An
 
 
 def _rows(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Array, Array]]:
-    """Both models' first outputs to each batch, (N, numbers) in float64; raises ValidationError as `similarity` does."""
+    """Both models' first outputs to each batch, (N, numbers) float64. Raises ValidationError as `similarity` does."""
     for x, _ in batches:
         left, right = first_output(reference, x), first_output(candidate, x)
         if left.shape != right.shape or left.ndim < 2:
