@@ -27,7 +27,8 @@ def _measuring_options(command: Any) -> Any:  # decorates any click command
     for option in reversed(
         [
             click.option(
-                "--data", help="Labelled data for accuracy: digits, imagefolder:PATH, npz:PATH, file.py:name."
+                "--data",
+                help="For accuracy, or without labels for agreement: digits, imagefolder:PATH, npz:PATH, file.py:name.",
             ),
             click.option("--input-size", help="C,H,W of one sample of the data, such as 3,224,224."),
             click.option("--threads", type=click.IntRange(1), default=1, help="onnxruntime threads for the latency."),

@@ -217,11 +217,11 @@ def contest(
 
 
 def _with_labels(data: Data, runners: Mapping[str, OrtRunner], progress: Progress) -> Data:
-    """`data`, and where it has no labels, the answers of the model "dense" to its test part in their place.
+    """`data`, and where it has neither labels nor answers yet, those of the model "dense" to its test part.
 
     Raises ValidationError where there is no such model, or an answer of it is not finite.
     """
-    if data.labelled:
+    if data.classes is not None:
         return data
     if "dense" not in runners:
         raise ValidationError(f"{data.name} has no labels, and there is no model to agree with.")

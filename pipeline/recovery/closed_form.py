@@ -13,7 +13,6 @@ import mmap
 import tempfile
 import time
 import weakref
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +27,10 @@ from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import last_uses
 from pipeline.recovery import regression, tied
 from pipeline.recovery.contractions import Contraction, contraction, weight_of
+from pipeline.recovery.sampling import batches, rows_wanted, seed_of
 
 aten = torch.ops.aten
 
-ROWS = 4096
-PER_COLUMN = 3
-"""A weight is fitted on `ROWS` rows or `PER_COLUMN` for each of its columns, where the samples have so many."""
-MOST = 1 << 26
-"""Numbers in the rows of one weight: a quarter of a gigabyte."""
 WALKS = 3
 """Where a weight has several readers; else one is all there is to do."""
 LARGEST_SPARSE = 1 << 31
@@ -44,8 +39,6 @@ conjugate gradients.
 """
 LEAST = 10
 """Samples, at the least: some of them are held back."""
-CHUNK = 32
-"""Samples that are computed at once."""
 ON_DISK = 2 << 30
 """Bytes of activations of both networks together, beyond which further ones are kept in a file that is mapped."""
 
@@ -248,11 +241,7 @@ class _Walk:
         self.captured, self.seed, self.start = captured, seed, start
         self.graph = captured.program.graph
         self.dies: dict[fx.Node, list[fx.Node]] = {}
-        self.names = {
-            spec.arg.name: spec.target
-            for spec in captured.program.graph_signature.input_specs
-            if spec.target is not None
-        }
+        self.names = captured.targets
         held: dict[str, Any] = {**captured.program.constants, **captured.program.state_dict, **captured.state}
         self.dense = {node: held[target] for node, target in self.names.items()}
         self.parameters = set(captured.program.graph_signature.inputs_to_parameters)
@@ -272,7 +261,7 @@ class _Walk:
         self.result: dict[str, Tensor] = {}
         self.fitted: list[Fitted] = []
         self.shelf = shelf
-        self.chunks = self._chunks(inputs)
+        self.chunks = list(zip(*(batches(captured, x) for x in inputs), strict=True))
         self.samples = samples = sum(len(chunk[0]) for chunk in self.chunks)
         # The samples held back lie anywhere in the data: it may be sorted by class.
         draw = torch.Generator().manual_seed(seed)
@@ -291,16 +280,6 @@ class _Walk:
             uses, order, self.untied[key] = tied.uses(nodes, weight)
             tie = _Tie(key, nodes[0], uses, order)
             self.uses.update({use.node: (tie, use) for use in uses})
-
-    def _chunks(self, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
-        count = len(inputs[0])
-        size = CHUNK if self.captured.dynamic_batch else len(self.captured.example[0])
-        starts = range(0, count - (0 if self.captured.dynamic_batch else size - 1), size)
-        chunks = [[x[start : start + size] for x in inputs] for start in starts]
-        if self.captured.dynamic_batch and len(chunks) > 1 and len(chunks[-1][0]) == 1:
-            last = chunks.pop()  # a batch of one is a case of its own to torch.export
-            chunks[-1] = [torch.cat([a, b]) for a, b in zip(chunks[-1], last, strict=True)]
-        return chunks
 
     def _key(self, node: fx.Node) -> Any:
         """The same for placeholders of tied tensors."""
@@ -407,7 +386,7 @@ class _Walk:
         ]
         target: Any = node.target
         if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
-            torch.manual_seed(self.seed + hash_of(node.name))  # the same noise in both networks, and in every run
+            torch.manual_seed(self.seed + seed_of(node.name))  # the same noise in both networks, and in every run
         for chunk in range(len(self.chunks)):
             args = {s: values[s][side][chunk] if s in values else fixed[s][side] for s in node.all_input_nodes}
             value = self._call(node, args)
@@ -520,17 +499,7 @@ class _Walk:
                 whole = torch.where(self.masks[bias.name], whole, torch.zeros_like(whole))
             self.result[self.names[bias.name]] = whole
             fixed[bias] = [fixed[bias][0], whole]
-        total = sum(fit.error_before for fit in made), sum(fit.error_after for fit in made)
-        self.fitted.append(
-            Fitted(
-                name=name,
-                rows=len(x),
-                columns=int(columns.sum(1).max()),
-                strength=made[0].strength,
-                error_before=total[0] / len(made),
-                error_after=total[1] / len(made),
-            )
-        )
+        self.fitted.append(_told(name, len(x), columns, made))
 
     def _thinned(self, node: fx.Node, fixed: dict[fx.Node, list[Any]]) -> bool:
         """Whether single weights of `node` are masked: then what is left of an output can make up for them."""
@@ -595,10 +564,9 @@ class _Walk:
         if axis and found.matrix:
             inputs, outputs = ([v.movedim(axis, 0) for v in side] for side in (inputs, outputs))
         count = found.count(outputs[0])
-        width = matrix.shape[2]
-        wanted = min(max(ROWS, PER_COLUMN * width), max(1, MOST // (matrix.shape[0] * width))) // share
+        wanted = rows_wanted(matrix.shape[0], matrix.shape[2]) // share
         each = min(count, -(-wanted // sum(len(x) for x in inputs)))
-        draw = torch.Generator().manual_seed(self.seed + 1 + hash_of(node.name))
+        draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(node.name))
         xs, ys, held, start = [], [], [], 0
         for x, y, chunk in zip(inputs, outputs, self.chunks, strict=True):
             # The same places of every sample of a chunk, others in the next.
@@ -719,14 +687,7 @@ class _Walk:
         for bias, shift in new_biases.items():
             shift = shift.flatten()
             new[bias] = torch.where(self.masks.get(bias.name, torch.tensor(True)), shift, 0.0)
-        return Fitted(
-            name=name,
-            rows=sum(len(x) for _, x, _, _ in tie.rows),
-            columns=int(kept.any(1).sum(1).max()),
-            strength=fits[0].strength,
-            error_before=sum(fit.error_before for fit in fits) / len(fits),
-            error_after=sum(fit.error_after for fit in fits) / len(fits),
-        )
+        return _told(name, sum(len(x) for _, x, _, _ in tie.rows), kept.any(1), fits)
 
     def _tied_bias(self, tie: _Tie, use: tied.Use, fixed: dict[fx.Node, list[Any]]) -> fx.Node | None:
         """The bias of a reader where readers of the same weight alone read it, by its first node."""
@@ -801,6 +762,18 @@ class _Walk:
             self.shelf.rest(value)
 
 
+def _told(name: str, rows: int, columns: Tensor, fits: Sequence[regression.Fit | tied.TiedFit]) -> Fitted:
+    """What became of a weight by the fits of its groups, their errors on average; `columns`: kept, (groups, all)."""
+    return Fitted(
+        name=name,
+        rows=rows,
+        columns=int(columns.sum(1).max()),
+        strength=fits[0].strength,
+        error_before=sum(fit.error_before for fit in fits) / len(fits),
+        error_after=sum(fit.error_after for fit in fits) / len(fits),
+    )
+
+
 def _not_real(*values: Tensor) -> str:
     """The reason where one of them does not hold real numbers."""
     real = all(v.is_floating_point() for v in values)
@@ -820,8 +793,3 @@ def _channels(kept: Tensor) -> bool:
 def _same(a: Any, b: Any) -> bool:
     """Whether two values of the model are one, or alike in every number."""
     return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
-
-
-def hash_of(name: str) -> int:
-    """A number of a node's name that is the same in every process."""
-    return zlib.crc32(name.encode())

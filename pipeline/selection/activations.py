@@ -7,8 +7,7 @@ draws.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +21,10 @@ from pipeline.channels.coupling.groups import Cluster
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import execute, feeds_of
 from pipeline.recovery.contractions import Contraction, contraction, weight_of
+from pipeline.recovery.sampling import batches, rows_wanted, seed_of
 
 SAMPLES = 512
 """Samples, at the most, that readers are observed on."""
-CHUNK = 32
-"""Samples that are computed at once, where the batch is free."""
-ROWS = 4096
-PER_COLUMN = 3
-"""Rows of a reader: so many, or so many for each of its columns, where the samples have them."""
-MOST_ROWS = 1 << 26
-"""Numbers in all rows of one reader; fewer positions are drawn beyond."""
 LARGEST_GRAM = 1 << 25
 """Numbers in one reader's Gram matrices (256 MiB in float64, 5,792 columns); a larger one is its diagonal."""
 ALL_GRAMS = 1 << 28
@@ -99,22 +92,6 @@ class ReaderInput:
         return matrix[:, 0] if bool((matrix == matrix[:, :1]).all()) else None
 
 
-def batches(captured: Captured, samples: Tensor) -> Iterator[Tensor]:
-    """`samples` in batches that the program takes; none of one sample, a case of its own to torch.export."""
-    if not captured.dynamic_batch:
-        size = len(captured.example[0])
-        if len(samples) < size:
-            samples = samples.repeat(-(-size // len(samples)), *[1] * (samples.dim() - 1))
-        yield from (samples[at : at + size] for at in range(0, len(samples) - size + 1, size))
-        return
-    if len(samples) == 1:
-        samples = torch.cat([samples, samples])
-    parts = [samples[at : at + CHUNK] for at in range(0, len(samples), CHUNK)]
-    if len(parts[-1]) == 1:
-        parts[-2:] = [torch.cat(parts[-2:])]
-    yield from parts
-
-
 def observe_readers(
     captured: Captured, clusters: Sequence[Cluster], samples: Tensor, *, grams: bool, seed: int = 0
 ) -> dict[str, tuple[ReaderInput, ...]]:
@@ -144,7 +121,7 @@ def observe_readers(
 
 def norm_scales(captured: Captured) -> frozenset[str]:
     """Parameters that scale what a norm gives, by every name they have."""
-    named = {s.arg.name: s.target for s in captured.program.graph_signature.input_specs if s.target is not None}
+    named = captured.targets
     found = set()
     for node in captured.program.graph.nodes:
         at = _SCALES.get(node.target)
@@ -186,8 +163,7 @@ class _Sums:
         else:
             count = self.fold.count(y)
         groups, width = self.shape
-        most = min(max(ROWS, PER_COLUMN * width), max(1, MOST_ROWS // (groups * width)))
-        each = -(-most // of) * (samples if self.fold.matrix else 1)
+        each = -(-rows_wanted(groups, width) // of) * (samples if self.fold.matrix else 1)
         places = torch.arange(count) if each >= count else torch.randperm(count, generator=draw)[:each]
         rows = self.fold.rows(x, places).flatten(0, 1).movedim(1, 0)  # groups, rows, columns
         self.rows += rows.shape[1]
@@ -232,7 +208,7 @@ def _watched(
     """Contraction -> its weight's name, its form, (groups, columns), names of its bias and of the mean of a norm behind
     it; only of weights that are `wanted`.
     """
-    named = {s.arg.name: s.target for s in captured.program.graph_signature.input_specs if s.target is not None}
+    named = captured.targets
     keys = {memory_of(name, captured.state[name]): name for name in wanted if name in captured.state}
     found = {}
     for node in captured.program.graph.nodes:
@@ -282,13 +258,13 @@ def _pass(captured: Captured, chunk: Tensor, sums: Mapping[fx.Node, _Sums], of: 
     def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target: Any = node.target
         if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
-            torch.manual_seed(seed + zlib.crc32(node.name.encode()))
+            torch.manual_seed(seed + seed_of(node.name))
         one = sums.get(node)
         x: Any = args[list(node.args).index(one.fold.x)] if one is not None else None
         made = target(*args, **kwargs)
         # Convolutions also take one sample without a dimension for the batch; nothing is counted of such.
         if one is not None and (one.fold.matrix or x.dim() == captured.state[one.weight].dim()):
-            draw = torch.Generator().manual_seed(seed + zlib.crc32(node.name.encode()))
+            draw = torch.Generator().manual_seed(seed + seed_of(node.name))
             one.add(x, made, len(chunk), of, draw)
         return made
 

@@ -25,7 +25,8 @@ from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import feeds_of, last_uses
 from pipeline.progress import Progress
-from pipeline.selection.activations import ReaderInput, batches
+from pipeline.recovery.sampling import batches
+from pipeline.selection.activations import ReaderInput
 from pipeline.selection.allocation import Budget, Removed, allocate, lowest, overridden, widths_allowed
 from pipeline.selection.criteria import Scores
 from pipeline.selection.refit import refitted
@@ -212,7 +213,7 @@ def _trials(analysis: Analysis, captured: Captured, clusters: Sequence[Cluster])
     """(the first node that changes when groups of a cluster go, cluster)."""
     nodes = list(captured.program.graph.nodes)
     users: dict[Hashable, int] = {}
-    named = {s.arg.name: s.target for s in captured.program.graph_signature.input_specs if s.target is not None}
+    named = captured.targets
     places = {node: at for at, node in enumerate(nodes)}
     for node in nodes:
         target = named.get(node.name) if node.op == "placeholder" else None
@@ -246,7 +247,7 @@ def _divergences(
 ) -> Iterator[tuple[_Trial, float]]:
     """The divergence of each trial; they come in the order of the first node that they change."""
     nodes = list(captured.program.graph.nodes)
-    named = {s.target: s.arg.name for s in captured.program.graph_signature.input_specs if s.target is not None}
+    named = captured.targets
     holders, values, dies = _start(captured, samples)
     dense = _log_shares(_finish(nodes, 0, dict(values), dies))
     at = 0
@@ -258,7 +259,7 @@ def _divergences(
         state = changed(trial).state
         other = {
             holders[arg]: state[target]
-            for target, arg in named.items()
+            for arg, target in named.items()
             if target in state and state[target] is not captured.state[target]
         }
         yield trial, _divergence(dense, _log_shares(_finish(nodes, at, {**values, **other}, dies)))

@@ -45,6 +45,12 @@ class Captured:
     state: Mapping[str, Tensor]
     dynamic_batch: bool = True
 
+    @property
+    def targets(self) -> dict[str, str]:
+        """Name of a placeholder -> name of the parameter, buffer or constant that it stands for; no inputs."""
+        specs = self.program.graph_signature.input_specs
+        return {spec.arg.name: spec.target for spec in specs if spec.target is not None}
+
     def with_state(self, state: Mapping[str, Tensor]) -> Captured:
         """The same graph over other values (names and shapes unchanged; names not given keep theirs).
 

@@ -15,6 +15,7 @@ from foundation.errors import ConfigError, DataError, ModelError
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.program.capture import capture
 from pipeline.data.parts import Data, Split
+from pipeline.recovery import sampling
 from pipeline.selection import activations, criteria
 from pipeline.selection.allocation import lowest
 from pipeline.selection.criteria import CRITERIA, Evidence, rank
@@ -310,7 +311,7 @@ def test_batches_add_up_to_what_one_gives(net, monkeypatch, count):
     _, data, analysis = net
     samples = data.sample("calibration", count)
     whole = activations.observe_readers(analysis.captured, analysis.clusters, samples, grams=True)
-    monkeypatch.setattr(activations, "CHUNK", 4)  # 21 = 5 * 4 + 1: the last one joins a batch, none is of one
+    monkeypatch.setattr(sampling, "CHUNK", 4)  # 21 = 5 * 4 + 1: the last one joins a batch, none is of one
     monkeypatch.setattr(activations, "WAITING", 100)
     parts = activations.observe_readers(analysis.captured, analysis.clusters, samples, grams=True)
     assert set(parts) == set(whole)
@@ -325,8 +326,8 @@ def test_positions_are_drawn_where_there_are_more_than_it_takes(net, monkeypatch
     model, data, analysis = net
     whole = observe(model, data, frozenset({"activations"}), analysis).readers["a.weight"][0]
     assert whole.rows == 21 * 36
-    monkeypatch.setattr(activations, "ROWS", 100)
-    monkeypatch.setattr(activations, "PER_COLUMN", 1)
+    monkeypatch.setattr(sampling, "ROWS", 100)
+    monkeypatch.setattr(sampling, "PER_COLUMN", 1)
     few = [observe(model, data, frozenset({"activations"}), analysis, seed=s).readers["a.weight"][0] for s in (0, 0, 1)]
     assert few[0].rows == 21 * 5
     assert torch.equal(few[0].mean, few[1].mean)
