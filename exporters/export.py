@@ -61,14 +61,16 @@ def to_onnx(
     input_names: Sequence[str] = ("input",),
     output_names: Sequence[str] | None = None,
     dynamic_batch: bool = True,
+    free: Sequence[Mapping[int, str]] = (),
     one_file_limit: int = ONE_FILE_LIMIT,
 ) -> OnnxFile:
     """Write `program` to `path` as ONNX, whole or not at all, and check it with shape inference.
 
     A module is captured first with `example`, one tensor per input, batch first; with `dynamic_batch` the first
     dimension of every input is free. An exported program brings its own shapes, which must agree with `dynamic_batch`.
-    Outputs are named "output", or "output_0", "output_1", ... when there are several. `metadata` is kept in the file.
-    Weights of more than `one_file_limit` bytes go to `<path>.data` beside it.
+    `free`: per input, its other dimensions that may have any size, and what they are called. Outputs are named
+    "output", or "output_0", "output_1", ... when there are several. `metadata` is kept in the file. Weights of more
+    than `one_file_limit` bytes go to `<path>.data` beside it.
 
     Raises ExportError when the model is in training mode, cannot be captured or translated, has other inputs or outputs
     than named, or the file cannot be written or does not pass the check. Nothing is printed: warnings are returned.
@@ -79,14 +81,14 @@ def to_onnx(
     path = Path(path)
     # torch.export prints the code that it could not capture to stderr; its exception says the same.
     with quiet("torch", "onnxscript", "onnx_ir") as said, redirect_stderr(io.StringIO()):
-        exported = program if isinstance(program, ExportedProgram) else _capture(program, example, dynamic_batch)
+        exported = program if isinstance(program, ExportedProgram) else _capture(program, example, dynamic_batch, free)
         if (name := _half(exported)) is not None:
             raise ExportError(
                 f"'{name}' is in bfloat16, for which onnxruntime has no CPU kernels.", "Export model.float()."
             )
         model = _translate(exported, opset)
     _name(model, input_names, output_names)
-    _name_batch(model, dynamic_batch)
+    _name_sizes(model, dynamic_batch, free)
     # Node metadata holds the author's source lines and folders, which are nobody else's business.
     ClearMetadataAndDocStringPass()(model)
     model.metadata_props.update(metadata)
@@ -96,15 +98,20 @@ def to_onnx(
     )
 
 
-def _capture(module: nn.Module, example: tuple[Tensor, ...], dynamic_batch: bool) -> ExportedProgram:
+def _capture(
+    module: nn.Module, example: tuple[Tensor, ...], dynamic_batch: bool, free: Sequence[Mapping[int, str]]
+) -> ExportedProgram:
     if module.training:
         raise ExportError("The model is in training mode.", "Call model.eval() first.")
-    shapes: tuple[dict[int, Dim] | None, ...] | None = None
+    shapes: tuple[dict[int, Any] | None, ...] | None = None
     if dynamic_batch:
         batch = Dim(BATCH, min=1)
         # torch.export takes a dimension of 1 for a constant, so the example needs at least two samples.
         example = tuple(torch.cat([x, x]) if x.dim() and len(x) == 1 else x for x in example)
-        shapes = tuple({0: batch} if x.dim() else None for x in example)
+        shapes = tuple(
+            {0: batch, **dict.fromkeys(free[number] if free else (), Dim.DYNAMIC)} if x.dim() else None
+            for number, x in enumerate(example)
+        )
     try:
         return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export lets errors of any kind through
@@ -203,12 +210,14 @@ def _values(graph: ir.Graph) -> list[ir.Value]:
     return [*graph.initializers.values(), *made]
 
 
-def _name_batch(model: ir.Model, dynamic_batch: bool) -> None:
-    """Call the free first dimension "batch" everywhere, whatever symbol torch.export gave it."""
+def _name_sizes(model: ir.Model, dynamic_batch: bool, free: Sequence[Mapping[int, str]]) -> None:
+    """Call the free first dimension "batch" everywhere, and other free ones by their names, whatever symbols
+    torch.export gave them.
+    """
     import onnx_ir as ir
 
-    symbols: dict[str, None] = {}
-    for value in model.graph.inputs:
+    symbols: dict[str, str] = {}
+    for number, value in enumerate(model.graph.inputs):
         if value.shape is None or not len(value.shape):
             continue
         size = value.shape[0]
@@ -218,16 +227,24 @@ def _name_batch(model: ir.Model, dynamic_batch: bool) -> None:
                 f"The batch of input {value.name} is {given} ({size}).",
                 f"Export the program with a {advice} batch, or pass dynamic_batch={not dynamic_batch}.",
             )
-        if isinstance(size, ir.SymbolicDim):
-            symbols.setdefault(str(size.value))
+        named = {**({0: BATCH} if dynamic_batch else {}), **(free[number] if free else {})}
+        for place, name in named.items():
+            size = value.shape[place]
+            if not isinstance(size, ir.SymbolicDim):
+                raise ExportError(
+                    f"Dimension {place} of input {value.name} ({name}) is fixed at {size} by the model's own code.",
+                    "Leave it out of the free dimensions.",
+                )
+            symbols.setdefault(str(size.value), name)
     if not symbols:
         return
-    symbol = next(iter(symbols))
-    pattern = re.compile(rf"\b{re.escape(symbol)}\b")
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, symbols))})\b")
     for value in [*model.graph.inputs, *_values(model.graph)]:
         if value.shape is not None:
             value.shape = ir.Shape(
-                pattern.sub(BATCH, str(dim.value)) if isinstance(dim, ir.SymbolicDim) and dim.value else dim
+                pattern.sub(lambda found: symbols[found[0]], str(dim.value))
+                if isinstance(dim, ir.SymbolicDim) and dim.value
+                else dim
                 for dim in value.shape
             )
 

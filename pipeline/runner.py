@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +22,10 @@ from pipeline.artifacts.race import Optimized
 from pipeline.artifacts.verdict import Promoted, Validated
 from pipeline.data import find as datasets
 from pipeline.data.parts import Data
+from pipeline.data.samples import Reading
 from pipeline.gate import measuring
 from pipeline.models import find as models
+from pipeline.models.dense import dense
 from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.race.entrants import entrants
@@ -38,6 +40,9 @@ from pipeline.report import pages as report
 from pipeline.selection import criteria, schedules
 from pipeline.selection.choose import check_overrides
 from pipeline.stages.order import STAGES
+from pipeline.tasks import find as tasks
+from pipeline.tasks.entry import UnsuitedError, meet
+from pipeline.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def run(
     """Run the stages that have to run, reuse the others, seal the version; see `pipeline.deployment.deploy`."""
     first, last = _range(start, until)
     check(config)
-    source, dataset = sources(model, data, config)
+    source, dataset, task = sources(model, data, config)
     check_overrides(config.prune, source)
     folder = config.artifacts / (config.name or folder_name(model))
     with store.locked(folder, lambda: progress.say(f"Another run is building {folder}; waiting for it to end.")):
@@ -71,8 +76,8 @@ def run(
             with journal.locked(folder.parent):  # a pointer that is just being moved is none of what a kill left
                 store.tidy(folder)
         partial = store.open_partial(folder)
-        wires: dict[type, Any] = {ModelSource: source, Data: dataset, Progress: progress}
-        digests = {"model": source.fingerprint, "data": dataset.fingerprint}
+        wires: dict[type, Any] = {ModelSource: source, Data: dataset, Task: task, Progress: progress}
+        digests = {"model": source.fingerprint, "data": dataset.fingerprint, "task": records.digest(task.fingerprint)}
         done: list[tuple[StageRecord, str]] = []
         try:
             with store.disk_errors(folder):
@@ -82,7 +87,7 @@ def run(
                         digests["promoted"] = wires[Promoted].sha256
                     record, origin = _stage(stage, config, folder, wires, digests, number >= first, progress)
                     if _produces(stage) is Baseline and not dataset.labelled:
-                        wires[Data] = dataset.answered(*wires[Baseline].answers())
+                        wires[Data] = _with_answers(dataset, task, source, wires[Baseline])
                         digests["data"] = _answered(digests)
                     done.append((record, origin))
                 if last + 1 < len(STAGES):
@@ -114,27 +119,57 @@ def check(config: Config) -> None:
     schedules.find(config.prune.schedule)
     entrants(config.optimize)
     measuring.metrics(config.gate)
+    tasks.check(config.task)
 
 
-def sources(model: str | nn.Module | Callable[[], nn.Module], data: object, config: Config) -> tuple[ModelSource, Data]:
-    """The data set, and the model built for its classes and input size. Raises UserError when either is bad."""
+def sources(
+    model: str | nn.Module | Callable[[], nn.Module], data: object, config: Config
+) -> tuple[ModelSource, Data, Task]:
+    """Data set, model and task, tried together on one batch. Raises UserError when any is bad, or they do not fit."""
+    reading = Reading(
+        inputs=config.data.inputs,
+        target=config.data.target,
+        dims=config.data.dims,
+        targets=tasks.targets_of(config.task),
+        images=isinstance(model, str) and (":" not in model or model.startswith("timm:")),
+    )
+    try:
+        return _met(model, data, config, reading)
+    except UnsuitedError:
+        if reading.images:
+            raise
+        try:  # a matrix of floats may stand for an image of one channel
+            return _met(model, data, config, replace(reading, images=True))
+        except UserError:
+            pass
+        raise
+
+
+def _met(
+    model: str | nn.Module | Callable[[], nn.Module], data: object, config: Config, reading: Reading
+) -> tuple[ModelSource, Data, Task]:
     given = config.data.source if data is None else data
-    dataset = datasets.load(given, input_size=config.data.input_size, seed=config.seed)
+    dataset = datasets.load(given, input_size=config.data.input_size, seed=config.seed, reading=reading)
     classes = dataset.classes if dataset.labelled else config.data.classes
     if dataset.labelled and config.data.classes not in (None, classes):
+        has = f"labels of {classes} classes" if classes else "targets that are no class numbers"
         raise ConfigError(
-            f"data.classes is {config.data.classes}, and {dataset.name} has labels of {classes} classes.",
+            f"data.classes is {config.data.classes}, and {dataset.name} has {has}.",
             "Leave it out: it is for data without labels.",
         )
-    source = models.load(model, num_classes=classes, input_size=dataset.input_size, seed=config.seed)
+    named = dataset.inputs if all(one.name for one in dataset.inputs) else ()
+    source = models.load(model, num_classes=classes, input_size=dataset.input_size, seed=config.seed, fed=named)
+    source, dataset, task = meet(source, dataset, config.data, config.task)
     if not dataset.labelled:
         _check_unlabelled(config, source, dataset)
-    return source, dataset
+    if config.prune.method == "structured":
+        criteria.require_classes(config.prune.criterion, task.classes)
+    return source, dataset, task
 
 
 def _check_unlabelled(config: Config, source: ModelSource, dataset: Data) -> None:
     """Raise ConfigError for what cannot be done without labels."""
-    own = source.origin.weigh_values or not source.initial
+    own = source.origin.weigh_values or source.origin.brings or not source.initial
     if config.baseline.weights == "train" or (config.baseline.weights == "auto" and not own):
         raise ConfigError(
             f"{dataset.name} has no labels, so that {source.spec} cannot be trained on it.",
@@ -142,6 +177,13 @@ def _check_unlabelled(config: Config, source: ModelSource, dataset: Data) -> Non
         )
     if config.prune.method == "structured":
         criteria.require_labels(config.prune.criterion, dataset.labelled)
+
+
+def _with_answers(dataset: Data, task: Task, source: ModelSource, baseline: Baseline) -> Data:
+    """Data without labels, with what the dense model answers in their place."""
+    if not task.taught:
+        return dataset.answered(*baseline.answers())
+    return dataset.answered_by(dense(source, baseline))
 
 
 def _answered(digests: Mapping[str, str]) -> str:
@@ -155,9 +197,9 @@ def plan(
     """What `deploy` would run and what it would reuse. Nothing is written."""
     config = config or Config()
     check(config)
-    source, dataset = sources(model, data, config)
+    source, dataset, task = sources(model, data, config)
     folder = config.artifacts / (config.name or folder_name(model))
-    digests = {"model": source.fingerprint, "data": dataset.fingerprint}
+    digests = {"model": source.fingerprint, "data": dataset.fingerprint, "task": records.digest(task.fingerprint)}
     steps: list[Step] = []
     for stage in STAGES:
         name = _produces(stage).STAGE
@@ -219,6 +261,8 @@ def _producer(kind: type) -> str | None:
         return "model"
     if kind is Data:
         return "data"
+    if kind is Task:
+        return "task"
     if kind is Promoted:
         return "promoted"
     return next((_produces(stage).STAGE for stage in STAGES if _produces(stage) is kind), None)

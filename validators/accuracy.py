@@ -207,21 +207,25 @@ def similarity(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any
     )
 
 
-def cosine(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any, Any]]) -> float:
-    """Mean cosine, -1 to 1, of the first outputs (N, ...) of two models, sample by sample.
+def cosine(
+    reference: Runner, candidate: Runner, batches: Iterable[tuple[Any, Any]], *, output: str | None = None
+) -> float:
+    """Mean cosine, -1 to 1, of the outputs (N, ...) called `output`, or the first, of two models, sample by sample.
 
     Raises ValidationError when there are no samples, shapes differ, or an output is not finite or all zero.
     """
-    found = [_cosine(*rows) for rows in _rows(reference, candidate, batches)]
+    found = [_cosine(*rows) for rows in _rows(reference, candidate, batches, output)]
     if not sum(map(len, found)):
         raise ValidationError("There are no samples to compare on.", "Give at least one batch.")
     return float(np.concatenate(found).mean())
 
 
-def _rows(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Array, Array]]:
-    """Both models' first outputs to each batch, (N, numbers) float64. Raises ValidationError as `similarity` does."""
+def _rows(
+    reference: Runner, candidate: Runner, batches: Iterable[tuple[Any, Any]], output: str | None = None
+) -> Iterator[tuple[Array, Array]]:
+    """Both models' outputs to each batch, (N, numbers) float64. Raises ValidationError as `similarity` does."""
     for x, _ in batches:
-        left, right = first_output(reference, x), first_output(candidate, x)
+        left, right = (_output(runner, x, output) for runner in (reference, candidate))
         if left.shape != right.shape or left.ndim < 2:
             raise ValidationError(f"Outputs of shape {left.shape} and {right.shape} cannot be compared row by row.")
         if not (np.isfinite(left).all() and np.isfinite(right).all()):
@@ -235,6 +239,10 @@ def _rows(reference: Runner, candidate: Runner, batches: Iterable[tuple[Any, Any
 def first_output(runner: Runner, x: Any) -> Array:
     """The first output of a model for one batch, given as in `evaluate`."""
     return next(iter(runner.infer(_feed(runner, x)).values()))
+
+
+def _output(runner: Runner, x: Any, name: str | None) -> Array:
+    return first_output(runner, x) if name is None else runner.infer(_feed(runner, x))[name]
 
 
 def _cosine(left: Array, right: Array) -> Array:

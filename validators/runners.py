@@ -123,7 +123,8 @@ class OrtRunner:
 class TorchRunner:
     """A PyTorch module in eval mode, or an exported program, on the CPU.
 
-    The inputs' shapes and types are those of `example` (one tensor per input), with the first dimension free. Outputs
+    The inputs' shapes and types are those of `example` (one tensor per input), with the first dimension free,
+    and those that `free` names per input. Outputs
     are flattened in PyTorch's order and named `output_names`. While it runs, PyTorch uses `threads` threads inside an
     operator; the process's setting is restored afterwards.
     """
@@ -136,6 +137,7 @@ class TorchRunner:
         threads: int,
         input_names: Sequence[str] = ("input",),
         output_names: Sequence[str] = ("output",),
+        free: Sequence[Mapping[int, str]] = (),
         name: str = "torch",
     ) -> None:
         if isinstance(model, nn.Module) and model.training:
@@ -144,9 +146,10 @@ class TorchRunner:
             raise ValidationError(f"{len(example)} example tensors for {len(input_names)} input names.")
         self.name = name
         self.threads = threads
+        named = free or [{} for _ in example]
         self.inputs = tuple(
-            InputSpec(name=key, shape=("batch", *tensor.shape[1:]) if tensor.dim() else (), dtype=str(tensor.dtype)[6:])
-            for key, tensor in zip(input_names, example, strict=True)
+            InputSpec(name=key, shape=_shape_of(tensor, names), dtype=str(tensor.dtype)[6:])
+            for key, tensor, names in zip(input_names, example, named, strict=True)
         )
         self._outputs = tuple(output_names)
         # Guards would repeat the checks of the input at every call, for a little time that is not the model's.
@@ -184,6 +187,11 @@ def _session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
             if plain == path:
                 raise
             return ort.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
+
+
+def _shape_of(tensor: Tensor, free: Mapping[int, str]) -> tuple[int | str, ...]:
+    names = {0: "batch", **free}
+    return tuple(names.get(place, size) for place, size in enumerate(tensor.shape))
 
 
 def _tensor(array: Array) -> Tensor:

@@ -22,13 +22,15 @@ def row_for_every_query(editor: Editor, node: fx.Node) -> bool:
     query: Any = node.args[0]
     queries = editor.value(query).shape[-2]
     mask: Any = argument(node, "attn_mask")
-    if not isinstance(mask, fx.Node) or not isinstance(queries, int) or queries == 1:
+    if not isinstance(mask, fx.Node) or (isinstance(queries, int) and queries == 1):
         return False
     shape = editor.value(mask).shape
-    rows = shape[-2] if len(shape) > 1 else queries
+    rows = shape[-2] if len(shape) > 1 else 0  # of one dimension: broadcast in full
     if not isinstance(rows, int) or rows != 1:
         return False
     with editor.before(node):
+        if not isinstance(queries, int):  # as many as there are at run time
+            queries = editor.call(aten.sym_size.int, query, len(editor.value(query).shape) - 2)
         each = editor.call(aten.expand.default, mask, [*[-1] * (len(shape) - 2), queries, -1])
     editor.replace(mask, each, [node])
     return True

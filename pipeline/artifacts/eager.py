@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from foundation.errors import MaskError, WeightsError
 from foundation.files import read_tensors
@@ -71,8 +71,10 @@ class Baseline(Weighted):
 
     trained_here: bool
     weights_origin: str
-    accuracy: float
-    calibration_accuracy: float
+    score: float = Field(validation_alias=AliasChoices("score", "accuracy"))
+    score_name: str = "accuracy"
+    """Of the task's score that decides: on the test part, and on the calibration part."""
+    calibration_score: float = Field(validation_alias=AliasChoices("calibration_score", "calibration_accuracy"))
     params: int
     macs: int
     onnx_bytes: int
@@ -82,7 +84,7 @@ class Baseline(Weighted):
     training_seconds: float
 
     labelled: bool = True
-    """Whether the data has labels; without them, every accuracy is agreement with this model."""
+    """Whether the data has labels; without them, every score is agreement with this model."""
 
     def answers(self) -> tuple[dict[str, Tensor], int]:
         """What this model answers where the data has no labels: part -> class number per sample; and of how many.
@@ -133,7 +135,7 @@ class Pruned(Weighted):
     macs: int
     groups_cut: int
     groups: int
-    accuracy_after: float
+    score_after: float = Field(validation_alias=AliasChoices("score_after", "accuracy_after"))
     layers: tuple[Sparsity, ...]
     widths: tuple[WidthChange, ...]
     curves: CurveFacts | None = None
@@ -151,13 +153,13 @@ FITTED = "fitted.csv"
 class Rung(BaseModel):
     """One way of recovery that was tried, or not, and whether what it gave was kept.
 
-    `accuracy`: on the calibration part, share in 0..1; None where it was not climbed. `why`: in words.
+    `score`: on the calibration part; None where it was not climbed. `why`: in words.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    accuracy: float | None
+    score: float | None = Field(validation_alias=AliasChoices("score", "accuracy"))
     seconds: float
     kept: bool
     why: str
@@ -174,8 +176,8 @@ class Finetuned(Weighted):
     rungs: tuple[Rung, ...] = ()
     epochs: int
     best_epoch: int
-    accuracy: float
-    calibration_accuracy: float
+    score: float = Field(validation_alias=AliasChoices("score", "accuracy"))
+    calibration_score: float = Field(validation_alias=AliasChoices("calibration_score", "calibration_accuracy"))
     training_seconds: float
 
 
@@ -187,5 +189,5 @@ class Folded(Weighted):
     sparsity: float
     zeros: int
     params: int
-    accuracy: float
+    score: float = Field(validation_alias=AliasChoices("score", "accuracy"))
     max_abs_diff_to_masked: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from pipeline.artifacts.base import Artifact
 
@@ -29,9 +29,9 @@ class Candidate(BaseModel):
     `outcome`: "passed" = proven, and timed; "failed" = could not be made or is not the same function; "skipped" = this
     model or installation has none. `reason` says why it failed or was skipped, or why one that passed and is faster
     than the one that ships does not. `budget` is what it was proven by, at most `allowed` of it: float32 rounding
-    (`max_scaled`, the largest error over max(1, max|reference|)), or the accuracy on the calibration part
-    (`accuracy_drop_points` against the shrunk model, `accuracy_drop_points_dense` against the dense one; the larger
-    counts), with the mean `cross_entropy` there in nats. `session` holds the session configuration entries that it must
+    (`max_scaled`, the largest error over max(1, max|reference|)), or what the score loses on the calibration part
+    (`score_lost` against the shrunk model, `score_lost_dense` against the dense one; the larger
+    counts), with the mean `loss` there. `session` holds the session configuration entries that it must
     be loaded with. `file` is "" where it was not kept. Sizes in bytes, `zstd_bytes` only where the zeros stayed.
     """
 
@@ -49,9 +49,11 @@ class Candidate(BaseModel):
     session: dict[str, str] = Field(default_factory=dict)
     max_scaled: float | None = None
     top1_agreement: float | None = None
-    accuracy_drop_points: float | None = None
-    accuracy_drop_points_dense: float | None = None
-    cross_entropy: float | None = None
+    score_lost: float | None = Field(None, validation_alias=AliasChoices("score_lost", "accuracy_drop_points"))
+    score_lost_dense: float | None = Field(
+        None, validation_alias=AliasChoices("score_lost_dense", "accuracy_drop_points_dense")
+    )
+    loss: float | None = Field(None, validation_alias=AliasChoices("loss", "cross_entropy"))
     bytes: int = 0
     zstd_bytes: int | None = None
     load_ms: float | None = None
@@ -64,7 +66,7 @@ class Candidate(BaseModel):
 
     @property
     def reduced_precision(self) -> bool:
-        """Whether it is another function on purpose, so that its accuracy is judged and not float rounding."""
+        """Whether it is another function on purpose, so that its score is judged and not float rounding."""
         return self.budget == "accuracy"
 
 

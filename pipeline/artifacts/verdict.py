@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.artifacts.base import Artifact
 from validators.gates import Measured, Verdict
+from validators.scores_lost import ScoreLost
 
 
 class Hop(BaseModel):
@@ -53,6 +54,10 @@ class Validated(Artifact):
     accuracy_drop_points: float | None
     accuracy_drop_low: float | None
     accuracy_drop_high: float | None
+    task: str = Field("classification", description="what the model is for")
+    scores: tuple[ScoreLost, ...] = Field(
+        (), description="scores of dense and shipped, the first the one that is gated"
+    )
     labelled: bool = Field(True, description="whether the data has labels; without them, no accuracy is known")
     agreement: float | None = Field(None, description="share of test samples answered as the dense model does")
     cosine: float | None = Field(None, description="mean cosine of the outputs with the dense model's")
@@ -73,6 +78,26 @@ class Validated(Artifact):
     complete: bool = Field(True, description="whether no validator broke off")
     crashed: dict[str, str] = Field({}, description="validators that broke off, and why")
     promoted: str = Field("", description="the version that was current when this one was measured")
+
+    @property
+    def judged_score(self) -> ScoreLost | None:
+        """The score that is gated, of dense and shipped; None where none was measured, or agreement stands for it."""
+        if self.scores:
+            return self.scores[0]
+        low, high = self.accuracy_drop_low, self.accuracy_drop_high
+        if self.dense_accuracy is None or self.accuracy is None or self.accuracy_drop_points is None:
+            return None
+        drop = self.accuracy_drop_points
+        return ScoreLost(  # of a version made before there were tasks
+            name="accuracy",
+            dense=self.dense_accuracy,
+            shipped=self.accuracy,
+            samples=0,
+            share=True,
+            higher_is_better=True,
+            drop=Measured(value=drop, low=drop if low is None else low, high=drop if high is None else high),
+            p_value=1.0,
+        )
 
 
 @dataclass(frozen=True)

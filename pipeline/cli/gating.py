@@ -30,6 +30,11 @@ def _measuring_options(command: Any) -> Any:  # decorates any click command
                 "--data",
                 help="For accuracy, or without labels for agreement: digits, imagefolder:PATH, npz:PATH, file.py:name.",
             ),
+            click.option(
+                "--task",
+                default="auto",
+                help="What the data is for: classification, regression, ..., file.py:callable.",
+            ),
             click.option("--input-size", help="C,H,W of one sample of the data, such as 3,224,224."),
             click.option("--threads", type=click.IntRange(1), default=1, help="onnxruntime threads for the latency."),
             click.option("--batch", type=click.IntRange(1), default=1, help="Batch size for the latency."),
@@ -164,11 +169,13 @@ def _judge_files(
     """Measure files and judge them; `answers_only`: by what they answer to the data, if there is any, and no cost."""
     from pipeline.cli.building import size
     from pipeline.data import find as datasets
+    from pipeline.data.samples import Reading
     from pipeline.gate import foreign, measuring
-    from pipeline.gate.policy import answer_rules
     from pipeline.progress import TerminalProgress
     from pipeline.recipe.config import checked
     from pipeline.recipe.policy import GateSection
+    from pipeline.recipe.task import TaskSection
+    from pipeline.tasks import find as tasks
 
     foreign.existing((*files.values(), *([equal] if equal else []), *options["inputs"]))
     cfg = checked(
@@ -187,9 +194,21 @@ def _judge_files(
     )
     measuring.metrics(cfg)
     wanted = size(options["input_size"])
-    data = datasets.load(options["data"], input_size=wanted) if options["data"] else None
-    own = None if not answers_only else answer_rules(cfg, labelled=data.labelled) if data is not None else ()
-    made = foreign.judge_files(cfg, files, data, TerminalProgress(), equal=equal, given=given, rules=own, report=report)
+    section = TaskSection(name=options["task"])
+    tasks.check(section)
+    reading = Reading(targets=tasks.targets_of(section))
+    data = datasets.load(options["data"], input_size=wanted, reading=reading) if options["data"] else None
+    made = foreign.judge_files(
+        cfg,
+        files,
+        data,
+        TerminalProgress(),
+        equal=equal,
+        given=given,
+        answers_only=answers_only,
+        section=section,
+        report=report,
+    )
     return _tell(subject, "", made.verdict, made.notes, made.measurements, report)
 
 

@@ -15,6 +15,7 @@ from foundation.words import printable
 from pipeline.cli.group import OUT, main, plain
 
 if TYPE_CHECKING:
+    from pipeline.artifacts.verdict import Validated
     from pipeline.release.opening import Release
 
 
@@ -61,7 +62,7 @@ def list_(out: Path, as_json: bool, log: bool) -> None:
         click.echo(f"No versions in {out} yet. Start with: leanort deploy resnet50")
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("model", "version", "verdict", "accuracy", "latency", "of dense", "size"):
+    for column in ("model", "version", "verdict", "score", "latency", "of dense", "size"):
         table.add_column(column)
     for model, version, is_current, figures in rows:
         name = version + (" *" if is_current else "")
@@ -73,7 +74,7 @@ def list_(out: Path, as_json: bool, log: bool) -> None:
             name,
             figures.verdict.outcome,
             *_shown(
-                ("{:.1%}", figures.accuracy) if figures.labelled else ("{:.1%} as dense", figures.agreement),
+                _answers(figures),
                 ("{:.3g} ms", figures.latency_ms),
                 ("{:.2f}", figures.latency_ratio),
                 ("{:.3g} MB", _millions(figures.bytes)),
@@ -298,6 +299,15 @@ def _millions(count: int | None) -> float | None:
     return None if count is None else count / 1e6
 
 
+def _answers(checked: Validated) -> tuple[str, float | None]:
+    """How a version's answers are told in a list: its score by name, or its agreement with dense."""
+    score = checked.judged_score
+    if score is None:
+        return ("{:.1%}", None) if checked.labelled else ("{:.1%} as dense", checked.agreement)
+    name = "" if score.name == "accuracy" else f" {score.name}"
+    return ("{:.1%}" if score.share else "{:.4g}") + name, score.shipped
+
+
 def print_release(release: Release) -> None:
     """The verdict and the headline figures."""
     from pipeline.artifacts.eager import Baseline
@@ -309,16 +319,12 @@ def print_release(release: Release) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("", "dense", "shipped", ""):
         table.add_column(column, justify="left")
-    if checked.labelled:
-        lost = checked.accuracy_drop_points
-        table.add_row(
-            "accuracy",
-            *_shown(
-                ("{:.1%}", checked.dense_accuracy),
-                ("{:.1%}", checked.accuracy),
-                ("{:+.1f} points", None if lost is None else 0.0 - lost),
-            ),
-        )
+    score = checked.judged_score
+    if score is not None:
+        told = score.words(score.dense), score.words(score.shipped), score.change(score.drop.value)
+        table.add_row(score.name, *told)
+    elif checked.labelled:
+        table.add_row("accuracy", *_shown(("{:.1%}", None), ("{:.1%}", None), ("{:+.1f} points", None)))
     else:
         agreed = _shown(("{:.1%}", checked.agreement), ("cosine of the outputs {:.3f}", checked.cosine))
         table.add_row("agreement with dense", "", *agreed)

@@ -76,12 +76,12 @@ def from_arrays(given: Mapping[Part, tuple[Any, Any]], name: str, seed: int, lab
     splits: dict[Part, Split] = {p: stored(*read[p]) for p in PARTS if p in read}
     digests: dict[Part, list[bytes]] = {p: hashes(read[p][0]) for p in PARTS if p in read}
     parts, digests = cut_parts(splits, digests, seed, name)
-    seen = torch.cat(list(parts["train"].stream(blocks(range(len(parts["train"])), 1024))))
+    seen = torch.cat([x for (x,), _ in parts["train"].stream(blocks(range(len(parts["train"])), 1024))])
     mean = tuple(seen.mean((0, 2, 3)).tolist())
     std = tuple(value or 1.0 for value in seen.std((0, 2, 3)).tolist())  # a constant channel stays 0
     channels, height, width = seen.shape[1:]
     size = (channels, height, width)
-    return Raw(name, parts, labels, size, mean, std, digests, labelled=unlabelled == {False})
+    return Raw(name, parts, digests, labels, size, mean, std, labelled=unlabelled == {False})
 
 
 def _members(path: Path, wanted: Container[str]) -> tuple[dict[str, np.ndarray[Any, Any]], list[str]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,20 @@ from torch.utils.data import (
     Dataset,
 )
 
-from foundation.errors import DataError
-from pipeline.data.parts import PARTS, UNKNOWN, Augmentation, Data, Part, Split, picked
-from pipeline.models.source import Size
+from foundation.errors import DataError, first_line
+from pipeline.data.parts import (
+    ONE_IMAGE,
+    PARTS,
+    UNKNOWN,
+    Augmentation,
+    Data,
+    Fed,
+    Part,
+    Split,
+    image_split,
+    picked,
+)
+from pipeline.models.source import Input, Size
 
 TEST_SHARE = 0.2
 """Of a data set that comes in one piece."""
@@ -30,21 +42,31 @@ class Raw:
 
     name: str
     parts: dict[Part, Split]
-    labels: tuple[str, ...] | None
-    size: Size
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     digests: dict[Part, list[bytes]]
     """A hash per sample, to find the same sample in two parts; empty where the data is too large to be read first."""
+    labels: tuple[str, ...] | None = None
+    size: Size | None = None
+    """Channels, height, width of images that may be resized; None for anything else."""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     augmentation: Augmentation | None = None
     labelled: bool = True
-    """False: every label is `UNKNOWN`."""
+    """False: there are no targets; every class number, where there are such, is `UNKNOWN`."""
+    inputs: tuple[Input, ...] = ()
+    """What is no single image says what it is."""
+    fed: Fed = ONE_IMAGE
+    lengths: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def finish(raw: Raw, input_size: Size | None) -> Data:
     """Check labels, take duplicates out, fingerprint."""
-    size = input_size or raw.size
-    if size[0] != raw.size[0] and raw.size[0] != 1:
+    size = (input_size or raw.size) if raw.size is not None else None
+    if input_size is not None and raw.size is None:
+        raise DataError(
+            f"{raw.name} holds no images that could be resized to data.input_size.", "Leave data.input_size out."
+        )
+    if size is not None and raw.size is not None and size[0] != raw.size[0] and raw.size[0] != 1:
         raise DataError(
             f"{raw.name} has images of {raw.size[0]} channels, which cannot become {size[0]}.",
             f"Set data.input_size to {raw.size[0]} channels.",
@@ -53,26 +75,38 @@ def finish(raw: Raw, input_size: Size | None) -> Data:
     for part in PARTS:
         if not len(parts[part]):
             raise DataError(f"{raw.name}: the {part} part is empty.", "Give more data; the parts never share a sample.")
-    labels = _label_names(raw, parts) if raw.labelled else ()
-    digest = hashlib.sha256(repr((size, labels, raw.mean, raw.std, raw.augmentation)).encode())
+    numbered = all(parts[part].labels is not None for part in PARTS)
+    labels = _label_names(raw, parts) if raw.labelled and numbered else ()
+    inputs = raw.inputs or (Input("", size or ()),)
+    digest = hashlib.sha256(
+        repr((size, labels, raw.mean, raw.std, raw.augmentation, inputs, raw.fed.args, raw.fed.kwargs)).encode()
+    )
     for part in PARTS:
-        digest.update(part.encode() + parts[part].labels.numpy().tobytes())
+        numbers = parts[part].labels
+        digest.update(part.encode() + (b"" if numbers is None else numbers.numpy().tobytes()))
         for one in digests.get(part, ()):
             digest.update(one)
-    mean, std = ((values * size[0] if len(values) == 1 else values) for values in (raw.mean, raw.std))
+    for name, content in sorted(raw.files.items()):
+        digest.update(name.encode() + content)
+    wide = size[0] if size is not None else 1
+    mean, std = ((values * wide if len(values) == 1 else values) for values in (raw.mean, raw.std))
     return Data(
-        raw.name,
-        parts["train"],
-        parts["calibration"],
-        parts["test"],
-        labels,
-        size,
-        mean,
-        std,
-        digest.hexdigest(),
-        raw.augmentation,
-        notes,
-        raw.labelled,
+        name=raw.name,
+        train=parts["train"],
+        calibration=parts["calibration"],
+        test=parts["test"],
+        inputs=inputs,
+        fingerprint=digest.hexdigest(),
+        labels=labels,
+        mean=mean,
+        std=std,
+        augmentation=raw.augmentation,
+        notes=notes,
+        labelled=raw.labelled,
+        fed=raw.fed,
+        image_size=size,
+        lengths=raw.lengths,
+        files=raw.files,
     )
 
 
@@ -101,7 +135,8 @@ def _disjoint(raw: Raw) -> tuple[dict[Part, Split], dict[Part, list[bytes]], tup
 
 def _label_names(raw: Raw, parts: Mapping[Part, Split]) -> tuple[str, ...]:
     """Name every class, having checked that labels are 0..classes-1 and that there is something to tell apart."""
-    every = torch.cat([parts[part].labels for part in PARTS])
+    numbers = {part: _numbers(parts[part]) for part in PARTS}
+    every = torch.cat([numbers[part] for part in PARTS])
     low, high = int(every.min()), int(every.max())
     if raw.labels is None and high >= len(parts["train"]):  # before as many names are made
         raise DataError(
@@ -116,7 +151,7 @@ def _label_names(raw: Raw, parts: Mapping[Part, Split]) -> tuple[str, ...]:
             f"{raw.name} has the label {wrong}, outside 0..{len(names) - 1}.",
             "Number the classes from 0, without gaps.",
         )
-    counts = torch.bincount(parts["train"].labels, minlength=len(names))
+    counts = torch.bincount(numbers["train"], minlength=len(names))
     if int((counts > 0).sum()) < 2:
         raise DataError(f"{raw.name} has a single class in its training part.", "Give data of at least two classes.")
     absent = [names[i] for i in (counts == 0).nonzero().flatten().tolist()]
@@ -133,31 +168,50 @@ def as_float(pixels: Tensor) -> Tensor:
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
 
 
+def _numbers(split: Split) -> Tensor:
+    assert split.labels is not None
+    return split.labels
+
+
 def stored(pixels: Tensor, labels: Tensor) -> Split:
-    """A part that lies in memory, pixels (samples, channels, height, width)."""
-    return Split(labels, lambda chunks: (as_float(pixels[chunk]) for chunk in chunks))
+    """A part of images that lies in memory, pixels (samples, channels, height, width)."""
+    return image_split(labels, lambda chunks: (as_float(pixels[chunk]) for chunk in chunks))
 
 
 def listed(samples: Dataset[tuple[Tensor, int]], labels: Tensor, workers: int) -> Split:
-    """A part that is read sample by sample when needed."""
+    """A part of images that is read sample by sample when needed."""
 
-    def stream(chunks: Sequence[list[int]]) -> Iterator[Tensor]:
-        loader = DataLoader(
-            samples,
-            batch_sampler=chunks,
-            num_workers=workers if len(chunks) > 1 else 0,
-            generator=torch.Generator().manual_seed(0),  # otherwise it draws from the global one
-        )
-        try:
-            for images, _ in loader:
-                yield as_float(images)
-        except DataError as error:  # of a worker, the message is its whole traceback, and its last line the error
-            *above, last = error.message.strip().splitlines()
-            if not above:
-                raise
-            raise DataError(last.partition(f"{DataError.__name__}: ")[2] or last) from error
+    def images(chunks: Sequence[list[int]]) -> Iterator[Tensor]:
+        return (as_float(pixels) for pixels, _ in loaded(samples, chunks, workers))
 
-    return Split(labels, stream)
+    return image_split(labels, images)
+
+
+def loaded(
+    samples: Dataset[Any], chunks: Sequence[list[int]], workers: int, collate: Callable[[list[Any]], Any] | None = None
+) -> Iterator[Any]:
+    """The samples of each list of positions as one batch, read by `workers` processes where there is more than one."""
+    loader = DataLoader(
+        samples,
+        batch_sampler=chunks,
+        num_workers=workers if len(chunks) > 1 else 0,
+        generator=torch.Generator().manual_seed(0),  # otherwise it draws from the global one
+        collate_fn=collate,
+    )
+    try:
+        yield from loader
+    except DataError as error:  # of a worker, the message is its whole traceback, and its last line the error
+        *above, last = error.message.strip().splitlines()
+        if not above:
+            raise
+        raise DataError(last.partition(f"{DataError.__name__}: ")[2] or last) from error
+    except RuntimeError as error:
+        if "worker" not in str(error):
+            raise
+        raise DataError(
+            f"A process that reads the data died: {first_line(error)}",
+            "It may have run out of memory, or called sys.exit: try with num_workers=0.",
+        ) from error
 
 
 def cut_parts(
@@ -175,10 +229,11 @@ def cut_parts(
         whole, known = parts["train"], hashes.get("train", [])
         if not len(whole):
             raise DataError(f"{name} is empty.", "Give a data set with samples in it.")
-        if set(whole.labels.tolist()) != {UNKNOWN} and len(set(whole.labels.tolist())) < 2:
+        numbers = torch.full((len(whole),), UNKNOWN) if whole.labels is None else whole.labels
+        if set(numbers.tolist()) != {UNKNOWN} and len(set(numbers.tolist())) < 2:
             raise DataError(f"{name} has a single class.", "Give data of at least two classes.")
-        count = test if part == "test" and test is not None else _share(whole.labels, share)
-        rest, taken = _cut(whole.labels, count, seed, name)
+        count = test if part == "test" and test is not None else _share(numbers, share)
+        rest, taken = _cut(numbers, count, seed, name)
         parts["train"], parts[part] = picked(whole, rest), picked(whole, taken)
         if len(known) == len(whole):
             hashes["train"], hashes[part] = [known[i] for i in rest], [known[i] for i in taken]

@@ -21,15 +21,15 @@ def read_digits() -> Raw:
     labels = torch.from_numpy(content.target).long()
     given: dict[Part, Split] = {"train": stored(pixels, labels)}
     parts, digests = cut_parts(given, {"train": hashes(pixels)}, 0, "digits", DIGITS_TEST)
-    seen = next(parts["train"].stream([list(range(len(parts["train"])))]))
+    (seen,), _ = next(parts["train"].stream([list(range(len(parts["train"])))]))
     names = tuple(str(name) for name in content.target_names)
     return Raw(
         "digits",
         parts,
+        digests,
         names,
         (1, 8, 8),
         (float(seen.mean()),),
         (float(seen.std()),),
-        digests,
         Augmentation(padding="zeros"),  # paper is 0
     )

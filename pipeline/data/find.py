@@ -14,6 +14,7 @@ from pathlib import Path
 from foundation.errors import DataError, nearest
 from pipeline.data.assemble import finish
 from pipeline.data.parts import Data
+from pipeline.data.samples import Reading
 from pipeline.models.inspection import accepted
 from pipeline.models.source import DEFAULT_SIZE, Size
 from pipeline.seeding import seeded
@@ -22,11 +23,12 @@ KINDS = ("imagefolder", "npz")
 """Words that stand before a path."""
 
 
-def load(spec: object, *, input_size: Size | None = None, seed: int = 0) -> Data:
+def load(spec: object, *, input_size: Size | None = None, seed: int = 0, reading: Reading | None = None) -> Data:
     """Find a data set, check it, and cut it into train, calibration and test.
 
     `input_size` (channels, height, width): images are resized to it; None keeps the data's own. `seed` decides the cut
-    where the data has none of its own (`digits` is always cut the same). Raises DataError if there is no such data set,
+    where the data has none of its own (`digits` is always cut the same). `reading` says which entries of a sample of
+    own code mean what. Raises DataError if there is no such data set,
     or it is empty, has a single class, holds NaN, has labels outside 0..classes-1, or samples of unequal shape.
     """
     if isinstance(spec, Data):
@@ -34,7 +36,7 @@ def load(spec: object, *, input_size: Size | None = None, seed: int = 0) -> Data
     if not isinstance(spec, str):
         from pipeline.data.objects import from_objects
 
-        return finish(from_objects(spec, f"object:{type(spec).__name__}", seed), input_size)
+        return finish(from_objects(spec, f"object:{type(spec).__name__}", seed, reading), input_size)
     kind, colon, rest = spec.partition(":")
     if spec == "digits":
         from pipeline.data.digits import DIGITS_SIZE, read_digits
@@ -55,7 +57,7 @@ def load(spec: object, *, input_size: Size | None = None, seed: int = 0) -> Data
         call, _ = load_callable(spec, DataError)
         with user_code(spec, DataError), seeded(seed):
             content = call(**accepted(call, input_size=input_size, seed=seed))
-        return finish(from_objects(content, spec, seed), input_size)
+        return finish(from_objects(content, spec, seed, reading), input_size)
     raise DataError(
         f"There is no data set {spec!r}.",
         nearest(kind, ("digits", *KINDS)) or "Give digits, imagefolder:PATH, npz:PATH or file.py:callable.",

@@ -142,7 +142,7 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
         digests[part] = [_file_digest(Path(file), whole <= HASHED_BYTES) for file, _ in renumbered]
     cut, hashes = cut_parts(parts, digests, seed, name)
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if size[0] == 3 else ((0.5,), (0.5,))
-    return Raw(name, cut, names or None, size, mean, std, hashes, Augmentation(), labelled=bool(names))
+    return Raw(name, cut, hashes, names or None, size, mean, std, Augmentation(), labelled=bool(names))
 
 
 def _image_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:

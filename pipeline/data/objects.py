@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -19,14 +20,26 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from foundation.errors import DataError, brief, nearest
-from pipeline.data.arrays import arrays, class_numbers, from_arrays, pixels_of
-from pipeline.data.assemble import Raw, cut_parts, listed
+from pipeline.data.arrays import class_numbers, from_arrays
+from pipeline.data.assemble import Raw, cut_parts, loaded
 from pipeline.data.imagefolder import SCANNED
-from pipeline.data.parts import PARTS, UNKNOWN, Part, Split
-from pipeline.models.extras import need
+from pipeline.data.parts import PARTS, UNKNOWN, Batch, Inputs, Part, Split, Target
+from pipeline.data.samples import (
+    Parting,
+    Reading,
+    Sample,
+    Shapes,
+    batched,
+    class_number,
+    digest_of,
+    input_tensor,
+    sliced,
+    target_tree,
+)
 from pipeline.models.from_code import user_code
 from pipeline.seeding import seeded
 
@@ -41,42 +54,74 @@ _SYNONYMS: dict[str, Part] = {
 }
 
 
-def from_objects(content: Any, name: str, seed: int) -> Raw:
+def from_objects(content: Any, name: str, seed: int, reading: Reading | None = None) -> Raw:
     """Data sets, loaders or arrays, labelled or not: one, a mapping of parts, or (train, test[, calibration])."""
+    reading = reading or Reading()
     given = _named_parts(content, name)
-    if all(_is_arrays(value) or isinstance(value, Tensor | np.ndarray) for value in given.values()):
+    if all(_is_images(value) for value in given.values()):
         pairs = {part: (value[0], value[1]) if _is_arrays(value) else (value, None) for part, value in given.items()}
         return from_arrays(pairs, name, seed, None)
+    return from_samples(given, name, seed, reading)
+
+
+def from_samples(given: Mapping[Part, Any], name: str, seed: int, reading: Reading) -> Raw:
+    """Data sets and loaders by part; every sample is read once (of large sets, some) and checked."""
+    parting = Parting(reading, name)
     parts: dict[Part, Split] = {}
     digests: dict[Part, list[bytes]] = {}
-    shapes: set[tuple[int, ...]] = set()
-    labelled: set[bool] = set()
+    shapes: Shapes | None = None
     names: tuple[str, ...] | None = None
     for part in PARTS:
         if part not in given:
             continue
         value = given[part]
         if _is_arrays(value):
-            value = TensorDataset(*arrays(value[0], value[1], f"{name} ({part})"))
-        samples, workers = _samples(value, f"{name} ({part})")
-        labels, digests[part], shape = _scan(samples, f"{name} ({part})", seed)
-        parts[part] = listed(samples, labels, workers)
-        labelled.add(bool(samples.labelled))
-        shapes.add(shape)
+            value = TensorDataset(*_alike_arrays(value, f"{name} ({part})"))
+        samples, workers = _samples(value, f"{name} ({part})", parting)
+        parts[part], digests[part], shapes = _scan(samples, workers, seed, shapes)
         with user_code(f"{name}: the names in .classes", DataError):
             classes = getattr(samples.source, "classes", None)
             if names is None and isinstance(classes, Sequence) and not isinstance(classes, str):
                 names = tuple(str(one) for one in classes)
-    if len(shapes) > 1:
-        raise DataError(f"{name}: the parts have different shapes: {sorted(shapes)}.", "Give parts of one shape.")
-    if len(labelled) > 1:
-        raise DataError(f"{name}: some parts have labels and others none.", "Give labels for all parts, or for none.")
+    if len({split.labels is None for split in parts.values()}) > 1:  # classes in one part, values in another
+        parts = {part: Split(split.count, split.stream) for part, split in parts.items()}
     cut, hashes = cut_parts(parts, digests, seed, name)
-    channels, height, width = shapes.pop()
+    assert shapes is not None and parting.fed is not None
+    inputs = shapes.inputs()
+    one = inputs[0]
     # What own code returns is what the model gets: its transforms have normalised already.
-    known = labelled == {True}
-    size, mean, std = (channels, height, width), (0.0,) * channels, (1.0,) * channels
-    return Raw(name, cut, names if known else None, size, mean, std, hashes, labelled=known)
+    image = len(inputs) == 1 and one.kind == "float" and len(one.shape) == 3 and not one.free
+    channels = one.shape[0] if image else 0
+    return Raw(
+        name,
+        cut,
+        hashes,
+        names if parting.labelled else None,
+        (one.shape[0], one.shape[1], one.shape[2]) if image else None,
+        (0.0,) * channels,
+        (1.0,) * channels,
+        labelled=bool(parting.labelled),
+        inputs=() if image and not one.name else inputs,
+        fed=parting.fed,
+        lengths=shapes.lengths(),
+    )
+
+
+def _is_images(value: Any) -> bool:
+    """Whether a part is arrays of images, with labels or without."""
+    x = value[0] if _is_arrays(value) else value
+    if not isinstance(x, Tensor | np.ndarray):
+        return False
+    whole = str(x.dtype).removeprefix("torch.") not in ("uint8", "float16", "float32", "float64")
+    return x.ndim == 4 or (x.ndim == 3 and not (whole and _is_arrays(value) and value[1].ndim > 1)) or x.ndim > 4
+
+
+def _alike_arrays(value: Sequence[Any], name: str) -> tuple[Tensor, ...]:
+    made = tuple(torch.as_tensor(np.asarray(one)) if isinstance(one, np.ndarray) else one for one in value)
+    if len({len(one) for one in made}) > 1:
+        sizes = " and ".join(str(len(one)) for one in made)
+        raise DataError(f"{name}: arrays of {sizes} samples.", "Give one target per sample.")
+    return made
 
 
 def _named_parts(content: Any, name: str) -> dict[Part, Any]:
@@ -105,115 +150,142 @@ def _is_arrays(value: Any) -> bool:
     )
 
 
-class _Samples(Dataset[tuple[Tensor, int]]):
-    """A data set of anybody's, each sample as (tensor, class number); `UNKNOWN` where it has no label."""
+class _Samples(Dataset[Any]):
+    """A data set of anybody's, each sample as it is (where a collate makes batches) or as tensors."""
 
-    def __init__(self, source: Any, indices: Sequence[int] | None, name: str) -> None:
-        self.source, self.name = source, name
+    def __init__(self, source: Any, indices: Sequence[int] | None, name: str, parting: Parting) -> None:
+        self.source, self.name, self.parting = source, name, parting
         with user_code(f"{name}: its length", DataError):
             self.indices = range(len(source)) if indices is None else indices
-        self.like: Tensor | None = None
-        """The first sample that was read: the others have its shape, and are bytes where it is."""
-        self.labelled: bool | None = None
-        """Whether the first sample that was read had a label: the others do as it does."""
+        self.collate: Callable[[list[Any]], Any] | None = parting.reading.collate
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def place(self, index: int) -> str:
+        """The sample, as messages call it."""
+        return f"{self.name}, sample {self.indices[index]}"
+
+    def raw(self, index: int) -> Any:
+        """A sample as the user's own code returns it."""
         number = self.indices[index]
-        place = f"{self.name}, sample {number}"
-        with user_code(place, DataError):
-            sample = self.source[number]
-        image, label = self._pair(sample, place)
-        if isinstance(image, Image.Image):
-            need("torchvision")
-            from pipeline.models import torchvision_operators  # noqa: F401  # before torchvision itself
+        try:
+            with user_code(self.place(index), DataError):
+                return self.source[number]
+        except DataError as error:
+            if isinstance(error.__cause__, IndexError):
+                raise DataError(
+                    f"{self.place(index)} is gone: the data set had {len(self)} samples before.", "Keep its length."
+                ) from error
+            raise
 
-            # isort: split
-            import torchvision
+    def __getitem__(self, index: int) -> Any:
+        return (index, self.raw(index)) if self.collate is not None else self.one(index)
 
-            image = torchvision.transforms.functional.pil_to_tensor(image)
-        if not isinstance(image, Tensor | np.ndarray) or image.ndim not in (2, 3):
-            what = tuple(image.shape) if isinstance(image, Tensor | np.ndarray) else type(image).__name__
-            raise DataError(f"{place} is {what}, not an image.", "Return tensors (channels, height, width).")
-        pixels = pixels_of(image, f"{place}: the image")
-        number = UNKNOWN if label is None else _class_number(label, place)
-        self.labelled = label is not None if self.labelled is None else self.labelled
-        if self.labelled != (label is not None):
-            odd, others = ("no label", "have one") if label is None else ("a label", "have none")
-            raise DataError(f"{place} has {odd}, others {others}.", "Give labels for all samples, or for none.")
-        return self._alike(pixels if pixels.ndim == 3 else pixels[None], place), number
-
-    @staticmethod
-    def _pair(sample: Any, place: str) -> tuple[Any, Any]:
-        """Image and label of a sample; the label is None where there is none: an image alone, (image,), or so given."""
-        if isinstance(sample, Image.Image | Tensor | np.ndarray):
-            return sample, None
-        if not isinstance(sample, tuple | list) or len(sample) not in (1, 2):
+    def one(self, index: int) -> Sample:
+        """The inputs and the target of a sample, without a dimension for the batch."""
+        place = self.place(index)
+        if self.collate is None:
+            return self._tensors(*self.parting(self.raw(index), place), place)
+        inputs, target = self.batch([(index, self.raw(index))])
+        if any(len(one) != 1 for one in inputs):
             raise DataError(
-                f"{place} is no pair (image, label).", "Return (image, label) from the data set, or the image alone."
+                f"{place}: the collate makes {len(inputs[0])} samples of one.",
+                "Let it return a batch with the samples in dimension 0.",
             )
-        return sample[0], sample[1] if len(sample) == 2 else None
+        return tuple(one[0] for one in inputs), None if target is None else sliced(target, 0)
 
-    def _alike(self, image: Tensor, place: str) -> Tensor:
-        """The image, having checked that it has numbers, and the shape and scale of the others."""
-        like = self.like = image if self.like is None else self.like
-        if not image.numel():
-            raise DataError(f"{place} has the shape {tuple(image.shape)}: no pixel.", "Leave it out.")
-        if image.shape != like.shape:
-            raise DataError(
-                f"{place} has the shape {tuple(image.shape)}, others {tuple(like.shape)}.",
-                "Resize all samples to one shape.",
-            )
-        if image.dtype != like.dtype:  # bytes go from 0 to 255, floats as a rule from 0 to 1
-            raise DataError(f"{place} is {image.dtype}, others {like.dtype}.", "Return one type of image.")
-        if not bool(image.isfinite().all()):
-            raise DataError(f"{place} holds NaN or infinity.", "Correct it or leave it out.")
-        return image
+    def batch(self, samples: list[Any]) -> Batch:
+        """Samples as a batch, by the user's own collate or by ours."""
+        if self.collate is None:
+            return batched(samples)
+        place = f"{self.place(samples[0][0])} and {len(samples) - 1} others"
+        with user_code(f"{place}: the collate", DataError):
+            made = self.collate([sample for _, sample in samples])
+        inputs, target = self._tensors(*self.parting(made, place), place, whole=True)
+        return tuple(one.float() / 255 if one.dtype == torch.uint8 else one for one in inputs), target
 
-
-def _class_number(label: Any, place: str) -> int:
-    try:
-        number = int(label)
-        if isinstance(label, str | bytes) or number != label or abs(number) >> 63:
-            raise ValueError("no whole number of 64 bits")
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # `label` can be an object of anybody's
-        raise DataError(f"{place}: {brief(label)} is no class number.", "Return whole numbers from 0.") from error
-    return number
+    def _tensors(self, leaves: Sequence[Any], target: Any, place: str, whole: bool = False) -> tuple[Inputs, Target]:
+        images = self.parting.reading.images and not whole
+        named = zip(self.parting.names, leaves, strict=True)
+        inputs = tuple(input_tensor(one, f"{place}: {name}" if name else place, images) for name, one in named)
+        return inputs, None if target is None else target_tree(target, place)
 
 
-def _samples(value: Any, name: str) -> tuple[_Samples, int]:
+class _Spooled(Dataset[Any]):
+    """Samples that can only be read one after the other, kept in a file without a name so that they have positions."""
+
+    def __init__(self, samples: Iterable[Any], name: str) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as this object
+        self.places: list[tuple[int, int]] = []
+        with user_code(name, DataError):
+            for sample in samples:
+                self._keep(sample, f"{name}, sample {len(self.places)}")
+        self.file.flush()
+
+    def _keep(self, sample: Any, place: str) -> None:
+        held = io.BytesIO()
+        torch.save(_kept(sample, place), held)
+        start = self.file.tell()
+        self.file.write(held.getbuffer())
+        self.places.append((start, held.tell()))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Any:
+        start, size = self.places[index]
+        # By position: processes that share the file share where it is read, too.
+        return torch.load(io.BytesIO(os.pread(self.file.fileno(), size, start)), weights_only=True)
+
+
+def _kept(sample: Any, place: str) -> Any:
+    """A sample with everything that is no text as tensors, so that it can be written and read without any code."""
+    if isinstance(sample, Mapping):
+        return {str(key): _kept(one, place) for key, one in sample.items()}
+    if isinstance(sample, tuple | list):
+        return tuple(_kept(one, place) for one in sample)
+    if sample is None or isinstance(sample, str | int | float | Tensor):
+        return sample
+    return target_tree(sample, place)
+
+
+def _samples(value: Any, name: str, parting: Parting) -> tuple[_Samples, int]:
     """See a loader or data set as samples with positions; also how many workers its loader had."""
-    workers, indices = 0, None
+    workers, indices, collate = 0, None, None
     if isinstance(value, DataLoader):
         sampler, workers = value.sampler, value.num_workers
-        if isinstance(sampler, SubsetRandomSampler):
+        collate = None if value.collate_fn is default_collate else value.collate_fn
+        if isinstance(value.dataset, IterableDataset):
+            indices = None
+        elif isinstance(sampler, SubsetRandomSampler):
             indices = list(sampler.indices)
-        elif not isinstance(value.dataset, IterableDataset) and not isinstance(
-            sampler, SequentialSampler | RandomSampler | WeightedRandomSampler
-        ):
+        elif not isinstance(sampler, SequentialSampler | RandomSampler | WeightedRandomSampler):
             raise DataError(
                 f"{name}: a loader with a {type(sampler).__name__}.", "Give the data set itself, or a Subset."
             )
         value = value.dataset
-    if isinstance(value, IterableDataset) or not (hasattr(value, "__getitem__") and hasattr(value, "__len__")):
-        raise DataError(
-            f"{name}: a {type(value).__name__} has no length and positions, so it cannot be cut and repeated.",
-            "Give a data set with __len__ and __getitem__, a DataLoader of one, or arrays (x, y).",
-        )
-    return _Samples(value, indices, name), workers
+        if collate is not None and collate.__module__.startswith("torch.utils.data"):  # of a loader without batches
+            collate = None
+    if not (hasattr(value, "__getitem__") and hasattr(value, "__len__")) or isinstance(value, IterableDataset):
+        if not hasattr(value, "__iter__"):
+            raise DataError(
+                f"{name}: a {type(value).__name__} has neither positions nor an order, so it cannot be read.",
+                "Give a data set with __len__ and __getitem__, an iterable, a DataLoader of one, or arrays (x, y).",
+            )
+        value = _Spooled(value, name)
+    samples = _Samples(value, indices, name, parting)
+    samples.collate = samples.collate or collate
+    return samples, workers
 
 
-def _scan(samples: _Samples, name: str, seed: int) -> tuple[Tensor, list[bytes], tuple[int, ...]]:
-    """Read every sample once (of large sets, some): labels, a hash of each, the shape they share."""
-    count = len(samples)
+def _scan(samples: _Samples, workers: int, seed: int, shapes: Shapes | None) -> tuple[Split, list[bytes], Shapes]:
+    """Read every sample once (of large sets, some): class numbers, a hash of each, what their inputs have in common."""
+    count, name, reading = len(samples), samples.name, samples.parting.reading
     if not count:
         raise DataError(f"{name} is empty.", "Give a data set with samples in it.")
     known: Tensor | None = None
-    if count > SCANNED:
+    if count > SCANNED and reading.targets != "values":
         with user_code(f"{name}: its targets", DataError):
             targets = getattr(samples.source, "targets", None)
             known = None if targets is None else class_numbers(targets, f"{name}: targets")
@@ -221,14 +293,28 @@ def _scan(samples: _Samples, name: str, seed: int) -> tuple[Tensor, list[bytes],
             raise DataError(f"{name}: targets names the class of {len(known)} samples only.", "Give one per sample.")
     chosen = range(count) if known is None else range(0, count, count // SCANNED + 1)
     digests: list[bytes] = []
-    labels: list[int] = []
-    shape: tuple[int, ...] = ()
+    numbers: list[int | None] = []
     with seeded(seed):  # random transforms draw the same each time, so the fingerprint is the same
         for position in chosen:
-            image, label = samples[position]
-            shape = tuple(image.shape)
-            digests.append(hashlib.sha256(image.contiguous().numpy().tobytes()).digest())
-            labels.append(label)
-    if known is None:
-        return torch.tensor(labels), digests, shape
-    return known[list(samples.indices)], digests, shape
+            inputs, target = samples.one(position)
+            shapes = shapes or Shapes(name, samples.parting.names, reading.dims)
+            shapes.add(inputs, samples.place(position))
+            digests.append(digest_of(inputs))
+            number = class_number(target) if target is not None else UNKNOWN
+            if reading.targets == "classes" and number is None:
+                raise DataError(
+                    f"{samples.place(position)}: {brief(target)} is no class number.",
+                    "Return whole numbers from 0, or name another task: --set task.name=regression",
+                )
+            numbers.append(number if reading.targets != "values" or target is None else None)
+    assert shapes is not None
+    labels: Tensor | None = None
+    if known is not None:
+        labels = known[list(samples.indices)]
+    elif all(number is not None for number in numbers):
+        labels = torch.tensor(numbers)
+
+    def stream(chunks: Sequence[list[int]]) -> Iterator[Batch]:
+        yield from loaded(samples, chunks, workers, samples.batch)
+
+    return Split(count, stream, labels), digests, shapes

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from pipeline.models.source import Size
+from pipeline.models.calling import Outputs, flattened
+from pipeline.models.source import Input, Size
 
 Part = Literal["train", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "test")
+
+Inputs = tuple[Tensor, ...]
+"""What a model is fed with, a tensor for each of `Data.inputs`, samples in dimension 0."""
+Target = Any
+"""What a sample should give: a tensor, or a mapping or list of tensors, samples in dimension 0; None where there is
+none.
+"""
+Batch = tuple[Inputs, Target]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -42,20 +54,46 @@ class Augmentation:
 
 
 UNKNOWN = -1
-"""Label of a sample without one; no loss takes it, so that none can be mistaken for a class."""
+"""Class number of a sample without one; no loss takes it, so that none can be mistaken for a class."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """One part: its labels, and how to read its images."""
+    """One part: how many samples, and how to read them."""
 
-    labels: Tensor
-    """Class numbers, int64, one per sample; `UNKNOWN` where nobody gave one."""
-    stream: Callable[[Sequence[list[int]]], Iterator[Tensor]] = field(repr=False)
-    """For lists of sample numbers, the float images of each, (batch, channels, height, width), any size."""
+    count: int
+    stream: Callable[[Sequence[list[int]]], Iterator[Batch]] = field(repr=False)
+    """For lists of sample numbers, the inputs and target of each list; images (batch, channels, height, width) of any
+    size.
+    """
+    labels: Tensor | None = None
+    """Class numbers, int64, one per sample, where they are known without reading the samples; they are the target then.
+    `UNKNOWN` where nobody gave one.
+    """
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.count
+
+
+def image_split(labels: Tensor, images: Callable[[Sequence[list[int]]], Iterator[Tensor]]) -> Split:
+    """A part of labelled images: `images` gives those of each list of sample numbers, float, any size."""
+    return Split(len(labels), lambda chunks: (((one,), None) for one in images(chunks)), labels)
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What the data hands to a model's forward: `args` tensors (or trees of them) by position, the others by name.
+
+    `tree`: of (arguments, keyword arguments), with a leaf for each input.
+    """
+
+    args: int
+    kwargs: tuple[str, ...]
+    tree: pytree.TreeSpec
+
+
+ONE_IMAGE = Fed(1, (), flattened((0,), {})[2])
+"""One tensor, by position."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +104,39 @@ class Data:
     train: Split
     calibration: Split
     test: Split
-    labels: tuple[str, ...]
-    """Name of each class; none while the data has no labels."""
-    input_size: Size
-    """Channels, height, width of what `batches` gives."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    """Per channel: batches are (image - mean) / std."""
+    inputs: tuple[Input, ...]
+    """What `batches` gives, in this order; the name is "" where the data gives none."""
     fingerprint: str
+    labels: tuple[str, ...] = ()
+    """Name of each class, where the targets are class numbers; none while the data has no labels."""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    """Per channel, of images: batches are (image - mean) / std; empty where nothing is done to them."""
     augmentation: Augmentation | None = None
     notes: tuple[str, ...] = ()
     """What the user should know, such as duplicates that were left out."""
     labelled: bool = True
-    """Whether the labels are the data's own; if not, they are unknown, or the answers of the dense model."""
+    """Whether the targets are the data's own; if not, there are none, or the answers of the dense model."""
+    fed: Fed = ONE_IMAGE
+    image_size: Size | None = None
+    """Channels, height, width that images are resized to; None for data that is no images, or has its own size."""
+    lengths: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Free dimension -> sizes that samples have: the usual one, the smallest, the largest."""
+    answer: Callable[[Inputs], Target] | None = field(default=None, repr=False, compare=False)
+    """Gives the target of a batch in place of the data's own: what the dense model answers."""
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    """Beside the model a bundle needs these to read raw inputs, by file name: a tokenizer, say."""
 
     @property
     def classes(self) -> int | None:
         """Number of classes; None while nothing says how many there are."""
         return len(self.labels) or None
+
+    @property
+    def input_size(self) -> Size | None:
+        """Channels, height, width where the model is fed one image, else None."""
+        shape = self.inputs[0].shape if len(self.inputs) == 1 and self.inputs[0].kind == "float" else ()
+        return (shape[0], shape[1], shape[2]) if len(shape) == 3 else None
 
     def answered(self, answers: Mapping[str, Tensor], classes: int) -> Data:
         """Data without labels, with what the dense model answers in their place.
@@ -93,6 +146,10 @@ class Data:
         parts = {part: replace(self.split(part), labels=answers.get(part, self.split(part).labels)) for part in PARTS}
         names = tuple(map(str, range(classes)))
         return replace(self, labels=names, train=parts["train"], calibration=parts["calibration"], test=parts["test"])
+
+    def answered_by(self, model: Callable[..., Outputs]) -> Data:
+        """Data whose targets are what `model` gives for each batch: a mapping of tensors."""
+        return replace(self, answer=lambda inputs: model(*inputs))
 
     def split(self, part: Part) -> Split:
         """One part by name."""
@@ -107,8 +164,8 @@ class Data:
         *,
         augment: bool = False,
         drop_last: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised images (batch, C, H, W) float32 and labels (batch,) int64.
+    ) -> Iterator[Batch]:
+        """Yield inputs, a tensor for each of `inputs` (images normalised, float32), and the target of each batch.
 
         Order and augmentation depend on `seed` alone, so give each epoch another one.
         """
@@ -118,19 +175,42 @@ class Data:
         chunks = blocks(order.tolist(), batch_size)
         if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch_size:
             chunks.pop()
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        for chunk, raw in zip(chunks, split.stream(chunks), strict=True):
-            images = _fit(raw, self.input_size)
-            if augment and self.augmentation is not None:
-                images = self.augmentation(images, generator)
-            yield (images - mean) / std, split.labels[chunk]
+        for chunk, (raw, target) in zip(chunks, split.stream(chunks), strict=True):
+            inputs = raw
+            if self.image_size is not None:
+                images = _fit(raw[0], self.image_size)
+                if augment and self.augmentation is not None:
+                    images = self.augmentation(images, generator)
+                inputs = (images, *raw[1:])
+            if self.mean:
+                mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+                inputs = ((inputs[0] - mean) / std, *inputs[1:])
+            if split.labels is not None:
+                target = split.labels[chunk]
+            yield inputs, target if self.answer is None else self.answer(inputs)
 
-    def sample(self, part: Part, count: int) -> Tensor:
-        """Return `count` images, evenly spaced over the part, as `batches` gives them."""
+    def arrays(self, part: Part, count: int) -> dict[str, Array]:
+        """`sample` as arrays by the inputs' names."""
+        return self.feed(self.sample(part, count))
+
+    def feed(self, inputs: Inputs) -> dict[str, Array]:
+        """A batch's inputs as arrays by name."""
+        return {one.name: value.numpy() for one, value in zip(self.inputs, inputs, strict=True)}
+
+    def feeds(self, part: Part, batch_size: int) -> Iterator[tuple[dict[str, Array], Target]]:
+        """`batches` with the inputs as arrays by name."""
+        return ((self.feed(inputs), target) for inputs, target in self.batches(part, batch_size))
+
+    def sample(self, part: Part, count: int) -> Inputs:
+        """Inputs of `count` samples, evenly spaced over the part, as `batches` gives them."""
+        return next(self.some(part, count).batches(part, count))[0]
+
+    def some(self, part: Part, count: int) -> Data:
+        """The same data with at most `count` samples of `part`, evenly spaced."""
         split = self.split(part)
         chosen = torch.linspace(0, len(split) - 1, min(count, len(split))).long()
-        one = replace(self, test=picked(split, chosen))
-        return next(one.batches("test", count))[0]
+        made: Data = replace(self, **{part: picked(split, chosen)})  # type: ignore[arg-type]
+        return made
 
 
 def _fit(images: Tensor, size: Size) -> Tensor:
@@ -144,10 +224,10 @@ def _fit(images: Tensor, size: Size) -> Tensor:
 def picked(split: Split, chosen: Tensor) -> Split:
     """The samples of `split` at the positions `chosen`."""
 
-    def stream(chunks: Sequence[list[int]]) -> Iterator[Tensor]:
+    def stream(chunks: Sequence[list[int]]) -> Iterator[Batch]:
         return split.stream([chosen[chunk].tolist() for chunk in chunks])
 
-    return Split(split.labels[chosen], stream)
+    return Split(len(chosen), stream, None if split.labels is None else split.labels[chosen])
 
 
 def blocks(positions: Sequence[int], size: int) -> list[list[int]]:

@@ -27,8 +27,8 @@ def sparsity_plot(layers: Sequence[Sparsity], path: Path) -> None:
     save(figure, path)
 
 
-def history_plot(history: Sequence[Epoch], best_epoch: int, path: Path) -> None:
-    """Draw loss and accuracy over the epochs, the best one marked; the suffix decides the format (.svg, .png)."""
+def history_plot(history: Sequence[Epoch], best_epoch: int, path: Path, score: str = "score") -> None:
+    """Draw loss and `score` over the epochs, the best one marked; the suffix decides the format (.svg, .png)."""
     from matplotlib.figure import Figure
 
     epochs = [one.epoch for one in history]
@@ -37,9 +37,9 @@ def history_plot(history: Sequence[Epoch], best_epoch: int, path: Path) -> None:
     left.plot(epochs, [one.loss for one in history], label="training")
     left.plot(epochs, [one.calibration_loss for one in history], label="calibration")
     left.set(xlabel="epoch", ylabel="loss")
-    right.plot(epochs, [100 * one.train_accuracy for one in history], label="training")
-    right.plot(epochs, [100 * one.calibration_accuracy for one in history], label="calibration")
-    right.set(xlabel="epoch", ylabel="accuracy, %")
+    right.plot(epochs, [one.train_score for one in history], label="training")
+    right.plot(epochs, [one.calibration_score for one in history], label="calibration")
+    right.set(xlabel="epoch", ylabel=score)
     for axes in (left, right):
         if best_epoch:
             axes.axvline(best_epoch, linestyle=":", color="grey", label="kept")

@@ -18,15 +18,18 @@ from pipeline.artifacts.eager import Baseline, Folded
 from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.artifacts.race import Candidate, Optimized
 from pipeline.artifacts.verdict import Hop
-from pipeline.channels.program.capture import Captured, capture
+from pipeline.channels.program.capture import Captured
 from pipeline.data.parts import Data
 from pipeline.gate import measuring
+from pipeline.models.feeding import answers_of, made_feeds
+from pipeline.models.graph import graph_of
 from pipeline.models.precise import SEEDS, Precise
 from pipeline.models.source import ModelSource, example
 from pipeline.recipe.policy import GateSection
-from validators.accuracy import compare_accuracy, evaluate
+from pipeline.tasks.evaluation import evaluate
+from pipeline.tasks.task import Task
 from validators.divergence import repro_pack
-from validators.feeds import BATCHES, Feed, drawn_batches, edge_feeds, random_feeds, real_feeds
+from validators.feeds import BATCHES, Feed, drawn_batches, real_feeds
 from validators.matching import Trail, first_unmatched, onnx_trail, torch_trail
 from validators.parity import ChainReport, Opener, ParityReport
 from validators.runners import OrtRunner, Runner, TorchRunner
@@ -70,7 +73,13 @@ def open_chain(
 
     def in_torch(name: str, program: nn.Module | ExportedProgram) -> Runner:
         return TorchRunner(
-            program, example=inputs, threads=torch.get_num_threads(), input_names=names, output_names=outputs, name=name
+            program,
+            example=inputs,
+            threads=torch.get_num_threads(),
+            input_names=names,
+            output_names=outputs,
+            free=source.free,
+            name=name,
         )
 
     def dense_in_torch() -> Runner:
@@ -90,20 +99,19 @@ def open_chain(
         OrtRunner(exported.onnx, threads=cfg.threads, optimize=False, name="exported"),
         OrtRunner(optimized.onnx, threads=cfg.threads, name="optimized", session=optimized.winner.session),
     ]
-    captured = capture(model, inputs)
+    captured = graph_of(model, source)
     precise = [Precise(captured, chain[0], outputs, seed) for seed in SEEDS]
     return Chain(chain, yardstick, precise, captured, small, names, outputs)
 
 
-def chain_feeds(cfg: GateSection, shipped: Runner, file: Path, data: Data) -> list[Feed]:
+def chain_feeds(cfg: GateSection, source: ModelSource, shipped: Runner, file: Path, data: Data) -> list[Feed]:
     """Seeded random, edge (zeros, large values) and real test samples, at batch 1, 3 and 8; random ones at two further
     sizes, drawn by the seed and the bytes of the shipped `file`, so that no file is made for the sizes that are tried.
     """
-    name = shipped.inputs[0].name
+    drawn = drawn_batches(cfg.seed + int(sha256(file)[:12], 16))
     return [
-        *random_feeds(shipped.inputs, seed=cfg.seed, batches=drawn_batches(cfg.seed + int(sha256(file)[:12], 16))),
-        *edge_feeds(shipped.inputs, seed=cfg.seed, batches=BATCHES),
-        *real_feeds({name: data.sample("test", max(BATCHES)).numpy()}, batches=BATCHES),
+        *made_feeds(shipped.inputs, source, seed=cfg.seed, batches=drawn, edges=BATCHES),
+        *real_feeds(data.arrays("test", max(BATCHES)), batches=BATCHES),
     ]
 
 
@@ -183,11 +191,12 @@ def divergence(
     return [f"{hop.candidate} {found.words}; see {REPRO}" if found else f"{hop.candidate}: differs only once loaded"]
 
 
-def precision_loss(cfg: GateSection, data: Data, exported: Exported, optimized: Optimized) -> float:
-    """Accuracy of the exported float file minus that of the shipped one on the test part, in points."""
+def precision_loss(cfg: GateSection, data: Data, task: Task, exported: Exported, optimized: Optimized) -> float:
+    """What the score loses from the exported float file to the shipped one on the test part: points, or per cent."""
     runners = (
         OrtRunner(exported.onnx, threads=cfg.threads, name="exported"),
         OrtRunner(optimized.onnx, threads=cfg.threads, name="shipped", session=optimized.winner.session),
     )
-    reports = [evaluate(runner, data.batches("test", measuring.EVALUATION_BATCH)) for runner in runners]
-    return compare_accuracy(*reports, seed=cfg.seed).drop.value
+    batch = min(measuring.EVALUATION_BATCH, task.batch)
+    found = [evaluate(task, answers_of(runner), data, "test", batch).score for runner in runners]
+    return task.score.lost(*found)

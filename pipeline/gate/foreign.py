@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from exporters.summary import external_files, read_graph
 from exporters.to_ort import session_of
@@ -18,6 +19,9 @@ from pipeline.data.parts import Data
 from pipeline.gate import measuring, policy
 from pipeline.progress import Progress
 from pipeline.recipe.policy import GateSection, Rule
+from pipeline.recipe.task import TaskSection
+from pipeline.tasks import find as tasks
+from pipeline.tasks.task import Task
 from validators.divergence import first_divergence, repro_pack
 from validators.feeds import BATCHES, Feed, real_feeds
 from validators.gates import Measured, Verdict
@@ -68,18 +72,22 @@ def judge_files(
     data: Data | None,
     progress: Progress,
     *,
+    section: TaskSection | None = None,
     equal: Path | None = None,
     given: Given | None = None,
-    rules: Sequence[Rule] | None = None,
+    answers_only: bool = False,
     report: Path | None = None,
 ) -> Judgement:
     """Measure the file "shipped" against "dense" (and "promoted"), and judge it; what cannot be measured fails.
 
-    `equal`: a file that must compute the same. `given` says more about the inputs. `rules` stand in place of the
-    policy's own. `report`: a folder that takes a repro pack where two files differ. Raises UserError where what is
-    given does not fit.
+    `equal`: a file that must compute the same. `given` says more about the inputs. `answers_only`: of the
+    policy's limits, only those on answers count. `report`: a folder that takes a repro pack where two files differ.
+    Raises UserError where what is given does not fit.
     """
     given = given or Given()
+    task: Task | None = None
+    if data is not None:
+        data, task = _met(data, section or TaskSection(), files.get("dense", files["shipped"]))
     if given.inputs and equal is None:
         raise ConfigError("--inputs are for comparing two files.", "Name the other one: --equal-to FILE.onnx")
     measurements: dict[str, Measured | None] = {}
@@ -103,7 +111,7 @@ def judge_files(
             graph = _graph(runner.path, *files.values())
             fit = suited(runner, graph=graph, batch=cfg.batch_size, sizes=given.sizes, ranges=given.ranges)
             sizes, ranges = sizes | fit[0], ranges | fit[1]
-    findings = measuring.contest(cfg, files, data, progress, sizes=sizes, ranges=ranges)
+    findings = measuring.contest(cfg, files, data, progress, task=task, sizes=sizes, ranges=ranges)
     crashed |= findings.crashed
     measurements |= findings.measurements
     notes += findings.notes
@@ -114,16 +122,57 @@ def judge_files(
     for name in counts:
         if name != "shipped":
             measurements |= measuring.against(counts["shipped"], counts[name], name)
+    judged = judged_by(task, data)
+    rules: Sequence[Rule] | None = None
+    if answers_only:
+        rules = policy.answer_rules(cfg, judged) if data is not None else ()
     verdict, left = policy.decide(
         cfg,
         measurements,
         hops=hops,
         promoted="promoted" in files,
-        labelled=data is None or data.labelled,
+        judged=judged,
         given=rules,
         crashed=crashed,
     )
     return Judgement(verdict, (*left, *notes), measurements)
+
+
+def judged_by(task: Task | None, data: Data | None) -> policy.Judged:
+    """What of the answers is judged."""
+    if task is None:
+        return policy.Judged(labelled=data is None or data.labelled)
+    return policy.Judged.of(task, labelled=data is None or data.labelled)
+
+
+def _met(data: Data, section: TaskSection, file: Path) -> tuple[Data, Task | None]:
+    """`data` with the names that the file gives its inputs, and what it is for; None: classes, by the first output."""
+    try:
+        runner = OrtRunner(file, threads=1, session=session_of(file))
+    except ValidationError:  # told where it is measured
+        return data, None
+    names = [spec.name for spec in runner.inputs]
+    given = [one.name for one in data.inputs]
+    if len(given) != len(names) or (all(given) and set(given) != set(names)):
+        raise DataError(
+            f"{file.name} takes {', '.join(names)}; {data.name} gives "
+            f"{', '.join(given) if all(given) else f'{len(given)} without names'}.",
+            "Give data with these inputs.",
+        )
+    if not all(given):
+        data = replace(data, inputs=tuple(replace(one, name=n) for one, n in zip(data.inputs, names, strict=True)))
+    if section.name == "auto" and section.output is None and data.labelled and data.classes is not None:
+        return data, None
+    feed, target = next(data.some("test", 2).feeds("test", 2))
+    try:
+        outputs = {name: torch.from_numpy(value) for name, value in runner.infer(feed).items()}
+    except ValidationError:
+        return data, None
+    first = next(iter(outputs.values()))
+    if section.name == "auto" and not data.labelled and data.input_size is not None and first.dim() == 2:
+        return data, None
+    target = target if data.labelled else None
+    return data, tasks.choose(section, data, outputs, target, file.name, image=data.input_size is not None)
 
 
 def _parity(
@@ -232,11 +281,11 @@ def _cast(path: Path, spec: InputSpec, array: Array) -> Array:
 
 def _real(runner: OrtRunner, data: Data) -> list[Feed]:
     """Test samples at every batch size that the model takes; none for a model that takes more than images."""
-    if len(runner.inputs) != 1 or not runner.inputs[0].dtype.startswith("float"):
+    batch = runner.inputs[0].shape[0]
+    if {spec.name for spec in runner.inputs} != {one.name for one in data.inputs}:
         return []
-    name, batch = runner.inputs[0].name, runner.inputs[0].shape[0]
     batches = (batch,) if isinstance(batch, int) else BATCHES
-    return real_feeds({name: data.sample("test", max(batches)).numpy()}, batches=batches)
+    return real_feeds(data.arrays("test", max(batches)), batches=batches)
 
 
 def digest(path: Path) -> str:

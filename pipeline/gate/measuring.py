@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,14 @@ import torch
 from exporters.summary import describe
 from exporters.to_ort import session_of
 from foundation.errors import ConfigError, UserError, ValidationError, first_line
-from pipeline.data.parts import Data, picked
+from pipeline.data.parts import Data
 from pipeline.gate import policy
 from pipeline.gate.policy import rules
+from pipeline.models.feeding import answers_of
 from pipeline.models.from_code import load_callable
 from pipeline.progress import Progress
 from pipeline.recipe.policy import GateSection, Policy
+from pipeline.tasks.task import Task
 from validators.accuracy import (
     AccuracyComparison,
     AccuracyReport,
@@ -46,6 +48,8 @@ from validators.gates import Measured
 from validators.latency import Bound, LatencyReport, race
 from validators.macs import count_macs
 from validators.runners import Array, OrtRunner
+from validators.scores import chance_of_dealing, compared, run
+from validators.scores_lost import ScoreLost
 from validators.structure import StructureReport, measure
 
 EVALUATION_BATCH = 64
@@ -93,6 +97,7 @@ class Findings:
     structure: dict[str, StructureReport] = field(default_factory=dict)
     accuracy: dict[str, AccuracyComparison] = field(default_factory=dict)
     similarity: dict[str, Similarity] = field(default_factory=dict)
+    scores: dict[str, tuple[ScoreLost, ...]] = field(default_factory=dict)
     measurements: dict[str, Measured | None] = field(default_factory=dict)
     crashed: Mapping[str, str] = field(default_factory=dict)
     labelled: bool = True
@@ -151,13 +156,15 @@ def contest(
     data: Data | None,
     progress: Progress,
     *,
+    task: Task | None = None,
     sizes: Mapping[str, int] | None = None,
     ranges: Mapping[str, tuple[int, int]] | None = None,
     sessions: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Findings:
     """Measure the file "shipped" against the others. `sizes` gives dynamic dimensions other than the batch.
 
-    `ranges` gives integer inputs their half-open range of values.
+    `task`: what the data is for; None: classes, by the first output. `ranges` gives integer inputs their half-open
+    range of values.
     `sessions` holds session configuration entries by model, where one needs others than its file asks for.
 
     Without `data` there is no accuracy. Whatever breaks off is in the findings' `crashed`; only UserError and a full
@@ -173,24 +180,23 @@ def contest(
     found: dict[str, Measured | None] = {}
     accuracy: dict[str, AccuracyComparison] = {}
     similarities: dict[str, Similarity] = {}
+    scores: dict[str, tuple[ScoreLost, ...]] = {}
     latency: LatencyReport | None = None
     structure: dict[str, StructureReport] = {}
     if runners.keys() == files.keys():  # else nothing that compares them can be told
         if data is not None:
-            with crashed.noted("accuracy"):
-                data = _with_labels(data, runners, progress)
-                reports = _evaluated(cfg, runners, data, progress, crashed)
-                own = reports["shipped"]
-                if data.labelled:
-                    found |= {"accuracy": policy.exactly(own.top1)}
-                    found |= {name: policy.exactly(float(np.mean(values))) for name, values in own.scores.items()}
-                for name in others:
-                    accuracy[name] = compare_accuracy(reports[name], own, seed=cfg.seed)
-                    found |= _lost(name, accuracy[name]) if data.labelled else {}
-                if "dense" in reports:
-                    found[policy.AGREEMENT] = agreement(reports["dense"], own)
-                    found[policy.GUESSED] = policy.exactly(chance_of_guessing(reports["dense"]))
-                    found[policy.COSINE] = _cosine(runners, data)
+            with crashed.noted("score" if task is not None and not task.classes else "accuracy"):
+                if task is not None and not task.classes:
+                    lost, judged = _scored(cfg, runners, data, task, progress)
+                    found |= judged
+                    scores |= lost
+                else:
+                    main = None if task is None else task.reads[0]
+                    data = _with_labels(data, runners, progress)
+                    reports = _evaluated(cfg, runners, data, main, progress, crashed)
+                    judged, accuracy = _answered(cfg, runners, data, reports, main)
+                    found |= judged
+                    scores |= {name: (_as_score(one),) for name, one in accuracy.items()}
                 similarities = _similarities(cfg, runners, data, crashed)
                 if "dense" in similarities:
                     asked = _similarities_of(cfg)
@@ -213,7 +219,74 @@ def contest(
             if name != "shipped":
                 found |= against(costs["shipped"], costs[name], name)
     labelled = data is None or data.labelled
-    return Findings(latency, structure, accuracy, similarities, found, crashed, labelled)
+    return Findings(latency, structure, accuracy, similarities, scores, found, crashed, labelled)
+
+
+def _answered(
+    cfg: GateSection,
+    runners: Mapping[str, OrtRunner],
+    data: Data,
+    reports: Mapping[str, AccuracyReport],
+    main: str | None,
+) -> tuple[dict[str, Measured | None], dict[str, AccuracyComparison]]:
+    """What classifiers' answers show, and "shipped" compared with each other one."""
+    found: dict[str, Measured | None] = {}
+    own = reports["shipped"]
+    if data.labelled:
+        found |= {"accuracy": policy.exactly(own.top1)}
+        found |= {name: policy.exactly(float(np.mean(values))) for name, values in own.scores.items()}
+    compared = {
+        name: compare_accuracy(report, own, seed=cfg.seed) for name, report in reports.items() if name != "shipped"
+    }
+    for name, one in compared.items():
+        found |= _lost(name, one) if data.labelled else {}
+    if "dense" in reports:
+        found[policy.AGREEMENT] = agreement(reports["dense"], own)
+        found[policy.GUESSED] = policy.exactly(chance_of_guessing(reports["dense"]))
+        found[policy.COSINE] = _cosine(runners, data, main)
+    return found, compared
+
+
+def _as_score(found: AccuracyComparison) -> ScoreLost:
+    return ScoreLost(
+        name="accuracy",
+        dense=found.dense,
+        shipped=found.shipped,
+        samples=found.samples,
+        share=True,
+        higher_is_better=True,
+        drop=found.drop,
+        p_value=found.p_value,
+    )
+
+
+def _scored(
+    cfg: GateSection, runners: Mapping[str, OrtRunner], data: Data, task: Task, progress: Progress
+) -> tuple[dict[str, tuple[ScoreLost, ...]], dict[str, Measured | None]]:
+    """The task's scores of "shipped" against each other model, and what a policy can limit of them."""
+    if task.taught and data.answer is None:
+        if "dense" not in runners:
+            raise ValidationError(f"{data.name} has no labels, and there is no model to be like.")
+        data = data.answered_by(answers_of(runners["dense"]))
+    progress.say(f"  {', '.join(score.name for score in task.scores)} on {len(data.test)} test samples")
+    batch = min(EVALUATION_BATCH, task.batch)
+    reports = {name: run(one, data.feeds("test", batch), task.scores) for name, one in runners.items()}
+    own = reports["shipped"]
+    found: dict[str, Measured | None] = {name: policy.exactly(one.value) for name, one in own.items()}
+    lost: dict[str, tuple[ScoreLost, ...]] = {}
+    for name, report in reports.items():
+        if name == "shipped":
+            continue
+        lost[name] = tuple(compared(score, report[score.name], own[score.name], seed=cfg.seed) for score in task.scores)
+        found |= {f"{one.name} vs {name}": one.drop for one in lost[name]}
+        found[f"{policy.SCORE} vs {name}"] = lost[name][0].drop
+    found[policy.SCORE] = found[task.score.name]
+    if "dense" in runners:
+        found[policy.GUESSED] = policy.exactly(
+            chance_of_dealing(runners["dense"], data.feeds("test", batch), task.score, seed=cfg.seed)
+        )
+        found[policy.COSINE] = _cosine(runners, data, task.reads[0])
+    return lost, found
 
 
 def _with_labels(data: Data, runners: Mapping[str, OrtRunner], progress: Progress) -> Data:
@@ -227,7 +300,7 @@ def _with_labels(data: Data, runners: Mapping[str, OrtRunner], progress: Progres
         raise ValidationError(f"{data.name} has no labels, and there is no model to agree with.")
     progress.say(f"  {data.name} has no labels: the dense model's answers stand in their place")
     answers: list[Array] = []
-    for x, _ in data.batches("test", EVALUATION_BATCH):
+    for x, _ in data.feeds("test", EVALUATION_BATCH):
         outputs = first_output(runners["dense"], x)
         if outputs.ndim != 2 or outputs.shape[1] < 2:
             raise ValidationError(
@@ -239,28 +312,33 @@ def _with_labels(data: Data, runners: Mapping[str, OrtRunner], progress: Progres
     return data.answered({"test": torch.from_numpy(np.concatenate(answers))}, outputs.shape[1])
 
 
-def _cosine(runners: Mapping[str, OrtRunner], data: Data) -> Measured | None:
-    """Mean cosine of the outputs of "shipped" with those of "dense", over test samples evenly spaced.
+def _cosine(runners: Mapping[str, OrtRunner], data: Data, main: str | None) -> Measured | None:
+    """Mean cosine of the output `main` (None: the first) of "shipped" with that of "dense", over test samples evenly
+    spaced.
 
     None where an output has no direction: zero, as the logits of a model that ends in a ReLU can be, or not finite.
     """
-    chosen = torch.linspace(0, len(data.test) - 1, min(COSINE_SAMPLES, len(data.test))).long()
-    some = replace(data, test=picked(data.test, chosen))
+    some = data.some("test", COSINE_SAMPLES).feeds("test", EVALUATION_BATCH)
     try:
-        return policy.exactly(cosine(runners["dense"], runners["shipped"], some.batches("test", EVALUATION_BATCH)))
+        return policy.exactly(cosine(runners["dense"], runners["shipped"], some, output=main))
     except ValidationError:
         return None
 
 
 def _evaluated(
-    cfg: GateSection, runners: Mapping[str, OrtRunner], data: Data, progress: Progress, crashed: Crashes
+    cfg: GateSection,
+    runners: Mapping[str, OrtRunner],
+    data: Data,
+    main: str | None,
+    progress: Progress,
+    crashed: Crashes,
 ) -> dict[str, AccuracyReport]:
     """Every model on the test part; an own metric that breaks off is left out of all reports, with its reason noted."""
     progress.say(f"  {'accuracy' if data.labelled else 'agreement with dense'} on {len(data.test)} test samples")
     scores, _ = metrics(cfg)
     guarded = {name: _guarded(name, metric, crashed) for name, metric in scores.items()}
     reports = {
-        name: evaluate(runner, data.batches("test", EVALUATION_BATCH), metrics=guarded)
+        name: evaluate(runner, data.feeds("test", EVALUATION_BATCH), output=main, metrics=guarded)
         for name, runner in runners.items()
     }
     broken = {name for name in scores if _of_metric(name) in crashed}
@@ -287,7 +365,7 @@ def _similarities(
     for name in runners if _similarities_of(cfg) else ():
         if name != "shipped":
             with crashed.noted(f"similarity to {name}"):
-                found[name] = similarity(runners[name], runners["shipped"], data.batches("test", EVALUATION_BATCH))
+                found[name] = similarity(runners[name], runners["shipped"], data.feeds("test", EVALUATION_BATCH))
     return found
 
 

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.recipe.policy import Policy, Rule
 from validators.gates import Limit, Measured, Operator, Verdict, judge
+
+if TYPE_CHECKING:  # it needs torch, which judging again what is stored does not
+    from pipeline.tasks.task import Task
 
 Measurements = Mapping[str, Measured | None]
 PARITY = "parity "
@@ -25,11 +30,14 @@ _ALWAYS = (
     Limit(metric=BEYOND_BUDGET, operator="<=", value=0),
     Limit(metric=GUESSED, operator="<=", value=0.01),
 )
+SCORE = "score"
+"""The key of the task's own score, whatever it is called."""
 AGREEMENT, COSINE = "agreement vs dense", "output cosine vs dense"
 UNLABELLED = (
     "the data has no labels: how often the shipped model answers as the dense one was judged, not how often either is "
     "right"
 )
+UNLIKE = "the data has no labels: how near the outputs are to the dense ones was judged, not how good either is"
 # Higher is better: against another model it is what was lost that counts, not a ratio.
 _SHARES = {"accuracy": "accuracy drop (points)", "top5": "top-5 accuracy drop (points)"}
 _NAMES = {
@@ -42,6 +50,7 @@ _NAMES = {
     "macs": "MACs",
     "parameters": "parameters",
     "accuracy": "accuracy",
+    "score": "score",
     "top5": "top-5 accuracy",
     "agreement": "agreement",
     "output cosine": "cosine of the outputs",
@@ -60,29 +69,52 @@ def name_of(key: str) -> str:
     if metric in _SHARES:
         lost = _SHARES[metric]
         return lost if other == "dense" else lost.replace("drop", f"drop against {other}")
+    if metric == SCORE:
+        return f"score lost against {other}"
     if metric in _NAMES:
         return f"{_NAMES[metric].partition(' (')[0]} (of {other})"
     return f"{metric} lost against {other}"
 
 
-def rules(policy: Policy, *, labelled: bool = True) -> tuple[Rule, ...]:
+@dataclass(frozen=True)
+class Judged:
+    """What of a model's answers is judged: the task's score by name, told in points where it is a share.
+
+    `labelled`: False where the data has no labels and the task is about answers: agreement with dense stands for it.
+    """
+
+    score: str = "accuracy"
+    share: bool = True
+    labelled: bool = True
+    taught: bool = False
+    """The score tells how near the outputs are to the dense ones: 1 is what dense itself has."""
+
+    @classmethod
+    def of(cls, task: Task, *, labelled: bool) -> Judged:
+        """By a task's score."""
+        return cls(task.score.name, task.score.share, labelled or task.taught, task.taught)
+
+
+def rules(policy: Policy, judged: Judged | None = None) -> tuple[Rule, ...]:
     """Every rule of a policy but parity: those that have keys of their own, then the further ones.
 
-    Without labels, agreement with the dense model is limited in the place of accuracy.
+    Without labels, agreement with the dense model is limited in the place of the score.
     """
     return (
-        *answer_rules(policy, labelled=labelled),
+        *answer_rules(policy, judged or Judged()),
         Rule(metric="latency", against="dense", max=policy.max_latency_ratio),
         Rule(metric="file_size", against="dense", max=policy.max_size_ratio),
         *policy.limits,
     )
 
 
-def answer_rules(policy: Policy, *, labelled: bool) -> tuple[Rule, ...]:
-    """The limits on what the shipped model answers: the accuracy lost, or without labels the agreement with dense."""
-    by = policy.accuracy_by
-    if labelled:
-        return (Rule(metric="accuracy", against="dense", max=policy.max_accuracy_drop_points, by=by),)
+def answer_rules(policy: Policy, judged: Judged) -> tuple[Rule, ...]:
+    """The limits on what the shipped model answers: what the score lost, or without labels the agreement with dense."""
+    by = policy.score_by
+    if judged.taught:
+        return (Rule(metric=judged.score, min=policy.min_cosine, by=by),)
+    if judged.labelled:
+        return (Rule(metric=judged.score, against="dense", max=policy.max_score_lost, by=by),)
     return (
         Rule(metric="agreement", against="dense", min=policy.min_agreement, by=by),
         Rule(metric="output cosine", against="dense", min=policy.min_cosine, by=by),
@@ -95,7 +127,7 @@ def decide(
     *,
     hops: Sequence[str],
     promoted: bool,
-    labelled: bool = True,
+    judged: Judged | None = None,
     given: Sequence[Rule] | None = None,
     crashed: Mapping[str, str] | None = None,
 ) -> tuple[Verdict, tuple[str, ...]]:
@@ -105,8 +137,8 @@ def decide(
     under a whole policy alone.
 
     `hops` are the keys of the parity comparisons that had to be made, so that one that is missing fails. Rules against
-    the promoted version are left out, and said to be, where there is none (`promoted` is False). `labelled`: whether
-    the data had labels. `crashed` names the validators that broke off, and why: whatever the policy limits, each is a
+    the promoted version are left out, and said to be, where there is none (`promoted` is False). `judged`: what
+    of the answers counts. `crashed` names the validators that broke off, and why: whatever the policy limits, each is a
     fail.
     """
     limits = [Limit(metric=hop, operator="<=", value=policy.parity) for hop in hops]
@@ -115,14 +147,16 @@ def decide(
         if limit.metric in measurements and (given is None or limit.metric != GUESSED):
             limits.append(limit)
             metrics[limit.metric] = measurements[limit.metric]
-    notes: list[str] = [] if labelled else [UNLABELLED]
-    for rule in rules(policy, labelled=labelled) if given is None else given:
+    judged = judged or Judged()
+    notes: list[str] = [] if judged.labelled and not judged.taught else [UNLIKE if judged.taught else UNLABELLED]
+    for rule in rules(policy, judged) if given is None else given:
         key = f"{rule.metric} vs {rule.against}" if rule.against else rule.metric
         name = name_of(key)
         if rule.against == "promoted" and not promoted:
             notes.append(f"{name}: not judged, since no version is promoted yet")
             continue
-        by = rule.by or (policy.accuracy_by if rule.metric in _SHARES else "interval")
+        own = rule.metric in (*_SHARES, SCORE, judged.score)
+        by = rule.by or (policy.score_by if own else "interval")
         found = measurements.get(key)
         if found is not None and by == "value":
             found = exactly(found.value)

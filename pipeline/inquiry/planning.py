@@ -9,19 +9,19 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from pipeline import models, runner
+from pipeline import runner
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Blocked, Cluster, Size
 from pipeline.channels.coupling.layers import Layer, layers
-from pipeline.channels.program.capture import capture
 from pipeline.drawing.widths import widths_svg
 from pipeline.inquiry.dense import dense_model
+from pipeline.models.graph import graph_of
 from pipeline.progress import Progress
 from pipeline.recipe.config import Config
 from pipeline.release.reuse import folder_name
 from pipeline.runner import Step
 from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import Weighed, choose_groups, measured, observed
+from pipeline.selection.choose import Weighed, choose_groups, measured, observed, outputs_apart
 from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
 from pipeline.training import masks
@@ -132,7 +132,7 @@ def plan(config: Config, progress: Progress | None = None) -> Plan:
     on the weights that a deploy would prune, as far as they are known.
     """
     runner.check(config)
-    source, data = runner.sources(config.model, None, config)
+    source, data, task = runner.sources(config.model, None, config)
     steps = runner.plan(config.model, None, config)
     model, origin = source.build(), ""
     section = config.prune
@@ -142,10 +142,10 @@ def plan(config: Config, progress: Progress | None = None) -> Plan:
     elif section.method == "structured":
         folder = config.artifacts / (config.name or folder_name(config.model))
         model, origin = dense_model(config.baseline, source, folder, steps)
-    analysis = analyse(capture(model, models.example(source)), policy_of(section.groups))
-    seen = observe(model, data, observed(section), analysis, section.samples, seed=section.seed)
+    analysis = analyse(graph_of(model, source), policy_of(section.groups))
+    seen = observe(model, data, task, observed(section), analysis, section.samples, seed=section.seed)
     maskable = masks.maskable(model)
-    worth = measured(analysis, seen, section, maskable, progress)
+    worth = measured(analysis, seen, section, maskable, outputs_apart(task, source), progress)
     elements = sum(p.numel() for p in model.parameters())
     width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(1, elements)  # bytes of one parameter
 

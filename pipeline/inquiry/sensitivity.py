@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from foundation.errors import ConfigError
-from pipeline import models, runner
+from pipeline import runner
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
-from pipeline.channels.program.capture import capture
 from pipeline.inquiry.dense import dense_model
+from pipeline.models.graph import graph_of
 from pipeline.progress import Progress
 from pipeline.recipe.config import Config
 from pipeline.release.reuse import folder_name
@@ -65,7 +65,7 @@ def sensitivity(config: Config, progress: Progress | None = None) -> Sensitivity
             "Leave the method out, or set it to structured.",
         )
     cfg = config.prune.model_copy(update={"scope": "curves"})
-    source, data = runner.sources(config.model, None, config)
+    source, data, task = runner.sources(config.model, None, config)
     folder = config.artifacts / (config.name or folder_name(config.model))
     model, origin = dense_model(config.baseline, source, folder, runner.plan(config.model, None, config))
     if not origin:
@@ -73,9 +73,9 @@ def sensitivity(config: Config, progress: Progress | None = None) -> Sensitivity
             f"{config.model} has no weights yet: a deploy would train it first.",
             "Give --weights, or run `leanort deploy` with the same options and --until baseline.",
         )
-    analysis = analyse(capture(model, models.example(source)), policy_of(cfg.groups))
-    seen = observe(model, data, choose.observed(cfg), analysis, cfg.samples, seed=cfg.seed)
-    measured = choose.measured(analysis, seen, cfg, masks.maskable(model), progress)
+    analysis = analyse(graph_of(model, source), policy_of(cfg.groups))
+    seen = observe(model, data, task, choose.observed(cfg), analysis, cfg.samples, seed=cfg.seed)
+    measured = choose.measured(analysis, seen, cfg, masks.maskable(model), choose.outputs_apart(task, source), progress)
     assert measured is not None, "a recipe with scope curves measures them"
     rows = [
         LayerCurve(

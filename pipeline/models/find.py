@@ -22,7 +22,7 @@ from pipeline.models import from_code
 from pipeline.models.extras import installed, need
 from pipeline.models.inspection import own_code, structure, tensor_bytes
 from pipeline.models.plain import fold, materialised
-from pipeline.models.source import ModelSource, Origin, Shape, build_module
+from pipeline.models.source import Input, ModelSource, Origin, Shape, build_module
 
 CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".onnx")
 
@@ -33,22 +33,27 @@ def load(
     num_classes: int | None = None,
     input_size: Shape | None = None,
     seed: int = 0,
+    fed: tuple[Input, ...] = (),
 ) -> ModelSource:
     """Find a model and describe it; nothing is downloaded.
 
     `num_classes` and `input_size` (see `Shape`) are handed to the library or the callable where it takes them; None
-    leaves its own default. The weights are the initial ones, decided
+    leaves its own default. `fed`: named inputs that a transformers model is to be fed with, in place of what its config
+    suggests. The weights are the initial ones, decided
     by `seed`. Raises ModelError, with the near names if there is no such model, with the extra to
     install if its library is missing.
     """
     if isinstance(spec, ModelSource):
         return spec
-    origin, text = _origin(spec, num_classes, input_size)
+    origin, text = _origin(spec, num_classes, input_size, fed)
     return describe(text, origin, num_classes, input_size, seed)
 
 
 def _origin(
-    spec: str | nn.Module | Callable[..., nn.Module], num_classes: int | None, input_size: Shape | None
+    spec: str | nn.Module | Callable[..., nn.Module],
+    num_classes: int | None,
+    input_size: Shape | None,
+    fed: tuple[Input, ...],
 ) -> tuple[Origin, str]:
     if isinstance(spec, nn.Module):
         return from_code.origin_of_object(spec, input_size), f"object:{type(spec).__name__}"
@@ -73,7 +78,7 @@ def _origin(
         need("transformers")
         from pipeline.models import from_transformers
 
-        return from_transformers.origin(name, num_classes, input_size), spec
+        return from_transformers.origin(name, num_classes, input_size, fed), spec
     if colon:
         return from_code.origin_of_spec(spec, num_classes, input_size), spec
     if spec.endswith(".py"):

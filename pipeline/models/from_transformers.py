@@ -9,12 +9,12 @@ from pipeline.models import torchvision_operators  # noqa: F401  # first, since 
 
 # isort: split
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_BACKBONE_MAPPING_NAMES,
@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 
 from foundation.errors import ModelError, WeightsError, first_line, nearest
 from foundation.files import sha256
+from pipeline.models.named_inputs import NamedInputs
 from pipeline.models.network import reachable
 from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape, Size
 
@@ -44,33 +45,6 @@ DEFAULT_FRAMES = 16
 """Length of an example clip where the config names none."""
 
 _HUB = "huggingface.co"
-
-
-class NamedInputs(nn.Module):
-    """Runs a transformers model on positional tensors, handed on by name; returns the logits, or else its output
-    tensors as a tuple.
-    """
-
-    def __init__(self, net: nn.Module, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.net = net
-        self.names = names
-
-    def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Return logits (batch, classes), or the model's output tensors."""
-        out = self.net(**dict(zip(self.names, values, strict=True)), return_dict=True)
-        if isinstance(getattr(out, "logits", None), Tensor):
-            return out.logits  # type: ignore[no-any-return]
-        return tuple(_tensors(out.to_tuple()))
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples; caches and parts that were not asked for are left out."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from _tensors(value)
 
 
 def wanted_inputs(net: nn.Module, config: Any, input_size: Sequence[int] | None) -> tuple[Input, ...]:
@@ -129,8 +103,9 @@ def _signal(config: Any, main: str) -> tuple[int, ...]:
     return AUDIO_FRAMES, width or bins or 80
 
 
-def origin(name: str, num_classes: int | None, input_size: Shape | None) -> Origin:
-    """Describe the transformers model `name`; raises ModelError if its config is missing or needs code of its own."""
+def origin(name: str, num_classes: int | None, input_size: Shape | None, fed: tuple[Input, ...] = ()) -> Origin:
+    """Describe the transformers model `name`, fed with `fed` or with what its config asks for; raises ModelError if its
+    config is missing or needs code of its own."""
     config = _config(name)
     if num_classes is not None:
         config.num_labels = num_classes
@@ -152,22 +127,23 @@ def origin(name: str, num_classes: int | None, input_size: Shape | None) -> Orig
         except ImportError as error:  # transformers checks for optional packages when a model is built
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"hf:{name}: {reason}", "Install the package that it names.") from error
-        fed = wanted_inputs(net, config, input_size)
-        if not fed:
+        taken = fed or wanted_inputs(net, config, input_size)
+        if not taken:
             raise ModelError(
                 f"hf:{name} takes {net.main_input_name}, which nothing here feeds.",
                 "Wrap the model in a file of your own and give file.py:callable.",
             )
-        return NamedInputs(net, tuple(one.name for one in fed))
+        return NamedInputs(net, tuple(one.name for one in taken))
 
     def inputs(model: nn.Module) -> tuple[Input, ...]:
-        return wanted_inputs(model.net, config, input_size)  # type: ignore[arg-type]
+        return fed or wanted_inputs(model.net, config, input_size)  # type: ignore[arg-type]
 
     return Origin(
         make,
         inputs,
         f"transformers {transformers.__version__} {architecture.__name__} {content}",
         pretrained=lambda: _pretrained(name, architecture, config, make),
+        brings=path.is_dir() and any(path.glob("*.safetensors")),
     )
 
 

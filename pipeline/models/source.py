@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foundation.errors import ModelError, WeightsError
+from pipeline.models.calling import ONLY, Call, adapted
 from pipeline.seeding import seeded
 
 Size = tuple[int, int, int]
@@ -29,16 +30,21 @@ class Input:
     """One tensor that the model's forward takes, batch dimension left out."""
 
     name: str
+    """As the user wrote it; "input" where it has none and is the only one."""
     shape: tuple[int, ...]
-    kind: Literal["float", "tokens", "mask"] = "float"
+    kind: Literal["float", "tokens", "mask", "bool"] = "float"
     high: int = 2
     """Tokens are whole numbers in 0..high-1."""
+    free: tuple[tuple[int, str], ...] = ()
+    """Dimensions of a sample that may have any size: (position in `shape`, name); equal names are equal sizes."""
 
     def sample(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Return a batch of this input: standard normal floats, uniform tokens, or a mask of ones."""
+        """Return a batch of this input: standard normal floats, uniform tokens, fair booleans, or a mask of ones."""
         shape = (batch, *self.shape)
         if self.kind == "float":
             return torch.randn(shape, generator=generator)
+        if self.kind == "bool":
+            return torch.randint(0, 2, shape, generator=generator).bool()
         if self.kind == "tokens":
             return torch.randint(0, self.high, shape, generator=generator)
         return torch.ones(shape, dtype=torch.int64)
@@ -66,6 +72,8 @@ class Origin:
     """Whether the initial values belong to the fingerprint (own code may bring its own)."""
     initial: bool = True
     """Whether a built module is untrained as far as one can know; an object's weights are taken as they are."""
+    brings: bool = False
+    """Whether trained weights lie beside what was named, so that they are taken unless the user says otherwise."""
     fold: Callable[[nn.Module], object] | None = None
     """Makes computed weights (weight norm, say) plain ones, in place."""
 
@@ -85,6 +93,27 @@ class ModelSource:
     inputs: tuple[Input, ...]
     fingerprint: str
     origin: Origin = field(repr=False, compare=False)
+    call: Call | None = field(default=None, repr=False, compare=False)
+    """How data is handed to its forward, and what is kept of what it returns; None: as the module itself has it."""
+    outputs: tuple[str, ...] = (ONLY,)
+    sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Of each free dimension by name: the sizes at which it is proven, raced and gated, the first the usual one."""
+
+    @property
+    def free(self) -> tuple[dict[int, str], ...]:
+        """Per input: the dimensions of a batch, beside the batch itself, that may have any size, and their names."""
+        return tuple({1 + place: name for place, name in one.free} for one in self.inputs)
+
+    @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Inputs that are whole numbers -> their values, half open."""
+        found = {one.name: (0, one.high) for one in self.inputs if one.kind == "tokens"}
+        return found | {one.name: (1, 2) for one in self.inputs if one.kind == "mask"}
+
+    @property
+    def usual(self) -> dict[str, int]:
+        """Free dimension -> its usual size, at which latency is measured."""
+        return {name: sizes[0] for name, sizes in self.sizes}
 
     @property
     def initial(self) -> bool:
@@ -104,7 +133,8 @@ class ModelSource:
 
     def build_as_given(self) -> nn.Module:
         """`build` with parametrizations and hooks still on: to be trained, or filled from a checkpoint of its kind."""
-        return build_module(self.spec, self.origin, self.seed)
+        model = build_module(self.spec, self.origin, self.seed)
+        return model if self.call is None else adapted(model, self.call)
 
     def pretrained(self) -> Pretrained:
         """Return the library's own weights, downloading them if need be; raises WeightsError where there are none."""

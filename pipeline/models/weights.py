@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from foundation import checkpoints
@@ -22,7 +23,7 @@ from foundation.errors import WeightsError
 from foundation.files import sha256
 from pipeline.models import checkpoint, computed, plain
 from pipeline.models.checkpoint import Checkpoint, listed, oddity
-from pipeline.models.source import ModelSource
+from pipeline.models.source import ModelSource, build_module
 
 COUNTERS = ("total_ops", "total_params", "n_averaged")
 """Last parts of names that profilers (thop) and averaging leave in a state dict: one number each, no weight."""
@@ -68,6 +69,22 @@ class _Option:
     @property
     def fits(self) -> bool:
         return not (self.missing or self.unexpected or self.other)
+
+
+def comes_with(source: ModelSource) -> bool:
+    """Whether own code gives its model weights, as far as one can know: built under two seeds, they are the same.
+
+    Tensors that hold one number alone (norms, zero biases) say nothing; random ones differ.
+    """
+    if not source.origin.weigh_values:
+        return False
+    one, other = (build_module(source.spec, source.origin, source.seed + more).state_dict() for more in (0, 1))
+    telling = [
+        name
+        for name, value in one.items()
+        if value.is_floating_point() and value.numel() > 1 and value.min() < value.max()
+    ]
+    return bool(telling) and all(name in other and torch.equal(one[name], other[name]) for name in telling)
 
 
 def load_weights(model: nn.Module, path: Path | str) -> Loaded:

@@ -12,8 +12,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
-
 from exporters.candidates import CANDIDATES, Source
 from exporters.guilty import guilty_optimizers
 from exporters.quantize import sensitivity
@@ -21,8 +19,8 @@ from exporters.to_ort import session_config
 from foundation.errors import ExportError, ValidationError
 from pipeline.artifacts.race import Candidate
 from pipeline.progress import Progress
-from pipeline.race.context import CROSS_ENTROPY, RaceContext
-from validators.accuracy import AccuracyReport, compare_accuracy
+from pipeline.race.context import RaceContext
+from pipeline.tasks.evaluation import Evaluation
 from validators.parity import ParityReport
 from validators.runners import OrtRunner, Runner
 
@@ -102,18 +100,18 @@ class RoundingBudget:
 
 
 class AccuracyBudget:
-    """Another function on purpose, such as int8: what counts is the accuracy that it costs on the calibration part."""
+    """Another function on purpose, such as int8: what counts is the score that it costs on the calibration part."""
 
     def __init__(self, context: RaceContext) -> None:
         self._context = context
 
     @property
     def allowed(self) -> float:
-        """Points of accuracy."""
-        return self._context.cfg.max_accuracy_drop_points
+        """Points of the task's score, or per cent of one that is no share."""
+        return self._context.cfg.max_score_lost
 
     @cached_property
-    def _references(self) -> dict[str, AccuracyReport]:
+    def _references(self) -> dict[str, Evaluation]:
         """What a candidate's accuracy is held against.
 
         The dense model too, as the gate will: what pruning lost is gone from the budget. Without labels it is always
@@ -129,35 +127,36 @@ class AccuracyBudget:
     def _worst_nodes(self) -> list[str]:
         """The nodes with weights, the one first whose quantisation hurts most."""
         context = self._context
-        probe = {context.image: context.data.sample("calibration", PROBES).numpy()}
+        probe = context.data.arrays("calibration", PROBES)
         return list(sensitivity(context.source.onnx, batches=context.source.calibration(), probe=probe))
 
     def prove(self, runner: Runner) -> dict[str, Any]:
-        """Accuracy and cross-entropy on the calibration part; a plain difference in the outputs is no matter."""
+        """Score and loss on the calibration part; a plain difference in the outputs is no matter."""
         parity = self._context.difference(runner)
         figures = _differences(parity)
         if parity.max_scaled is None:  # an output is missing, of another shape or type, or not a number
             return figures | {"outcome": "failed", "reason": _unanswered(parity)}
         found = self._context.evaluate(runner)
         drops = {
-            name: compare_accuracy(report, found, seed=self._context.cfg.seed).drop.value
-            for name, report in self._references.items()
+            name: self._context.task.score.lost(report.score, found.score) for name, report in self._references.items()
         }
         figures |= {
-            "accuracy_drop_points": drops["shrunk"],
-            "accuracy_drop_points_dense": drops.get("dense"),
-            "cross_entropy": float(np.mean(found.scores[CROSS_ENTROPY])),
+            "score_lost": drops["shrunk"],
+            "score_lost_dense": drops.get("dense"),
+            "loss": found.loss,
         }
         against = max(drops, key=lambda name: drops[name])
         if drops[against] <= self.allowed:
             return figures | {"outcome": "passed"}
-        what = "accuracy" if self._context.data.labelled else "agreement with the dense model"
-        lost = f"loses {drops[against]:.2f} points of {what} against the {against} model, {self.allowed:g} allowed"
+        task = self._context.task
+        what = task.score.name if self._context.data.labelled or task.taught else "agreement with the dense model"
+        unit = "points" if task.score.share else "per cent"
+        lost = f"loses {drops[against]:.2f} {unit} of {what} against the {against} model, {self.allowed:g} allowed"
         return figures | {"outcome": "failed", "reason": lost}
 
     def repair(self, row: Candidate, remake: Remake, progress: Progress) -> Candidate:
         """Leave the nodes that hurt most in float, twice as many each time, until the budget holds."""
-        if row.accuracy_drop_points is None:
+        if row.score_lost is None:
             return row
         if "_worst_nodes" not in vars(self):  # not known from another candidate yet
             progress.say(f"  {row.name} {row.reason}; looking for the nodes that hurt most")

@@ -61,7 +61,7 @@ def _winner(cfg: OptimizeSection, rows: Sequence[Candidate]) -> tuple[Candidate,
     winner = min(faster, key=_ratio)
     level = [row for row in faster if row.reduced_precision and _as_fast(row, winner)]
     if winner.reduced_precision:
-        winner = min(level, key=lambda row: (row.accuracy_drop_points or 0.0, row.cross_entropy or 0.0))
+        winner = min(level, key=lambda row: (row.score_lost or 0.0, row.loss or 0.0))
     took = f"{winner.latencies[0].median_ms:.3g} ms, {_ratio(winner) / _ratio(first):.3f} of {first.name}"
     if winner.reduced_precision and len(level) > 1:
         equals = f"{len(level)} candidates in reduced precision are as fast"

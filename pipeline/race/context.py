@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -22,19 +21,20 @@ from pipeline.artifacts.eager import Baseline
 from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.channels.program.capture import Captured
 from pipeline.data.parts import Data
+from pipeline.models.feeding import answers_of, made_feeds
 from pipeline.models.precise import SEEDS, Precise
 from pipeline.models.source import ModelSource, example
 from pipeline.race.cached import CachedRunner
 from pipeline.recipe.race import OptimizeSection
-from validators.accuracy import AccuracyReport, evaluate
-from validators.feeds import Feed, drawn_batches, edge_feeds, random_feeds, real_feeds
+from pipeline.tasks.evaluation import Evaluation, evaluate
+from pipeline.tasks.task import Task
+from validators.feeds import Feed, drawn_batches, real_feeds
 from validators.parity import Opener, ParityReport, compare, compare_chain
 from validators.runners import OrtRunner, Runner, TorchRunner
 
 BATCHES = (1, 3)
 EVALUATION_BATCH = 64
 CALIBRATION_BATCH = 32
-CROSS_ENTROPY = "cross-entropy"
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -51,10 +51,11 @@ class RaceContext:
     cfg: OptimizeSection
     source: Source
     data: Data
+    task: Task
+    model: ModelSource
     reference: CachedRunner
     precise: Sequence[Runner]
     feeds: Sequence[Feed]
-    image: str
     dense: Path
     yardstick: Sequence[Opener]
     attentions: int
@@ -76,10 +77,10 @@ class RaceContext:
         """`runner` against the shrunk model by the limit alone: how far it is off, where that decides nothing."""
         return compare(self.reference, runner, self.feeds, atol=self.cfg.parity, rtol=0.0)
 
-    def evaluate(self, runner: Runner) -> AccuracyReport:
-        """A classifier on the calibration part, with the cross-entropy of each sample."""
-        batches = self.data.batches("calibration", EVALUATION_BATCH)
-        return evaluate(runner, batches, metrics={CROSS_ENTROPY: _cross_entropy})
+    def evaluate(self, runner: Runner) -> Evaluation:
+        """Score and loss on the calibration part."""
+        batch = min(EVALUATION_BATCH, self.task.batch)
+        return evaluate(self.task, answers_of(runner), self.data, "calibration", batch)
 
 
 def open_context(
@@ -87,6 +88,7 @@ def open_context(
     out: Path,
     source: ModelSource,
     data: Data,
+    task: Task,
     baseline: Baseline,
     shrunk: Shrunk,
     exported: Exported,
@@ -100,7 +102,15 @@ def open_context(
     def in_torch(name: str, model: nn.Module | ExportedProgram) -> CachedRunner:
         threads = torch.get_num_threads()
         return CachedRunner(
-            TorchRunner(model, example=inputs, threads=threads, input_names=names, output_names=outputs, name=name)
+            TorchRunner(
+                model,
+                example=inputs,
+                threads=threads,
+                input_names=names,
+                output_names=outputs,
+                free=source.free,
+                name=name,
+            )
         )
 
     def dense_in_torch() -> Runner:
@@ -113,7 +123,6 @@ def open_context(
 
     reference = in_torch("shrunk", program)
     captured = Captured(program, inputs, program.state_dict)
-    image = names[0]
     *_, drawn = drawn_batches(cfg.seed + int(sha256(exported.onnx)[:12], 16), ((2, 16),))
     return RaceContext(
         cfg=cfg,
@@ -121,34 +130,28 @@ def open_context(
             onnx=exported.onnx,
             program=lambda: program,
             example=inputs,
-            calibration=lambda: _calibration(data, image, cfg.calibration_samples),
+            calibration=lambda: _calibration(data, cfg.calibration_samples),
             folder=out,
         ),
         data=data,
+        task=task,
+        model=source,
         reference=reference,
         precise=[CachedRunner(Precise(captured, reference, outputs, seed)) for seed in SEEDS],
         feeds=[
-            *random_feeds(reference.inputs, seed=cfg.seed, batches=(*BATCHES, drawn)),
-            *edge_feeds(reference.inputs, seed=cfg.seed, batches=BATCHES[:1]),
-            *real_feeds({image: data.sample("calibration", max(BATCHES)).numpy()}, batches=BATCHES),
+            *made_feeds(reference.inputs, source, seed=cfg.seed, batches=(*BATCHES, drawn), edges=BATCHES[:1]),
+            *real_feeds(data.arrays("calibration", max(BATCHES)), batches=BATCHES),
         ],
-        image=image,
         dense=baseline.onnx,
         yardstick=[functools.cache(dense_in_torch), functools.cache(dense_in_onnxruntime)],
         attentions=expected_attention(program),
     )
 
 
-def _cross_entropy(logits: Array, labels: Array) -> Array:
-    """Of each sample, in nats: finer than right or wrong, of which a small set has few."""
-    found: Array = -log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels]
-    return found
-
-
-def _calibration(data: Data, name: str, count: int) -> Iterator[Mapping[str, Array]]:
+def _calibration(data: Data, count: int) -> Iterator[Mapping[str, Array]]:
     """The first `count` samples of the calibration part, in batches of one size, as onnxruntime's histograms need."""
     size = min(CALIBRATION_BATCH, count, len(data.calibration))
-    for number, (x, _) in enumerate(data.batches("calibration", size), start=1):
-        if len(x) < size or number * size > count:
+    for number, (inputs, _) in enumerate(data.batches("calibration", size), start=1):
+        if len(inputs[0]) < size or number * size > count:
             return
-        yield {name: x.numpy()}
+        yield data.feed(inputs)

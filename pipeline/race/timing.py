@@ -22,14 +22,15 @@ def timed(context: RaceContext, rows: Sequence[Candidate]) -> list[Candidate]:
     if not running:
         return list(rows)
     latencies: dict[str, list[CandidateLatency]] = {row.name: [] for row in running}
-    feeds = random_feeds(inputs, seed=cfg.seed, batches=cfg.batch_sizes)
+    usual, ranges = context.model.usual, context.model.ranges
+    feeds = random_feeds(inputs, seed=cfg.seed, batches=cfg.batch_sizes, sizes=usual, ranges=ranges)
     for threads in cfg.threads:
         runners = {
             row.name: OrtRunner(folder / row.file, threads=threads, name=row.name, session=row.session)
             for row in running
         }
         for batch in cfg.batch_sizes:
-            feed = random_feeds(inputs, seed=cfg.seed, batches=(batch,))[0]
+            feed = random_feeds(inputs, seed=cfg.seed, batches=(batch,), sizes=usual, ranges=ranges)[0]
             report = race(runners, feed, reference=running[0].name, seconds=cfg.seconds, seed=cfg.seed)
             for name, found in report.runners.items():
                 latencies[name].append(

@@ -23,6 +23,7 @@ from pipeline.recipe.race import OptimizeSection
 from pipeline.recipe.removal import FoldSection, ShrinkSection
 from pipeline.recipe.section import Section, Seed, readable
 from pipeline.recipe.source import BaselineSection
+from pipeline.recipe.task import TaskSection
 from pipeline.recipe.train import FinetuneSection
 
 RESERVED = "releases.jsonl"
@@ -47,6 +48,7 @@ class Config(Section):
     artifacts: Path = Path("artifacts")
     seed: Seed = Field(0, description="seed of every section that sets none")
     data: DataSection = DataSection()
+    task: TaskSection = TaskSection()
     baseline: BaselineSection = BaselineSection()
     prune: PruneSection = PruneSection()
     finetune: FinetuneSection = FinetuneSection()

@@ -21,6 +21,19 @@ class DataSection(Section):
         None, ge=2, le=1_000_000, description="outputs of the model where the data has no labels; the model's own else"
     )
 
+    inputs: tuple[str, ...] | None = Field(
+        None, min_length=1, description="entries of a sample that the model is fed; all but the target when left out"
+    )
+    target: str | None = Field(None, description="entry of a sample that is the target; labels, label, ... else")
+    dims: dict[str, tuple[str | int, ...]] = Field(
+        default_factory=dict,
+        description="input -> its dimensions, the batch first: a name may have any size, a number is fixed",
+    )
+    sizes: dict[str, tuple[Pixels, ...]] = Field(
+        default_factory=dict,
+        description="free dimension -> sizes that it is proven and raced at, the usual one first; the data's own else",
+    )
+
     @field_validator("input_size")
     @classmethod
     def _fits(cls, value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:

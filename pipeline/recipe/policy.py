@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, field_validator, model_validator
 
 from foundation.errors import brief
 from foundation.files import sha256
@@ -52,9 +52,15 @@ class Policy(Section):
 
     model_config = ConfigDict(allow_inf_nan=True)  # infinity is no limit
 
-    max_accuracy_drop_points: float = Field(1.0, description="accuracy of dense minus shipped, in points")
-    accuracy_by: Literal["value", "interval"] = Field(
-        "value", description="judge the measured drop, or its whole 95 % interval"
+    max_score_lost: float = Field(
+        1.0,
+        validation_alias=AliasChoices("max_score_lost", "max_accuracy_drop_points"),
+        description="what the task's score may lose from dense to shipped: points, or per cent of one that is no share",
+    )
+    score_by: Literal["value", "interval"] = Field(
+        "value",
+        validation_alias=AliasChoices("score_by", "accuracy_by"),
+        description="judge the measured loss, or its whole 95 % interval",
     )
     min_agreement: float = Field(
         0.95, ge=0, le=1, description="where the data has no labels: share of samples answered as dense does"
@@ -67,7 +73,7 @@ class Policy(Section):
     parity: float = Field(1e-5, gt=0, le=1e6, description="|a-b| at most this times max(1, max|reference|), every hop")
     limits: tuple[Rule, ...] = Field((), description="further limits")
 
-    @field_validator("max_accuracy_drop_points")
+    @field_validator("max_score_lost")
     @classmethod
     def _number(cls, value: float) -> float:
         if math.isnan(value):

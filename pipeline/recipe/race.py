@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 
 from pipeline.recipe.section import BatchSize, Seconds, Section, Seed, Threads
 
@@ -29,8 +29,11 @@ class OptimizeSection(Section):
     )
     ort_format: bool = Field(False, description="whether a .ort file may ship; it is made and timed either way")
     parity: float = Field(1e-5, gt=0, description="float candidates: |a-b| at most this times max(1, max|reference|)")
-    max_accuracy_drop_points: float = Field(
-        1.0, ge=0, description="int8: accuracy lost on the calibration part, points"
+    max_score_lost: float = Field(
+        1.0,
+        ge=0,
+        validation_alias=AliasChoices("max_score_lost", "max_accuracy_drop_points"),
+        description="int8: the score's loss on the calibration part: points, or per cent of one that is no share",
     )
     calibration_samples: int = Field(
         256, ge=1, le=10_000_000, description="samples of the calibration part that find int8 ranges"

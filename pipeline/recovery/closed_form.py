@@ -543,7 +543,7 @@ class _Walk:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             for axis, size in enumerate(value.shape[:-1]):
-                if size == samples if isinstance(size, int) else self.captured.dynamic_batch:
+                if size == samples if isinstance(size, int) else self.captured.of_batch(size):
                     return axis
         return 0
 

@@ -9,54 +9,61 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 
 from pipeline.artifacts.eager import Rung
 from pipeline.data.parts import Data
-from pipeline.tasks import classification
+from pipeline.tasks.evaluation import evaluate
+from pipeline.tasks.task import Task
 from pipeline.training import masks as masking
+from validators.runners import Array
+from validators.scores import differences, one_sided
 
 CERTAIN = 0.05
 """A rung is kept where chance alone would make it look as good less often than this."""
 NEAR = 0.005
 """Share of the samples: who has lost no more than this, and not certainly more than nothing, needs no training."""
-BATCH = 256
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How a model does on the calibration part, sample by sample: `correct` (bool) and `loss` (cross-entropy, nats)."""
+    """How a model does on the calibration part, sample by sample.
 
-    correct: Tensor
+    `task` says what was measured; `statistics` (samples, k) of its score, `loss` (samples,).
+    """
+
+    task: Task
+    statistics: Array
     loss: Tensor
 
     @property
-    def accuracy(self) -> float:
-        """Share in 0..1."""
-        return float(self.correct.double().mean())
+    def score(self) -> float:
+        """The task's score, a share in 0..1 or in its own unit."""
+        return self.task.score.of(self.statistics)
+
+    @property
+    def words(self) -> str:
+        """The score as people read it."""
+        return self.task.score.words(self.score)
 
 
-def standing(model: nn.Module, data: Data) -> Standing:
+def standing(model: nn.Module, data: Data, task: Task) -> Standing:
     """Run `model`, in eval mode, over the calibration part."""
-    was_training = model.training
-    model.eval()
-    correct, lost = [], []
-    with torch.no_grad():
-        for images, labels in data.batches("calibration", BATCH):
-            logits = classification.logits_of(model(images)).float()
-            correct.append(logits.argmax(1) == labels)
-            lost.append(F.cross_entropy(logits, labels, reduction="none"))
-    model.train(was_training)
-    return Standing(torch.cat(correct), torch.cat(lost).double())
+    found = evaluate(task, model, data, "calibration")
+    return Standing(task, found.statistics, found.losses)
 
 
 def worse(new: Standing, old: Standing) -> float:
-    """Chance of so many more losses than wins if both were right equally often (McNemar's exact test, one side)."""
-    lost, won = int((old.correct & ~new.correct).sum()), int((new.correct & ~old.correct).sum())
-    return float(stats.binomtest(lost, lost + won, 0.5, alternative="greater").pvalue) if lost + won else 1.0
+    """Chance that `new` would look so much worse than `old` if both were equally good, one side.
+
+    Of answers that are right or wrong by McNemar's exact test, of any other score by the paired bootstrap over samples.
+    """
+    if new.task.classes:
+        after, before = new.statistics[:, 0] > 0.5, old.statistics[:, 0] > 0.5
+        lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+        return float(stats.binomtest(lost, lost + won, 0.5, alternative="greater").pvalue) if lost + won else 1.0
+    return one_sided(differences(new.task.score, old.statistics, new.statistics, seed=0))
 
 
 def lower(new: Standing, old: Standing) -> float:
@@ -69,38 +76,44 @@ def lower(new: Standing, old: Standing) -> float:
 
 def helps(new: Standing, old: Standing) -> tuple[bool, str]:
     """Whether a rung is kept, and the sentence that says why."""
-    fewer, better = worse(new, old), lower(new, old)
-    figures = f"{100 * old.accuracy:.1f} % -> {100 * new.accuracy:.1f} %"
+    figures = f"{old.words} -> {new.words}"
     if not bool(new.loss.isfinite().all()):
         return False, f"{figures}: it gives NaN or infinity"
+    fewer, better, more = worse(new, old), lower(new, old), worse(old, new)
+    right = "right" if new.task.classes else ""
     if fewer < CERTAIN:
-        return False, f"{figures}: certainly fewer right (p = {fewer:.2g})"
+        return False, f"{figures}: certainly {'fewer right' if right else 'worse'} (p = {fewer:.2g})"
     if better < CERTAIN:
-        return True, f"{figures}, and a lower loss ({float(old.loss.mean()):.3g} -> {float(new.loss.mean()):.3g} nats)"
-    if worse(old, new) < CERTAIN:
-        return True, f"{figures}: certainly more right (p = {worse(old, new):.2g})"
-    return False, f"{figures}: no more than chance (p = {min(better, worse(old, new)):.2g})"
+        unit = " nats" if right else ""
+        return True, f"{figures}, and a lower loss ({float(old.loss.mean()):.3g} -> {float(new.loss.mean()):.3g}{unit})"
+    if more < CERTAIN:
+        return True, f"{figures}: certainly {'more right' if right else 'better'} (p = {more:.2g})"
+    return False, f"{figures}: no more than chance (p = {min(better, more):.2g})"
 
 
 def near(new: Standing, dense: Standing) -> bool:
     """Whether `new` is within noise of the dense model, so that nothing more can be shown to help."""
-    return dense.accuracy - new.accuracy <= NEAR and worse(new, dense) >= CERTAIN
+    if new.task.taught:  # the dense model is its own measure: nothing but it is as near
+        return dense.task.score.lost(dense.score, new.score) <= 100 * NEAR
+    return dense.task.score.lost(dense.score, new.score) <= 100 * NEAR and worse(new, dense) >= CERTAIN
 
 
-def climb(name: str, model: nn.Module, data: Data, now: Standing, rung: Callable[[], str]) -> tuple[Rung, Standing]:
+def climb(
+    name: str, model: nn.Module, data: Data, task: Task, now: Standing, rung: Callable[[], str]
+) -> tuple[Rung, Standing]:
     """Change `model` by `rung` (which returns what it did, in words) and change it back where that does not help."""
     before = {key: value.detach().clone() for key, value in masking.originals(model).items()}
     began = time.perf_counter()
     did = rung()
-    after = standing(model, data)
+    after = standing(model, data, task)
     kept, why = helps(after, now)
     if not kept:
         masking.load_originals(model, before)
     words = f"{did}; {why}" if did else why
-    made = Rung(name=name, accuracy=after.accuracy, seconds=round(time.perf_counter() - began, 3), kept=kept, why=words)
+    made = Rung(name=name, score=after.score, seconds=round(time.perf_counter() - began, 3), kept=kept, why=words)
     return made, after if kept else now
 
 
 def skipped(name: str, why: str) -> Rung:
     """A rung that was not climbed."""
-    return Rung(name=name, accuracy=None, seconds=0.0, kept=False, why=why)
+    return Rung(name=name, score=None, seconds=0.0, kept=False, why=why)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ def batches(captured: Captured, samples: Tensor) -> Iterator[Tensor]:
     if len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     yield from parts
+
+
+def chunked(captured: Captured, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """All inputs of a model, samples in dimension 0 of each, in batches that the program takes."""
+    return list(zip(*(batches(captured, one) for one in inputs), strict=True))
 
 
 def rows_wanted(groups: int, columns: int) -> int:

@@ -21,7 +21,6 @@ from pipeline.artifacts.verdict import Validated
 from pipeline.data.parts import Data
 from pipeline.models.source import ModelSource, example
 from pipeline.release.records import project_version
-from validators.feeds import random_feeds
 from validators.runners import OrtRunner, TorchRunner
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -60,14 +59,14 @@ def write(
         threads=torch.get_num_threads(),
         input_names=names,
         output_names=[spec.name for spec in summary.outputs],
+        free=source.free,
         name="shrunk",
     )
-    inputs = random_feeds(program.inputs, seed=0, batches=(GOLDEN,))[0].arrays
-    golden = {**inputs, names[0]: data.sample("test", GOLDEN).numpy()}
+    golden = data.arrays("test", GOLDEN)
     answers = program.infer(golden)
+    score = validated.judged_score
     measured = {
-        "accuracy": validated.accuracy,
-        "dense_accuracy": validated.dense_accuracy,
+        **({score.name: score.shipped, f"dense_{score.name}": score.dense} if score is not None else {}),
         "latency_ratio": validated.latency_ratio,
     }
     shipped = optimized.winner
@@ -77,7 +76,7 @@ def write(
         folder,
         golden_inputs=golden,
         golden_outputs=answers,
-        inputs=list(_notes(program, names[0], data)),
+        inputs=list(_notes(program, data)),
         labels=data.labels,
         threads=validated.threads,
         metadata={
@@ -113,9 +112,9 @@ def _variant(
     )
 
 
-def _notes(program: TorchRunner, image: str, data: Data) -> Iterable[InputNote]:
+def _notes(program: TorchRunner, data: Data) -> Iterable[InputNote]:
     for spec in program.inputs:
-        mine = spec.name == image
+        mine = spec.name == program.inputs[0].name  # what is normalised is an image, and comes first
         yield InputNote(
             name=spec.name,
             shape=spec.shape,

@@ -20,9 +20,17 @@ def judge(checked: Validated, limits: Policy) -> tuple[Verdict, tuple[str, ...]]
         checked.measurements,
         hops=[f"{policy.PARITY}{hop.reference} - {hop.candidate}" for hop in checked.hops if hop.judged],
         promoted=bool(checked.promoted),
-        labelled=checked.labelled,
+        judged=_judged(checked),
         crashed=checked.crashed,
     )
+
+
+def _judged(checked: Validated) -> policy.Judged:
+    """What of the answers counts, as the version was measured; before there were tasks it was accuracy."""
+    score = checked.judged_score
+    if score is None:
+        return policy.Judged(labelled=checked.labelled)
+    return policy.Judged(score.name, score.share, labelled=True, taught=not checked.labelled)
 
 
 def measured(version: Path) -> tuple[Validated, Policy]:

@@ -161,7 +161,8 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
     shipped = optimized.winner
     return named | {
         "manifest": manifest,
-        "score": "Accuracy" if named["validated"].labelled else "Agreement with dense",
+        "score": _title(named["validated"]),
+        "as_score": _as_score(named["validated"]),
         "verdict": named["validated"].verdict.outcome,
         "checks": checks,
         "reasons": reasons(named["validated"].verdict, checks),
@@ -198,11 +199,27 @@ def _summary(dense: Baseline, shrunk: Shrunk, checked: Validated) -> str:
         words.append(f"{ratio(checked.bytes, checked.dense_bytes)} of its file size")
     if shrunk.params_after != dense.params:
         words.append(f"{ratio(shrunk.params_after, dense.params)} of its parameters")
-    if checked.accuracy_drop_points is not None:
-        words.append(f"{points(-checked.accuracy_drop_points)} of accuracy")
+    score = checked.judged_score
+    if score is not None:
+        change = points(-score.drop.value) if score.share else score.change(score.drop.value)
+        words.append(f"{change} of {score.name}" if score.share else f"{score.name} {change}")
     elif checked.agreement is not None:
         words.append(f"the same answer on {percent(checked.agreement)} of the samples")
     return f"{words[0][0].upper()}{', '.join(words)[1:]}."
+
+
+def _title(checked: Validated) -> str:
+    """What the answers are judged by, as a title."""
+    score = checked.judged_score
+    if score is None:
+        return "Accuracy" if checked.labelled else "Agreement with dense"
+    return f"{score.name[0].upper()}{score.name[1:]}"
+
+
+def _as_score(checked: Validated) -> Callable[[float | None], str]:
+    """How a value of the score is written."""
+    score = checked.judged_score
+    return percent if score is None or score.share else lambda value: "–" if value is None else score.words(value)
 
 
 def _shipped_sha256(manifest: Manifest, optimized: Optimized) -> str:
@@ -373,7 +390,7 @@ def _sparsity(pruned: Pruned) -> Bars:
 
 
 def _plots(history: Path, best_epoch: int) -> tuple[Plot, ...]:
-    """Loss and accuracy of fine-tuning, as far as the history holds at least two finite values of one part."""
+    """Loss and score of fine-tuning, as far as the history holds at least two finite values of one part."""
     if not history.is_file():
         return ()
     with history.open(encoding="utf-8", newline="") as file:
@@ -438,5 +455,5 @@ def _number(text: str | None) -> float:
 # What a training history is drawn as: title, how its figures are written, and part -> column.
 _HISTORY: Sequence[tuple[str, Callable[[float], str], Mapping[str, str]]] = (
     ("Loss", significant, {"training": "loss", "calibration": "calibration_loss"}),
-    ("Accuracy", percent, {"training": "train_accuracy", "calibration": "calibration_accuracy"}),
+    ("Score", significant, {"training": "train_score", "calibration": "calibration_score"}),
 )

@@ -21,7 +21,7 @@ from pipeline.channels.coupling.groups import Cluster
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import execute, feeds_of
 from pipeline.recovery.contractions import Contraction, contraction, weight_of
-from pipeline.recovery.sampling import batches, rows_wanted, seed_of
+from pipeline.recovery.sampling import chunked, rows_wanted, seed_of
 
 SAMPLES = 512
 """Samples, at the most, that readers are observed on."""
@@ -93,20 +93,21 @@ class ReaderInput:
 
 
 def observe_readers(
-    captured: Captured, clusters: Sequence[Cluster], samples: Tensor, *, grams: bool, seed: int = 0
+    captured: Captured, clusters: Sequence[Cluster], samples: Sequence[Tensor], *, grams: bool, seed: int = 0
 ) -> dict[str, tuple[ReaderInput, ...]]:
     """Weight -> what each contraction with it reads, for the weights that read channels of `clusters`.
 
-    One pass over `samples` on the weights of `captured`; sums in float64. A weight that no contraction with a rule
-    reads is absent. Deterministic. Raises ModelError, naming the layer, where a value is not finite.
+    One pass over `samples` (a tensor for each input) on the weights of `captured`; sums in float64. A weight that no
+    contraction with a rule reads is absent. Deterministic. Raises ModelError, naming the layer, where a value is not
+    finite.
     """
     wanted = {name for cluster in clusters for name, _ in cluster.readers}
     watched = _watched(captured, wanted)
-    chunks = list(batches(captured, samples))
+    chunks = chunked(captured, samples)
     sums = {node: _Sums(*found) for node, found in watched.items()}
     if grams:
         _allow_grams(list(sums.values()))
-    count = sum(map(len, chunks))
+    count = sum(len(chunk[0]) for chunk in chunks)
     with torch.random.fork_rng(devices=[]):
         for number, chunk in enumerate(chunks):
             _pass(captured, chunk, sums, count, seed + number)
@@ -246,10 +247,10 @@ def _allow_grams(sums: Sequence[_Sums]) -> None:
         one.gram = torch.zeros(one.shape[0], one.shape[1], one.shape[1], dtype=torch.float64)
 
 
-def _pass(captured: Captured, chunk: Tensor, sums: Mapping[fx.Node, _Sums], of: int, seed: int) -> None:
+def _pass(captured: Captured, chunk: Sequence[Tensor], sums: Mapping[fx.Node, _Sums], of: int, seed: int) -> None:
     """One batch through the program; what it writes into is its own."""
     graph = captured.program.graph
-    feeds = feeds_of(captured.program, (chunk,), captured.state)
+    feeds = feeds_of(captured.program, tuple(chunk), captured.state)
     for node in graph.nodes:
         if node.op == "placeholder" and any(writes(user) for user in node.users):
             value = feeds[node.name]
@@ -265,7 +266,7 @@ def _pass(captured: Captured, chunk: Tensor, sums: Mapping[fx.Node, _Sums], of: 
         # Convolutions also take one sample without a dimension for the batch; nothing is counted of such.
         if one is not None and (one.fold.matrix or x.dim() == captured.state[one.weight].dim()):
             draw = torch.Generator().manual_seed(seed + seed_of(node.name))
-            one.add(x, made, len(chunk), of, draw)
+            one.add(x, made, len(chunk[0]), of, draw)
         return made
 
     execute(graph, feeds, compute=compute)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from exporters.host import vector_block
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Cluster
-from pipeline.channels.program.capture import capture
-from pipeline.models.source import ModelSource, example
+from pipeline.models.graph import graph_of
+from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.selection import criteria, curves, weights
 from pipeline.selection.allocation import Budget, Removed, allocate, overridden
 from pipeline.selection.criteria import Evidence, Observation, Ranked
-from pipeline.selection.curves import Measured, Price
+from pipeline.selection.curves import Apart, Measured, Price
 from pipeline.selection.kinds import policy_of
+from pipeline.tasks.task import Task
 from pipeline.training import masks
 from pipeline.training.masks import Masks
 
@@ -86,7 +87,12 @@ def observed(cfg: PruneSection) -> frozenset[Observation]:
 
 
 def measured(
-    analysis: Analysis, seen: Evidence, cfg: PruneSection, maskable: frozenset[str], progress: Progress | None = None
+    analysis: Analysis,
+    seen: Evidence,
+    cfg: PruneSection,
+    maskable: frozenset[str],
+    apart: Apart | None = None,
+    progress: Progress | None = None,
 ) -> Measured | None:
     """The curves of all clusters that may be cut, by the recipe's criterion; None where its scope asks for none."""
     if not _by_curves(cfg) or seen.samples is None:
@@ -101,6 +107,7 @@ def measured(
         seen.weights,
         readers=seen.readers if cfg.refit else None,
         seconds=cfg.seconds,
+        apart=apart,
         progress=progress,
     )
 
@@ -137,6 +144,18 @@ def choose_groups(
     return Weighed(whole | chosen, ranked, worth, prices)
 
 
+def outputs_apart(task: Task, source: ModelSource) -> Apart | None:
+    """How far outputs are from the dense ones by the task; None for logits, whose class shares are compared."""
+    if task.classes and source.outputs == task.reads:
+        return None
+
+    def apart(dense: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], float]:
+        wanted = dict(zip(source.outputs, dense, strict=True))
+        return lambda other: float(task.divergence(dict(zip(source.outputs, other, strict=True)), wanted, 1.0).mean())
+
+    return apart
+
+
 def check_overrides(cfg: PruneSection, source: ModelSource) -> None:
     """Raise ConfigError for an override that names no layer, before anything is spent; costs a capture of the model."""
     if not cfg.overrides or cfg.method not in ("structured", "unstructured"):
@@ -146,7 +165,7 @@ def check_overrides(cfg: PruneSection, source: ModelSource) -> None:
         names = list(weights.prunable(model))
         overridden([*names, *(name.rpartition(".")[0] for name in names)], cfg.overrides)
     else:
-        analysis = analyse(capture(model, example(source)), policy_of(cfg.groups))
+        analysis = analyse(graph_of(model, source), policy_of(cfg.groups))
         overridden([c.name for c in _choosable(analysis, masks.maskable(model))], cfg.overrides)
 
 
@@ -158,9 +177,14 @@ class Chooser:
     """
 
     def __init__(
-        self, cfg: PruneSection, analysis: Analysis, model: nn.Module, progress: Progress | None = None
+        self,
+        cfg: PruneSection,
+        analysis: Analysis,
+        model: nn.Module,
+        apart: Apart | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        self.cfg, self.analysis, self.progress = cfg, analysis, progress
+        self.cfg, self.analysis, self.apart, self.progress = cfg, analysis, apart, progress
         self.maskable = masks.maskable(model)
         self.names = tuple(weights.prunable(model))
         self.weighed: Weighed | None = None
@@ -183,7 +207,7 @@ class Chooser:
 
     def _groups(self, seen: Evidence, ratio: float) -> Masks:
         if self._measured is None:
-            self._measured = measured(self.analysis, seen, self.cfg, self.maskable, self.progress)
+            self._measured = measured(self.analysis, seen, self.cfg, self.maskable, self.apart, self.progress)
         self.weighed = choose_groups(self.analysis, seen, self.cfg, ratio, self.maskable, self._measured)
         return {
             name: torch.from_numpy(mask)

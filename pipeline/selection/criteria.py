@@ -45,7 +45,7 @@ class Evidence:
 
     weights: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
-    samples: Tensor | None = None
+    samples: tuple[Tensor, ...] | None = None
     scales: frozenset[str] = frozenset()
     seed: int = 0
     effects: Mapping[str, Scores] = field(default_factory=dict)
@@ -102,6 +102,15 @@ def rank(name: str, cluster: Cluster, seen: Evidence) -> Ranked:
     if np.isfinite(scores).all():
         return Ranked(np.where(masked, -GONE, scores), name)
     return Ranked(np.where(masked, -GONE, _l2(cluster, seen)), "l2", row.lacks)
+
+
+def require_classes(name: str, classes: bool) -> None:
+    """Raise ConfigError where the criterion `name` draws classes from the outputs, and the task has none."""
+    if "sampled effects" in find(name).observes and not classes:
+        raise ConfigError(
+            f"prune.criterion {name!r} draws class labels from the model's own outputs, and this task has none.",
+            "Take fisher or taylor, or one that needs no labels: reconstruction.",
+        )
 
 
 def require_labels(name: str, labelled: bool) -> None:

@@ -25,7 +25,7 @@ from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import feeds_of, last_uses
 from pipeline.progress import Progress
-from pipeline.recovery.sampling import batches
+from pipeline.recovery.sampling import chunked
 from pipeline.selection.activations import ReaderInput
 from pipeline.selection.allocation import Budget, Removed, allocate, lowest, overridden, widths_allowed
 from pipeline.selection.criteria import Scores
@@ -77,20 +77,23 @@ def measure(
     analysis: Analysis,
     clusters: Sequence[Cluster],
     scores: Mapping[str, Scores],
-    samples: Tensor,
+    samples: Sequence[Tensor],
     state: Mapping[str, Tensor],
     *,
     readers: Mapping[str, tuple[ReaderInput, ...]] | None = None,
     seconds: float | None = None,
+    apart: Apart | None = None,
     progress: Progress | None = None,
 ) -> Measured:
     """The curve of each of `clusters`, whose groups go in the order of their `scores`, on `samples`.
 
-    `state`: the weights that count as dense. `readers`: with them, whatever reads a cluster is fitted anew each time
-    before the outputs are compared. Each masked network runs only from the first node on that it changes; memory is
-    that of one forward pass of all samples, and of one more set of weights. `seconds`: a budget, None for none. A first
-    run of the dense network is timed, and says how many of `PLANS` fit: fewer shares, then fewer samples; the last one
-    is taken whatever it costs. Deterministic for the same shares and samples.
+    `samples`: a tensor for each input. `apart` says how far other outputs are from the dense ones; None: by the
+    divergence of class shares in the first. `state`: the weights that count as dense. `readers`: with them, whatever
+    reads a cluster is fitted anew each time before the outputs are compared. Each masked network runs only from the
+    first node on that it changes; memory is that of one forward pass of all samples, and of one more set of weights.
+    `seconds`: a budget, None for none. A first run of the dense network is timed, and says how many of `PLANS` fit:
+    fewer shares, then fewer samples; the last one is taken whatever it costs. Deterministic for the same shares and
+    samples.
     """
     began = time.perf_counter()
     captured = analysis.captured.with_state(state)
@@ -98,7 +101,7 @@ def measure(
     shares: tuple[float, ...] = SHARES
     if seconds is not None:
         shares, count = _fitting(captured, clusters, samples, trials, seconds)
-        samples = samples[:: len(samples) // count][:count]
+        samples = [one[:: len(one) // count][:count] for one in samples]
     counts = {c.name: _points(c.size, shares) for c in clusters}
     tried = [
         _Trial(first, cluster, n) for first, cluster in sorted(trials, key=lambda t: t[0]) for n in counts[cluster.name]
@@ -113,7 +116,9 @@ def measure(
     chunks = _chunks(captured, samples)
     with (progress or Progress()).bar("curves", len(chunks) * len(tried)) as bar:
         for number, chunk in enumerate(chunks):
-            for done, (trial, found) in enumerate(_divergences(captured, chunk, tried, changed), 1):
+            for done, (trial, found) in enumerate(
+                _divergences(captured, chunk, tried, changed, apart or class_shares), 1
+            ):
                 key = trial.cluster.name, trial.count
                 total[key] = total.get(key, 0.0) + found / len(chunks)
                 bar(number * len(tried) + done, trial.cluster.name)
@@ -122,7 +127,7 @@ def measure(
         curves=made,
         sizes={c.name: c.size for c in clusters},
         shares=shares,
-        samples=sum(map(len, chunks)),
+        samples=sum(len(chunk[0]) for chunk in chunks),
         refit=readers is not None,
         seconds=time.perf_counter() - began,
     )
@@ -135,7 +140,7 @@ PLANS = ((SHARES, 1), ((1 / 4, 1 / 2, 9 / 10), 1), ((1 / 4, 1 / 2, 9 / 10), 2), 
 def _fitting(
     captured: Captured,
     clusters: Sequence[Cluster],
-    samples: Tensor,
+    samples: Sequence[Tensor],
     trials: Sequence[tuple[int, Cluster]],
     seconds: float,
 ) -> tuple[tuple[float, ...], int]:
@@ -152,15 +157,15 @@ def _fitting(
         wanted = sum(len(_points(c.size, shares)) * each[c.name] for c in clusters) / divisor
         if wanted <= seconds - (time.perf_counter() - began):
             break
-    return shares, max(1, len(samples) // divisor)
+    return shares, max(1, len(samples[0]) // divisor)
 
 
-def _chunks(captured: Captured, samples: Tensor) -> list[Tensor]:
+def _chunks(captured: Captured, samples: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """All samples at once where the batch is free, else in batches of the program's own size."""
     if captured.dynamic_batch:
         # A batch of one is a case of its own to torch.export.
-        return [torch.cat([samples, samples]) if len(samples) == 1 else samples]
-    return list(batches(captured, samples))
+        return [tuple(torch.cat([one, one]) if len(one) == 1 else one for one in samples)]
+    return chunked(captured, samples)
 
 
 @dataclass(frozen=True)
@@ -229,12 +234,12 @@ def _trials(analysis: Analysis, captured: Captured, clusters: Sequence[Cluster])
 
 
 def _start(
-    captured: Captured, samples: Tensor
+    captured: Captured, samples: Sequence[Tensor]
 ) -> tuple[dict[str, fx.Node], dict[fx.Node, Any], dict[fx.Node, list[fx.Node]]]:
     """Placeholders by name, the values they begin with, and which nodes' values each node is the last to need."""
     graph = captured.program.graph
     holders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    feeds = feeds_of(captured.program, (samples,), captured.state)
+    feeds = feeds_of(captured.program, tuple(samples), captured.state)
     values: dict[fx.Node, Any] = {
         node: value.clone() if isinstance(value := feeds[node.name], Tensor) and _written(node) else value
         for node in holders.values()
@@ -243,13 +248,17 @@ def _start(
 
 
 def _divergences(
-    captured: Captured, samples: Tensor, tried: Sequence[_Trial], changed: Callable[[_Trial], Captured]
+    captured: Captured,
+    samples: Sequence[Tensor],
+    tried: Sequence[_Trial],
+    changed: Callable[[_Trial], Captured],
+    apart: Apart,
 ) -> Iterator[tuple[_Trial, float]]:
     """The divergence of each trial; they come in the order of the first node that they change."""
     nodes = list(captured.program.graph.nodes)
     named = captured.targets
     holders, values, dies = _start(captured, samples)
-    dense = _log_shares(_finish(nodes, 0, dict(values), dies))
+    dense = apart(_finish(nodes, 0, dict(values), dies))
     at = 0
     for trial in tried:
         if trial.first >= len(nodes):
@@ -262,7 +271,8 @@ def _divergences(
             for arg, target in named.items()
             if target in state and state[target] is not captured.state[target]
         }
-        yield trial, _divergence(dense, _log_shares(_finish(nodes, at, {**values, **other}, dies)))
+        found = dense(_finish(nodes, at, {**values, **other}, dies))
+        yield trial, min(found, WORST) if math.isfinite(found) else WORST
 
 
 def _written(node: fx.Node) -> bool:
@@ -288,8 +298,8 @@ def _finish(
     values: dict[fx.Node, Any],
     dies: Mapping[fx.Node, list[fx.Node]],
     spent: list[float] | None = None,
-) -> Tensor:
-    """The first output, run from `start` on; what was there before is not written to. `spent` takes the seconds since
+) -> tuple[Tensor, ...]:
+    """The outputs, run from `start` on; what was there before is not written to. `spent` takes the seconds since
     the beginning after each node.
     """
     began = time.perf_counter()
@@ -298,8 +308,7 @@ def _finish(
         for node in nodes[start:]:
             if node.op == "output":
                 returned: Any = node.args[0]
-                found: Tensor = values[returned[0]]
-                return found
+                return tuple(values[one] for one in returned)
             target = node.args[0] if node.op == "call_function" and node.args and writes(node) else None
             if target in shared and isinstance(target, fx.Node):
                 values[target] = values[target].clone()
@@ -319,17 +328,22 @@ def _run(node: fx.Node, values: dict[fx.Node, Any]) -> None:
         values[node] = call(*args, **fx.node.map_arg(node.kwargs, values.__getitem__))
 
 
+Apart = Callable[[Sequence[Tensor]], Callable[[Sequence[Tensor]], float]]
+"""Dense outputs -> how far other outputs are from them, mean over samples."""
+
+
+def class_shares(dense: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], float]:
+    """Kullback and Leibler's divergence in nats of the first output, taken as logits."""
+    wanted = _log_shares(dense[0])
+    return lambda other: float((wanted.exp() * (wanted - _log_shares(other[0]))).sum(-1).mean())
+
+
 def _log_shares(output: Tensor) -> Tensor:
     """Log softmax over the classes, (samples and places, classes): the last of three dimensions, else the second."""
     value = output.double()
     if value.dim() < 2:
         value = value.reshape(1, -1)
     return value.movedim(1 if value.dim() != 3 else 2, -1).flatten(0, -2).log_softmax(-1)
-
-
-def _divergence(dense: Tensor, other: Tensor) -> float:
-    found = float((dense.exp() * (dense - other)).sum(-1).mean())
-    return min(found, WORST) if math.isfinite(found) else WORST
 
 
 # ── choosing ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from foundation.errors import DataError, ModelError
 from pipeline.channels.coupling.groups import Analysis
-from pipeline.data.parts import Data, picked
+from pipeline.data.parts import Data, Inputs, picked
+from pipeline.models.calling import named
 from pipeline.selection.activations import SAMPLES, norm_scales, observe_readers
 from pipeline.selection.criteria import Evidence, Observation, Scores, over_indices, per_index
 from pipeline.selection.criteria import effects as effects_of
-from pipeline.tasks import classification
+from pipeline.tasks.task import Task
 from pipeline.training import masks
 
 BATCH = 64
@@ -27,6 +28,7 @@ ONE_BY_ONE = 256
 def observe(
     model: nn.Module,
     data: Data,
+    task: Task,
     wanted: frozenset[Observation],
     analysis: Analysis,
     samples: int = 64,
@@ -47,11 +49,11 @@ def observe(
     captured = analysis.captured.with_state(weights)
     return Evidence(
         weights,
-        gradients=_gradients(model, data) if "gradients" in wanted else {},
+        gradients=_gradients(model, data, task) if "gradients" in wanted else {},
         samples=data.sample("calibration", samples) if "samples" in wanted else None,
         scales=norm_scales(captured),
         seed=seed,
-        effects=_effects(model, data, weights, analysis, "sampled effects" in effects, seed) if effects else {},
+        effects=_effects(model, data, task, weights, analysis, "sampled effects" in effects, seed) if effects else {},
         readers=observe_readers(
             captured,
             analysis.clusters,
@@ -81,18 +83,23 @@ def _differentiable(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         model.train(was_training)
 
 
-def _gradients(model: nn.Module, data: Data) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, data: Data, task: Task) -> dict[str, Tensor]:
     """Parameter -> gradient of the task's loss, mean over the calibration samples."""
     with _differentiable(model):
-        for images, labels in data.batches("calibration", BATCH):
-            share = len(labels) / len(data.calibration)
-            loss = classification.loss(classification.logits_of(model(images)), labels) * share
+        for inputs, target in data.batches("calibration", BATCH):
+            loss = task.losses(named(model(*inputs)), target, 0.0).sum() / len(data.calibration)
             loss.backward()  # type: ignore[no-untyped-call]
         return _gathered(model)
 
 
 def _effects(
-    model: nn.Module, data: Data, weights: Mapping[str, Tensor], analysis: Analysis, sampled: bool, seed: int
+    model: nn.Module,
+    data: Data,
+    task: Task,
+    weights: Mapping[str, Tensor],
+    analysis: Analysis,
+    sampled: bool,
+    seed: int,
 ) -> dict[str, Scores]:
     """Cluster -> mean over samples of (Σ g·w over the group)², g the gradient of one sample's loss.
 
@@ -104,13 +111,13 @@ def _effects(
     chosen = torch.linspace(0, len(data.calibration) - 1, min(ONE_BY_ONE, len(data.calibration))).long()
     part = replace(data, calibration=picked(data.calibration, chosen))
     with _differentiable(model) as parameters:
-        for image, label in part.batches("calibration", 1):
-            logits = _logits_of_one(model, image)
+        for inputs, target in part.batches("calibration", 1):
+            outputs = _outputs_of_one(model, inputs)
             if sampled:
-                shares = logits.detach().double().softmax(1)
+                shares = task.read(outputs).detach().double().softmax(1)
                 _check({"the last layer": shares}, "outputs")
-                label = torch.multinomial(shares, 1, generator=draw).flatten()
-            classification.loss(logits, label).backward()  # type: ignore[no-untyped-call]
+                target = torch.multinomial(shares, 1, generator=draw).flatten()
+            task.losses(outputs, target, 0.0).sum().backward()  # type: ignore[no-untyped-call]
             products = {name: effects_of(value, weights[name]) for name, value in _gathered(model).items()}
             sums = {(name, dim): per_index(products[name], dim) for name, dim in places if name in products}
             for cluster in analysis.clusters:
@@ -120,24 +127,25 @@ def _effects(
     return total
 
 
-def _logits_of_one(model: nn.Module, image: Tensor) -> Tensor:
-    """The logits (1, classes) of one image (1, channels, height, width); given twice to a model that takes no batch of
-    one, or drops the dimension.
+def _outputs_of_one(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """The outputs for one sample, (1, ...) each; it is given twice to a model that takes no batch of one, or drops the
+    dimension.
     """
     try:
-        logits = classification.logits_of(model(image))
+        found = named(model(*inputs))
+        if all(value.dim() > 1 and len(value) == 1 for value in found.values()):
+            return found
     except (RuntimeError, IndexError, ValueError, TypeError):
-        logits = torch.empty(0)
-    if logits.dim() < 2 or len(logits) != 1:
-        logits = classification.logits_of(model(torch.cat([image, image])))[:1]
-    return logits
+        pass
+    twice = named(model(*(torch.cat([one, one]) for one in inputs)))
+    return {name: value[:1] for name, value in twice.items()}
 
 
-def _varied(samples: Tensor) -> Tensor:
+def _varied(samples: Inputs) -> Inputs:
     """`samples`. Raises DataError where there are several and all of them are alike."""
-    if len(samples) > 1 and bool((samples == samples[:1]).all()):
+    if len(samples[0]) > 1 and all(bool((one == one[:1]).all()) for one in samples):
         raise DataError(
-            f"The {len(samples)} calibration samples are all alike: what layers read does not vary over them.",
+            f"The {len(samples[0])} calibration samples are all alike: what layers read does not vary over them.",
             "Give samples that differ, or take a criterion that looks at the weights only: --set prune.criterion=l2",
         )
     return samples

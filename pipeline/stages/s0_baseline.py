@@ -13,16 +13,18 @@ from exporters.export import to_onnx
 from foundation.errors import WeightsError
 from foundation.files import save_tensors
 from pipeline.artifacts.eager import Baseline
-from pipeline.channels.program.capture import capture
 from pipeline.channels.program.macs import count_macs
 from pipeline.data.parts import Data
 from pipeline.drawing.plots import history_plot
 from pipeline.models import plain, weights
+from pipeline.models.dense import answering
+from pipeline.models.graph import graph_of
 from pipeline.models.source import ModelSource, example
-from pipeline.models.trial import check
 from pipeline.progress import Progress
 from pipeline.recipe.source import BaselineSection
 from pipeline.tasks import classification
+from pipeline.tasks.evaluation import evaluate
+from pipeline.tasks.task import Task
 from pipeline.training import loop
 from pipeline.training.defaults import default_settings
 from pipeline.training.history import history_csv
@@ -30,11 +32,8 @@ from validators.feeds import random_feeds
 from validators.latency import race
 from validators.runners import OrtRunner
 
-LEAST_CLASSES = 2
-"""Outputs that a model has at least where the data has no labels: of one alone, the largest is always the same."""
 
-
-def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progress: Progress) -> Baseline:
+def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, task: Task, progress: Progress) -> Baseline:
     """Load or train the dense model and measure it.
 
     Everything that can refuse the model does so before training: a wrong input shape, too few outputs, a forward pass
@@ -42,26 +41,39 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
     """
     inputs = example(source)
     model = source.build_as_given()
-    check(model, inputs, data.classes or LEAST_CLASSES, source.spec)
     if plain.free(model):
         progress.say("  every parameter of the model is frozen: they are freed, or nothing could be recovered")
     # Plain weights from here on, whatever computed them; trained or filled before that, in the form that was given.
     simple = plain.copied(model) if plain.computes(model) else model
     said = plain.said(plain.fold_checked(simple, inputs, source.spec))
-    capture(simple, inputs)
+    graph_of(simple, source)
     del simple
     if said:
         progress.say(f"  {said}")
-    origin, seconds = _fill(cfg, model, source, data, out, progress)
+    origin, seconds = _fill(cfg, model, source, data, task, out, progress)
     plain.fold_checked(model, inputs, source.spec)
     save_tensors(model.state_dict(), out / Baseline.WEIGHTS)
-    captured = capture(model, inputs)
-    made = to_onnx(captured.program, out / "dense.onnx", example=inputs, opset=cfg.opset, metadata={})
+    captured = graph_of(model, source)
+    made = to_onnx(
+        captured.program,
+        out / "dense.onnx",
+        example=inputs,
+        opset=cfg.opset,
+        input_names=[one.name for one in source.inputs],
+        output_names=source.outputs,
+        free=source.free,
+        metadata={},
+    )
     runner = OrtRunner(made.path, threads=cfg.threads)
-    feed = random_feeds(runner.inputs, seed=cfg.seed, batches=(1,))[0]
+    feed = random_feeds(runner.inputs, seed=cfg.seed, batches=(1,), sizes=source.usual, ranges=source.ranges)[0]
     latency = race({"dense": runner}, feed, reference="dense", seconds=cfg.seconds, seed=cfg.seed)
-    if not data.labelled:
-        answers, classes = classification.answers(model, data)
+    if task.taught:
+        data = data.answered_by(answering(lambda: model))
+        progress.say(
+            f"  {data.name} has no labels: what counts from here on is how near the outputs are to this model's"
+        )
+    elif not data.labelled:
+        answers, classes = classification.answers(task, model, data)
         data = data.answered(answers, classes)
         save_tensors(answers | {Baseline.CLASSES: torch.tensor(classes)}, out / Baseline.ANSWERS)
         progress.say(f"  {data.name} has no labels: what counts from here on is how often a model answers as this one")
@@ -71,8 +83,9 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
         folder=out,
         trained_here=seconds > 0,
         weights_origin=f"{origin}; {said}" if said else origin,
-        accuracy=classification.evaluate(model, data, "test").accuracy,
-        calibration_accuracy=classification.evaluate(model, data, "calibration").accuracy,
+        score=evaluate(task, model, data, "test").score,
+        score_name=task.score.name,
+        calibration_score=evaluate(task, model, data, "calibration").score,
         params=sum(p.numel() for p in model.parameters()),
         macs=count_macs(captured.program),
         onnx_bytes=made.summary.bytes,
@@ -85,10 +98,10 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
 
 
 def _fill(
-    cfg: BaselineSection, model: nn.Module, source: ModelSource, data: Data, out: Path, progress: Progress
+    cfg: BaselineSection, model: nn.Module, source: ModelSource, data: Data, task: Task, out: Path, progress: Progress
 ) -> tuple[str, float]:
     """Give `model` its weights; where they came from, and the seconds that training took (0 = none)."""
-    if cfg.weights == "pretrained":
+    if cfg.weights == "pretrained" or (cfg.weights == "auto" and source.origin.brings):
         progress.say(f"  weights: {weights.load_pretrained(model, source)}")
         return "pretrained", 0.0
     if cfg.weights not in ("auto", "train"):
@@ -104,8 +117,11 @@ def _fill(
         return str(Path(cfg.weights).name), 0.0
     if cfg.weights == "auto" and not source.initial:
         return "as given", 0.0
-    if cfg.weights == "auto" and not data.labelled:
-        progress.say(f"  weights: those that {source.spec} comes with")
+    if cfg.weights == "auto" and (not data.labelled or weights.comes_with(source)):
+        progress.say(
+            f"  weights: those that {source.spec} comes with, however often it is built"
+            + ("; to train it from them: --weights train" if data.labelled else "")
+        )
         return "as built", 0.0
     settings = default_settings(model, seed=cfg.seed, given=cfg.train)
     progress.say(
@@ -113,8 +129,8 @@ def _fill(
         "(done once; reused from then on)"
     )
     began = time.perf_counter()
-    result = loop.train(model, data, settings, checkpoint=out / "training.pt", progress=progress)
+    result = loop.train(model, data, task, settings, checkpoint=out / "training.pt", progress=progress)
     history_csv(result.history, out / "history.csv")
-    history_plot(result.history, result.best_epoch, out / "history.svg")
+    history_plot(result.history, result.best_epoch, out / "history.svg", task.score.name)
     (out / "training.pt").unlink(missing_ok=True)
     return f"trained here on {data.name}, {settings.epochs} epochs", time.perf_counter() - began

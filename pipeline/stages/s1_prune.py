@@ -11,20 +11,21 @@ from pipeline.artifacts.base import WidthChange, write_json, write_table
 from pipeline.artifacts.eager import CURVES, PRICES, SCORES, Baseline, CurveFacts, Pruned
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
-from pipeline.channels.program.capture import capture
 from pipeline.data.parts import Data
 from pipeline.drawing.plots import sparsity_plot
-from pipeline.models.source import ModelSource, example
+from pipeline.models.graph import graph_of
+from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.selection import schedules
 from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import Chooser, chosen_by, observed, rows
+from pipeline.selection.choose import Chooser, chosen_by, observed, outputs_apart, rows
 from pipeline.selection.curves import Measured, points
 from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
 from pipeline.selection.schedules import Course
-from pipeline.tasks import classification
+from pipeline.tasks.evaluation import evaluate
+from pipeline.tasks.task import Task
 from pipeline.training import loop, masks
 from pipeline.training.defaults import default_settings
 from pipeline.training.loop import OnStep
@@ -32,7 +33,7 @@ from pipeline.training.masks import Masks
 
 
 def run(
-    cfg: PruneSection, out: Path, source: ModelSource, data: Data, baseline: Baseline, progress: Progress
+    cfg: PruneSection, out: Path, source: ModelSource, data: Data, baseline: Baseline, task: Task, progress: Progress
 ) -> Pruned:
     """Mask once, in rounds with recovery between them, or gradually during training.
 
@@ -40,16 +41,18 @@ def run(
     """
     model = source.build()
     model.load_state_dict(baseline.weights())
-    analysis = analyse(capture(model, example(source)), policy_of(cfg.groups))
+    analysis = analyse(graph_of(model, source), policy_of(cfg.groups))
     wanted = observed(cfg)
     settings = default_settings(model, recovery=True, seed=cfg.seed, given=cfg.train)
 
     def recover(name: str, held: Masks | None, on_step: OnStep | None) -> Masks:
         checkpoint = out / f"{name}.pt"
-        made = loop.train(model, data, settings, masks=held, on_step=on_step, checkpoint=checkpoint, progress=progress)
+        made = loop.train(
+            model, data, task, settings, masks=held, on_step=on_step, checkpoint=checkpoint, progress=progress
+        )
         return made.masks
 
-    chooser = Chooser(cfg, analysis, model, progress)
+    chooser = Chooser(cfg, analysis, model, outputs_apart(task, source), progress)
     chosen = schedules.find(cfg.schedule)(
         Course(
             model=model,
@@ -57,7 +60,7 @@ def run(
             steps=cfg.steps,
             epochs=settings.epochs,
             choose=chooser.choose,
-            see=lambda: observe(model, data, wanted, analysis, cfg.samples, seed=cfg.seed),
+            see=lambda: observe(model, data, task, wanted, analysis, cfg.samples, seed=cfg.seed),
             recover=recover,
             progress=progress,
         )
@@ -98,7 +101,7 @@ def run(
         expected_macs=expected.macs if expected else analysis.macs,
         groups=sum(c.size for c in analysis.clusters),
         groups_cut=sum(int(gone.sum()) for gone in removed.values()),
-        accuracy_after=classification.evaluate(model, data, "test").accuracy,
+        score_after=evaluate(task, model, data, "test").score,
         layers=layers,
         widths=widths,
         curves=_facts(weighed.measured) if weighed is not None and weighed.measured is not None else None,

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from foundation.errors import first_line
 from foundation.files import save_tensors
 from pipeline.artifacts.base import write_table
 from pipeline.artifacts.eager import FITTED, Baseline, Finetuned, Pruned, Rung
-from pipeline.channels.program.capture import capture
-from pipeline.data.parts import Data
+from pipeline.data.parts import Data, Inputs
 from pipeline.drawing.plots import history_plot
-from pipeline.models.source import ModelSource, example
+from pipeline.models.graph import graph_of
+from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.train import FinetuneSection, TrainSettings
 from pipeline.recovery import closed_form, ladder
 from pipeline.recovery.statistics import reestimate
-from pipeline.tasks import classification
+from pipeline.tasks.evaluation import evaluate
+from pipeline.tasks.task import Task
 from pipeline.training import loop, masks
 from pipeline.training.defaults import default_settings, has_batch_norm
 from pipeline.training.history import Epoch, history_csv
@@ -36,6 +37,7 @@ def run(
     data: Data,
     baseline: Baseline,
     pruned: Pruned,
+    task: Task,
     progress: Progress,
 ) -> Finetuned:
     """Climb the ladder: closed form, batch norms' statistics, training with the masks held through every step.
@@ -51,17 +53,18 @@ def run(
     teacher = source.build()
     teacher.load_state_dict(baseline.weights())
     teacher.eval()
-    dense, now = ladder.standing(teacher, data), ladder.standing(model, data)
-    rungs = [Rung(name="pruned", accuracy=now.accuracy, seconds=0.0, kept=True, why="the masks alone")]
+    dense, now = ladder.standing(teacher, data, task), ladder.standing(model, data, task)
+    rungs = [Rung(name="pruned", score=now.score, seconds=0.0, kept=True, why="the masks alone")]
     fitted = False
     if cfg.recover != "none" and chosen and not ladder.near(now, dense):
-        images = data.sample("train", cfg.samples)
+        inputs = data.sample("train", cfg.samples)
         made, now = ladder.climb(
             "closed form",
             model,
             data,
+            task,
             now,
-            lambda: _closed_form(cfg, out, source, images, teacher, model, chosen, progress),
+            lambda: _closed_form(cfg, out, source, inputs, teacher, model, chosen, progress),
         )
         fitted = made.kept
         if not fitted:
@@ -69,12 +72,17 @@ def run(
         rungs.append(made)
         if has_batch_norm(model) and not ladder.near(now, dense):
             made, now = ladder.climb(
-                "batch norm", model, data, now, lambda: f"statistics of {reestimate(model, images)} norms taken anew"
+                "batch norm",
+                model,
+                data,
+                task,
+                now,
+                lambda: f"statistics of {reestimate(model, inputs)} norms taken anew",
             )
             rungs.append(made)
     settings = _settings(cfg, model, gentle=fitted, labelled=data.labelled)
     if cfg.seconds is not None and settings.epochs and not _no_training(cfg, settings, ladder.near(now, dense)):
-        each = loop.seconds_per_epoch(model, data, settings, teacher if settings.distill_weight > 0 else None)
+        each = loop.seconds_per_epoch(model, data, task, settings, teacher if settings.distill_weight > 0 else None)
         settings = settings.model_copy(update={"epochs": min(settings.epochs, int(cfg.seconds / each))})
     history: tuple[Epoch, ...] = ()
     best_epoch, seconds = 0, 0.0
@@ -89,6 +97,7 @@ def run(
                 loop.train(
                     model,
                     data,
+                    task,
                     settings,
                     teacher=teacher if settings.distill_weight > 0 else None,
                     masks=chosen,
@@ -98,14 +107,14 @@ def run(
             )
             return f"{settings.epochs} epochs, the best kept"
 
-        made, now = ladder.climb("training", model, data, now, train)
+        made, now = ladder.climb("training", model, data, task, now, train)
         rungs.append(made)
         history, seconds = result[0].history, result[0].seconds
         best_epoch = result[0].best_epoch if made.kept else 0
     for rung in rungs[1:]:
-        progress.say(f"  {rung.name}: {rung.why}{'' if rung.kept or rung.accuracy is None else '; taken back'}")
+        progress.say(f"  {rung.name}: {rung.why}{'' if rung.kept or rung.score is None else '; taken back'}")
     history_csv(history, out / "history.csv")
-    history_plot(history, best_epoch, out / "history.svg")
+    history_plot(history, best_epoch, out / "history.svg", task.score.name)
     (out / "training.pt").unlink(missing_ok=True)
     save_tensors(masks.originals(model), out / Finetuned.WEIGHTS)
     return Finetuned(
@@ -113,8 +122,8 @@ def run(
         rungs=tuple(rungs),
         epochs=len(history),
         best_epoch=best_epoch,
-        accuracy=classification.evaluate(model, data, "test").accuracy,
-        calibration_accuracy=now.accuracy,
+        score=evaluate(task, model, data, "test").score,
+        calibration_score=now.score,
         training_seconds=seconds,
     )
 
@@ -149,24 +158,24 @@ def _closed_form(
     cfg: FinetuneSection,
     out: Path,
     source: ModelSource,
-    images: Tensor,
+    inputs: Inputs,
     teacher: nn.Module,
     model: nn.Module,
     chosen: masks.Masks,
     progress: Progress,
 ) -> str:
     """Fit the weights of `model` in place, and say how many."""
-    captured = capture(teacher, example(source))
-    if len(images) < closed_form.LEAST:
-        return f"{len(images)} images are too few to fit weights to"
+    captured = graph_of(teacher, source)
+    if len(inputs[0]) < closed_form.LEAST:
+        return f"{len(inputs[0])} samples are too few to fit weights to"
     start = masks.originals(model)
     try:
         with progress.bar("closed form", len(list(captured.program.graph.nodes))) as bar:
-            made = closed_form.recover(captured, chosen, (images,), start=start, seed=cfg.seed, folder=out, tick=bar)
+            made = closed_form.recover(captured, chosen, inputs, start=start, seed=cfg.seed, folder=out, tick=bar)
     except ValueError as error:  # samples or a graph that nothing can be fitted with; the next rung has its turn
         return f"nothing fitted: {first_line(error)}"
     known = masks.originals(model)
     masks.load_originals(model, {name: made.state.get(name, value) for name, value in known.items()})
     write_table(out / FITTED, made.fitted)
     done = sum(not one.reason for one in made.fitted)
-    return f"{done} weights fitted on {len(images)} images without their labels in {made.seconds:.1f} s"
+    return f"{done} weights fitted on {len(inputs[0])} samples without their labels in {made.seconds:.1f} s"

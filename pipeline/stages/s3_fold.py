@@ -12,13 +12,17 @@ from foundation.files import save_tensors
 from pipeline.artifacts.base import write_table
 from pipeline.artifacts.eager import Finetuned, Folded, Pruned
 from pipeline.data.parts import Data
+from pipeline.models.calling import named
 from pipeline.models.source import ModelSource, example
 from pipeline.recipe.removal import FoldSection
-from pipeline.tasks import classification
+from pipeline.tasks.evaluation import evaluate
+from pipeline.tasks.task import Task
 from pipeline.training import masks
 
 
-def run(cfg: FoldSection, out: Path, source: ModelSource, data: Data, pruned: Pruned, finetuned: Finetuned) -> Folded:
+def run(
+    cfg: FoldSection, out: Path, source: ModelSource, data: Data, pruned: Pruned, finetuned: Finetuned, task: Task
+) -> Folded:
     """Multiply the masks in and prove it: bit-equal outputs on random and real inputs.
 
     Raises MaskError when the folded model differs, or a weight under a mask is not zero.
@@ -27,12 +31,12 @@ def run(cfg: FoldSection, out: Path, source: ModelSource, data: Data, pruned: Pr
     model = source.build()
     model.load_state_dict(finetuned.weights())
     masks.apply(model, chosen)
-    feeds = [example(source, batch=2, seed=cfg.seed), (data.sample("calibration", 8),)]
-    before = [_output(model, feed) for feed in feeds]
+    feeds = [example(source, batch=2, seed=cfg.seed), data.sample("calibration", 8)]
+    before = [_outputs(model, feed) for feed in feeds]
     masks.fold(model)
     masks.check_held(model, chosen)
-    after = [_output(model, feed) for feed in feeds]
-    worst = max(_difference(a, b) for a, b in zip(before, after, strict=True))
+    after = [_outputs(model, feed) for feed in feeds]
+    worst = max(_difference(a[name], b[name]) for a, b in zip(before, after, strict=True) for name in a)
     if worst != 0.0:
         raise MaskError(f"Folding changed the output by {worst:.3g}.", "Please report this model.")
     state = model.state_dict()
@@ -45,7 +49,7 @@ def run(cfg: FoldSection, out: Path, source: ModelSource, data: Data, pruned: Pr
         sparsity=zeros / params,
         zeros=zeros,
         params=params,
-        accuracy=classification.evaluate(model, data, "test").accuracy,
+        score=evaluate(task, model, data, "test").score,
         max_abs_diff_to_masked=worst,
     )
 
@@ -56,7 +60,6 @@ def _difference(before: Tensor, after: Tensor) -> float:
     return float(apart.nan_to_num(nan=torch.inf).max()) if apart.numel() else 0.0
 
 
-def _output(model: nn.Module, feed: tuple[Tensor, ...]) -> Tensor:
+def _outputs(model: nn.Module, feed: tuple[Tensor, ...]) -> dict[str, Tensor]:
     with torch.no_grad():
-        result = model.eval()(*feed)
-    return result if isinstance(result, Tensor) else next(iter(result))
+        return named(model.eval()(*feed))

@@ -17,12 +17,12 @@ from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.coupling.layers import layers
 from pipeline.channels.dead.liveness import liveness
 from pipeline.channels.ledger import Ledger
-from pipeline.channels.program.capture import capture
 from pipeline.channels.program.macs import count_macs
 from pipeline.channels.removal.verify import prove
 from pipeline.data.parts import Data
 from pipeline.drawing.widths import widths_svg
-from pipeline.models.source import ModelSource, example
+from pipeline.models.graph import graph_of
+from pipeline.models.source import ModelSource
 from pipeline.recipe.removal import ShrinkSection
 from pipeline.selection.kinds import policy_of
 
@@ -36,11 +36,11 @@ def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: 
     """
     model = source.build()
     model.load_state_dict(folded.weights())
-    captured = capture(model, example(source))
+    captured = graph_of(model, source)
     analysis = analyse(captured, policy_of(pruned.kinds))
     live = liveness(analysis, captured.state)
     small = channels.shrink(captured, analysis, live.dead, refused=live.refusals)
-    feeds = [channels.small(captured, seed=cfg.seed), (data.sample("calibration", REAL_SAMPLES),)]
+    feeds = [channels.small(captured, seed=cfg.seed), data.sample("calibration", REAL_SAMPLES)]
     proof = prove(captured, small, feeds)
     archive.write(small.program, out / Shrunk.PROGRAM)
     (out / "ledger.json").write_text(small.ledger.to_json() + "\n", encoding="utf-8")

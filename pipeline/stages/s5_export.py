@@ -45,6 +45,9 @@ def run(
         out / "model.onnx",
         example=example(source),
         opset=cfg.opset,
+        input_names=[one.name for one in source.inputs],
+        output_names=source.outputs,
+        free=source.free,
         metadata={
             "leanort.version": project_version(),
             "leanort.model": source.spec,
@@ -75,7 +78,7 @@ def _centred(cfg: ExportSection, source: ModelSource, data: Data, shrunk: Shrunk
         return plain
     centred = centre(plain.program)
     if centred.norms:
-        feeds = [example(source, seed=cfg.seed), (data.sample("calibration", SAMPLES),)]
+        feeds = [example(source, seed=cfg.seed), data.sample("calibration", SAMPLES)]
         prove(plain, centred, feeds, rounded=True)
     return centred
 

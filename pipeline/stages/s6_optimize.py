@@ -31,6 +31,7 @@ from pipeline.race.proof import candidate
 from pipeline.race.timing import timed
 from pipeline.race.words import lines, statements
 from pipeline.recipe.race import OptimizeSection
+from pipeline.tasks.task import Task
 
 
 def run(
@@ -42,6 +43,7 @@ def run(
     pruned: Pruned,
     shrunk: Shrunk,
     exported: Exported,
+    task: Task,
     progress: Progress,
 ) -> Optimized:
     """Write the candidates that may ship, `candidates.json` and a plot of the race.
@@ -50,7 +52,7 @@ def run(
     ExportError where not even that could be made.
     """
     specs = entrants(cfg)
-    context, flushed = without_denormals(open_context(cfg, out, source, data, baseline, shrunk, exported))
+    context, flushed = without_denormals(open_context(cfg, out, source, data, task, baseline, shrunk, exported))
     rounding = RoundingBudget(context)
     budgets: Mapping[str, Budget] = {"rounding": rounding, "accuracy": AccuracyBudget(context)}
     rows = []

@@ -16,6 +16,7 @@ from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.policy import GateSection
 from pipeline.tasks.pictures import pictured
+from pipeline.tasks.task import Task
 from validators.parity import ChainReport, compare_chain
 
 # Test samples that only one of dense and shipped got right: the first few as pictures.
@@ -34,6 +35,7 @@ def run(
     exported: Exported,
     optimized: Optimized,
     promoted: Promoted,
+    task: Task,
     progress: Progress,
 ) -> Validated:
     """Measure everything, then judge it by the recipe's policy.
@@ -46,7 +48,7 @@ def run(
     where: list[str] = []
     with crashed.noted("parity"):
         chain = open_chain(cfg, source, baseline, folded, shrunk, exported, optimized)
-        feeds = chain_feeds(cfg, chain.runners[-1], optimized.onnx, data)
+        feeds = chain_feeds(cfg, source, chain.runners[-1], optimized.onnx, data)
         progress.say(f"  parity of {len(chain.runners)} models on {len(feeds)} feeds")
         precise, *shaken = chain.precise
         parity = compare_chain(
@@ -56,7 +58,16 @@ def run(
     files = {"dense": baseline.onnx, "shipped": optimized.onnx}
     if promoted.onnx is not None:
         files["promoted"] = promoted.onnx
-    found = measuring.contest(cfg, files, data, progress, sessions={"shipped": winner.session})
+    found = measuring.contest(
+        cfg,
+        files,
+        data,
+        progress,
+        task=task,
+        sizes=source.usual,
+        ranges=source.ranges,
+        sessions={"shipped": winner.session},
+    )
     crashed |= found.crashed
     reports = parity.hops if parity else ()
     hops = (*(hop_of(report) for report in reports[:-1]), *(last_hop(report, winner) for report in reports[-1:]))
@@ -69,7 +80,7 @@ def run(
         measurements[policy.BEYOND_BUDGET] = None
         with crashed.noted("accuracy lost to reduced precision"):
             if hops and hops[-1].passed:
-                beyond = precision_loss(cfg, data, exported, optimized) - winner.allowed
+                beyond = precision_loss(cfg, data, task, exported, optimized) - winner.allowed
                 measurements[policy.BEYOND_BUDGET] = policy.exactly(beyond)
     if not optimized.proven:  # nothing vouches for it, whatever this stage's own inputs say
         measurements[policy.PROVEN] = policy.exactly(0.0)
@@ -84,7 +95,7 @@ def run(
         measurements,
         hops=[key for key in measurements if key.startswith(policy.PARITY)],
         promoted=promoted.onnx is not None,
-        labelled=data.labelled,
+        judged=policy.Judged.of(task, labelled=data.labelled),
         crashed=crashed,
     )
     accuracy, latency = found.accuracy.get("dense"), found.latency
@@ -101,6 +112,7 @@ def run(
         picture.save(out / FLIPPED / f"{sample}.png")
     agreed, alike = (measurements.get(key) for key in (policy.AGREEMENT, policy.COSINE))
     right = accuracy if data.labelled else None
+    scores = found.scores.get("dense", ()) if data.labelled or task.taught else ()
     mine, reference = (latency.runners[name] if latency else None for name in ("shipped", "dense"))
     before, after = (found.structure.get(name) for name in ("dense", "shipped"))
     return Validated(
@@ -112,6 +124,8 @@ def run(
         accuracy_drop_points=right and right.drop.value,
         accuracy_drop_low=right and right.drop.low,
         accuracy_drop_high=right and right.drop.high,
+        task=task.name,
+        scores=scores,
         labelled=data.labelled,
         agreement=agreed and agreed.value,
         cosine=alike and alike.value,

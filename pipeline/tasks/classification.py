@@ -1,56 +1,49 @@
-"""Images with one class each: what counts as the answer, the loss, how far a student is from its teacher, the score."""
+"""One class per sample, whatever goes in: images, texts, sounds, tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foundation.errors import ModelError
-from pipeline.data.parts import PARTS, Data, Part
+from pipeline.data.parts import PARTS, Data, Target
+from pipeline.models.calling import Outputs, named
+from pipeline.tasks.task import Task, softened
+from validators.scores import Score, per_sample
+
+NAMES = ("classification", "text-classification")
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """How a model did on one part."""
+def task(name: str, main: str) -> Task:
+    """Classes by the logits (samples, classes) in the output `main`: cross-entropy, accuracy."""
 
-    accuracy: float
-    """Share in 0..1."""
-    loss: float
-    """Mean cross-entropy, natural logarithm."""
-    predictions: Tensor
-    """Class per sample, int64, in the order of the part."""
-    labels: Tensor
+    def losses(outputs: Outputs, target: Target, smoothing: float) -> Tensor:
+        return F.cross_entropy(outputs[main].float(), target, label_smoothing=smoothing, reduction="none")
 
+    def divergence(student: Outputs, teacher: Outputs, temperature: float) -> Tensor:
+        return softened(student[main], teacher[main], temperature)
 
-def evaluate(
-    model: nn.Module | Callable[[Tensor], object], data: Data, part: Part = "test", batch_size: int = 256
-) -> Evaluation:
-    """Run a module (in eval mode), or anything else callable on a batch, over one part.
-
-    The first output counts as logits, (batch, at least data.classes), as a tensor or array.
-    """
-    plain = isinstance(model, nn.Module) and not isinstance(model, torch.fx.GraphModule)  # exported ones know no modes
-    was_training = plain and model.training  # type: ignore[union-attr]
-    if plain:
-        model.eval()  # type: ignore[union-attr]
-    predicted, lost = [], 0.0
-    with torch.no_grad():
-        for images, labels in data.batches(part, batch_size):
-            logits = logits_of(model(images))
-            lost += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-            predicted.append(logits.argmax(1))
-    if plain:
-        model.train(was_training)  # type: ignore[union-attr]
-    predictions, labels = torch.cat(predicted), data.split(part).labels
-    return Evaluation(float((predictions == labels).float().mean()), lost / len(labels), predictions, labels)
+    return Task(name, (accuracy(main),), losses, divergence, (main,), classes=True, batch=256)
 
 
-def answers(model: nn.Module, data: Data) -> tuple[dict[str, Tensor], int]:
+def accuracy(main: str) -> Score:
+    """Share of samples whose largest logit is that of their class."""
+    return per_sample("accuracy", lambda outputs, target: outputs[main].argmax(1) == target)
+
+
+def suits(outputs: Mapping[str, Tensor], rows: int, classes: int) -> list[str]:
+    """The outputs that can be logits of `classes` classes for `rows` samples, those of just that width first."""
+    fit = [
+        name for name, value in outputs.items() if value.dim() == 2 and len(value) == rows and value.shape[1] >= classes
+    ]
+    exact = [name for name in fit if outputs[name].shape[1] == classes]
+    return exact or fit
+
+
+def answers(task: Task, model: nn.Module, data: Data) -> tuple[dict[str, Tensor], int]:
     """What `model`, in eval mode, answers to every sample: part -> class number, int64; and how many outputs it has.
 
     Raises ModelError where an output is not finite: it is no answer, and what is held against it would mean nothing.
@@ -60,8 +53,8 @@ def answers(model: nn.Module, data: Data) -> tuple[dict[str, Tensor], int]:
     with torch.no_grad():
         for part in PARTS:
             numbers = []
-            for images, _ in data.batches(part):
-                logits = logits_of(model(images))
+            for inputs, _ in data.batches(part, task.batch):
+                logits = task.read(named(model(*inputs)))
                 if not bool(logits.isfinite().all()):
                     raise ModelError(
                         f"The dense model gives NaN or infinity on samples of the {part} part of {data.name}.",
@@ -71,35 +64,3 @@ def answers(model: nn.Module, data: Data) -> tuple[dict[str, Tensor], int]:
                 numbers.append(logits.argmax(1))
             found[part] = torch.cat(numbers)
     return found, outputs
-
-
-def loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of logits (batch, classes) against class numbers (batch,), natural logarithm."""
-    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL divergence of the softened outputs, times T² so that its gradient does not shrink with T (Hinton 2015, §2)."""
-    if student.shape != teacher.shape:
-        raise ModelError(
-            f"The teacher gives outputs of shape {tuple(teacher.shape)}, the model {tuple(student.shape)}.",
-            "Distil from a model with the same outputs, or set distill_weight to 0.",
-        )
-    soft = F.kl_div(
-        F.log_softmax(student / temperature, 1),
-        F.log_softmax(teacher / temperature, 1),
-        log_target=True,
-        reduction="batchmean",
-    )
-    return soft * temperature**2
-
-
-def logits_of(out: object) -> Tensor:
-    """The first tensor or array of whatever a model returned."""
-    while isinstance(out, Mapping | Sequence):
-        out = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
-    if isinstance(out, np.ndarray):
-        return torch.from_numpy(out)
-    if not isinstance(out, Tensor):
-        raise ModelError(f"The model returned {type(out).__name__}, not a tensor.", "Return logits (batch, classes).")
-    return out

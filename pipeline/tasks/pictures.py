@@ -17,12 +17,12 @@ SIDE = 64
 def pictured(data: Data, samples: Sequence[int], batch: int = 64) -> dict[int, Image.Image]:
     """Test sample -> picture, as the model saw it before normalisation; none for samples that are no images."""
     wanted = set(samples)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean or (0.0,), data.std or (1.0,)))
     found: dict[int, Image.Image] = {}
-    if not wanted or data.input_size[0] not in (1, 3):
+    if not wanted or data.input_size is None or data.input_size[0] not in (1, 3):
         return found
     first = 0
-    for images, _ in data.batches("test", batch):
+    for (images,), _ in data.batches("test", batch):
         for row in wanted & set(range(first, first + len(images))):
             found[row] = _picture((images[row - first] * std + mean).numpy())
         first += len(images)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Epoch:
-    """Figures of one pass over the training part; accuracies are shares in 0..1."""
+    """Figures of one pass over the training part; a score is the one by which the task judges."""
 
     epoch: int
     lr: float
     loss: float
-    train_accuracy: float
+    train_score: float
     calibration_loss: float
-    calibration_accuracy: float
+    calibration_score: float
     seconds: float
 
 

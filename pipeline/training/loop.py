@@ -22,19 +22,23 @@ from torch import Tensor, nn
 
 from foundation.errors import TrainingError, first_line
 from foundation.files import replacing
-from pipeline.data.parts import Data
+from pipeline.data.parts import Data, Inputs, Target
+from pipeline.models.calling import named
 from pipeline.progress import Progress
 from pipeline.recipe.train import TrainSettings
 from pipeline.seeding import seeded
-from pipeline.tasks import classification
+from pipeline.tasks.evaluation import evaluate
+from pipeline.tasks.task import Task
 from pipeline.training import masks as masking
 from pipeline.training.history import Epoch
 from pipeline.training.masks import Masks
+from validators.runners import Array
+from validators.scores import measured
 
 OnStep = Callable[[int, int], Masks | None]
 """Called before each step with (step, total); masks that it returns, or puts on the model itself, hold from then on."""
 
-FORMAT = 1
+FORMAT = 2
 """Of checkpoint files; another number is not resumed from."""
 
 
@@ -45,11 +49,11 @@ class TrainResult:
     settings: TrainSettings
     history: tuple[Epoch, ...]
     state: dict[str, Tensor]
-    """Best weights by calibration accuracy, plain names, originals under the masks."""
+    """Best weights by calibration score, plain names, originals under the masks."""
     masks: dict[str, Tensor]
     best_epoch: int
     """1 is the first; 0 means that no epoch was trained."""
-    best_accuracy: float
+    best_score: float
     """On the calibration part."""
     seconds: float
     """Over all epochs, those before a kill included."""
@@ -83,6 +87,7 @@ def _between(start: float, end: float, share: float) -> float:
 def train(
     model: nn.Module,
     data: Data,
+    task: Task,
     settings: TrainSettings,
     *,
     teacher: nn.Module | None = None,
@@ -94,9 +99,9 @@ def train(
 ) -> TrainResult:
     """Train `model` in place and leave it with its best weights, in eval mode, its masks still on.
 
-    The loss is cross-entropy; with a `teacher` the share `distill_weight` of it is the divergence from the teacher's
-    softened outputs (Hinton et al. 2015, arXiv:1503.02531). The best epoch is the one with the highest calibration
-    accuracy, of equals the one with the lowest loss, among those trained under the final masks. After each epoch the
+    The loss is the task's; with a `teacher` the share `distill_weight` of it is how far the outputs are from the
+    teacher's (softened: Hinton et al. 2015, arXiv:1503.02531). The best epoch is the one with the best calibration
+    score, of equals the one with the lowest loss, among those trained under the final masks. After each epoch the
     whole state is written to `checkpoint`, and a run that finds one of its own there goes on from it.
 
     Originals under a mask are as they were when it was put on, whatever weight decay and momentum did to them.
@@ -108,7 +113,7 @@ def train(
     if masks:
         masking.apply(model, masks)
     with _threads(settings.threads):
-        run = _Run(model, data, settings, teacher)
+        run = _Run(model, data, task, settings, teacher)
         key = run.key() if checkpoint else ""
         if checkpoint is not None:
             run.resume(checkpoint, key, progress)
@@ -128,7 +133,9 @@ TIMED_STEPS = 4
 """Steps that tell how long an epoch takes; one before them warms up."""
 
 
-def seconds_per_epoch(model: nn.Module, data: Data, settings: TrainSettings, teacher: nn.Module | None) -> float:
+def seconds_per_epoch(
+    model: nn.Module, data: Data, task: Task, settings: TrainSettings, teacher: nn.Module | None
+) -> float:
     """How long an epoch of `train` would take here, timed on a few of its steps; `model` stays as it was.
 
     The pass over the calibration part that ends an epoch is counted as a third of what its samples cost in training,
@@ -136,15 +143,15 @@ def seconds_per_epoch(model: nn.Module, data: Data, settings: TrainSettings, tea
     """
     before = {name: value.clone() for name, value in model.state_dict().items()}
     was_training = model.training
-    run = _Run(model, data, settings.model_copy(update={"lr": 0.0, "weight_decay": 0.0}), teacher)
+    run = _Run(model, data, task, settings.model_copy(update={"lr": 0.0, "weight_decay": 0.0}), teacher)
     batches = data.batches("train", settings.batch_size, True, settings.seed, augment=settings.augment)
     model.train()
     began, steps = time.perf_counter(), 0
     with seeded(settings.seed):
-        for steps, (images, labels) in enumerate(itertools.islice(batches, 1 + TIMED_STEPS)):
+        for steps, (inputs, target) in enumerate(itertools.islice(batches, 1 + TIMED_STEPS)):
             if steps == 1:
                 began = time.perf_counter()
-            run._step(images, labels, 0.0)
+            run._step(inputs, target, 0.0)
     each = (time.perf_counter() - began) / max(1, steps)
     model.load_state_dict(before)
     model.zero_grad(set_to_none=True)
@@ -155,8 +162,10 @@ def seconds_per_epoch(model: nn.Module, data: Data, settings: TrainSettings, tea
 class _Run:
     """The moving parts of one training run."""
 
-    def __init__(self, model: nn.Module, data: Data, settings: TrainSettings, teacher: nn.Module | None) -> None:
-        self.model, self.data, self.settings = model, data, settings
+    def __init__(
+        self, model: nn.Module, data: Data, task: Task, settings: TrainSettings, teacher: nn.Module | None
+    ) -> None:
+        self.model, self.data, self.task, self.settings = model, data, task, settings
         self.teacher = teacher.eval() if teacher is not None and settings.distill_weight > 0 else None
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -171,51 +180,68 @@ class _Run:
         """Train one pass, judge it, and remember it if it is the best."""
         began = time.perf_counter()
         seed = self.settings.seed * 1_000_003 + epoch
-        lost, hits, seen, rate = 0.0, 0, 0, 0.0
-        score = "accuracy" if self.data.labelled else "agreement"
+        lost, seen, rate = 0.0, 0, 0.0
+        score = self.task.score
+        called = score.name if self.data.labelled or self.task.taught else "agreement"
+        sums: Array | None = None
         # The short batch at the end is left out: batch norm fails on one sample and is noisy on few.
         batches = self.data.batches(
             "train", self.settings.batch_size, True, seed, augment=self.settings.augment, drop_last=True
         )
         self.model.train()
         with seeded(seed):
-            for number, (images, labels) in enumerate(batches):
+            for number, (inputs, target) in enumerate(batches):
                 step = (epoch - 1) * self.steps + number
                 if on_step is not None:
                     self._masks_from(on_step(step, total))
                 rate = learning_rate(self.settings, step, total)
-                loss, logits = self._step(images, labels, rate)
+                loss, outputs = self._step(inputs, target, rate)
                 if not math.isfinite(loss):
                     raise TrainingError(
                         f"The loss became {loss} in epoch {epoch}, step {number + 1}.",
                         "Lower the learning rate (lr), or clip the gradient (grad_clip).",
                     )
                 self._check_one(step)
-                lost, seen = lost + loss * len(labels), seen + len(labels)
-                hits += int((logits.argmax(1) == labels).sum())
-                note = f"epoch {epoch}/{self.settings.epochs}  loss {lost / seen:.3f}  {score} {hits / seen:.1%}"
+                rows = len(inputs[0])
+                lost, seen = lost + loss * rows, seen + rows
+                added = measured(score, outputs, target, rows).sum(0)
+                sums = added if sums is None else sums + added
+                shown = score.words(float(score.total(sums)))
+                note = f"epoch {epoch}/{self.settings.epochs}  loss {lost / seen:.3f}  {called} {shown}"
                 bar(step + 1, note)
         _put_back(self.model, self.masks, self.under)
         masking.check_held(self.model, self.masks)
-        judged = classification.evaluate(self.model, self.data, "calibration")
-        done = Epoch(epoch, rate, lost / seen, hits / seen, judged.loss, judged.accuracy, time.perf_counter() - began)
+        judged = evaluate(self.task, self.model, self.data, "calibration")
+        trained = math.nan if sums is None else float(score.total(sums))
+        done = Epoch(epoch, rate, lost / seen, trained, judged.loss, judged.score, time.perf_counter() - began)
         self.history.append(done)
-        if self.best is None or _rank(done) > _rank(self.history[self.best_epoch - 1]):
+        if self.best is None or self._rank(done) > self._rank(self.history[self.best_epoch - 1]):
             self.best, self.best_epoch = _copy(masking.originals(self.model)), epoch
-        bar(epoch * self.steps, f"epoch {epoch}/{self.settings.epochs}  calibration {score} {judged.accuracy:.1%}")
+        bar(
+            epoch * self.steps,
+            f"epoch {epoch}/{self.settings.epochs}  calibration {called} {score.words(judged.score)}",
+        )
         return done
 
-    def _step(self, images: Tensor, labels: Tensor, rate: float) -> tuple[float, Tensor]:
+    def _rank(self, epoch: Epoch) -> tuple[float, float]:
+        better = 1.0 if self.task.score.higher_is_better else -1.0
+        return better * epoch.calibration_score, -epoch.calibration_loss
+
+    def _step(self, inputs: Inputs, target: Target, rate: float) -> tuple[float, dict[str, Tensor]]:
         settings = self.settings
         if settings.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        logits = classification.logits_of(self.model(images))
-        loss = classification.loss(logits, labels, settings.label_smoothing)
+            inputs = tuple(
+                one.contiguous(memory_format=torch.channels_last) if one.dim() == 4 else one for one in inputs
+            )
+        outputs = named(self.model(*inputs))
+        share = settings.distill_weight if self.teacher is not None else 0.0
+        loss = torch.zeros(())
+        if share < 1:
+            loss = (1 - share) * self.task.losses(outputs, target, settings.label_smoothing).mean()
         if self.teacher is not None:
             with torch.no_grad():
-                taught = classification.logits_of(self.teacher(images))
-            share = settings.distill_weight
-            loss = (1 - share) * loss + share * classification.divergence(logits, taught, settings.distill_temperature)
+                taught = named(self.teacher(*inputs))
+            loss = loss + share * self.task.divergence(outputs, taught, settings.distill_temperature).mean()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if settings.grad_clip:
@@ -223,7 +249,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return float(loss.detach()), logits.detach()
+        return float(loss.detach()), {name: value.detach() for name, value in outputs.items()}
 
     def _masks_from(self, given: Masks | None) -> None:
         """Take over masks that were just returned or put on the model."""
@@ -251,7 +277,9 @@ class _Run:
 
     def key(self) -> str:
         """What a checkpoint must agree in: settings, data, masks, and the weights that training starts from."""
-        digest = hashlib.sha256(f"{FORMAT} {self.settings.model_dump_json()} {self.data.fingerprint}".encode())
+        digest = hashlib.sha256(
+            f"{FORMAT} {self.settings.model_dump_json()} {self.data.fingerprint} {self.task.fingerprint}".encode()
+        )
         digest.update(str(self.teacher is not None).encode())
         for state in (masking.originals(self.model), self.masks):
             for name, value in state.items():
@@ -305,10 +333,10 @@ class _Run:
         if self.best is not None:
             masking.load_originals(self.model, self.best)
         self.model.eval()
-        accuracy = (
-            self.history[self.best_epoch - 1].calibration_accuracy
+        score = (
+            self.history[self.best_epoch - 1].calibration_score
             if self.best_epoch
-            else classification.evaluate(self.model, self.data, "calibration").accuracy
+            else evaluate(self.task, self.model, self.data, "calibration").score
         )
         return TrainResult(
             settings=self.settings,
@@ -316,7 +344,7 @@ class _Run:
             state=_copy(masking.originals(self.model)),
             masks=self.masks,
             best_epoch=self.best_epoch,
-            best_accuracy=accuracy,
+            best_score=score,
             seconds=sum(one.seconds for one in self.history),
             resumed_from=resumed_from,
         )
@@ -352,10 +380,6 @@ def _put_back(model: nn.Module, masks: Masks, under: Mapping[str, Tensor]) -> No
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in state.items()}
-
-
-def _rank(epoch: Epoch) -> tuple[float, float]:
-    return epoch.calibration_accuracy, -epoch.calibration_loss
 
 
 @contextmanager

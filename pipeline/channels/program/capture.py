@@ -9,7 +9,8 @@ import inspect
 import logging
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,6 +52,19 @@ class Captured:
         specs = self.program.graph_signature.input_specs
         return {spec.arg.name: spec.target for spec in specs if spec.target is not None}
 
+    def of_batch(self, size: Any) -> bool:
+        """Whether a size of the graph is symbolic and grows with the batch, not with another free dimension alone."""
+        if isinstance(size, int) or not self.dynamic_batch:
+            return False
+        given = set(self.program.graph_signature.user_inputs)
+        firsts = [
+            node.meta["val"].shape[0]
+            for node in self.program.graph.nodes
+            if node.op == "placeholder" and node.name in given and getattr(node.meta.get("val"), "ndim", 0)
+        ]
+        batch = {symbol for first in firsts if not isinstance(first, int) for symbol in first.node.expr.free_symbols}
+        return bool(batch & size.node.expr.free_symbols)
+
     def with_state(self, state: Mapping[str, Tensor]) -> Captured:
         """The same graph over other values (names and shapes unchanged; names not given keep theirs).
 
@@ -78,11 +92,18 @@ class Captured:
         return run_program(self.program, inputs, self.state, dtype)
 
 
-def capture(model: nn.Module, example: tuple[Any, ...], *, dynamic_batch: bool = True) -> Captured:
+def capture(
+    model: nn.Module,
+    example: tuple[Any, ...],
+    *,
+    dynamic_batch: bool = True,
+    free: Sequence[Sequence[int]] = (),
+) -> Captured:
     """`model` in eval mode as an exported graph.
 
     `example`: input tensors, the batch in dimension 0; they are repeated to a batch of `EXAMPLE_BATCH`.
-    `dynamic_batch=False` captures at that batch only, three times as fast.
+    `dynamic_batch=False` captures at that batch only, three times as fast. `free`: per input, its other dimensions that
+    may have any size.
     Raises CaptureError(reason, line) where torch.export cannot follow the model (control flow that depends on data,
     scripted or quantised modules).
     """
@@ -94,8 +115,10 @@ def capture(model: nn.Module, example: tuple[Any, ...], *, dynamic_batch: bool =
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused operator hides q, k and v
     try:
-        with torch.no_grad(), _silent():
-            return _export(model, example, dynamic_batch)
+        with torch.no_grad(), _silent(), warnings.catch_warnings():
+            # Recurrent layers keep their weights in a list besides; nothing hangs on it.
+            warnings.filterwarnings("ignore", message=".*were assigned during export.*")
+            return _export(model, example, dynamic_batch, free)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         model.train(was_training)
@@ -147,13 +170,23 @@ def _half_precision(model: nn.Module) -> tuple[str, str] | None:
     )
 
 
-def _export(model: nn.Module, example: tuple[Any, ...], dynamic_batch: bool) -> Captured:
+def _export(model: nn.Module, example: tuple[Any, ...], dynamic_batch: bool, free: Sequence[Sequence[int]]) -> Captured:
     batched = tuple(_repeat(x) for x in example)
-    shapes = tuple({0: Dim.DYNAMIC} if isinstance(x, Tensor) and x.dim() > 0 else None for x in batched)
+    shapes = tuple(
+        dict.fromkeys((0, *(free[number] if free else ())), Dim.DYNAMIC)
+        if isinstance(x, Tensor) and x.dim() > 0
+        else None
+        for number, x in enumerate(batched)
+    )
     dynamic = ((shapes,) if _is_variadic(model) else shapes) if dynamic_batch else None
     try:
         inlined, taken = inline_contexts(torch.export.export(model, batched, dynamic_shapes=dynamic)), batched
     except Exception as dynamic_error:
+        if any(free):
+            reason, hint = _explain(dynamic_error)
+            raise CaptureError(
+                f"{reason} With free dimensions beside the batch: see data.dims.", hint
+            ) from dynamic_error
         try:
             inlined, taken, dynamic_batch = inline_contexts(torch.export.export(model, example)), example, False
         except Exception as error:

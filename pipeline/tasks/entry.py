@@ -1,0 +1,163 @@
+"""Where model, data and task meet: one real batch goes through the model before anything is spent.
+
+Whatever cannot work together is refused here, by name: inputs that `forward` does not take, outputs that fit no target,
+sizes that the model does not bear. What the batch shows is written into the three: names of inputs and outputs, the
+task, the sizes of free dimensions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from foundation.errors import ConfigError, ModelError, first_line
+from pipeline.data.parts import Data, Inputs
+from pipeline.models.calling import Call, bound, flattened, named
+from pipeline.models.named_inputs import NamedInputs
+from pipeline.models.source import Input, ModelSource
+from pipeline.recipe.data import DataSection
+from pipeline.recipe.task import TaskSection
+from pipeline.tasks import find
+from pipeline.tasks.task import Task
+
+BATCH = 2
+"""Samples of the batch that is tried; a batch of one hides what a model does with several."""
+SINGLE = "input"
+"""Name of a model's only input where the data gives none."""
+
+
+class UnsuitedError(ModelError):
+    """The model does not take what the data gives; another view of the data may do."""
+
+
+def meet(source: ModelSource, data: Data, cfg: DataSection, wanted: TaskSection) -> tuple[ModelSource, Data, Task]:
+    """Model, data and task as the stages take them. Raises UserError where they do not fit; `UnsuitedError` where the
+    model fails on the data's inputs.
+    """
+    batch, target = next(data.some("train", BATCH).batches("train", BATCH))
+    if not data.labelled:
+        target = None
+    model = source.build_as_given()
+    source, data = _named(source, data, model)
+    outputs = _run(source, batch)
+    task = find.choose(wanted, data, outputs, target, source.spec, image=data.input_size is not None)
+    if not wanted.keep_outputs and set(task.reads) != set(outputs):
+        assert source.call is not None
+        kept = tuple(name for name in outputs if name in task.reads)
+        source = replace(source, call=replace(source.call, keep=kept))
+        outputs = {name: outputs[name] for name in kept}
+    source = replace(source, outputs=tuple(outputs))
+    source = replace(source, sizes=_sizes(source, data, cfg, batch))
+    digest = hashlib.sha256(
+        repr((source.fingerprint, source.inputs, source.outputs, source.sizes, data.fed.args, data.fed.kwargs)).encode()
+    )
+    return replace(source, fingerprint=digest.hexdigest()), data, task
+
+
+def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSource, Data]:
+    """Inputs by the names of the model's forward, which is checked to take them."""
+    if isinstance(model, NamedInputs):  # takes by position what it hands on by name
+        names = tuple(one.name for one in source.inputs)
+        tree = flattened(tuple(range(len(names))), {})[2]
+        given = [one.name for one in data.inputs]
+        if not any(given) and len(given) == len(names):
+            given = list(names)
+        bound(model.net, 0, [name or "input" for name in given], source.spec)
+        inputs = tuple(replace(one, name=name) for one, name in zip(data.inputs, given, strict=True))
+    else:
+        by_position = bound(model, data.fed.args, data.fed.kwargs, source.spec)
+        tree = data.fed.tree
+        single = len(data.inputs) == 1 and data.fed.args == 1
+        spare = iter(by_position)
+        inputs = tuple(replace(one, name=one.name or (SINGLE if single else next(spare))) for one in data.inputs)
+    source = replace(source, inputs=inputs, call=Call(tuple(one.name for one in inputs), tree))
+    return source, replace(data, inputs=inputs)
+
+
+def _run(source: ModelSource, batch: Inputs) -> dict[str, Tensor]:
+    """The model's outputs for one real batch, by name. Raises `UnsuitedError` where it fails."""
+    model = source.build()
+    shapes = ", ".join("x".join(map(str, one.shape)) for one in batch)
+    try:
+        with torch.no_grad():
+            out = model(*batch)
+    except KeyboardInterrupt:
+        raise
+    except ModelError:
+        raise
+    except BaseException as error:  # a forward pass that calls sys.exit, too
+        raise UnsuitedError(
+            f"{source.spec} does not take input of shape {shapes}: {first_line(error)[:200]}", _hint(source.inputs)
+        ) from error
+    return named(out)
+
+
+def _hint(inputs: tuple[Input, ...]) -> str:
+    if len(inputs) == 1 and inputs[0].kind == "float" and len(inputs[0].shape) == 3:
+        return "Set data.input_size to one that it takes."
+    given = ", ".join(f"{one.name} {'x'.join(map(str, one.shape))} ({one.kind})" for one in inputs)
+    return f"A sample gives {given}: let the data set return what the model's forward takes."
+
+
+def _sizes(source: ModelSource, data: Data, cfg: DataSection, batch: Inputs) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Free dimension -> sizes that it is proven at, the usual one first. Raises ConfigError for one that fails."""
+    names = list(dict.fromkeys(name for one in source.inputs for _, name in one.free))
+    for name in cfg.sizes:
+        if name not in names:
+            raise ConfigError(
+                f"data.sizes names a dimension {name!r}; free are {', '.join(names) or 'none'}.",
+                "Name free dimensions in data.dims first.",
+            )
+    found: list[tuple[str, tuple[int, ...]]] = []
+    for name in names:
+        usual = next(one.shape[place] for one in source.inputs for place, free in one.free if free == name)
+        if name in cfg.sizes:
+            for size in cfg.sizes[name]:
+                problem = _fails(source, batch, name, size)
+                if problem:
+                    raise ConfigError(
+                        f"data.sizes: {source.spec} does not take {name} = {size}: {problem}",
+                        "Give sizes that it takes.",
+                    )
+            found.append((name, tuple(dict.fromkeys(cfg.sizes[name]))))
+            continue
+        seen = dict(data.lengths).get(name, ())
+        # Where all samples have one size, others are tried: half and twice, then multiples that strides divide.
+        tried = [size for size in seen if size != usual] or [usual // 2, 2 * usual]
+        fit = [size for size in tried if size > 0 and not _fails(source, batch, name, size)]
+        if not fit:
+            raise ConfigError(
+                f"{source.spec} takes {name} = {usual} only, not {' or '.join(map(str, tried))}: it is not free.",
+                f"Give sizes that it takes: --set 'data.sizes={{{name}=[...]}}', or leave it out of data.dims.",
+            )
+        found.append((name, tuple(dict.fromkeys((usual, *fit)))))
+    return tuple(found)
+
+
+def _fails(source: ModelSource, batch: Inputs, name: str, size: int) -> str:
+    """Why the model does not take a batch with the free dimension `name` of that `size`; "" where it does."""
+    model = source.build()
+    try:
+        with torch.no_grad():
+            model(*resized(source.inputs, batch, {name: size}))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's own forward
+        return first_line(error)[:200]
+    return ""
+
+
+def resized(inputs: tuple[Input, ...], batch: Inputs, sizes: Mapping[str, int]) -> Inputs:
+    """A batch cut or repeated to those sizes of its free dimensions, by name."""
+    made: list[Tensor] = []
+    for one, value in zip(inputs, batch, strict=True):
+        for place, name in one.free:
+            if name in sizes:
+                at = torch.arange(sizes[name]) % value.shape[1 + place]
+                value = value.index_select(1 + place, at)
+        made.append(value)
+    return tuple(made)

@@ -1,0 +1,232 @@
+"""Which task: named by the recipe, of the user's own, or read off targets and outputs; what does not fit is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from foundation.errors import ConfigError, DataError, ModelError, nearest
+from pipeline.data.parts import Data, Target
+from pipeline.data.samples import leaves_of
+from pipeline.models.calling import ONLY, Outputs
+from pipeline.recipe.task import TaskSection
+from pipeline.tasks import classification, distil, own, regression
+from pipeline.tasks.task import Task
+
+Made = Callable[[str, str], Task]
+"""(name, output that is judged) -> the task."""
+
+TASKS: dict[str, Made] = {
+    "classification": classification.task,
+    "text-classification": classification.task,
+    "regression": regression.task,
+}
+"""Tasks with labels, by name."""
+UNLABELLED = ("distil", "embedding")
+"""Tasks whose targets are the dense model's outputs."""
+
+
+def names() -> tuple[str, ...]:
+    """Every task that can be named."""
+    return (*TASKS, *UNLABELLED)
+
+
+def check(cfg: TaskSection) -> None:
+    """Raise ConfigError for a name that is no task; cheap, so that a run can ask before it spends anything."""
+    if cfg.name != "auto" and ":" not in cfg.name and cfg.name not in names():
+        raise ConfigError(
+            f"task.name: there is no task {cfg.name!r}.",
+            nearest(cfg.name, names()) or f"There are {', '.join(names())}, and path/to/file.py:callable.",
+        )
+
+
+def targets_of(cfg: TaskSection) -> Literal["auto", "classes", "values"]:
+    """Whether whole numbers are to be read as classes, as values, or as whichever they can be ("auto")."""
+    if cfg.name in classification.NAMES:
+        return "classes"
+    return "auto" if cfg.name in ("auto", *UNLABELLED) else "values"
+
+
+def choose(cfg: TaskSection, data: Data, outputs: Outputs, target: Target, spec: str, *, image: bool) -> Task:
+    """The task for one real batch's `outputs` and `target` (None: the data has no labels).
+
+    `image`: the model is a classifier as far as one can know where nothing is labelled: it is fed one image.
+    Raises ConfigError, DataError or ModelError, naming the task that would fit, where this one does not.
+    """
+    rows = len(next(iter(outputs.values())))
+    if ":" in cfg.name:
+        made = own.task(cfg, reads=_reads(cfg, outputs))
+        return _tried(made, data, outputs, target)
+    name = _auto(cfg, data, outputs, target, spec, rows, image=image) if cfg.name == "auto" else cfg.name
+    if name in UNLABELLED:
+        return distil.task(name, _floats(cfg, outputs))
+    if not data.labelled and name not in classification.NAMES:
+        raise ConfigError(
+            f"{data.name} has no labels, which {name} needs.",
+            "Give labels, or take the dense model as the teacher: --set task.name=distil",
+        )
+    if name in classification.NAMES:
+        main = _logits(cfg, data, outputs, rows, spec)
+        return replace(TASKS[name](name, main), name=name)
+    main = cfg.output or _only(outputs, spec)
+    _named(main, outputs, spec)
+    return _tried(TASKS[name](name, main), data, outputs, target)
+
+
+def _auto(cfg: TaskSection, data: Data, outputs: Outputs, target: Target, spec: str, rows: int, *, image: bool) -> str:
+    if not data.labelled:
+        logits = any(value.dim() == 2 and value.shape[1] > 1 for value in outputs.values())
+        return "classification" if image and logits else "distil"
+    if data.classes is not None:
+        return "classification"
+    for name, fits in _SHOWN.items():
+        if fits(outputs, target, rows):
+            return name
+    if isinstance(target, Tensor) and target.is_floating_point():
+        given = ", ".join(f"{key} {_shape(value)}" for key, value in outputs.items())
+        raise DataError(
+            f"{data.name} has {target.numel() // rows} numbers per sample as targets, a regression; {spec} gives {given}.",
+            "Use a model that gives as many numbers as a target has, or name the task: --set task.name=NAME",
+        )
+    shown = " and ".join(sorted({_shape(one) for one in leaves_of(target)}))
+    given = ", ".join(f"{key} {_shape(value)}" for key, value in outputs.items())
+    raise DataError(
+        f"No task is known for targets like {shown} and outputs like {given}.",
+        f"Name one: --set task.name=NAME, of {', '.join(names())}, or a file.py:callable of your own (docs/tasks.md).",
+    )
+
+
+def _regression(outputs: Outputs, target: Target, rows: int) -> bool:
+    return (
+        isinstance(target, Tensor)
+        and (target.is_floating_point() or target.dim() == 1)
+        and any(value.is_floating_point() and value.numel() == target.numel() for value in outputs.values())
+    )
+
+
+_SHOWN: dict[str, Callable[[Outputs, Target, int], bool]] = {"regression": _regression}
+"""Tasks that targets and outputs show, the more particular first."""
+
+
+def _shape(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{'x'.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
+
+
+def _named(main: str, outputs: Outputs, spec: str) -> None:
+    if main not in outputs:
+        raise ConfigError(
+            f"task.output: {spec} has no output {main!r}; it has {', '.join(outputs)}.",
+            nearest(main, outputs) or "Name one of them.",
+        )
+
+
+def _only(outputs: Outputs, spec: str) -> str:
+    if len(outputs) > 1 and ONLY not in outputs:
+        raise ModelError(
+            f"{spec} has the outputs {', '.join(outputs)}; which of them is to be judged?",
+            f"Say so: --set task.output={next(iter(outputs))}",
+        )
+    return ONLY if ONLY in outputs else next(iter(outputs))
+
+
+def _reads(cfg: TaskSection, outputs: Outputs) -> tuple[str, ...]:
+    return (cfg.output,) if cfg.output is not None else tuple(outputs)
+
+
+def _floats(cfg: TaskSection, outputs: Outputs) -> tuple[str, ...]:
+    if cfg.output is not None:
+        _named(cfg.output, outputs, "the model")
+        return (cfg.output,)
+    found = tuple(name for name, value in outputs.items() if value.is_floating_point())
+    if not found:
+        raise ModelError(
+            "The model gives no output in a float type, which nothing can be held against.", "Return floats."
+        )
+    return found
+
+
+def _logits(cfg: TaskSection, data: Data, outputs: Outputs, rows: int, spec: str) -> str:
+    """The output that is logits. Raises ModelError where none can be, ConfigError where several can."""
+    if data.labelled and data.classes is None:
+        raise DataError(
+            f"{data.name} has targets that are no class numbers.",
+            "Return whole numbers from 0, or name another task: --set task.name=regression",
+        )
+    classes = data.classes or LEAST_CLASSES
+    if cfg.output is not None:
+        _named(cfg.output, outputs, spec)
+        outputs = {cfg.output: outputs[cfg.output]}
+    if len(outputs) == 1:
+        ((name, value),) = outputs.items()
+        _check_logits(value, rows, classes, spec)
+        return name
+    fit = classification.suits(outputs, rows, classes)
+    if "logits" in fit:
+        return "logits"
+    if len(fit) == 1:
+        return fit[0]
+    given = ", ".join(f"{name} {_shape(value)}" for name, value in outputs.items())
+    if not fit:
+        raise ModelError(
+            f"{spec} gives {given}, none of which is logits of {classes} classes.",
+            f"Use a model with {classes} outputs, or data whose labels fit it.",
+        )
+    raise ConfigError(
+        f"{spec} gives {given}: {' and '.join(fit)} can be the logits of {classes} classes.",
+        f"Say which: --set task.output={fit[-1]}",
+    )
+
+
+LEAST_CLASSES = 2
+"""Outputs that a model has at least where the data has no labels: of one alone, the largest is always the same."""
+
+
+def _check_logits(out: Tensor, rows: int, classes: int, spec: str) -> None:
+    odd = "meta" if out.is_meta else "sparse" if out.layout != torch.strided else ""
+    if odd or not out.is_floating_point():
+        raise ModelError(
+            f"{spec} returns a {odd or str(out.dtype).removeprefix('torch.')} tensor, which no loss can train.",
+            "Return logits (batch, classes) in a float type.",
+        )
+    if out.ndim == 2 and out.shape[0] != rows:
+        raise ModelError(
+            f"{spec} gives {out.shape[0]} rows of outputs for a batch of {rows} samples.",
+            "Return one row of logits per sample.",
+        )
+    if out.ndim != 2 or out.shape[1] < classes:
+        raise ModelError(
+            f"{spec} gives outputs of shape {'x'.join(map(str, out.shape))} but the data has {classes} classes.",
+            f"Use a model with {classes} outputs, or data whose labels fit it.",
+        )
+
+
+def _tried(task: Task, data: Data, outputs: Outputs, target: Target) -> Task:
+    """`task`, whose loss and scores take this batch. Raises DataError for whatever they raise."""
+    from validators.scores import measured
+
+    rows = len(next(iter(outputs.values())))
+    what = "loss"
+    try:
+        with torch.no_grad():
+            losses = task.losses(outputs, target, 0.0)
+            if tuple(losses.shape) != (rows,):
+                raise ValueError(f"it gives the shape {tuple(losses.shape)} for {rows} samples")
+            for score in task.scores:
+                what = f"score {score.name}"
+                measured(score, outputs, target, rows)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an own task is the user's code
+        given = ", ".join(sorted({_shape(one) for one in leaves_of(target)}))
+        raise DataError(
+            f"The {what} of {task.name} cannot take outputs of {_shape(task.read(outputs))} with targets of {given}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
+            "Name the task that fits the targets: --set task.name=NAME (docs/tasks.md), or mend the targets.",
+        ) from error
+    return task
