@@ -89,7 +89,7 @@ def _auto(cfg: TaskSection, data: Data, outputs: Outputs, target: Target, spec: 
     if isinstance(target, Tensor) and target.is_floating_point():
         given = ", ".join(f"{key} {_shape(value)}" for key, value in outputs.items())
         raise DataError(
-            f"{data.name} has {target.numel() // rows} numbers per sample as targets, a regression; {spec} gives {given}.",
+            f"{data.name} has {target.numel() // rows} numbers per sample as targets; {spec} gives {given}.",
             "Use a model that gives as many numbers as a target has, or name the task: --set task.name=NAME",
         )
     shown = " and ".join(sorted({_shape(one) for one in leaves_of(target)}))
