@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from foundation.errors import WeightsError
+from foundation.files import sha256
 
 INDEX = ".index.json"
 
@@ -78,3 +79,8 @@ def files(text: str) -> tuple[Path, ...]:
         return ()
     file = located(path)
     return (file, *(file.parent / shard for shard in sorted(shards(file)))) if file.name.endswith(INDEX) else (file,)
+
+
+def digests(text: str) -> dict[str, str]:
+    """What `text` stands for -> sha256 of each of its files; another file under the same name is another model."""
+    return {text if number == 0 else file.name: sha256(file) for number, file in enumerate(files(text))}

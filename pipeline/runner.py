@@ -21,6 +21,7 @@ from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.artifacts.race import Optimized
 from pipeline.artifacts.verdict import Promoted, Validated
 from pipeline.data import find as datasets
+from pipeline.data import made_up
 from pipeline.data.parts import Data
 from pipeline.data.samples import Reading
 from pipeline.gate import measuring
@@ -149,6 +150,8 @@ def _met(
     model: str | nn.Module | Callable[[], nn.Module], data: object, config: Config, reading: Reading
 ) -> tuple[ModelSource, Data, Task]:
     given = config.data.source if data is None else data
+    if given == made_up.NONE:
+        return _without_data(model, config)
     dataset = datasets.load(given, input_size=config.data.input_size, seed=config.seed, reading=reading)
     classes = dataset.classes if dataset.labelled else config.data.classes
     if dataset.labelled and config.data.classes not in (None, classes):
@@ -164,6 +167,18 @@ def _met(
         _check_unlabelled(config, source, dataset)
     if config.prune.method == "structured":
         criteria.require_classes(config.prune.criterion, task.classes)
+    return source, dataset, task
+
+
+def _without_data(model: str | nn.Module | Callable[[], nn.Module], config: Config) -> tuple[ModelSource, Data, Task]:
+    """Where nothing was given: inputs made up from what the model takes, which nothing can be learnt on."""
+    if config.optimize.int8:
+        raise ConfigError("optimize.int8 finds its ranges on data, and data.source is none.", "Give --data.")
+    size = config.data.input_size
+    source = models.load(model, num_classes=config.data.classes, input_size=size, seed=config.seed)
+    dataset = made_up.made_up(source, config.seed)
+    source, dataset, task = meet(source, dataset, config.data, config.task)
+    _check_unlabelled(config, source, dataset)
     return source, dataset, task
 
 

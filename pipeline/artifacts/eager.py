@@ -82,6 +82,8 @@ class Baseline(Weighted):
     threads: int
     isa: str
     training_seconds: float
+    zero_channels: float = 0.0
+    """Share of the output channels that are wholly zero in these weights: of a checkpoint that was pruned before."""
 
     labelled: bool = True
     """Whether the data has labels; without them, every score is agreement with this model."""
@@ -123,7 +125,7 @@ class Pruned(Weighted):
 
     MASKS: ClassVar[str] = "masks.safetensors"
 
-    method: Literal["structured", "unstructured", "2:4", "none"]
+    method: Literal["structured", "unstructured", "2:4", "given", "none"]
     chosen_by: str = ""
     """What pruning took, in words; "" in versions made before this was written down."""
     kinds: GroupSwitches

@@ -59,6 +59,7 @@ class Validated(Artifact):
         (), description="scores of dense and shipped, the first the one that is gated"
     )
     labelled: bool = Field(True, description="whether the data has labels; without them, no accuracy is known")
+    made_up: bool = Field(False, description="whether there was no data, so that inputs were made up")
     agreement: float | None = Field(None, description="share of test samples answered as the dense model does")
     cosine: float | None = Field(None, description="mean cosine of the outputs with the dense model's")
     dense_latency_ms: float | None

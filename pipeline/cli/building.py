@@ -136,6 +136,64 @@ def deploy(
 
 
 @main.command()
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.option("--model", required=True, help="What the weights belong to: as in deploy.")
+@click.option("--dense", help="The weights from before it was pruned, to hold it against; its own weights else.")
+@click.option("--data", default="none", help="As in deploy; without it, nothing is said of how good the answers are.")
+@click.option("--input-size", help="C,H,W of one sample, such as 3,224,224.")
+@click.option("--name", help="Folder under the artifacts folder; made from the model when left out.")
+@click.option("--out", type=click.Path(path_type=Path), help="The artifacts folder (default: artifacts).")
+@click.option("--no-promote", is_flag=True, help="Leave `current` where it is, even when the gate passes.")
+@click.option("--quiet", is_flag=True, help="Print only the result.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe key: --set optimize.int8=true")
+@click.pass_context
+def shrink(
+    context: click.Context,
+    /,
+    checkpoint: str,
+    model: str,
+    dense: str | None,
+    no_promote: bool,
+    quiet: bool,
+    settings: tuple[str, ...],
+    **options: Any,
+) -> int:
+    """Make a release of a checkpoint that was pruned elsewhere: its dead channels go, and what is left is proven equal.
+
+    CHECKPOINT holds zeros in place of what was pruned, or still has torch.nn.utils.prune on it (weight_orig and
+    weight_mask). Nothing is trained. Where --dense is left out, the release is held against the checkpoint itself, and
+    the verdict says that what pruning cost was not measured.
+
+    \b
+    leanort shrink pruned.pt --model resnet50
+    leanort shrink pruned.pt --model mynet.py:build --dense before.pt --data imagefolder:photos
+    """
+    chosen = (
+        *settings,
+        "prune.method=given",
+        f"prune.weights={checkpoint}",
+        "finetune.recover=none",
+        "finetune.epochs=0",
+    )
+    done: int = context.invoke(
+        deploy,
+        model=model,
+        recipe=None,
+        weights=dense or checkpoint,
+        ratio=None,
+        seed=None,
+        start=None,
+        until=None,
+        policy=None,
+        no_promote=no_promote,
+        quiet=quiet,
+        settings=chosen,
+        **options,
+    )
+    return done
+
+
+@main.command()
 @_recipe_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Draw every layer's width into this file.")

@@ -117,6 +117,8 @@ class Data:
     """What the user should know, such as duplicates that were left out."""
     labelled: bool = True
     """Whether the targets are the data's own; if not, there are none, or the answers of the dense model."""
+    made_up: bool = False
+    """Whether the inputs are random, since there is no data."""
     fed: Fed = ONE_IMAGE
     image_size: Size | None = None
     """Channels, height, width that images are resized to; None for data that is no images, or has its own size."""

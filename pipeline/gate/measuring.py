@@ -281,7 +281,7 @@ def _scored(
         found |= {f"{one.name} vs {name}": one.drop for one in lost[name]}
         found[f"{policy.SCORE} vs {name}"] = lost[name][0].drop
     found[policy.SCORE] = found[task.score.name]
-    if "dense" in runners:
+    if "dense" in runners and not data.made_up:
         found[policy.GUESSED] = policy.exactly(
             chance_of_dealing(runners["dense"], data.feeds("test", batch), task.score, seed=cfg.seed)
         )

@@ -38,6 +38,10 @@ UNLABELLED = (
     "right"
 )
 UNLIKE = "the data has no labels: how near the outputs are to the dense ones was judged, not how good either is"
+NO_DATA = (
+    "no data was given: judged were that the files compute the same function, their latency and their size, not how "
+    "good the answers are"
+)
 # Higher is better: against another model it is what was lost that counts, not a ratio.
 _SHARES = {"accuracy": "accuracy drop (points)", "top5": "top-5 accuracy drop (points)"}
 _NAMES = {
@@ -86,13 +90,15 @@ class Judged:
     score: str = "accuracy"
     share: bool = True
     labelled: bool = True
+    made_up: bool = False
+    """There was no data: nothing of the answers is judged but parity."""
     taught: bool = False
     """The score tells how near the outputs are to the dense ones: 1 is what dense itself has."""
 
     @classmethod
-    def of(cls, task: Task, *, labelled: bool) -> Judged:
+    def of(cls, task: Task, *, labelled: bool, made_up: bool = False) -> Judged:
         """By a task's score."""
-        return cls(task.score.name, task.score.share, labelled or task.taught, task.taught)
+        return cls(task.score.name, task.score.share, labelled or task.taught, made_up, task.taught)
 
 
 def rules(policy: Policy, judged: Judged | None = None) -> tuple[Rule, ...]:
@@ -111,6 +117,8 @@ def rules(policy: Policy, judged: Judged | None = None) -> tuple[Rule, ...]:
 def answer_rules(policy: Policy, judged: Judged) -> tuple[Rule, ...]:
     """The limits on what the shipped model answers: what the score lost, or without labels the agreement with dense."""
     by = policy.score_by
+    if judged.made_up:
+        return ()
     if judged.taught:
         return (Rule(metric=judged.score, min=policy.min_cosine, by=by),)
     if judged.labelled:
@@ -148,7 +156,7 @@ def decide(
             limits.append(limit)
             metrics[limit.metric] = measurements[limit.metric]
     judged = judged or Judged()
-    notes: list[str] = [] if judged.labelled and not judged.taught else [UNLIKE if judged.taught else UNLABELLED]
+    notes = _unsaid(judged)
     for rule in rules(policy, judged) if given is None else given:
         key = f"{rule.metric} vs {rule.against}" if rule.against else rule.metric
         name = name_of(key)
@@ -168,6 +176,13 @@ def decide(
             elif value is not None:
                 limits.append(Limit(metric=label, operator=operator, value=value, level=rule.level))
     return judge(metrics, limits, crashed=crashed), tuple(notes)
+
+
+def _unsaid(judged: Judged) -> list[str]:
+    """What the verdict does not say, for want of data or labels."""
+    if judged.made_up:
+        return [NO_DATA]
+    return [UNLIKE] if judged.taught else [] if judged.labelled else [UNLABELLED]
 
 
 def _sides(rule: Rule) -> tuple[tuple[Operator, float | None], ...]:

@@ -12,7 +12,7 @@ from pipeline.recipe.section import Pixels, Section
 class DataSection(Section):
     """Which data trains, calibrates and judges."""
 
-    source: str = Field("digits", description="digits, imagefolder:PATH, npz:PATH or path/to/file.py:callable")
+    source: str = Field("digits", description="digits, imagefolder:PATH, npz:PATH, path/to/file.py:callable, or none")
     input_size: tuple[Pixels, Pixels, Pixels] | None = Field(
         None, description="C, H, W; the data's own size when left out"
     )

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
+from foundation import checkpoints
 from pipeline.recipe.removal import GroupSwitches
 from pipeline.recipe.section import Seconds, Section, Seed
 from pipeline.recipe.train import Training
@@ -14,7 +15,12 @@ from pipeline.recipe.train import Training
 class PruneSection(Section):
     """Stage 1: what is masked."""
 
-    method: Literal["structured", "unstructured", "2:4", "none"] = "structured"
+    method: Literal["structured", "unstructured", "2:4", "given", "none"] = Field(
+        "structured", description="groups of channels; single weights; two of four; what is zero in `weights`; nothing"
+    )
+    weights: str | None = Field(
+        None, description="method given: a checkpoint that was pruned elsewhere, its zeros written out or still masks"
+    )
     ratio: float = Field(0.5, ge=0.0, lt=1.0, description="share of groups (structured) or weights to remove")
     criterion: str = Field(
         "l2",
@@ -57,8 +63,18 @@ class PruneSection(Section):
                 raise ValueError(f"the ratio for {glob!r} must be in [0, 1), got {ratio}")
         return value
 
+    def code(self) -> dict[str, str]:
+        """Each file of the pruned checkpoint -> its sha256."""
+        return {} if self.weights is None else checkpoints.digests(self.weights)
+
+    @model_validator(mode="after")
+    def _given(self) -> PruneSection:
+        if (self.method == "given") != (self.weights is not None):
+            raise ValueError("method 'given' goes with weights, the checkpoint that was pruned, and with nothing else")
+        return self
+
     @model_validator(mode="after")
     def _curves(self) -> PruneSection:
-        if self.scope == "curves" and self.method not in ("structured", "none"):
+        if self.scope == "curves" and self.method not in ("structured", "given", "none"):
             raise ValueError(f"scope 'curves' is for method 'structured', not {self.method!r}: use layer or global")
         return self

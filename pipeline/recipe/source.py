@@ -5,7 +5,6 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from foundation import checkpoints
-from foundation.files import sha256
 from pipeline.recipe.section import Seconds, Section, Seed, Threads
 from pipeline.recipe.train import Training
 
@@ -26,10 +25,7 @@ class BaselineSection(Section):
         """Each file of the checkpoint -> its sha256: another file under the same name is another dense model."""
         if self.weights in ("auto", "train", "pretrained"):
             return {}
-        return {
-            self.weights if number == 0 else file.name: sha256(file)
-            for number, file in enumerate(checkpoints.files(self.weights))
-        }
+        return checkpoints.digests(self.weights)
 
     @field_validator("weights")
     @classmethod

@@ -30,7 +30,7 @@ def _judged(checked: Validated) -> policy.Judged:
     score = checked.judged_score
     if score is None:
         return policy.Judged(labelled=checked.labelled)
-    return policy.Judged(score.name, score.share, labelled=True, taught=not checked.labelled)
+    return policy.Judged(score.name, score.share, labelled=True, taught=not checked.labelled, made_up=checked.made_up)
 
 
 def measured(version: Path) -> tuple[Validated, Policy]:

@@ -72,6 +72,7 @@ def chosen_by(cfg: PruneSection) -> str:
         "structured": f"the groups with {criteria.find(cfg.criterion).words}",
         "unstructured": "the weights of the smallest magnitude",
         "2:4": "the two smallest of every four weights",
+        "given": "what is zero in the checkpoint",
         "none": "nothing",
     }
     return words[cfg.method]

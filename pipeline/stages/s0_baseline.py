@@ -22,6 +22,7 @@ from pipeline.models.graph import graph_of
 from pipeline.models.source import ModelSource, example
 from pipeline.progress import Progress
 from pipeline.recipe.source import BaselineSection
+from pipeline.selection.weights import prunable
 from pipeline.tasks import classification
 from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.task import Task
@@ -93,8 +94,15 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, task: 
         threads=cfg.threads,
         isa=host.isa(),
         training_seconds=seconds,
+        zero_channels=_zero_channels(model),
         labelled=data.labelled,
     )
+
+
+def _zero_channels(model: nn.Module) -> float:
+    """Share of the output channels, of all matrices and kernels, that are wholly zero."""
+    alive = [value.flatten(1).any(1) for value in prunable(model).values()]
+    return float((~torch.cat(alive)).double().mean()) if alive else 0.0
 
 
 def _fill(

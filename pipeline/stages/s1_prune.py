@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
+from foundation.errors import WeightsError
 from foundation.files import save_tensors
 from pipeline.artifacts.base import WidthChange, write_json, write_table
 from pipeline.artifacts.eager import CURVES, PRICES, SCORES, Baseline, CurveFacts, Pruned
@@ -15,9 +17,10 @@ from pipeline.data.parts import Data
 from pipeline.drawing.plots import sparsity_plot
 from pipeline.models.graph import graph_of
 from pipeline.models.source import ModelSource
+from pipeline.models.weights import load_weights
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
-from pipeline.selection import schedules
+from pipeline.selection import schedules, weights
 from pipeline.selection.allocation import Removed
 from pipeline.selection.choose import Chooser, chosen_by, observed, outputs_apart, rows
 from pipeline.selection.curves import Measured, points
@@ -52,17 +55,22 @@ def run(
         )
         return made.masks
 
+    given = _given(cfg, model, progress) if cfg.weights is not None else None
     chooser = Chooser(cfg, analysis, model, outputs_apart(task, source), progress)
-    chosen = schedules.find(cfg.schedule)(
-        Course(
-            model=model,
-            ratio=cfg.ratio,
-            steps=cfg.steps,
-            epochs=settings.epochs,
-            choose=chooser.choose,
-            see=lambda: observe(model, data, task, wanted, analysis, cfg.samples, seed=cfg.seed),
-            recover=recover,
-            progress=progress,
+    chosen = (
+        given
+        if given is not None
+        else schedules.find(cfg.schedule)(
+            Course(
+                model=model,
+                ratio=cfg.ratio,
+                steps=cfg.steps,
+                epochs=settings.epochs,
+                choose=chooser.choose,
+                see=lambda: observe(model, data, task, wanted, analysis, cfg.samples, seed=cfg.seed),
+                recover=recover,
+                progress=progress,
+            )
         )
     )
     for checkpoint in out.glob("*.pt"):
@@ -106,6 +114,26 @@ def run(
         widths=widths,
         curves=_facts(weighed.measured) if weighed is not None and weighed.measured is not None else None,
     )
+
+
+def _given(cfg: PruneSection, model: nn.Module, progress: Progress) -> Masks:
+    """Fill `model` from a checkpoint that was pruned elsewhere, and mask what is zero there.
+
+    Raises WeightsError where it does not fit the model, or nothing in it is zero.
+    """
+    assert cfg.weights is not None
+    loaded = load_weights(model, cfg.weights)
+    zeros = {name: value != 0 for name, value in weights.prunable(model).items()}
+    chosen = {name: mask for name, mask in zeros.items() if not bool(mask.all())}
+    if not chosen:
+        raise WeightsError(
+            f"{cfg.weights} holds no zeros: it was not pruned, or its masks are in another file.",
+            "Give the checkpoint with zeros, or with weight_orig and weight_mask; or prune it: leanort deploy",
+        )
+    count = sum(int((~mask).sum()) for mask in chosen.values())
+    progress.say(f"  {loaded}; {count:,} zeros in {len(chosen)} weights are taken as its masks")
+    masks.apply(model, chosen)
+    return chosen
 
 
 def _facts(measured: Measured) -> CurveFacts:

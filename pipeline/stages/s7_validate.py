@@ -22,6 +22,8 @@ from validators.parity import ChainReport, compare_chain
 # Test samples that only one of dense and shipped got right: the first few as pictures.
 FLIPPED = "flipped"
 PICTURES = 24
+CAME_PRUNED = 0.02
+"""Share of channels that are wholly zero, beyond which a checkpoint counts as pruned: some die in any training."""
 
 
 def run(
@@ -90,12 +92,13 @@ def run(
     for name in files.keys() & others.keys():
         macs, params = others[name]
         measurements |= measuring.against(counts, {"macs": macs, "parameters": params}, name)
+    given_zeros = _came_pruned(baseline)
     verdict, notes = policy.decide(
         cfg,
         measurements,
         hops=[key for key in measurements if key.startswith(policy.PARITY)],
         promoted=promoted.onnx is not None,
-        judged=policy.Judged.of(task, labelled=data.labelled),
+        judged=policy.Judged.of(task, labelled=data.labelled, made_up=data.made_up),
         crashed=crashed,
     )
     accuracy, latency = found.accuracy.get("dense"), found.latency
@@ -127,6 +130,7 @@ def run(
         task=task.name,
         scores=scores,
         labelled=data.labelled,
+        made_up=data.made_up,
         agreement=agreed and agreed.value,
         cosine=alike and alike.value,
         dense_latency_ms=reference and reference.median_ms,
@@ -142,8 +146,18 @@ def run(
         dense_load_ms=before and before.load_ms,
         load_ms=after and after.load_ms,
         measurements={key: policy.finite(value) for key, value in measurements.items()},
-        notes=(*notes, *where, *found.notes),
+        notes=(*notes, *given_zeros, *where, *found.notes),
         complete=not crashed,
         crashed=dict(crashed),
         promoted=promoted.version,
     )
+
+
+def _came_pruned(baseline: Baseline) -> list[str]:
+    """What the verdict does not say where the weights that count as dense had been pruned before they came in."""
+    if baseline.zero_channels <= CAME_PRUNED:
+        return []
+    return [
+        f"{baseline.zero_channels:.0%} of the channels of the weights that count as dense were zero already: what "
+        "pruning them cost was not measured; `leanort shrink` takes the weights from before that, too: --dense FILE"
+    ]

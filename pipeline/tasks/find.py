@@ -80,7 +80,7 @@ def choose(cfg: TaskSection, data: Data, outputs: Outputs, target: Target, spec:
 def _auto(cfg: TaskSection, data: Data, outputs: Outputs, target: Target, spec: str, rows: int, *, image: bool) -> str:
     if not data.labelled:
         logits = any(value.dim() == 2 and value.shape[1] > 1 for value in outputs.values())
-        return "classification" if image and logits else "distil"
+        return "classification" if image and logits and not data.made_up else "distil"
     if data.classes is not None:
         return "classification"
     for name, fits in _SHOWN.items():
