@@ -23,6 +23,9 @@ from pipeline.models.source import Input
 TARGETS = ("labels", "label", "targets", "target", "y")
 """Entries of a mapping that are what the model should give, unless the recipe names another."""
 
+SHOWN = 6
+"""Inputs that a message names, before it only counts."""
+
 Sample = tuple[Inputs, Target]
 """Of one sample: its inputs and its target, without a dimension for the batch."""
 
@@ -58,7 +61,7 @@ class Parting:
     def __call__(self, sample: Any, place: str) -> tuple[tuple[Any, ...], Any]:
         """The inputs of a sample (or of a batch that a collate made), flat, and its target; None where it has none."""
         args, kwargs, target = self._parts(sample, place)
-        names, leaves, tree = flattened(args, kwargs)
+        names, leaves, tree = flattened(*_leafed((args, kwargs)))
         if not leaves:
             raise DataError(f"{place} has no input for the model.", "Return (input, target), or the input alone.")
         if self.fed is None:
@@ -112,8 +115,20 @@ class Parting:
         return inputs, None if target is None or whole else found[target]
 
 
+def _leafed(value: Any) -> Any:
+    """Lists of numbers, as rows of Hugging Face's data sets have them, as arrays: one input each."""
+    if isinstance(value, list) and value and _numbers(value):
+        return np.asarray(value)
+    if isinstance(value, Mapping):
+        return {key: _leafed(one) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_leafed(one) for one in value)
+    return value
+
+
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(name or f"number {place + 1}" for place, name in enumerate(names))
+    shown = [name or f"number {place + 1}" for place, name in enumerate(names[:SHOWN])]
+    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def input_tensor(value: Any, place: str, images: bool) -> Tensor:

@@ -16,10 +16,13 @@ from pipeline.artifacts import Baseline
 from pipeline.cli import main
 from pipeline.gate import measuring
 from pipeline.release import store
+from pipeline.tasks import classification
 from pipeline.training import loop
 from pipeline.training.defaults import default_settings
 from tests.pipeline.chain import QUICK, TINY, figures, said
 from tests.pipeline.tiny import TinyNet
+
+TASK = classification.task("classification", "output")
 
 SIZE = (3, 16, 16)
 CHAIN = ["deploy", f"{TINY}:build", *QUICK]
@@ -35,8 +38,8 @@ def weights(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model = TinyNet()
     settings = default_settings(model, seed=0).model_copy(update={"epochs": 3, "lr": 0.1})
-    made = loop.train(model, data.load("digits", input_size=SIZE), settings)
-    assert made.best_accuracy > 0.85
+    made = loop.train(model, data.load("digits", input_size=SIZE), TASK, settings)
+    assert made.best_score > 0.85
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
     return path
@@ -97,7 +100,7 @@ def test_the_answers_are_the_dense_models_own(version, weights, images):
     found = data.load(f"npz:{images}", input_size=SIZE)
     for part, numbers in answers.items():
         with torch.no_grad():
-            wanted = torch.cat([model(x).argmax(1) for x, _ in found.batches(part)])
+            wanted = torch.cat([model(x).argmax(1) for (x,), _ in found.batches(part)])
         assert torch.equal(numbers, wanted)
     assert not found.labelled
 

@@ -19,7 +19,7 @@ from tests import hostile_images
 
 
 def hashes(found: data.Data, part: data.Part) -> set[bytes]:
-    images = torch.cat([x for x, _ in found.batches(part)])
+    images = torch.cat([x for (x,), _ in found.batches(part)])
     return {hashlib.sha256(one.numpy().tobytes()).digest() for one in images}
 
 
@@ -73,7 +73,7 @@ def test_digits_are_cut_once_and_for_all():
 def test_batches_are_normalised_and_have_the_asked_for_size():
     found = data.load("digits", input_size=(1, 16, 20))
     batches = list(found.batches("train", 100))
-    images = torch.cat([x for x, _ in batches])
+    images = torch.cat([x for (x,), _ in batches])
     assert images.shape == (1293, 1, 16, 20)
     assert images.dtype == torch.float32
     assert abs(float(images.mean())) < 0.02
@@ -89,7 +89,7 @@ def test_order_and_augmentation_follow_the_seed_and_leave_the_global_generator_a
     torch.manual_seed(0)
 
     def first(seed: int, **options) -> torch.Tensor:
-        return next(found.batches("train", 32, True, seed, **options))[0]
+        return next(found.batches("train", 32, True, seed, **options))[0][0]
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
@@ -101,11 +101,11 @@ def test_order_and_augmentation_follow_the_seed_and_leave_the_global_generator_a
 def test_shuffling_pairs_each_image_with_its_own_label():
     found = data.load("digits")
     plain = {
-        bytes(x.numpy().tobytes()): int(y) for xs, ys in found.batches("train") for x, y in zip(xs, ys, strict=True)
+        bytes(x.numpy().tobytes()): int(y) for (xs,), ys in found.batches("train") for x, y in zip(xs, ys, strict=True)
     }
     shuffled = [
         (bytes(x.numpy().tobytes()), int(y))
-        for xs, ys in found.batches("train", 64, True, 3)
+        for (xs,), ys in found.batches("train", 64, True, 3)
         for x, y in zip(xs, ys, strict=True)
     ]
     assert len(shuffled) == 1293
@@ -121,9 +121,9 @@ def test_drop_last_leaves_out_the_short_batch_only():
 
 def test_a_sample_is_spread_over_the_part():
     found = data.load("digits")
-    assert found.sample("calibration", 8).shape == (8, 3, 32, 32)
-    assert torch.equal(found.sample("test", 2)[1], torch.cat([x for x, _ in found.batches("test")])[-1])
-    assert len(found.sample("test", 10_000)) == 360
+    assert found.sample("calibration", 8)[0].shape == (8, 3, 32, 32)
+    assert torch.equal(found.sample("test", 2)[0][1], torch.cat([x for (x,), _ in found.batches("test")])[-1])
+    assert len(found.sample("test", 10_000)[0]) == 360
 
 
 def test_augmentation_of_nothing_changes_nothing_and_a_shift_shifts():
@@ -152,7 +152,7 @@ def test_arrays_in_one_piece_are_cut_in_three(tmp_path, shape, size):
     assert torch.bincount(found.test.labels).tolist() == [4, 4, 4]
     every = [hashes(found, part) for part in data.PARTS]
     assert len(set.union(*every)) == 60
-    images = torch.cat([one for one, _ in found.batches("train")])
+    images = torch.cat([one for (one,), _ in found.batches("train")])
     assert images.mean((0, 2, 3)).abs().max() < 1e-5
     assert (images.std((0, 2, 3)) - 1).abs().max() < 1e-5
 
@@ -177,7 +177,7 @@ def test_bytes_are_scaled_and_one_channel_is_repeated(tmp_path):
     x, y = arrays()
     np.savez(tmp_path / "a.npz", x=(x * 255).astype(np.uint8), y=y, labels=np.array(["ant", "bee", "cow"]))
     found = data.load(f"npz:{tmp_path / 'a.npz'}", input_size=(3, 12, 12))
-    images, _ = next(found.batches("train"))
+    (images,), _ = next(found.batches("train"))
     assert images.shape[1:] == (3, 12, 12)
     assert torch.equal(images[:, 0], images[:, 2])
     assert 0 < found.mean[0] < 1
@@ -264,8 +264,8 @@ def test_a_sample_in_two_parts_stays_in_the_later_one_only(tmp_path):
     assert found.notes == ("4 of the train samples also occur in test or calibration; left out of train.",)
     assert hashes(found, "train").isdisjoint(hashes(found, "test"))
     assert not torch.isin(
-        torch.cat([one for one, _ in found.batches("train")]).sum((1, 2, 3)),
-        torch.cat([one for one, _ in found.batches("test")]).sum((1, 2, 3)),
+        torch.cat([one for (one,), _ in found.batches("train")]).sum((1, 2, 3)),
+        torch.cat([one for (one,), _ in found.batches("test")]).sum((1, 2, 3)),
     ).any()
 
 
@@ -287,7 +287,7 @@ def test_a_folder_per_class_is_cut_in_three(tmp_path):
     assert sizes(found) == (17, 2, 5)
     every = [hashes(found, part) for part in data.PARTS]
     assert len(set.union(*every)) == 24
-    images, labels = next(found.batches("train", 8, True, 1, augment=True))
+    (images,), labels = next(found.batches("train", 8, True, 1, augment=True))
     assert images.shape == (8, 3, 16, 16)
     assert labels.dtype == torch.int64
 
@@ -301,7 +301,7 @@ def test_images_are_covered_not_squeezed(tmp_path):
             picture.paste((0, 0, 255), (60, 0, 90, 30))
             picture.save(tmp_path / name / f"{i}.png")
     found = data.load(f"imagefolder:{tmp_path}", input_size=(3, 30, 30))
-    images, labels = next(found.batches("test"))
+    (images,), labels = next(found.batches("test"))
     blue = images[:, 2] * found.std[2] + found.mean[2]
     red = images[:, 0] * found.std[0] + found.mean[0]
     assert float(blue.max()) < 0.01  # the blue sides are cut away
@@ -316,8 +316,8 @@ def test_train_and_test_folders_are_kept_and_workers_read_the_same(tmp_path):
     assert found.test.labels.tolist() == [0] * 4 + [1] * 4
     files = _image_files(tmp_path / "val")[1]
     split = listed(ImageFiles(files, (3, 16, 16)), found.test.labels, workers=1)
-    by_worker = torch.cat(list(split.stream([[0, 1, 2], [3, 4, 5], [6, 7]])))
-    assert torch.equal(by_worker, torch.cat(list(found.test.stream([list(range(8))]))))
+    by_worker = torch.cat([x for (x,), _ in split.stream([[0, 1, 2], [3, 4, 5], [6, 7]])])
+    assert torch.equal(by_worker, torch.cat([x for (x,), _ in found.test.stream([list(range(8))])]))
 
 
 def test_both_val_and_test_folders_give_calibration_and_test(tmp_path):
@@ -385,7 +385,7 @@ def test_arrays_data_sets_and_loaders_are_the_same_data():
     assert len({form.fingerprint for form in forms}) == 1
     assert all(sizes(form) == (36, 4, 10) for form in forms)
     assert all(form.mean == (0.0,) for form in forms)  # what own code returns is what the model gets
-    images, labels = next(forms[2].batches("test"))
+    (images,), labels = next(forms[2].batches("test"))
     assert torch.equal(images, torch.from_numpy(tx))
     assert labels.tolist() == ty.tolist()
 
@@ -421,7 +421,7 @@ def test_samplers_that_cut_one_data_set_are_respected():
     ]
     found = data.load(loaders)
     assert sizes(found) == (27, 3, 10)
-    assert float(next(found.batches("test"))[0].min()) >= 30
+    assert float(next(found.batches("test"))[0][0].min()) >= 30
     subsets = data.load((Subset(whole, range(30)), Subset(whole, range(30, 40))))
     assert sizes(subsets) == (27, 3, 10)
 
@@ -701,7 +701,7 @@ def test_answers_stand_in_the_place_of_labels(tmp_path):
     assert answered.classes == 7
     assert not answered.labelled
     assert torch.equal(torch.cat([y for _, y in answered.batches("train", 8)]), answers["train"])
-    assert torch.equal(answered.sample("test", 3), found.sample("test", 3))
+    assert torch.equal(answered.sample("test", 3)[0], found.sample("test", 3)[0])
 
 
 @pytest.mark.parametrize("missing", [("x_test",), ("y_test",), ("y_train",)])

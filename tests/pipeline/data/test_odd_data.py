@@ -198,7 +198,7 @@ def test_tensors_that_are_no_images(odd):
 def test_tensors_of_other_types_are_read_as_meant(meant):
     made = meant(torch.from_numpy(X))
     for spec in ((made, torch.from_numpy(Y)), Listed([meant(torch.from_numpy(one)) for one in X])):
-        images, labels = next(data.load(spec).batches("train"))
+        (images,), labels = next(data.load(spec).batches("train"))
         assert images.dtype == torch.float32
         assert not images.requires_grad
         assert images.isfinite().all()

@@ -65,7 +65,7 @@ def test_nothing_measured_fails():
 def test_accuracy_is_judged_by_its_value_or_by_its_whole_interval():
     assert outcome(accuracy_by="value") == "pass"
     assert outcome(accuracy_by="interval") == "inconclusive"
-    assert outcome(accuracy_by="interval", max_accuracy_drop_points=1.5) == "pass"
+    assert outcome(score_by="interval", max_score_lost=1.5) == "pass"
 
 
 def test_limits_as_they_are_against_dense_and_against_the_promoted_version():

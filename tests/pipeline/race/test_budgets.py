@@ -92,13 +92,12 @@ def test_twice_as_many_nodes_stay_in_float_each_time_and_the_ranking_is_made_onc
     world, monkeypatch, needed, tried, outcome
 ):
     world.needed, ranked = needed, []
-    world.context.image = "x"
-    world.context.data = SimpleNamespace(sample=lambda part, count: SimpleNamespace(numpy=lambda: None))
+    world.context.data = SimpleNamespace(arrays=lambda part, count: {})
     ranking = dict.fromkeys("abcdef", 0.0)
     monkeypatch.setattr(budgets, "sensitivity", lambda *args, **options: ranked.append(1) or ranking)
     budget = AccuracyBudget(world.context)
     for name in ("int8-minmax", "int8-entropy"):
-        row = world.row(name, budget="accuracy", accuracy_drop_points=9.0)
+        row = world.row(name, budget="accuracy", score_lost=9.0)
         assert budget.repair(row, world.remaker(name), Progress()).outcome == outcome
     assert [len(exclude) for _, exclude, _ in world.made] == [*tried, *tried]
     assert world.made[0][1] == ("a",)
@@ -115,5 +114,5 @@ def test_where_nothing_is_left_to_quantise_the_row_stays_as_it_was(world, monkey
         raise ExportError("Nothing in m.onnx can be quantised.")
 
     monkeypatch.setattr(AccuracyBudget, "_worst_nodes", ["a", "b"])
-    row = world.row("int8-minmax", budget="accuracy", accuracy_drop_points=9.0)
+    row = world.row("int8-minmax", budget="accuracy", score_lost=9.0)
     assert AccuracyBudget(world.context).repair(row, remake, Progress()) is row

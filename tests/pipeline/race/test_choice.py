@@ -10,7 +10,7 @@ from pipeline.recipe.race import OptimizeSection
 WIDTH = 0.02  # of an interval, to either side
 
 
-def row(name, *ratios, drop=None, cross_entropy=None, **known):
+def row(name, *ratios, drop=None, loss=None, **known):
     """A row that passed, timed at as many settings as there are ratios; with a `drop` it is in reduced precision."""
     latencies = tuple(
         CandidateLatency(
@@ -25,8 +25,8 @@ def row(name, *ratios, drop=None, cross_entropy=None, **known):
     )
     known = {"outcome": "passed", "file": f"model.{name}.onnx", "bytes": 1_000_000} | known
     return Candidate(
-        name=name, budget="rounding" if drop is None else "accuracy", latencies=latencies, accuracy_drop_points=drop,
-        accuracy_drop_points_dense=drop, cross_entropy=cross_entropy, **known,
+        name=name, budget="rounding" if drop is None else "accuracy", latencies=latencies, score_lost=drop,
+        score_lost_dense=drop, loss=loss, **known,
     )  # fmt: skip
 
 
@@ -45,8 +45,8 @@ BOTH = (
 )
 
 
-def int8(name, ratio, drop, cross_entropy, **known):
-    return row(f"int8-{name}", ratio, drop=drop, cross_entropy=cross_entropy, **known)
+def int8(name, ratio, drop, loss, **known):
+    return row(f"int8-{name}", ratio, drop=drop, loss=loss, **known)
 
 
 TABLE = {

@@ -15,6 +15,9 @@ from pipeline.recipe.config import load
 from pipeline.selection import criteria
 from pipeline.selection.criteria import CRITERIA, Evidence
 from pipeline.selection.observe import observe
+from pipeline.tasks import classification
+
+TASK = classification.task("classification", "output")
 
 
 def cluster(size, labels):
@@ -63,9 +66,9 @@ def test_gradients_are_gathered_only_where_a_criterion_asks_and_leave_the_model_
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).train()
     analysis = analyse(capture(model, (torch.randn(2, 1, 8, 8),)))
-    assert observe(model, digits, CRITERIA["l2"].observes, analysis).gradients == {}
-    seen = observe(model, digits, CRITERIA["taylor"].observes, analysis)
-    images, labels = next(digits.batches("calibration", len(digits.calibration)))
+    assert observe(model, digits, TASK, CRITERIA["l2"].observes, analysis).gradients == {}
+    seen = observe(model, digits, TASK, CRITERIA["taylor"].observes, analysis)
+    (images,), labels = next(digits.batches("calibration", len(digits.calibration)))
     nn.functional.cross_entropy(model(images), labels).backward()
     assert torch.allclose(seen.gradients["1.weight"], model[1].weight.grad, atol=1e-6)
     assert model.training

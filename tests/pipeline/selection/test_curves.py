@@ -178,12 +178,12 @@ def net():
     analysis = analyse(captured)
     seen = Evidence(dict(captured.state), samples=samples)
     scores = {c.name: find("l1").score(c, seen) for c in analysis.clusters}
-    measured = curves.measure(analysis, analysis.clusters, scores, samples, captured.state).curves
-    return analysis, scores, samples, measured
+    measured = curves.measure(analysis, analysis.clusters, scores, (samples,), captured.state).curves
+    return analysis, scores, (samples,), measured
 
 
 def test_a_curve_is_the_hull_of_what_a_plain_run_gives(net):
-    analysis, scores, samples, measured = net
+    analysis, scores, (samples,), measured = net
     dense = analysis.captured(samples).double().log_softmax(1)
     for cluster in analysis.clusters:
         at = [round(cluster.size * s) for s in curves.SHARES]
@@ -198,9 +198,9 @@ def test_a_curve_is_the_hull_of_what_a_plain_run_gives(net):
 
 
 def test_it_is_deterministic_and_writes_to_nothing(net):
-    analysis, scores, samples, measured = net
+    analysis, scores, (samples,), measured = net
     before, state = samples.clone(), {n: v.clone() for n, v in analysis.captured.state.items()}
-    again = curves.measure(analysis, analysis.clusters, scores, samples, analysis.captured.state).curves
+    again = curves.measure(analysis, analysis.clusters, scores, (samples,), analysis.captured.state).curves
     assert again == measured
     assert torch.equal(samples, before)
     assert all(torch.equal(v, state[n]) for n, v in analysis.captured.state.items())
@@ -328,7 +328,7 @@ def doubled():
     samples = torch.randn(40, 3, 8, 8)
     captured = capture(Doubled().eval(), (samples[:2],))
     analysis = analyse(captured)
-    return analysis, samples, observe_readers(captured, analysis.clusters, samples, grams=True)
+    return analysis, samples, observe_readers(captured, analysis.clusters, (samples,), grams=True)
 
 
 def test_a_refit_is_the_least_squares_solution_and_keeps_the_means(doubled):
@@ -358,7 +358,7 @@ def test_what_a_reader_can_do_without_costs_next_to_nothing_once_it_is_fitted_an
     scores = {"a": find("l2").score(clusters[0], Evidence(dict(analysis.captured.state)))}
     scores["a"][1::2] -= 100.0  # the halves go first
     plain, refit = (
-        curves.measure(analysis, clusters, scores, samples, analysis.captured.state, readers=r).curves["a"]
+        curves.measure(analysis, clusters, scores, (samples,), analysis.captured.state, readers=r).curves["a"]
         for r in (None, readers)
     )
     assert refit.at(8) < 0.05 * plain.at(8)
@@ -367,7 +367,7 @@ def test_what_a_reader_can_do_without_costs_next_to_nothing_once_it_is_fitted_an
 
 def test_readers_without_a_gram_matrix_stay_as_they_are(doubled):
     analysis, samples, _ = doubled
-    bare = observe_readers(analysis.captured, analysis.clusters, samples, grams=False)
+    bare = observe_readers(analysis.captured, analysis.clusters, (samples,), grams=False)
     assert refitted(analysis.cluster("a"), np.arange(16) < 4, analysis.captured.state, bare) == {}
 
 
@@ -375,12 +375,12 @@ def test_readers_without_a_gram_matrix_stay_as_they_are(doubled):
 
 
 def test_a_budget_in_seconds_takes_points_first_and_samples_then(net, monkeypatch):
-    analysis, scores, samples, measured = net
+    analysis, scores, (samples,), measured = net
     clock = iter(range(10**9))
     monkeypatch.setattr(curves.time, "perf_counter", lambda: float(next(clock)))  # every look is a second later
 
     def within(seconds):
-        return curves.measure(analysis, analysis.clusters, scores, samples, analysis.captured.state, seconds=seconds)
+        return curves.measure(analysis, analysis.clusters, scores, (samples,), analysis.captured.state, seconds=seconds)
 
     found = [within(1.1**power) for power in range(66, -1, -3)]
     few = 1 / 4, 1 / 2, 9 / 10
@@ -391,7 +391,7 @@ def test_a_budget_in_seconds_takes_points_first_and_samples_then(net, monkeypatc
 
 
 def test_it_says_how_far_it_is(net):
-    analysis, scores, samples, _ = net
+    analysis, scores, (samples,), _ = net
     told = []
 
     class Told(Progress):
@@ -400,7 +400,7 @@ def test_it_says_how_far_it_is(net):
             assert (label, total) == ("curves", 20)
             yield lambda done, note="": told.append((done, note))
 
-    curves.measure(analysis, analysis.clusters, scores, samples, analysis.captured.state, progress=Told())
+    curves.measure(analysis, analysis.clusters, scores, (samples,), analysis.captured.state, progress=Told())
     assert [done for done, _ in told] == list(range(1, 21))
     assert {name for _, name in told} == {c.name for c in analysis.clusters}
 
@@ -432,7 +432,9 @@ def test_a_batch_that_is_fixed_is_measured_in_batches_of_it():
     analysis = analyse(captured)
     scores = {c.name: find("l2").score(c, Evidence(dict(captured.state))) for c in analysis.clusters}
     for count in (1, 2, 11):
-        found = curves.measure(analysis, analysis.clusters, scores, torch.randn(count, 3, 8, 8), captured.state).curves
+        found = curves.measure(
+            analysis, analysis.clusters, scores, (torch.randn(count, 3, 8, 8),), captured.state
+        ).curves
         assert set(found) == {c.name for c in analysis.clusters}
 
 
@@ -441,7 +443,7 @@ def test_outputs_that_are_not_finite_count_as_the_worst():
     captured = capture(model, (torch.randn(2, 4),))
     analysis = analyse(captured)
     scores = {c.name: find("l2").score(c, Evidence(dict(captured.state))) for c in analysis.clusters}
-    found = curves.measure(analysis, analysis.clusters, scores, torch.full((4, 4), 3e38), captured.state).curves
+    found = curves.measure(analysis, analysis.clusters, scores, (torch.full((4, 4), 3e38),), captured.state).curves
     assert all(np.isfinite(c.divergence).all() for c in found.values())
 
 

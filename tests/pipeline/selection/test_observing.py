@@ -14,13 +14,17 @@ from torch import nn
 from foundation.errors import ConfigError, DataError, ModelError
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.program.capture import capture
-from pipeline.data.parts import Data, Split
+from pipeline.data.parts import Data, image_split
+from pipeline.models.source import Input
 from pipeline.recovery import sampling
 from pipeline.selection import activations, criteria
 from pipeline.selection.allocation import lowest
 from pipeline.selection.criteria import CRITERIA, Evidence, rank
 from pipeline.selection.observe import observe
+from pipeline.tasks import classification
 from pipeline.training import masks
+
+TASK = classification.task("classification", "output")
 
 
 class Net(nn.Module):
@@ -51,7 +55,7 @@ def split(count, seed):
     draw = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, 6, 6, generator=draw) + 0.3
     labels = torch.randint(0, 5, (count,), generator=draw)
-    return Split(labels, lambda chunks: (images[chunk] for chunk in chunks))
+    return image_split(labels, lambda chunks: (images[chunk] for chunk in chunks))
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +67,14 @@ def net():
         model.bn.running_mean.uniform_(-0.1, 0.1)
         model.norm.weight.uniform_(0.2, 2.0)
     parts = split(4, 0), split(21, 1), split(4, 2)
-    data = Data("noise", *parts, tuple("abcde"), (3, 6, 6), (0.0,) * 3, (1.0,) * 3, "")
+    data = Data("noise", *parts, (Input("input", (3, 6, 6)),), "", tuple("abcde"))
     analysis = analyse(capture(model, (torch.randn(2, 3, 6, 6),)))
     return model, data, analysis
 
 
 def scores(net, name, **kwargs):
     model, data, analysis = net
-    seen = observe(model, data, CRITERIA[name].observes, analysis, **kwargs)
+    seen = observe(model, data, TASK, CRITERIA[name].observes, analysis, **kwargs)
     return {c.name: rank(name, c, seen) for c in analysis.clusters}
 
 
@@ -85,7 +89,8 @@ def part(value, dim, indices):
 
 def images_and_labels(net):
     _, data, _ = net
-    return next(data.batches("calibration", 100))
+    (images,), labels = next(data.batches("calibration", 100))
+    return images, labels
 
 
 # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -137,11 +142,11 @@ def test_fisher_is_the_mean_over_samples_of_the_squared_sum_over_the_group(net, 
 def test_labels_that_are_drawn_need_none_and_follow_the_seed(net):
     model, data, analysis = net
     wanted = CRITERIA["fisher-sampled"].observes
-    seen = [observe(model, data, wanted, analysis, seed=seed).effects["up"] for seed in (3, 3, 4)]
+    seen = [observe(model, data, TASK, wanted, analysis, seed=seed).effects["up"] for seed in (3, 3, 4)]
     assert (seen[0] == seen[1]).all()
     assert (seen[0] != seen[2]).any()
-    flipped = Data(**{**vars(data), "calibration": Split(4 - data.calibration.labels, data.calibration.stream)})
-    assert (observe(model, flipped, wanted, analysis, seed=3).effects["up"] == seen[0]).all()
+    flipped = Data(**{**vars(data), "calibration": replace(data.calibration, labels=4 - data.calibration.labels)})
+    assert (observe(model, flipped, TASK, wanted, analysis, seed=3).effects["up"] == seen[0]).all()
 
 
 # ── what readers see ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -286,7 +291,7 @@ def test_what_never_changes_is_worth_nothing_to_a_reader_with_a_bias():
         model = Constant(bias).eval()
         analysis = analyse(capture(model, (torch.randn(2, 3, 6, 6),)))
         parts = split(4, 0), split(20, 1), split(4, 2)
-        data = Data("noise", *parts, tuple("abcde"), (3, 6, 6), (0.0,) * 3, (1.0,) * 3, "")
+        data = Data("noise", *parts, (Input("input", (3, 6, 6)),), "", tuple("abcde"))
         for name in ("flap", "reconstruction"):
             found = scores((model, data, analysis), name)["a"].scores
             constant, rest = found[2], np.delete(found, 2)
@@ -297,12 +302,14 @@ def test_what_never_changes_is_worth_nothing_to_a_reader_with_a_bias():
 def test_a_gram_matrix_that_is_too_large_is_its_diagonal_and_says_so(net, monkeypatch):
     model, data, analysis = net
     monkeypatch.setattr(activations, "LARGEST_GRAM", 20 * 20)  # `a` and `grouped` have more columns
-    seen = observe(model, data, frozenset({"grams"}), analysis)
+    seen = observe(model, data, TASK, frozenset({"grams"}), analysis)
     (read,) = seen.readers["a.weight"]
     assert read.gram is None and "72 columns" in read.reason
     assert seen.readers["up.weight"][0].gram is not None and not seen.readers["up.weight"][0].reason
     monkeypatch.setattr(activations, "ALL_GRAMS", 8 * 8)
-    room = [r.gram for reads in observe(model, data, frozenset({"grams"}), analysis).readers.values() for r in reads]
+    room = [
+        r.gram for reads in observe(model, data, TASK, frozenset({"grams"}), analysis).readers.values() for r in reads
+    ]
     assert sum(g.numel() for g in room if g is not None) <= 64
 
 
@@ -324,11 +331,14 @@ def test_batches_add_up_to_what_one_gives(net, monkeypatch, count):
 
 def test_positions_are_drawn_where_there_are_more_than_it_takes(net, monkeypatch):
     model, data, analysis = net
-    whole = observe(model, data, frozenset({"activations"}), analysis).readers["a.weight"][0]
+    whole = observe(model, data, TASK, frozenset({"activations"}), analysis).readers["a.weight"][0]
     assert whole.rows == 21 * 36
     monkeypatch.setattr(sampling, "ROWS", 100)
     monkeypatch.setattr(sampling, "PER_COLUMN", 1)
-    few = [observe(model, data, frozenset({"activations"}), analysis, seed=s).readers["a.weight"][0] for s in (0, 0, 1)]
+    few = [
+        observe(model, data, TASK, frozenset({"activations"}), analysis, seed=s).readers["a.weight"][0]
+        for s in (0, 0, 1)
+    ]
     assert few[0].rows == 21 * 5
     assert torch.equal(few[0].mean, few[1].mean)
     assert not torch.equal(few[0].mean, few[2].mean)
@@ -349,7 +359,7 @@ def test_a_weight_that_two_operators_read_counts_both():
     torch.manual_seed(0)
     captured = capture(Twice().eval(), (torch.randn(2, 3, 6, 6),))
     analysis = analyse(captured)
-    read = activations.observe_readers(captured, analysis.clusters, torch.randn(9, 3, 6, 6), grams=False)
+    read = activations.observe_readers(captured, analysis.clusters, (torch.randn(9, 3, 6, 6),), grams=False)
     assert len(read["b.weight"]) == 2
 
 
@@ -377,7 +387,7 @@ def test_a_cluster_whose_readers_have_no_rule_goes_by_l2():
 
     model = Recurrent().eval()
     analysis = analyse(capture(model, (torch.randn(2, 3, 6, 6),)))
-    data = Data("noise", split(4, 0), split(8, 1), split(4, 2), tuple("abcde"), (3, 6, 6), (0.0,) * 3, (1.0,) * 3, "")
+    data = Data("noise", split(4, 0), split(8, 1), split(4, 2), (Input("input", (3, 6, 6)),), "", tuple("abcde"))
     ranked = scores((model, data, analysis), "wanda")
     assert ranked["a"].by == "l2" and "contraction" in ranked["a"].reason
 
@@ -397,13 +407,13 @@ def test_a_group_that_no_reader_with_a_rule_reads_is_not_taken_for_worthless():
 
     model = Halves().eval()
     analysis = analyse(capture(model, (torch.randn(2, 3, 6, 6),)))
-    data = Data("noise", split(4, 0), split(8, 1), split(4, 2), tuple("abcde"), (3, 6, 6), (0.0,) * 3, (1.0,) * 3, "")
+    data = Data("noise", split(4, 0), split(8, 1), split(4, 2), (Input("input", (3, 6, 6)),), "", tuple("abcde"))
     for name in ("wanda", "flap", "reconstruction"):
         for ranked in scores((model, data, analysis), name).values():
             assert ranked.by == "l2" or (ranked.scores > 0).all()
     read = {("a.weight", 0): np.array([0, 1, 2, 3, -1, -1, -1, -1]), ("b.weight", 1): np.array([0, 1, -1, -1])}
     cluster = SimpleNamespace(name="a", size=4, unit=1, labels=read, readers=(("b.weight", 1),))
-    seen = observe(model, data, frozenset({"activations", "grams"}), analysis)
+    seen = observe(model, data, TASK, frozenset({"activations", "grams"}), analysis)
     seen = replace(seen, readers=observe_b(model))
     for name in ("wanda", "flap", "reconstruction"):
         assert rank(name, cluster, seen).by == "l2"
@@ -412,7 +422,7 @@ def test_a_group_that_no_reader_with_a_rule_reads_is_not_taken_for_worthless():
 def observe_b(model):
     captured = capture(model, (torch.randn(2, 3, 6, 6),))
     cluster = SimpleNamespace(readers=(("b.weight", 1),))
-    return activations.observe_readers(captured, [cluster], torch.randn(8, 3, 6, 6), grams=True)
+    return activations.observe_readers(captured, [cluster], (torch.randn(8, 3, 6, 6),), grams=True)
 
 
 def test_a_model_that_takes_no_batch_of_one_has_its_gradients_one_by_one_all_the_same(net):
@@ -433,7 +443,7 @@ def test_a_model_that_takes_no_batch_of_one_has_its_gradients_one_by_one_all_the
         torch.manual_seed(5)
         model = Squeezing(how).eval()
         analysis = analyse(capture(model, (torch.randn(2, 3, 6, 6),)))
-        found.append(observe(model, data, CRITERIA["fisher"].observes, analysis).effects["a"])
+        found.append(observe(model, data, TASK, CRITERIA["fisher"].observes, analysis).effects["a"])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     assert found[2] == pytest.approx(found[0], rel=1e-4)
 
@@ -442,9 +452,9 @@ def test_a_model_that_takes_no_batch_of_one_has_its_gradients_one_by_one_all_the
 def test_samples_that_are_all_alike_are_refused(net, name):
     model, data, analysis = net
     image = torch.randn(3, 6, 6)
-    same = Split(torch.zeros(9, dtype=torch.long), lambda chunks: (image.expand(len(c), 3, 6, 6) for c in chunks))
+    same = image_split(torch.zeros(9, dtype=torch.long), lambda chunks: (image.expand(len(c), 3, 6, 6) for c in chunks))
     with pytest.raises(DataError, match="all alike"):
-        observe(model, replace(data, calibration=same), CRITERIA[name].observes, analysis)
+        observe(model, replace(data, calibration=same), TASK, CRITERIA[name].observes, analysis)
 
 
 def test_complex_weights_count_by_their_size():
@@ -473,7 +483,7 @@ def test_what_is_masked_goes_first_and_each_criterion_gives_finite_scores(net, n
     model.load_state_dict(net[0].state_dict())
     held = analysis.masks({"into": gone})
     masks.apply(model, {n: torch.from_numpy(m) for n, m in held.items() if n in dict(model.named_parameters())})
-    seen = observe(model, data, CRITERIA[name].observes, analysis)
+    seen = observe(model, data, TASK, CRITERIA[name].observes, analysis)
     found = rank(name, cluster, seen).scores
     assert np.isfinite(found).all() and found[2] < np.delete(found, 2).min()
 
@@ -488,7 +498,9 @@ def test_what_is_masked_goes_before_what_is_merely_dead_on_the_samples(net):
     held = analysis.masks({"into": np.arange(4) == 2})
     masks.apply(model, {n: torch.from_numpy(m) for n, m in held.items() if n in dict(model.named_parameters())})
     for name in CRITERIA:
-        found = rank(name, analysis.cluster("into"), observe(model, data, CRITERIA[name].observes, analysis)).scores
+        found = rank(
+            name, analysis.cluster("into"), observe(model, data, TASK, CRITERIA[name].observes, analysis)
+        ).scores
         assert lowest(found, 1).tolist() == [False, False, True, False], name
 
 
@@ -516,7 +528,7 @@ def test_numbers_that_are_not_finite_name_the_layer(net, name, broken, said):
         model.get_submodule(broken).weight.fill_(1e38)
     _, data, analysis = net
     with pytest.raises(ModelError, match=said):
-        observe(model, data, CRITERIA[name].observes, analysis)
+        observe(model, data, TASK, CRITERIA[name].observes, analysis)
 
 
 def test_every_row_says_where_it_is_from_and_what_it_looks_at():

@@ -15,7 +15,6 @@ from exporters import candidates, describe, host, session_of, to_onnx
 from foundation.files import save_tensors
 from pipeline import data, models
 from pipeline.artifacts import Baseline, Exported, Optimized, Pruned, Shrunk, archive
-from pipeline.data.parts import Split
 from pipeline.progress import Progress
 from pipeline.race import budgets, timing
 from pipeline.recipe.race import OptimizeSection
@@ -63,7 +62,7 @@ class Race:
         with torch.no_grad():
             change(self.net)
             digits = data.load("digits", input_size=SIZE)
-            images = torch.cat([x for x, _ in digits.batches("calibration")])
+            images = torch.cat([x for (x,), _ in digits.batches("calibration")])
             self.net.head.bias -= self.net(images).mean(0)  # so that every class is predicted
             self.images, whole = images, copy.deepcopy(self.net)
             if dense:
@@ -71,7 +70,7 @@ class Race:
             labels = whole(images).argmax(1)
         self.folder = folder
         self.source = models.load(self.net, num_classes=10, input_size=SIZE)
-        self.data = replace(digits, calibration=Split(labels, digits.calibration.stream))
+        self.data = replace(digits, calibration=replace(digits.calibration, labels=labels))
         x = torch.randn(2, *SIZE)
         program = torch.export.export(self.net, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
         for name in ("0-baseline", "4-shrink", "5-export", "6-optimize"):
@@ -231,12 +230,12 @@ def test_int8_that_costs_too_much_keeps_its_worst_nodes_in_float_until_the_budge
     race = Race(tmp_path, change=outlier)
     with monkeypatch.context() as patch:
         patch.setattr(budgets.AccuracyBudget, "repair", lambda self, row, remake, progress: row)
-        row = rows(race.run("portable", "int8-minmax", max_accuracy_drop_points=25.0))["int8-minmax"]
+        row = rows(race.run("portable", "int8-minmax", max_score_lost=25.0))["int8-minmax"]
     assert row.outcome == "failed"
     assert "points of accuracy against the shrunk model, 25 allowed" in row.reason
-    row = rows(race.run("portable", "int8-minmax", max_accuracy_drop_points=25.0))["int8-minmax"]
+    row = rows(race.run("portable", "int8-minmax", max_score_lost=25.0))["int8-minmax"]
     assert row.outcome == "passed", row.reason
-    assert row.accuracy_drop_points <= row.allowed == 25.0
+    assert row.score_lost <= row.allowed == 25.0
     assert any("in float for accuracy" in note for note in row.notes)
     assert row.operators["DequantizeLinear"] > 0
 
@@ -248,17 +247,17 @@ def test_what_pruning_lost_is_gone_from_the_budget_of_int8(tmp_path):
     race = Race(tmp_path, dense=dense)
     lost = 100 * float((race.answers() != race.data.calibration.labels).float().mean())
     assert lost > 5
-    row = rows(race.run("portable", "int8-minmax", max_accuracy_drop_points=lost - 2))["int8-minmax"]
+    row = rows(race.run("portable", "int8-minmax", max_score_lost=lost - 2))["int8-minmax"]
     assert row.outcome == "failed"
     assert "points of accuracy against the dense model" in row.reason
-    assert row.accuracy_drop_points < lost - 2 < row.accuracy_drop_points_dense
-    row = rows(race.run("portable", "int8-minmax", max_accuracy_drop_points=lost + 3))["int8-minmax"]
+    assert row.score_lost < lost - 2 < row.score_lost_dense
+    row = rows(race.run("portable", "int8-minmax", max_score_lost=lost + 3))["int8-minmax"]
     assert row.outcome == "passed", row.reason
 
 
 def test_int8_that_keeps_within_its_budget_is_judged_by_accuracy_and_not_by_rounding(tmp_path, monkeypatch):
     times(monkeypatch, portable=1.0, int8_minmax=0.5)
-    made = Race(tmp_path).run("portable", "int8-minmax", max_accuracy_drop_points=50.0)
+    made = Race(tmp_path).run("portable", "int8-minmax", max_score_lost=50.0)
     row = rows(made)["int8-minmax"]
     assert row.outcome == "passed", row.reason
     assert (row.budget, row.reduced_precision) == ("accuracy", True)
@@ -284,7 +283,7 @@ def test_int8_ships_for_any_machine_and_what_is_faster_here_alone_says_why_it_do
         def say(self, text):
             said.append(" ".join(text.split()))
 
-    made = Race(tmp_path).run("portable", int8=True, ship=ship, max_accuracy_drop_points=50.0, progress=Terminal())
+    made = Race(tmp_path).run("portable", int8=True, ship=ship, max_score_lost=50.0, progress=Terminal())
     table = rows(made)
     assert {row.outcome for name, row in table.items() if name.endswith("-host")} == {"passed" if vnni else "skipped"}
     assert (made.shipped.endswith("-host"), made.shipped.startswith("int8-")) == (vnni and ship == "host", True)
@@ -305,7 +304,7 @@ def test_float16_races_where_it_is_named_and_is_judged_by_accuracy(tmp_path, mon
     assert row.outcome == "passed", row.reason
     assert (row.budget, row.portable, made.shipped) == ("accuracy", True, "fp16")
     assert row.max_scaled > 1e-5
-    assert row.accuracy_drop_points <= row.allowed == 1.0
+    assert row.score_lost <= row.allowed == 1.0
     assert row.bytes < rows(made)["portable"].bytes
 
 

@@ -11,7 +11,6 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -24,13 +23,15 @@ from pipeline.progress import Progress
 from pipeline.recipe.train import TrainSettings
 from pipeline.selection.schedules import cubic_ratio
 from pipeline.selection.weights import prunable, unstructured_l1
-from pipeline.tasks.classification import divergence, evaluate
+from pipeline.tasks import classification
+from pipeline.tasks.evaluation import evaluate
 from pipeline.training import loop as training
 from pipeline.training import masks
 from pipeline.training.defaults import default_settings, has_batch_norm
 from pipeline.training.history import Epoch, history_csv
 
 DIGITS = data.load("digits", input_size=(1, 8, 8))
+TASK = classification.task("classification", "output")
 SHORT = TrainSettings(epochs=3, batch_size=128, lr=0.05, optimizer="sgd", weight_decay=5e-4)
 
 
@@ -53,7 +54,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def figures(result: training.TrainResult) -> list[tuple[float, ...]]:
-    return [(one.loss, one.train_accuracy, one.calibration_accuracy, one.lr) for one in result.history]
+    return [(one.loss, one.train_score, one.calibration_score, one.lr) for one in result.history]
 
 
 # ── learning ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -61,13 +62,13 @@ def figures(result: training.TrainResult) -> list[tuple[float, ...]]:
 
 def test_a_small_net_learns_and_is_left_with_its_best_epoch():
     model = net()
-    result = training.train(model, DIGITS, SHORT.model_copy(update={"epochs": 6}))
-    assert evaluate(model, DIGITS, "test").accuracy > 0.85
+    result = training.train(model, DIGITS, TASK, SHORT.model_copy(update={"epochs": 6}))
+    assert evaluate(TASK, model, DIGITS, "test").score > 0.85
     assert not model.training
     assert len(result.history) == 6
-    best = max(result.history, key=lambda one: (one.calibration_accuracy, -one.calibration_loss))
-    assert (result.best_epoch, result.best_accuracy) == (best.epoch, best.calibration_accuracy)
-    assert evaluate(model, DIGITS, "calibration").accuracy == result.best_accuracy
+    best = max(result.history, key=lambda one: (one.calibration_score, -one.calibration_loss))
+    assert (result.best_epoch, result.best_score) == (best.epoch, best.calibration_score)
+    assert evaluate(TASK, model, DIGITS, "calibration").score == result.best_score
     assert equal(result.state, model.state_dict())
     assert result.seconds == pytest.approx(sum(one.seconds for one in result.history))
 
@@ -84,14 +85,14 @@ def test_the_best_epoch_is_kept_though_later_ones_are_worse():
         snapshots.append({name: value.clone() for name, value in model.state_dict().items()})
 
     settings = SHORT.model_copy(update={"epochs": 4, "schedule": "constant", "lr": 0.02, "warmup": 0.0})
-    result = training.train(model, DIGITS, settings, on_step=spoil_after_two_epochs, on_epoch=keep)
+    result = training.train(model, DIGITS, TASK, settings, on_step=spoil_after_two_epochs, on_epoch=keep)
     assert result.best_epoch == 2
-    assert result.best_accuracy > result.history[3].calibration_accuracy
+    assert result.best_score > result.history[3].calibration_score
     assert equal(model.state_dict(), snapshots[1])
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_one_does_not():
-    runs = [training.train(net(), DIGITS, SHORT.model_copy(update={"seed": seed})) for seed in (4, 4, 5)]
+    runs = [training.train(net(), DIGITS, TASK, SHORT.model_copy(update={"seed": seed})) for seed in (4, 4, 5)]
     assert equal(runs[0].state, runs[1].state)
     assert figures(runs[0]) == figures(runs[1])
     assert not equal(runs[0].state, runs[2].state)
@@ -102,7 +103,7 @@ def test_the_global_generator_and_the_threads_are_left_as_they_were():
     expected, threads = torch.rand(1), torch.get_num_threads()
     model = net()
     torch.manual_seed(1)
-    training.train(model, DIGITS, SHORT.model_copy(update={"epochs": 1, "threads": 2}))
+    training.train(model, DIGITS, TASK, SHORT.model_copy(update={"epochs": 1, "threads": 2}))
     assert torch.equal(torch.rand(1), expected)
     assert torch.get_num_threads() == threads
 
@@ -110,10 +111,10 @@ def test_the_global_generator_and_the_threads_are_left_as_they_were():
 def test_no_epochs_change_nothing():
     model = net()
     before = copy.deepcopy(model.state_dict())
-    result = training.train(model, DIGITS, SHORT.model_copy(update={"epochs": 0}))
+    result = training.train(model, DIGITS, TASK, SHORT.model_copy(update={"epochs": 0}))
     assert equal(model.state_dict(), before)
     assert (result.best_epoch, result.history, result.seconds) == (0, (), 0)
-    assert result.best_accuracy == evaluate(model, DIGITS, "calibration").accuracy
+    assert result.best_score == evaluate(TASK, model, DIGITS, "calibration").score
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -121,8 +122,8 @@ def test_no_epochs_change_nothing():
 def test_every_optimizer_and_schedule_learns(optimizer, schedule):
     rate = {"sgd": 0.05, "adamw": 0.005}[optimizer]
     settings = SHORT.model_copy(update={"optimizer": optimizer, "schedule": schedule, "lr": rate})
-    result = training.train(net(), DIGITS, settings)
-    assert result.best_accuracy > 0.7
+    result = training.train(net(), DIGITS, TASK, settings)
+    assert result.best_score > 0.7
 
 
 def test_weight_decay_spares_norms_and_biases():
@@ -137,7 +138,7 @@ def test_frozen_parameters_stay_as_they_are():
     model = net()
     model.conv.requires_grad_(False)
     before = model.conv.weight.clone()
-    training.train(model, DIGITS, SHORT.model_copy(update={"epochs": 1}))
+    training.train(model, DIGITS, TASK, SHORT.model_copy(update={"epochs": 1}))
     assert torch.equal(model.conv.weight, before)
 
 
@@ -149,7 +150,7 @@ def test_the_gradient_is_clipped():
     )
     for clip in (0.0, 1e-3):
         model.load_state_dict(before, strict=False)
-        training.train(model, DIGITS, settings.model_copy(update={"grad_clip": clip}))
+        training.train(model, DIGITS, TASK, settings.model_copy(update={"grad_clip": clip}))
         moved[clip] = math.sqrt(
             sum(float((value.detach() - before[name]).square().sum()) for name, value in model.named_parameters())
         )
@@ -158,8 +159,8 @@ def test_the_gradient_is_clipped():
 
 
 def test_channels_last_learns_the_same_function():
-    plain = training.train(net(), DIGITS, SHORT)
-    other = training.train(model := net(), DIGITS, SHORT.model_copy(update={"channels_last": True}))
+    plain = training.train(net(), DIGITS, TASK, SHORT)
+    other = training.train(model := net(), DIGITS, TASK, SHORT.model_copy(update={"channels_last": True}))
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert other.history[0].loss == pytest.approx(plain.history[0].loss, rel=1e-3)
 
@@ -247,23 +248,30 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, changes, masked):
     settings = SHORT.model_copy(update={"epochs": 4, **changes})
     teacher = net(seed=9)
     chosen = unstructured_l1(prunable(net()), 0.5) if masked else None
-    whole = training.train(net(), DIGITS, settings, teacher=teacher, masks=chosen)
+    whole = training.train(net(), DIGITS, TASK, settings, teacher=teacher, masks=chosen)
     path = tmp_path / "training.pt"
     for epochs in (1, 3):
         with pytest.raises(KilledError):
             training.train(
-                net(), DIGITS, settings, teacher=teacher, masks=chosen, checkpoint=path, on_epoch=killed_after(epochs)
+                net(),
+                DIGITS,
+                TASK,
+                settings,
+                teacher=teacher,
+                masks=chosen,
+                checkpoint=path,
+                on_epoch=killed_after(epochs),
             )
         torch.rand(17)  # a new process has other global generators
     model = net()
-    resumed = training.train(model, DIGITS, settings, teacher=teacher, masks=chosen, checkpoint=path)
+    resumed = training.train(model, DIGITS, TASK, settings, teacher=teacher, masks=chosen, checkpoint=path)
     assert resumed.resumed_from == 3
     assert equal(resumed.state, whole.state)
     assert equal(resumed.masks, whole.masks)
     assert figures(resumed) == figures(whole)
     assert resumed.best_epoch == whole.best_epoch
     assert equal(masks.originals(model), whole.state)
-    again = training.train(net(), DIGITS, settings, teacher=teacher, masks=chosen, checkpoint=path)
+    again = training.train(net(), DIGITS, TASK, settings, teacher=teacher, masks=chosen, checkpoint=path)
     assert again.resumed_from == 4
     assert equal(again.state, whole.state)
 
@@ -275,10 +283,10 @@ def test_a_process_killed_in_the_middle_of_an_epoch_resumes_to_the_same_weights(
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         from pipeline.training import loop as training
-        from test_training import DIGITS, SHORT, net
+        from test_training import DIGITS, SHORT, TASK, net
         settings = SHORT.model_copy(update={{"epochs": 4, "threads": 1}})
         slow = lambda step, total: time.sleep(0.15)
-        training.train(net(), DIGITS, settings, on_step=slow, checkpoint=Path("training.pt"))
+        training.train(net(), DIGITS, TASK, settings, on_step=slow, checkpoint=Path("training.pt"))
     """)
     path = tmp_path / "training.pt"
     killed = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
@@ -288,8 +296,8 @@ def test_a_process_killed_in_the_middle_of_an_epoch_resumes_to_the_same_weights(
     time.sleep(0.4)  # into the next epoch
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
-    resumed = training.train(net(), DIGITS, settings, checkpoint=path)
-    whole = training.train(net(), DIGITS, settings)
+    resumed = training.train(net(), DIGITS, TASK, settings, checkpoint=path)
+    whole = training.train(net(), DIGITS, TASK, settings)
     assert 1 <= resumed.resumed_from < 4
     assert equal(resumed.state, whole.state)
     assert figures(resumed) == figures(whole)
@@ -305,14 +313,14 @@ def test_a_gradual_run_killed_half_way_ends_the_same(tmp_path):
         return unstructured_l1(prunable(current), ratio, held=masks.masks_of(current))
 
     current = net()
-    whole = training.train(current, DIGITS, settings, on_step=tighten)
+    whole = training.train(current, DIGITS, TASK, settings, on_step=tighten)
     current = net()
     with pytest.raises(KilledError):
         training.train(
-            current, DIGITS, settings, on_step=tighten, checkpoint=tmp_path / "a.pt", on_epoch=killed_after(2)
+            current, DIGITS, TASK, settings, on_step=tighten, checkpoint=tmp_path / "a.pt", on_epoch=killed_after(2)
         )
     current = net()
-    resumed = training.train(current, DIGITS, settings, on_step=tighten, checkpoint=tmp_path / "a.pt")
+    resumed = training.train(current, DIGITS, TASK, settings, on_step=tighten, checkpoint=tmp_path / "a.pt")
     assert resumed.resumed_from == 2
     assert equal(resumed.state, whole.state)
     assert equal(resumed.masks, whole.masks)
@@ -323,7 +331,7 @@ def test_a_gradual_run_killed_half_way_ends_the_same(tmp_path):
 def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path, change):
     path = tmp_path / "training.pt"
     chosen = unstructured_l1(prunable(net()), 0.5)
-    training.train(net(), DIGITS, SHORT, masks=chosen, checkpoint=path)
+    training.train(net(), DIGITS, TASK, SHORT, masks=chosen, checkpoint=path)
     changed = {
         "settings": (net(), DIGITS, SHORT.model_copy(update={"lr": 0.04}), chosen),
         "data": (net(), data.load("digits", input_size=(1, 8, 9)), SHORT, chosen),
@@ -332,7 +340,9 @@ def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path, change):
     }[change]
     if change == "data":
         changed[0].fc = nn.Linear(8 * 72, 10)
-    result = training.train(*changed[:3], masks=None if change == "data" else changed[3], checkpoint=path)
+    result = training.train(
+        *changed[:2], TASK, changed[2], masks=None if change == "data" else changed[3], checkpoint=path
+    )
     assert result.resumed_from == 0
     assert len(result.history) == 3
 
@@ -340,7 +350,7 @@ def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path, change):
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
 def test_a_damaged_checkpoint_is_replaced(tmp_path, content):
     path = tmp_path / "training.pt"
-    whole = training.train(net(), DIGITS, SHORT, checkpoint=path)
+    whole = training.train(net(), DIGITS, TASK, SHORT, checkpoint=path)
     path.write_bytes(path.read_bytes()[:2000] if content is None else content)
     heard: list[str] = []
 
@@ -348,7 +358,7 @@ def test_a_damaged_checkpoint_is_replaced(tmp_path, content):
         def say(self, text: str) -> None:
             heard.append(text)
 
-    again = training.train(net(), DIGITS, SHORT, checkpoint=path, progress=Ear())
+    again = training.train(net(), DIGITS, TASK, SHORT, checkpoint=path, progress=Ear())
     assert again.resumed_from == 0
     assert equal(again.state, whole.state)
     assert "damaged" in heard[0]
@@ -357,7 +367,7 @@ def test_a_damaged_checkpoint_is_replaced(tmp_path, content):
 
 def test_a_checkpoint_that_cannot_be_written_is_a_store_error(tmp_path):
     with pytest.raises(StoreError, match="cannot be written"):
-        training.train(net(), DIGITS, SHORT, checkpoint=tmp_path / "nowhere" / "training.pt")
+        training.train(net(), DIGITS, TASK, SHORT, checkpoint=tmp_path / "nowhere" / "training.pt")
 
 
 # ── masks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -369,15 +379,15 @@ def test_masks_hold_and_originals_stay_through_training(optimizer):
     chosen = unstructured_l1(prunable(model), 0.7)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = SHORT.model_copy(update={"optimizer": optimizer, "weight_decay": 0.3, "lr": 0.02})
-    result = training.train(model, DIGITS, settings, masks=chosen)
+    result = training.train(model, DIGITS, TASK, settings, masks=chosen)
     masks.check_held(model, chosen)
     assert equal(result.masks, chosen)
     for name, mask in chosen.items():
         assert torch.equal(result.state[name][~mask], before[name][~mask])
         assert not torch.equal(result.state[name][mask], before[name][mask])
-    accuracy = evaluate(model, DIGITS).accuracy
+    accuracy = evaluate(TASK, model, DIGITS).score
     masks.fold(model)
-    assert evaluate(model, DIGITS).accuracy == accuracy > 0.5
+    assert evaluate(TASK, model, DIGITS).score == accuracy > 0.5
 
 
 def test_masks_that_are_taken_off_during_training_are_noticed():
@@ -390,7 +400,7 @@ def test_masks_that_are_taken_off_during_training_are_noticed():
             module.mask.fill_(True)
 
     with pytest.raises(MaskError, match=r"fc\.weight"):
-        training.train(model, DIGITS, SHORT, masks=chosen, on_step=steal)
+        training.train(model, DIGITS, TASK, SHORT, masks=chosen, on_step=steal)
 
 
 def test_gradual_masks_end_at_their_ratio_and_only_epochs_under_them_count():
@@ -403,13 +413,13 @@ def test_gradual_masks_end_at_their_ratio_and_only_epochs_under_them_count():
         masks.apply(model, chosen)
         seen.append(float((~chosen["fc.weight"]).float().mean()))
 
-    result = training.train(model, DIGITS, SHORT.model_copy(update={"epochs": 5}), on_step=tighten)
+    result = training.train(model, DIGITS, TASK, SHORT.model_copy(update={"epochs": 5}), on_step=tighten)
     assert seen == sorted(seen)
     assert seen[0] == 0
     assert float((~result.masks["fc.weight"]).float().mean()) == pytest.approx(0.98, abs=1e-3)
     assert result.best_epoch >= 3 + 1  # the masks last changed in the third of five epochs
     masks.check_held(model, result.masks)
-    assert evaluate(model, DIGITS, "calibration").accuracy == result.best_accuracy
+    assert evaluate(TASK, model, DIGITS, "calibration").score == result.best_score
 
 
 # ── the teacher ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -420,25 +430,29 @@ def test_the_divergence_is_hintons():
     student, teacher = torch.randn(2, 5, 4, generator=generator).unbind()
     p, q = (teacher / 3).softmax(1), (student / 3).softmax(1)
     expected = 9 * (p * (p / q).log()).sum(1).mean()
-    assert float(divergence(student, teacher, 3.0)) == pytest.approx(float(expected), rel=1e-5)
-    assert float(divergence(teacher, teacher, 3.0)) == pytest.approx(0, abs=1e-6)
+    assert float(TASK.divergence({"output": student}, {"output": teacher}, 3.0).mean()) == pytest.approx(
+        float(expected), rel=1e-5
+    )
+    assert float(TASK.divergence({"output": teacher}, {"output": teacher}, 3.0).mean()) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_model_taught_only_by_a_teacher_comes_to_agree_with_it():
     teacher = net(seed=1)
-    training.train(teacher, DIGITS, SHORT)
+    training.train(teacher, DIGITS, TASK, SHORT)
     settings = SHORT.model_copy(update={"distill_weight": 1.0, "epochs": 5})
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     pupil = net(seed=2)
-    training.train(pupil, DIGITS, settings, teacher=teacher)
-    one, two = (evaluate(model, DIGITS).predictions for model in (teacher, pupil))
+    training.train(pupil, DIGITS, TASK, settings, teacher=teacher)
+    one, two = (
+        torch.cat([model.eval()(x).argmax(1) for (x,), _ in DIGITS.batches("test")]) for model in (teacher, pupil)
+    )
     assert float((one == two).float().mean()) > 0.8
     assert equal(teacher.state_dict(), before)
 
 
 def test_a_teacher_of_other_classes_is_refused():
     with pytest.raises(ModelError, match=r"teacher gives outputs of shape \(128, 12\)"):
-        training.train(net(), DIGITS, SHORT.model_copy(update={"distill_weight": 0.5}), teacher=net(classes=12))
+        training.train(net(), DIGITS, TASK, SHORT.model_copy(update={"distill_weight": 0.5}), teacher=net(classes=12))
 
 
 # ── trouble ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -447,14 +461,14 @@ def test_a_teacher_of_other_classes_is_refused():
 def test_a_loss_that_diverges_stops_the_run_and_says_where():
     settings = SHORT.model_copy(update={"lr": 1e30, "schedule": "constant", "warmup": 0.0, "grad_clip": 0.0})
     with pytest.raises(TrainingError, match=r"The loss became (nan|inf) in epoch 1, step \d+\.") as caught:
-        training.train(net(), DIGITS, settings)
+        training.train(net(), DIGITS, TASK, settings)
     assert "learning rate" in caught.value.hint
 
 
 def test_a_data_set_smaller_than_a_batch_is_one_batch():
     x, y = torch.rand(30, 1, 8, 8), torch.arange(30) % 3
     small = data.load((x, y))
-    result = training.train(net(classes=3), small, SHORT)
+    result = training.train(net(classes=3), small, TASK, SHORT)
     assert len(result.history) == 3
 
 
@@ -463,26 +477,23 @@ def test_a_data_set_smaller_than_a_batch_is_one_batch():
 
 def test_anything_callable_can_be_judged():
     model = net().eval()
-    expected = evaluate(model, DIGITS, "test")
+    expected = evaluate(TASK, model, DIGITS, "test")
     program = torch.export.export(model, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    others = [
-        program.module(),
-        lambda x: model(x).numpy(),
-        lambda x: [model(x).numpy().astype(np.float64)],
-        lambda x: {"logits": model(x), "more": x},
-        lambda x: (model(x), x),
-    ]
+    others = [program.module(), lambda x: {"output": model(x), "more": x}, lambda x: [model(x)]]
     for other in others:
-        assert torch.equal(evaluate(other, DIGITS, "test").predictions, expected.predictions)
-    assert expected.accuracy == float((expected.predictions == DIGITS.test.labels).float().mean())
-    with pytest.raises(ModelError, match="NoneType, not a tensor"):
-        evaluate(lambda x: None, DIGITS)
+        found = evaluate(TASK, other, DIGITS, "test")
+        assert (found.statistics == expected.statistics).all()
+        assert torch.equal(found.losses, expected.losses)
+    answers = torch.cat([model(x).argmax(1) for (x,), _ in DIGITS.batches("test")])
+    assert expected.score == float((answers == DIGITS.test.labels).double().mean())
+    with pytest.raises(ModelError, match="NoneType without a tensor"):
+        evaluate(TASK, lambda x: None, DIGITS)
 
 
 def test_judging_uses_eval_mode_and_puts_the_mode_back():
     model = net().train()
-    first, second = (evaluate(model, DIGITS, "calibration") for _ in range(2))
-    assert torch.equal(first.predictions, second.predictions)
+    first, second = (evaluate(TASK, model, DIGITS, "calibration") for _ in range(2))
+    assert torch.equal(first.losses, second.losses)
     assert first.loss == second.loss
     assert model.training
 
@@ -491,7 +502,7 @@ def test_judging_uses_eval_mode_and_puts_the_mode_back():
 
 
 def test_nothing_is_printed_unless_asked(capfd):
-    training.train(net(), DIGITS, SHORT.model_copy(update={"epochs": 1}))
+    training.train(net(), DIGITS, TASK, SHORT.model_copy(update={"epochs": 1}))
     assert capfd.readouterr() == ("", "")
 
 
@@ -510,7 +521,7 @@ def test_progress_counts_every_step_and_shows_the_figures():
         def __exit__(self, *error: object) -> None:
             return None
 
-    training.train(net(), DIGITS, SHORT, progress=Watcher())
+    training.train(net(), DIGITS, TASK, SHORT, progress=Watcher())
     assert sorted({done for done, _ in moves}) == list(range(1, 31))
     assert moves[0][1].startswith("epoch 1/3  loss ")
     assert "accuracy" in moves[0][1]
@@ -518,12 +529,12 @@ def test_progress_counts_every_step_and_shows_the_figures():
 
 
 def test_the_history_is_written_as_table_and_plot(tmp_path):
-    result = training.train(net(), DIGITS, SHORT)
+    result = training.train(net(), DIGITS, TASK, SHORT)
     history_csv(result.history, tmp_path / "history.csv")
     with (tmp_path / "history.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
-    assert float(rows[1]["calibration_accuracy"]) == result.history[1].calibration_accuracy
+    assert float(rows[1]["calibration_score"]) == result.history[1].calibration_score
     for name in ("one.svg", "two.svg", "one.png"):
         history_plot(result.history, result.best_epoch, tmp_path / name)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
