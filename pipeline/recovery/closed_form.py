@@ -25,7 +25,7 @@ from foundation.editor import writes
 from foundation.files import memory_of
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import last_uses
-from pipeline.recovery import regression, tied
+from pipeline.recovery import recurrent, regression, tied
 from pipeline.recovery.contractions import Contraction, contraction, weight_of
 from pipeline.recovery.sampling import batches, rows_wanted, seed_of
 
@@ -352,6 +352,8 @@ class _Walk:
         first = sources[0] if sources else None
         if changed and writes(node) and first in values and values[first][0] is values[first][1]:
             values[first] = [values[first][0], [self.shelf.put(v.clone()) for v in values[first][0]]]
+        if changed and node.target in recurrent.GATES:  # needs what the dense layer reads, which is gone afterwards
+            self._recurrent(node, values, fixed)
         dense = self._column(node, values, fixed, 0, whole=not changed and node not in self.uses)
         if node in self.uses:
             self._meet(node, values, fixed, dense, moved=moved)
@@ -441,8 +443,8 @@ class _Walk:
         fixed: dict[fx.Node, list[Any]],
         dense: list[Any],
     ) -> None:
-        if node in self.uses:
-            return  # fitted together with the other readers of its weight
+        if node in self.uses or node.target in recurrent.GATES:
+            return  # fitted together with the other readers of its weight, or layer by layer
         held = weight_of(node)
         if held is None or held not in fixed:
             for source in node.all_input_nodes if node.target not in _ELEMENTWISE else ():
@@ -582,6 +584,124 @@ class _Walk:
     def _held(self, start: int, samples: int, entries: int) -> Tensor:
         """Which entries of a batch are held back: windows and frames lie beside each other, several of one sample."""
         return self.held_back[start + torch.arange(entries) * samples // entries]
+
+    # ── recurrent layers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _recurrent(
+        self, node: fx.Node, values: dict[fx.Node, list[list[Any]]], fixed: dict[fx.Node, list[Any]]
+    ) -> None:
+        """Fit a recurrent operator cell by cell: what one gives on both sides is what those of the next layer read."""
+        args: Any = node.args
+        source, given = args[0], args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+        layers = recurrent.layers(node)
+        reason = ""
+        if source not in values:
+            reason = f"what {node.name} reads does not depend on the samples"
+        elif args[5] and args[6]:
+            reason = f"{node.name} drops some of what its layers give at random"
+        reason = reason or next(
+            (why for layer in layers for cell in layer for why in [self._not_free(node, cell, fixed)] if why), ""
+        )
+        reason = reason or _not_real(*(side[0] for side in values[source]))
+        if reason:
+            self.fitted += [
+                Fitted(self.names.get(cell.nodes[at].name, cell.nodes[at].name), reason=reason)
+                for layer in layers for cell in layer for at in cell.matrices
+            ]  # fmt: skip
+            return
+        sides = [[x.transpose(0, 1) if args[8] else x for x in column] for column in values[source]]
+        initial = [
+            [[(values[s][side][at] if s in values else fixed[s][side]) for s in given] for at in range(len(sides[0]))]
+            for side in (0, 1)
+        ]
+        for layer in layers:
+            made = [self._cell(cell, sides, initial, fixed) for cell in layer]
+            sides = [
+                [torch.cat(parts, -1) for parts in zip(*(one[side] for one in made), strict=True)] for side in (0, 1)
+            ]
+
+    def _not_free(self, node: fx.Node, cell: recurrent.Cell, fixed: dict[fx.Node, list[Any]]) -> str:
+        """Why a matrix of a recurrent cell cannot be fitted; "" where all can."""
+        for at in cell.matrices:
+            held = cell.nodes[at]
+            name = self.names.get(held.name)
+            if name is None or held.name not in self.parameters:
+                return f"a weight of {node.name} {'is computed from others' if name is None else 'is no parameter'}"
+            key = self._key(held)
+            if self.readers[key] > 1:
+                return self.untied.get(key) or f"{self.readers[key]} operators read it"
+            mask = self.masks.get(held.name)
+            if mask is not None and not _channels(mask.unsqueeze(0)) and mask.numel() * mask.shape[1] > LARGEST_SPARSE:
+                return "single weights are masked, of too many to fit each output alone"
+        return _not_real(*(fixed[cell.nodes[at]][0] for at in cell.matrices))
+
+    def _cell(
+        self,
+        cell: recurrent.Cell,
+        sides: list[list[Tensor]],
+        initial: list[list[list[Tensor]]],
+        fixed: dict[fx.Node, list[Any]],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Fit one layer in one direction; what it gives in both networks at every step, by chunk."""
+        starts = [[[s[cell.number : cell.number + 1] for s in chunk] for chunk in side] for side in initial]
+        weights = [tuple(fixed[held][side] for held in cell.nodes) for side in (0, 1)]
+        dense, pruned = (recurrent.Side(*side) for side in zip(sides, starts, weights, strict=True))
+        same_input = all(map(_same, dense.x, pruned.x)) and all(
+            _same(a, b) for old, new in zip(*starts, strict=True) for a, b in zip(old, new, strict=True)
+        )
+        names = [self.names[cell.nodes[at].name] for at in cell.matrices]
+        if same_input and all(map(_same, dense.weights, pruned.weights)):
+            given = recurrent.states(cell, dense)
+            return given, given
+        kept = [
+            self.masks.get(held.name, torch.ones_like(weight, dtype=torch.bool))
+            for held, weight in zip(cell.nodes, dense.weights, strict=True)
+        ]
+        made, reason = None, ""
+        if not all(bool(kept[at].any()) for at in cell.matrices):
+            reason = "nothing of it is kept"
+        else:
+            drawn = self._sequences(names[0], dense.x, sum(kept[at].shape[1] for at in (0, 1)))
+            if drawn is None:
+                reason = "too few of its sequences can be held back"
+            else:
+                free = [
+                    at in cell.matrices or self._own_shift(held, fixed, dense.weights[0].shape[0])
+                    for at, held in enumerate(cell.nodes)
+                ]
+                made = recurrent.fit(cell, dense, pruned, kept, free, drawn)
+                reason = "" if made else "it reads or gave values that are not finite"
+        if made is None:
+            self.fitted += [Fitted(name, reason=reason) for name in names]
+            return recurrent.states(cell, dense), recurrent.states(cell, pruned)
+        for held, mask, value, old in zip(cell.nodes, kept, made.weights, pruned.weights, strict=True):
+            if not torch.equal(value, old):
+                self.result[self.names[held.name]] = value
+                fixed[held] = [fixed[held][0], torch.where(mask, value, torch.zeros_like(value))]
+        self.fitted += [
+            Fitted(name, made.rows, made.columns, made.strength, made.error_before, made.error_after) for name in names
+        ]
+        return made.dense, made.pruned
+
+    def _sequences(self, name: str, inputs: Sequence[Tensor], columns: int) -> recurrent.Drawn | None:
+        """Steps to look at, and sequences to hold back; None where too few can be."""
+        wanted = -(-rows_wanted(1, columns) // sum(x.shape[1] for x in inputs))
+        draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(name))
+        steps, judges, chooses, start = [], [], [], 0
+        # Those that choose the strength are others than those that judge, and lie anywhere in the data as well.
+        learn = (~self.held_back).nonzero().flatten()
+        choosing = torch.zeros_like(self.held_back)
+        choosing[learn[torch.randperm(len(learn), generator=draw)[: len(learn) // regression.HELD_BACK]]] = True
+        for x, chunk in zip(inputs, self.chunks, strict=True):
+            steps.append(torch.randperm(len(x), generator=draw)[: min(len(x), wanted)])
+            entries = start + torch.arange(x.shape[1]) * len(chunk[0]) // x.shape[1]
+            judges.append(self.held_back[entries])
+            chooses.append(choosing[entries])
+            start += len(chunk[0])
+        judging, choosing = torch.cat(judges), torch.cat(chooses)
+        if not bool(judging.any()) or not bool(choosing.any()) or bool((judging | choosing).all()):
+            return None
+        return recurrent.Drawn(steps, chooses, judges)
 
     # ── weights of several readers ───────────────────────────────────────────────────────────────────────────────────
 

@@ -86,6 +86,16 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(self.embed(x))[0][:, -1])
 
 
+class ProductOfTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.pair, self.head = nn.Linear(6, 12), nn.Bilinear(12, 12, 10), nn.Linear(10, 5)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.head(self.pair(x, x).relu())
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
@@ -169,6 +179,7 @@ NETS = {
     "attention, samples second": (lambda: Attention(batch_first=False), (TEXT,)),
     "tied": (Tied, None),
     "recurrent": (Recurrent, (TEXT,)),
+    "product of two": (ProductOfTwo, ((6,),)),
     "two inputs": (TwoInputs, ((6,), (4,))),
     "in place": (InPlace, (IMAGE,)),
     "noisy": (Noisy, ((6,),)),
@@ -347,8 +358,8 @@ def reasons(name):
 
 
 def test_weights_without_a_rule_say_why():
-    recurrent = reasons("recurrent")
-    assert "no rule for aten.lstm" in recurrent["lstm.weight_ih_l0"] and recurrent["head.weight"] == ""
+    product = reasons("product of two")
+    assert "no rule for aten.bilinear" in product["pair.weight"] and product["head.weight"] == ""
     odd = reasons("odd")
     assert odd["b.weight"] == odd["head.weight"] == ""
     assert "is no parameter" in odd["blur"]
