@@ -25,7 +25,7 @@ from foundation.editor import writes
 from foundation.files import memory_of
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import last_uses
-from pipeline.recovery import recurrent, regression, tied
+from pipeline.recovery import attention, recurrent, regression, tied
 from pipeline.recovery.contractions import Contraction, contraction, weight_of
 from pipeline.recovery.sampling import batches, rows_wanted, seed_of
 
@@ -222,6 +222,45 @@ class _Tie:
     """For each, how often (learnt, held back) each row was looked up: (2, rows of the weight)."""
 
 
+@dataclass(frozen=True)
+class _Side:
+    """Queries or keys of scores, and the layer behind them, by chunk where a list.
+
+    `x`: what the layer reads; `dense`: (matrices, tokens, positions) of the dense network; `places`: where in the flat
+    output of the layer the numbers of the path's end are; `of`: the sample of each matrix. `kept`, `columns`: bool, of
+    the weight.
+    """
+
+    path: attention.Path
+    found: Contraction
+    held: fx.Node
+    bias: fx.Node | None
+    x: list[Tensor]
+    dense: list[Tensor]
+    places: list[Tensor]
+    heads: list[attention.Heads]
+    label: list[Tensor]
+    of: list[Tensor]
+    kept: Tensor
+    columns: Tensor
+
+    def _given(self, weights: Mapping[fx.Node, Tensor], where: Sequence[Tensor]) -> list[Tensor]:
+        matrix = self.found.to_matrix(weights[self.held])[0]
+        bias = None if self.bias is None else weights[self.bias]
+        return [
+            (torch.nn.functional.linear(x, matrix, bias).flatten()[place] * self.path.factor)
+            for x, place in zip(self.x, where, strict=True)
+        ]
+
+    def reached(self, weights: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+        """What they are with these weights: (matrices, tokens, positions)."""
+        return [v.float() for v in self._given(weights, [layout.place for layout in self.heads])]
+
+    def ends(self, weights: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+        """The same as the path ends in."""
+        return self._given(weights, self.places)
+
+
 class _Walk:
     """One pass over the graph with both networks' values of every chunk; where they are the same they are one.
 
@@ -267,12 +306,18 @@ class _Walk:
         draw = torch.Generator().manual_seed(seed)
         self.held_back = torch.zeros(samples, dtype=torch.bool)
         self.held_back[torch.randperm(samples, generator=draw)[: samples // regression.HELD_BACK]] = True
+        # Where a fit is judged by those as a whole, others choose the strength.
+        learn = (~self.held_back).nonzero().flatten()
+        self.choosing = torch.zeros_like(self.held_back)
+        self.choosing[learn[torch.randperm(len(learn), generator=draw)[: len(learn) // regression.HELD_BACK]]] = True
         self.left = 0.0
         self.settled: dict[Any, Fitted] = {}
         self.tied: dict[str, Tensor] = {}
         self.uses: dict[fx.Node, tuple[_Tie, tied.Use]] = {}
         self.untied: dict[Any, str] = {}
         """Weights of several readers that cannot be fitted to all of them -> why."""
+        found = (attention.scores(node) for node in self.graph.nodes) if self.masks else ()
+        self.scores = {one.node: one for one in found if one and self._positions_gone(one)}
         for key, nodes in placeholders.items() if self.masks else ():
             weight = self.dense[nodes[0].name]
             if nodes[0].name not in self.parameters or weight.dim() < 2 or not weight.is_floating_point():
@@ -307,6 +352,7 @@ class _Walk:
         pruned = {n: self.dense[n] if _same(v, self.dense[n]) else v for n, v in pruned.items()}
         values: dict[fx.Node, list[list[Any]]] = {}  # node -> [dense values, pruned values], each by chunk
         self.dies = last_uses(self.graph)
+        self._outlive()
         inputs = iter(range(len(self.chunks[0])))
         fixed: dict[fx.Node, list[Any]] = {}  # parameters, buffers, constants: [dense, pruned]
         with torch.no_grad():
@@ -354,6 +400,8 @@ class _Walk:
             values[first] = [values[first][0], [self.shelf.put(v.clone()) for v in values[first][0]]]
         if changed and node.target in recurrent.GATES:  # needs what the dense layer reads, which is gone afterwards
             self._recurrent(node, values, fixed)
+        if changed and node in self.scores:
+            self._fit_scores(self.scores[node], values, fixed)
         dense = self._column(node, values, fixed, 0, whole=not changed and node not in self.uses)
         if node in self.uses:
             self._meet(node, values, fixed, dense, moved=moved)
@@ -478,7 +526,8 @@ class _Walk:
         if not bool(kept.any()):
             self.fitted.append(Fitted(name, reason="nothing of it is kept"))
             return
-        x, y, held_back = self._rows(node, found, values[found.x][1], dense, matrix)
+        x, y, of = self._rows(node, found, values[found.x][1], dense, matrix)
+        held_back = self.held_back[of]
         if not (regression.finite(x) and regression.finite(y)):
             self.fitted.append(Fitted(name, reason="it reads or gave values that are not finite"))
             return
@@ -558,7 +607,7 @@ class _Walk:
         matrix: Tensor,
         share: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (rows, groups, columns), targets (rows, groups, outputs), which rows are held back.
+        """Rows (rows, groups, columns), targets (rows, groups, outputs), of which sample each row is.
 
         One in `share` of the rows that a weight is fitted on, of several readers that have to do with these together.
         """
@@ -569,7 +618,7 @@ class _Walk:
         wanted = rows_wanted(matrix.shape[0], matrix.shape[2]) // share
         each = min(count, -(-wanted // sum(len(x) for x in inputs)))
         draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(node.name))
-        xs, ys, held, start = [], [], [], 0
+        xs, ys, of, start = [], [], [], 0
         for x, y, chunk in zip(inputs, outputs, self.chunks, strict=True):
             # The same places of every sample of a chunk, others in the next.
             places = torch.randperm(count, generator=draw)[:each]
@@ -577,13 +626,13 @@ class _Walk:
             ys.append(found.targets(y, places).flatten(0, 1).float())
             self.shelf.rest(x)
             self.shelf.rest(y)
-            held.append(self._held(start, len(chunk[0]), len(x)).repeat_interleave(each))
+            of.append(_samples(start, len(chunk[0]), len(x)).repeat_interleave(each))
             start += len(chunk[0])
-        return torch.cat(xs), torch.cat(ys), torch.cat(held)
+        return torch.cat(xs), torch.cat(ys), torch.cat(of)
 
     def _held(self, start: int, samples: int, entries: int) -> Tensor:
-        """Which entries of a batch are held back: windows and frames lie beside each other, several of one sample."""
-        return self.held_back[start + torch.arange(entries) * samples // entries]
+        """Which entries of a batch are held back."""
+        return self.held_back[_samples(start, samples, entries)]
 
     # ── recurrent layers ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -688,20 +737,190 @@ class _Walk:
         wanted = -(-rows_wanted(1, columns) // sum(x.shape[1] for x in inputs))
         draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(name))
         steps, judges, chooses, start = [], [], [], 0
-        # Those that choose the strength are others than those that judge, and lie anywhere in the data as well.
-        learn = (~self.held_back).nonzero().flatten()
-        choosing = torch.zeros_like(self.held_back)
-        choosing[learn[torch.randperm(len(learn), generator=draw)[: len(learn) // regression.HELD_BACK]]] = True
         for x, chunk in zip(inputs, self.chunks, strict=True):
             steps.append(torch.randperm(len(x), generator=draw)[: min(len(x), wanted)])
-            entries = start + torch.arange(x.shape[1]) * len(chunk[0]) // x.shape[1]
-            judges.append(self.held_back[entries])
-            chooses.append(choosing[entries])
+            of = _samples(start, len(chunk[0]), x.shape[1])
+            judges.append(self.held_back[of])
+            chooses.append(self.choosing[of])
             start += len(chunk[0])
         judging, choosing = torch.cat(judges), torch.cat(chooses)
         if not bool(judging.any()) or not bool(choosing.any()) or bool((judging | choosing).all()):
             return None
         return recurrent.Drawn(steps, chooses, judges)
+
+    # ── queries and keys ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _positions_gone(self, one: attention.Scores) -> bool:
+        """Whether rows of the layers behind queries and keys are masked."""
+        held = [weight_of(path.start) for path in (one.queries, one.keys)]
+        return all(node is not None and node.name in self.masks for node in held)
+
+    def _outlive(self) -> None:
+        """Keep what the layers behind scores read until these are formed."""
+        order = {node: at for at, node in enumerate(self.graph.nodes)}
+        last = {node: user for user, nodes in self.dies.items() for node in nodes}
+        for reader, one in self.scores.items():
+            for node in one.queries.needed() | one.keys.needed():
+                if order[last[node]] < order[reader]:
+                    self.dies[last[node]].remove(node)
+                    self.dies.setdefault(reader, []).append(node)
+                    last[node] = reader
+
+    def _fit_scores(
+        self, one: attention.Scores, values: dict[fx.Node, list[list[Any]]], fixed: dict[fx.Node, list[Any]]
+    ) -> None:
+        """Fit queries and keys to the scores, in turns, where that brings the scores nearer than layer by layer."""
+        sides = [self._side(one, path, values, fixed) for path in (one.queries, one.keys)]
+        queries, keys = sides
+        if queries is None or keys is None:
+            return
+        same = queries.held is keys.held
+        channels = [set(torch.cat([h.channel.flatten() for h in side.heads]).tolist()) for side in (queries, keys)]
+        kept = [queries.kept[a.channel] & keys.kept[b.channel] for a, b in zip(queries.heads, keys.heads, strict=True)]
+        judges = [self.held_back[of] for of in queries.of]
+        learn = [~use for use in judges]
+        if (
+            any(a.channel.shape != b.channel.shape for a, b in zip(queries.heads, keys.heads, strict=True))
+            or (same and channels[0] & channels[1])
+            or all(bool((mask.all(1) | ~mask.any(1)).all()) for mask in kept)  # whole heads are gone at the most
+            or not any(bool(use.any()) for use in judges)
+            or not any(bool(use.any()) for use in learn)
+            or not all(regression.finite(v) for side in (queries, keys) for v in (*side.dense, *side.x))
+        ):
+            return
+        weights = {node: fixed[node][1] for side in (queries, keys) for node in (side.held, side.bias) if node}
+        reached = [side.reached(weights) for side in (queries, keys)]
+        if not all(regression.finite(v) for given in reached for v in given):
+            return
+        wanted = [queries.dense, keys.dense]
+        before = best = attention.lack(wanted, reached, judges)
+        rows, strength = 0, 0.0
+        for _ in range(attention.TURNS):
+            for at, side in enumerate((queries, keys)):
+                other = 1 - at
+                targets = attention.wanted(
+                    wanted[at], wanted[other], reached[other], side.label, kept, learn, centred=at == 0
+                )
+                changed, made, rows = self._refit_side(side, targets, weights)
+                given = side.reached(weights | changed)
+                left = attention.lack(wanted, [given, reached[1]] if at == 0 else [reached[0], given], judges)
+                if left < best:
+                    best, reached[at], strength = left, given, max(strength, made)
+                    weights |= changed
+        names = {self.names[side.held.name]: side for side in (queries, keys)}
+        told = {record.name for record in self.fitted}
+        if best < before:
+            self.fitted = [record for record in self.fitted if record.name not in names]
+            for node, value in weights.items():
+                self.result[self.names[node.name]] = value
+                fixed[node] = [fixed[node][0], value]
+            for side in (queries, keys):
+                end = side.path.end
+                for old in values[end][1] if values[end][1] is not values[end][0] else ():
+                    self.shelf.drop(old)
+                values[end] = [values[end][0], [self.shelf.put(v) for v in side.ends(weights)]]
+        for name, side in names.items():
+            if best < before or name not in told:
+                self.fitted.append(Fitted(name, rows, int(side.columns.sum()), strength, before, best))
+
+    def _side(
+        self,
+        one: attention.Scores,
+        path: attention.Path,
+        values: dict[fx.Node, list[list[Any]]],
+        fixed: dict[fx.Node, list[Any]],
+    ) -> _Side | None:
+        """Queries or keys of scores; None where the layer behind them cannot be fitted to these alone."""
+        held = weight_of(path.start)
+        if held is None or held not in fixed or held.name not in self.parameters or path.start in self.uses:
+            return None
+        found = contraction(path.start, fixed[held][0])
+        if found is None or not found.matrix or found.x not in values or self.readers[self._key(held)] > 1:
+            return None
+        bias, mask = found.bias, found.to_matrix(self.masks[held.name])
+        outputs = mask.shape[1]
+        if not _channels(mask) or (bias is not None and not self._own_shift(bias, fixed, outputs)):
+            return None
+        xs = values[found.x][1]
+        if _not_real(xs[0], fixed[held][1]) or xs[0].dim() < 2:
+            return None
+        axis = self._batch_axis(found.x, -1 if self.captured.dynamic_batch else len(self.chunks[0][0]))
+        keys = path is one.keys
+        dense, places, heads, of, start = [], [], [], [], 0
+        layouts: dict[
+            torch.Size, tuple[Tensor, attention.Heads | None]
+        ] = {}  # where numbers are depends on sizes alone
+        for at, (x, chunk) in enumerate(zip(xs, self.chunks, strict=True)):
+            end = values[path.end][0][at]
+            repeats = values[one.queries.end][0][at].shape[-3] // end.shape[-3] if keys and one.shared else 1
+            turned = keys and one.turned
+            if x.shape not in layouts:
+                place = self._place(path, (*x.shape[:-1], outputs), at, values, fixed)
+                made = attention.heads(_as_matrices(place, turned=turned, repeats=repeats), outputs)
+                layouts[x.shape] = place, made
+            place, layout = layouts[x.shape]
+            if layout is None:
+                return None
+            sizes = [1] * (x.dim() - 1)
+            sizes[axis] = -1
+            samples = _samples(start, len(chunk[0]), x.shape[axis]).reshape(sizes).expand(x.shape[:-1]).flatten()
+            of.append(samples[layout.place[:, 0, 0] // outputs])
+            places.append(place)
+            heads.append(layout)
+            dense.append(_as_matrices(end, turned=turned, repeats=repeats).flatten(0, -3).float())
+            start += len(chunk[0])
+        return _Side(path, found, held, bias, xs, dense, places, heads, attention.labels(heads), of,
+                     mask[0].any(1), mask[0].any(0))  # fmt: skip
+
+    def _place(
+        self,
+        path: attention.Path,
+        shape: tuple[int, ...],
+        at: int,
+        values: dict[fx.Node, list[list[Any]]],
+        fixed: dict[fx.Node, list[Any]],
+    ) -> Tensor:
+        """Where in the layer's flat output of this shape the numbers of the path's end are, for the chunk `at`."""
+        made: dict[fx.Node, Any] = {path.start: torch.arange(math.prod(shape)).reshape(shape)}
+        for node in path.nodes:
+            source = node.all_input_nodes[0]
+            known = {
+                s: made[s] if s in made else values[s][1][at] if s in values else fixed[s][1]
+                for s in node.all_input_nodes
+            }
+            made[node] = made[source] if attention.scales(node) else self._call(node, known)
+        place: Tensor = made[path.end]
+        return place
+
+    def _refit_side(
+        self, side: _Side, targets: list[Tensor], weights: Mapping[fx.Node, Tensor]
+    ) -> tuple[dict[fx.Node, Tensor], float, int]:
+        """Weight and bias fitted to give these queries or keys, the strength of it, and how many rows say so."""
+        ys = []
+        for x, layout, target in zip(side.x, side.heads, targets, strict=True):
+            y = x.new_zeros(math.prod(x.shape[:-1]) * len(side.kept))
+            y[layout.place.flatten()] = (target / side.path.factor).flatten().to(y.dtype)
+            ys.append(y.reshape(*x.shape[:-1], -1))
+        outputs = torch.zeros_like(side.kept)
+        outputs[torch.cat([layout.channel.flatten() for layout in side.heads])] = True
+        outputs &= side.kept
+        matrix = side.found.to_matrix(weights[side.held])
+        x, y, of = self._rows(side.path.start, side.found, side.x, ys, matrix)
+        learn = ~self.held_back[of]
+        made = regression.fit(
+            x[learn][:, :, side.columns], y[learn][:, :, outputs], matrix[:, outputs][:, :, side.columns],
+            self.choosing[of][learn], intercept=side.bias is not None,
+        )  # fmt: skip
+        new = matrix.clone()
+        new[0, outputs.nonzero(), side.columns.nonzero().flatten()] = made.weight[0].to(new.dtype)
+        changed = {side.held: side.found.from_matrix(new)}
+        if side.bias is not None and made.bias is not None:
+            bias = weights[side.bias].clone()
+            bias[outputs] = made.bias[0].to(bias.dtype)
+            if side.bias.name in self.masks:
+                bias = torch.where(self.masks[side.bias.name], bias, torch.zeros_like(bias))
+            changed[side.bias] = bias
+        return changed, made.strength, int(learn.sum())
 
     # ── weights of several readers ───────────────────────────────────────────────────────────────────────────────────
 
@@ -764,10 +983,10 @@ class _Walk:
         reason = _not_real(inputs[0], dense[0], weight) or _without_samples(use.node, inputs[0], weight)
         if reason:
             return reason
-        rows = self._rows(use.node, found, inputs, dense, found.to_matrix(weight), share=len(tie.uses))
-        if not all(regression.finite(v) for v in rows[:2]):
+        x, y, of = self._rows(use.node, found, inputs, dense, found.to_matrix(weight), share=len(tie.uses))
+        if not (regression.finite(x) and regression.finite(y)):
             return "it reads or gave values that are not finite"
-        tie.rows.append((use, *rows))
+        tie.rows.append((use, x, y, self.held_back[of]))
         return ""
 
     def _settle(self, tie: _Tie, name: str, fixed: dict[fx.Node, list[Any]], new: dict[fx.Node, Tensor]) -> Fitted:
@@ -880,6 +1099,17 @@ class _Walk:
         for value in pruned:
             value += lack.reshape(shape)
             self.shelf.rest(value)
+
+
+def _as_matrices(value: Tensor, *, turned: bool, repeats: int) -> Tensor:
+    """(..., tokens, positions) of queries or keys; each head `repeats` times."""
+    value = value.mT if turned else value
+    return value.repeat_interleave(repeats, -3) if repeats > 1 else value
+
+
+def _samples(start: int, samples: int, entries: int) -> Tensor:
+    """Of which sample each entry of a batch is: windows and frames lie beside each other, several of one sample."""
+    return start + torch.arange(entries) * samples // entries
 
 
 def _told(name: str, rows: int, columns: Tensor, fits: Sequence[regression.Fit | tied.TiedFit]) -> Fitted:
