@@ -317,7 +317,7 @@ class _Walk:
         self.untied: dict[Any, str] = {}
         """Weights of several readers that cannot be fitted to all of them -> why."""
         found = (attention.scores(node) for node in self.graph.nodes) if self.masks else ()
-        self.scores = {one.node: one for one in found if one and self._positions_gone(one)}
+        self.scores = {one.node: one for one in found if one and self._positions_gone(one) and self._unwritten(one)}
         for key, nodes in placeholders.items() if self.masks else ():
             weight = self.dense[nodes[0].name]
             if nodes[0].name not in self.parameters or weight.dim() < 2 or not weight.is_floating_point():
@@ -528,6 +528,9 @@ class _Walk:
             return
         x, y, of = self._rows(node, found, values[found.x][1], dense, matrix)
         held_back = self.held_back[of]
+        if not bool(held_back.any()) or bool(held_back.all()):
+            self.fitted.append(Fitted(name, reason="too few of its rows can be held back"))
+            return
         if not (regression.finite(x) and regression.finite(y)):
             self.fitted.append(Fitted(name, reason="it reads or gave values that are not finite"))
             return
@@ -712,7 +715,7 @@ class _Walk:
         else:
             drawn = self._sequences(names[0], dense.x, sum(kept[at].shape[1] for at in (0, 1)))
             if drawn is None:
-                reason = "too few of its sequences can be held back"
+                reason = "too few of its rows can be held back"
             else:
                 free = [
                     at in cell.matrices or self._own_shift(held, fixed, dense.weights[0].shape[0])
@@ -755,6 +758,12 @@ class _Walk:
         held = [weight_of(path.start) for path in (one.queries, one.keys)]
         return all(node is not None and node.name in self.masks for node in held)
 
+    def _unwritten(self, one: attention.Scores) -> bool:
+        """Whether nothing is written in place until the scores are formed: what the layers read is read again then."""
+        nodes = list(self.graph.nodes)
+        first = min(nodes.index(path.start) for path in (one.queries, one.keys))
+        return not any(writes(node) for node in nodes[first : nodes.index(one.node)])
+
     def _outlive(self) -> None:
         """Keep what the layers behind scores read until these are formed."""
         order = {node: at for at, node in enumerate(self.graph.nodes)}
@@ -774,15 +783,17 @@ class _Walk:
         queries, keys = sides
         if queries is None or keys is None:
             return
-        same = queries.held is keys.held
+        pairs = list(zip(queries.heads, keys.heads, strict=True))
         channels = [set(torch.cat([h.channel.flatten() for h in side.heads]).tolist()) for side in (queries, keys)]
-        kept = [queries.kept[a.channel] & keys.kept[b.channel] for a, b in zip(queries.heads, keys.heads, strict=True)]
+        if any(a.channel.shape != b.channel.shape for a, b in pairs) or (
+            queries.held is keys.held and channels[0] & channels[1]
+        ):
+            return
+        kept = [queries.kept[a.channel] & keys.kept[b.channel] for a, b in pairs]
         judges = [self.held_back[of] for of in queries.of]
         learn = [~use for use in judges]
         if (
-            any(a.channel.shape != b.channel.shape for a, b in zip(queries.heads, keys.heads, strict=True))
-            or (same and channels[0] & channels[1])
-            or all(bool((mask.all(1) | ~mask.any(1)).all()) for mask in kept)  # whole heads are gone at the most
+            all(bool((mask.all(1) | ~mask.any(1)).all()) for mask in kept)  # whole heads are gone at the most
             or not any(bool(use.any()) for use in judges)
             or not any(bool(use.any()) for use in learn)
             or not all(regression.finite(v) for side in (queries, keys) for v in (*side.dense, *side.x))
@@ -801,7 +812,10 @@ class _Walk:
                 targets = attention.wanted(
                     wanted[at], wanted[other], reached[other], side.label, kept, learn, centred=at == 0
                 )
-                changed, made, rows = self._refit_side(side, targets, weights)
+                refit = self._refit_side(side, targets, weights)
+                if refit is None:
+                    continue
+                changed, made, rows = refit
                 given = side.reached(weights | changed)
                 left = attention.lack(wanted, [given, reached[1]] if at == 0 else [reached[0], given], judges)
                 if left < best:
@@ -842,7 +856,7 @@ class _Walk:
         if not _channels(mask) or (bias is not None and not self._own_shift(bias, fixed, outputs)):
             return None
         xs = values[found.x][1]
-        if _not_real(xs[0], fixed[held][1]) or xs[0].dim() < 2:
+        if _not_real(xs[0], fixed[held][1]) or xs[0].dim() < 2 or values[path.end][0][0].dim() < 3:
             return None
         axis = self._batch_axis(found.x, -1 if self.captured.dynamic_batch else len(self.chunks[0][0]))
         keys = path is one.keys
@@ -894,8 +908,10 @@ class _Walk:
 
     def _refit_side(
         self, side: _Side, targets: list[Tensor], weights: Mapping[fx.Node, Tensor]
-    ) -> tuple[dict[fx.Node, Tensor], float, int]:
-        """Weight and bias fitted to give these queries or keys, the strength of it, and how many rows say so."""
+    ) -> tuple[dict[fx.Node, Tensor], float, int] | None:
+        """Weight and bias fitted to give these queries or keys, the strength of it, and how many rows say so; None
+        where they cannot be fitted.
+        """
         ys = []
         for x, layout, target in zip(side.x, side.heads, targets, strict=True):
             y = x.new_zeros(math.prod(x.shape[:-1]) * len(side.kept))
@@ -907,9 +923,12 @@ class _Walk:
         matrix = side.found.to_matrix(weights[side.held])
         x, y, of = self._rows(side.path.start, side.found, side.x, ys, matrix)
         learn = ~self.held_back[of]
+        chooses = self.choosing[of][learn]
+        if not (regression.finite(x) and regression.finite(y)) or not bool(chooses.any()) or bool(chooses.all()):
+            return None
         made = regression.fit(
             x[learn][:, :, side.columns], y[learn][:, :, outputs], matrix[:, outputs][:, :, side.columns],
-            self.choosing[of][learn], intercept=side.bias is not None,
+            chooses, intercept=side.bias is not None,
         )  # fmt: skip
         new = matrix.clone()
         new[0, outputs.nonzero(), side.columns.nonzero().flatten()] = made.weight[0].to(new.dtype)
@@ -986,7 +1005,10 @@ class _Walk:
         x, y, of = self._rows(use.node, found, inputs, dense, found.to_matrix(weight), share=len(tie.uses))
         if not (regression.finite(x) and regression.finite(y)):
             return "it reads or gave values that are not finite"
-        tie.rows.append((use, x, y, self.held_back[of]))
+        held_back = self.held_back[of]
+        if not bool(held_back.any()) or bool(held_back.all()):
+            return "too few of its rows can be held back"
+        tie.rows.append((use, x, y, held_back))
         return ""
 
     def _settle(self, tie: _Tie, name: str, fixed: dict[fx.Node, list[Any]], new: dict[fx.Node, Tensor]) -> Fitted:

@@ -135,7 +135,10 @@ def fit(
         if turn and not math.isfinite(best):
             break
         at = wanted if turn == 0 else own
-        candidate, used, rows = _refitted(cell, pruned, weights, at, wanted, target, kept, free, drawn)
+        made = _refitted(cell, pruned, weights, at, wanted, target, kept, free, drawn)
+        if made is None:
+            break
+        candidate, used, rows = made
         reached = states(cell, replace(pruned, weights=candidate))
         left = _lack(wanted, reached, drawn.judges, unit)
         if left < best:
@@ -193,8 +196,10 @@ def _refitted(
     kept: Sequence[Tensor],
     free: Sequence[bool],
     drawn: Drawn,
-) -> tuple[tuple[Tensor, ...], float, int]:
-    """Weights fitted where the states are `at`, with the strength of the first block and the rows learnt from."""
+) -> tuple[tuple[Tensor, ...], float, int] | None:
+    """Weights fitted where the states are `at`, with the largest strength of all parts and the rows learnt from; None
+    where numbers grow beyond what a float holds.
+    """
     masks = [j.repeat(len(s)) for j, s in zip(drawn.judges, drawn.steps, strict=True)]
     learn = ~torch.cat(masks)
     chooses = torch.cat([c.repeat(len(s)) for c, s in zip(drawn.chooses, drawn.steps, strict=True)])[learn]
@@ -211,13 +216,15 @@ def _refitted(
             continue
         y = sum((fed[s][:, part] for s in sides), torch.zeros(()))
         # Inputs may be of another size than states, which are below one; the pull is one number for both.
-        sizes = [float(seen[s].square().mean().sqrt()) or 1.0 for s in sides]
+        sizes = [float(seen[s].double().square().mean().sqrt()) or 1.0 for s in sides]
         x = torch.cat([seen[s] / size for s, size in zip(sides, sizes, strict=True)], 1)
         matrix = torch.cat([old[s][part].float() * size for s, size in zip(sides, sizes, strict=True)], 1)
         shift = 2 + sides[0]  # of two biases that are summed, the first takes the mean
         intercept = cell.biases and free[shift]
         others = [2 + s for s in sides if cell.biases and not (intercept and 2 + s == shift)]
         y = y - sum((old[b][part].float() for b in others), torch.zeros(()))
+        if not all(map(regression.finite, (x, y, matrix))):
+            return None
         made, outputs = _solve(x, y, matrix, kept_here, chooses, intercept=intercept)
         strengths.append(made.strength)
         columns = torch.split(made.weight[0], [old[s].shape[1] for s in sides], 1)
@@ -231,6 +238,8 @@ def _refitted(
         p = cell.projection
         x = torch.cat([v[s].flatten(0, 1) for v, s in zip(hidden, drawn.steps, strict=True)]).float()[learn]
         y = torch.cat([v[s].flatten(0, 1) for v, s in zip(wanted, drawn.steps, strict=True)]).float()[learn]
+        if not all(map(regression.finite, (x, y))):
+            return None
         made, _ = _solve(x, y, old[p].float(), kept[p], chooses, intercept=False)
         new[p] = made.weight[0].to(new[p].dtype)
         strengths.append(made.strength)

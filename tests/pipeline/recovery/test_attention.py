@@ -275,7 +275,37 @@ class OneForBoth(Block):
         return F.scaled_dot_product_attention(q, q, self.split(self.v(x))).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("make", [Rotated, NoSoftmax, ReadTwice, OneForBoth])
+class Overwritten(Block):
+    """What the layers read is another thing when the scores are formed."""
+
+    def forward(self, x):
+        x = self.embed(x)
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        x.mul_(3.0)
+        return self.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2) + x)
+
+
+class OneSetOfKeys(Block):
+    """Keys and values of the first sequence, for all."""
+
+    def attend(self, x):
+        q, k, v = self.split(self.q(x)), self.split(self.k(x[:1])), self.split(self.v(x[:1]))
+        return (q.matmul(k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class NoDimensionForHeads(Block):
+    """Samples are the tokens."""
+
+    def attend(self, x):
+        y = x.mean(1)
+        y = (self.q(y) @ self.k(y).t()).softmax(-1) @ self.v(y)
+        return y.unsqueeze(1).expand(-1, x.shape[1], -1)
+
+
+FORMS_APART = [Rotated, NoSoftmax, ReadTwice, OneForBoth, Overwritten, OneSetOfKeys, NoDimensionForHeads]
+
+
+@pytest.mark.parametrize("make", FORMS_APART)
 def test_other_forms_are_fitted_layer_by_layer_as_ever(make, monkeypatch):
     torch.manual_seed(0)
     model = make().eval()
