@@ -17,10 +17,11 @@ help: ## this list
 
 setup: $(STAMP) ## create .venv with the pinned dependencies
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt pipeline/models/torchvision_operators.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[all,dev]"
+	$(BIN)/python -P pipeline/models/torchvision_operators.py
 	@touch $@
 
 # ---- the product -------------------------------------------------------------------------------------------------

@@ -61,8 +61,11 @@ def pip(*words: str) -> None:
 
 
 def holds_everything(wheel: Path) -> None:
-    """Every file of the packages (templates, schemas, stubs, marks of typing) and the licence are in the wheel."""
+    """Every file of the packages (templates, schemas, stubs, marks of typing) and the licence are in the wheel, and
+    nothing that each start of Python would read: that is for `make setup` alone, in an environment of its own.
+    """
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert not any(name.endswith(".pth") for name in names), "a file that each start of Python reads"
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:

@@ -25,7 +25,7 @@ from foundation.editor import writes
 from foundation.files import memory_of
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import last_uses
-from pipeline.recovery import regression, tied
+from pipeline.recovery import attention, recurrent, regression, tied
 from pipeline.recovery.contractions import Contraction, contraction, weight_of
 from pipeline.recovery.sampling import batches, rows_wanted, seed_of
 
@@ -222,6 +222,45 @@ class _Tie:
     """For each, how often (learnt, held back) each row was looked up: (2, rows of the weight)."""
 
 
+@dataclass(frozen=True)
+class _Side:
+    """Queries or keys of scores, and the layer behind them, by chunk where a list.
+
+    `x`: what the layer reads; `dense`: (matrices, tokens, positions) of the dense network; `places`: where in the flat
+    output of the layer the numbers of the path's end are; `of`: the sample of each matrix. `kept`, `columns`: bool, of
+    the weight.
+    """
+
+    path: attention.Path
+    found: Contraction
+    held: fx.Node
+    bias: fx.Node | None
+    x: list[Tensor]
+    dense: list[Tensor]
+    places: list[Tensor]
+    heads: list[attention.Heads]
+    label: list[Tensor]
+    of: list[Tensor]
+    kept: Tensor
+    columns: Tensor
+
+    def _given(self, weights: Mapping[fx.Node, Tensor], where: Sequence[Tensor]) -> list[Tensor]:
+        matrix = self.found.to_matrix(weights[self.held])[0]
+        bias = None if self.bias is None else weights[self.bias]
+        return [
+            (torch.nn.functional.linear(x, matrix, bias).flatten()[place] * self.path.factor)
+            for x, place in zip(self.x, where, strict=True)
+        ]
+
+    def reached(self, weights: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+        """What they are with these weights: (matrices, tokens, positions)."""
+        return [v.float() for v in self._given(weights, [layout.place for layout in self.heads])]
+
+    def ends(self, weights: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+        """The same as the path ends in."""
+        return self._given(weights, self.places)
+
+
 class _Walk:
     """One pass over the graph with both networks' values of every chunk; where they are the same they are one.
 
@@ -267,12 +306,18 @@ class _Walk:
         draw = torch.Generator().manual_seed(seed)
         self.held_back = torch.zeros(samples, dtype=torch.bool)
         self.held_back[torch.randperm(samples, generator=draw)[: samples // regression.HELD_BACK]] = True
+        # Where a fit is judged by those as a whole, others choose the strength.
+        learn = (~self.held_back).nonzero().flatten()
+        self.choosing = torch.zeros_like(self.held_back)
+        self.choosing[learn[torch.randperm(len(learn), generator=draw)[: len(learn) // regression.HELD_BACK]]] = True
         self.left = 0.0
         self.settled: dict[Any, Fitted] = {}
         self.tied: dict[str, Tensor] = {}
         self.uses: dict[fx.Node, tuple[_Tie, tied.Use]] = {}
         self.untied: dict[Any, str] = {}
         """Weights of several readers that cannot be fitted to all of them -> why."""
+        found = (attention.scores(node) for node in self.graph.nodes) if self.masks else ()
+        self.scores = {one.node: one for one in found if one and self._positions_gone(one) and self._unwritten(one)}
         for key, nodes in placeholders.items() if self.masks else ():
             weight = self.dense[nodes[0].name]
             if nodes[0].name not in self.parameters or weight.dim() < 2 or not weight.is_floating_point():
@@ -307,6 +352,7 @@ class _Walk:
         pruned = {n: self.dense[n] if _same(v, self.dense[n]) else v for n, v in pruned.items()}
         values: dict[fx.Node, list[list[Any]]] = {}  # node -> [dense values, pruned values], each by chunk
         self.dies = last_uses(self.graph)
+        self._outlive()
         inputs = iter(range(len(self.chunks[0])))
         fixed: dict[fx.Node, list[Any]] = {}  # parameters, buffers, constants: [dense, pruned]
         with torch.no_grad():
@@ -352,6 +398,10 @@ class _Walk:
         first = sources[0] if sources else None
         if changed and writes(node) and first in values and values[first][0] is values[first][1]:
             values[first] = [values[first][0], [self.shelf.put(v.clone()) for v in values[first][0]]]
+        if changed and node.target in recurrent.GATES:  # needs what the dense layer reads, which is gone afterwards
+            self._recurrent(node, values, fixed)
+        if changed and node in self.scores:
+            self._fit_scores(self.scores[node], values, fixed)
         dense = self._column(node, values, fixed, 0, whole=not changed and node not in self.uses)
         if node in self.uses:
             self._meet(node, values, fixed, dense, moved=moved)
@@ -441,8 +491,8 @@ class _Walk:
         fixed: dict[fx.Node, list[Any]],
         dense: list[Any],
     ) -> None:
-        if node in self.uses:
-            return  # fitted together with the other readers of its weight
+        if node in self.uses or node.target in recurrent.GATES:
+            return  # fitted together with the other readers of its weight, or layer by layer
         held = weight_of(node)
         if held is None or held not in fixed:
             for source in node.all_input_nodes if node.target not in _ELEMENTWISE else ():
@@ -476,7 +526,11 @@ class _Walk:
         if not bool(kept.any()):
             self.fitted.append(Fitted(name, reason="nothing of it is kept"))
             return
-        x, y, held_back = self._rows(node, found, values[found.x][1], dense, matrix)
+        x, y, of = self._rows(node, found, values[found.x][1], dense, matrix)
+        held_back = self.held_back[of]
+        if not bool(held_back.any()) or bool(held_back.all()):
+            self.fitted.append(Fitted(name, reason="too few of its rows can be held back"))
+            return
         if not (regression.finite(x) and regression.finite(y)):
             self.fitted.append(Fitted(name, reason="it reads or gave values that are not finite"))
             return
@@ -556,7 +610,7 @@ class _Walk:
         matrix: Tensor,
         share: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (rows, groups, columns), targets (rows, groups, outputs), which rows are held back.
+        """Rows (rows, groups, columns), targets (rows, groups, outputs), of which sample each row is.
 
         One in `share` of the rows that a weight is fitted on, of several readers that have to do with these together.
         """
@@ -567,7 +621,7 @@ class _Walk:
         wanted = rows_wanted(matrix.shape[0], matrix.shape[2]) // share
         each = min(count, -(-wanted // sum(len(x) for x in inputs)))
         draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(node.name))
-        xs, ys, held, start = [], [], [], 0
+        xs, ys, of, start = [], [], [], 0
         for x, y, chunk in zip(inputs, outputs, self.chunks, strict=True):
             # The same places of every sample of a chunk, others in the next.
             places = torch.randperm(count, generator=draw)[:each]
@@ -575,13 +629,317 @@ class _Walk:
             ys.append(found.targets(y, places).flatten(0, 1).float())
             self.shelf.rest(x)
             self.shelf.rest(y)
-            held.append(self._held(start, len(chunk[0]), len(x)).repeat_interleave(each))
+            of.append(_samples(start, len(chunk[0]), len(x)).repeat_interleave(each))
             start += len(chunk[0])
-        return torch.cat(xs), torch.cat(ys), torch.cat(held)
+        return torch.cat(xs), torch.cat(ys), torch.cat(of)
 
     def _held(self, start: int, samples: int, entries: int) -> Tensor:
-        """Which entries of a batch are held back: windows and frames lie beside each other, several of one sample."""
-        return self.held_back[start + torch.arange(entries) * samples // entries]
+        """Which entries of a batch are held back."""
+        return self.held_back[_samples(start, samples, entries)]
+
+    # ── recurrent layers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _recurrent(
+        self, node: fx.Node, values: dict[fx.Node, list[list[Any]]], fixed: dict[fx.Node, list[Any]]
+    ) -> None:
+        """Fit a recurrent operator cell by cell: what one gives on both sides is what those of the next layer read."""
+        args: Any = node.args
+        source, given = args[0], args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+        layers = recurrent.layers(node)
+        reason = ""
+        if source not in values:
+            reason = f"what {node.name} reads does not depend on the samples"
+        elif args[5] and args[6]:
+            reason = f"{node.name} drops some of what its layers give at random"
+        reason = reason or next(
+            (why for layer in layers for cell in layer for why in [self._not_free(node, cell, fixed)] if why), ""
+        )
+        reason = reason or _not_real(*(side[0] for side in values[source]))
+        if reason:
+            self.fitted += [
+                Fitted(self.names.get(cell.nodes[at].name, cell.nodes[at].name), reason=reason)
+                for layer in layers for cell in layer for at in cell.matrices
+            ]  # fmt: skip
+            return
+        sides = [[x.transpose(0, 1) if args[8] else x for x in column] for column in values[source]]
+        initial = [
+            [[(values[s][side][at] if s in values else fixed[s][side]) for s in given] for at in range(len(sides[0]))]
+            for side in (0, 1)
+        ]
+        for layer in layers:
+            made = [self._cell(cell, sides, initial, fixed) for cell in layer]
+            sides = [
+                [torch.cat(parts, -1) for parts in zip(*(one[side] for one in made), strict=True)] for side in (0, 1)
+            ]
+
+    def _not_free(self, node: fx.Node, cell: recurrent.Cell, fixed: dict[fx.Node, list[Any]]) -> str:
+        """Why a matrix of a recurrent cell cannot be fitted; "" where all can."""
+        for at in cell.matrices:
+            held = cell.nodes[at]
+            name = self.names.get(held.name)
+            if name is None or held.name not in self.parameters:
+                return f"a weight of {node.name} {'is computed from others' if name is None else 'is no parameter'}"
+            key = self._key(held)
+            if self.readers[key] > 1:
+                return self.untied.get(key) or f"{self.readers[key]} operators read it"
+            mask = self.masks.get(held.name)
+            if mask is not None and not _channels(mask.unsqueeze(0)) and mask.numel() * mask.shape[1] > LARGEST_SPARSE:
+                return "single weights are masked, of too many to fit each output alone"
+        return _not_real(*(fixed[cell.nodes[at]][0] for at in cell.matrices))
+
+    def _cell(
+        self,
+        cell: recurrent.Cell,
+        sides: list[list[Tensor]],
+        initial: list[list[list[Tensor]]],
+        fixed: dict[fx.Node, list[Any]],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Fit one layer in one direction; what it gives in both networks at every step, by chunk."""
+        starts = [[[s[cell.number : cell.number + 1] for s in chunk] for chunk in side] for side in initial]
+        weights = [tuple(fixed[held][side] for held in cell.nodes) for side in (0, 1)]
+        dense, pruned = (recurrent.Side(*side) for side in zip(sides, starts, weights, strict=True))
+        same_input = all(map(_same, dense.x, pruned.x)) and all(
+            _same(a, b) for old, new in zip(*starts, strict=True) for a, b in zip(old, new, strict=True)
+        )
+        names = [self.names[cell.nodes[at].name] for at in cell.matrices]
+        if same_input and all(map(_same, dense.weights, pruned.weights)):
+            given = recurrent.states(cell, dense)
+            return given, given
+        kept = [
+            self.masks.get(held.name, torch.ones_like(weight, dtype=torch.bool))
+            for held, weight in zip(cell.nodes, dense.weights, strict=True)
+        ]
+        made, reason = None, ""
+        if not all(bool(kept[at].any()) for at in cell.matrices):
+            reason = "nothing of it is kept"
+        else:
+            drawn = self._sequences(names[0], dense.x, sum(kept[at].shape[1] for at in (0, 1)))
+            if drawn is None:
+                reason = "too few of its rows can be held back"
+            else:
+                free = [
+                    at in cell.matrices or self._own_shift(held, fixed, dense.weights[0].shape[0])
+                    for at, held in enumerate(cell.nodes)
+                ]
+                made = recurrent.fit(cell, dense, pruned, kept, free, drawn)
+                reason = "" if made else "it reads or gave values that are not finite"
+        if made is None:
+            self.fitted += [Fitted(name, reason=reason) for name in names]
+            return recurrent.states(cell, dense), recurrent.states(cell, pruned)
+        for held, mask, value, old in zip(cell.nodes, kept, made.weights, pruned.weights, strict=True):
+            if not torch.equal(value, old):
+                self.result[self.names[held.name]] = value
+                fixed[held] = [fixed[held][0], torch.where(mask, value, torch.zeros_like(value))]
+        self.fitted += [
+            Fitted(name, made.rows, made.columns, made.strength, made.error_before, made.error_after) for name in names
+        ]
+        return made.dense, made.pruned
+
+    def _sequences(self, name: str, inputs: Sequence[Tensor], columns: int) -> recurrent.Drawn | None:
+        """Steps to look at, and sequences to hold back; None where too few can be."""
+        wanted = -(-rows_wanted(1, columns) // sum(x.shape[1] for x in inputs))
+        draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(name))
+        steps, judges, chooses, start = [], [], [], 0
+        for x, chunk in zip(inputs, self.chunks, strict=True):
+            steps.append(torch.randperm(len(x), generator=draw)[: min(len(x), wanted)])
+            of = _samples(start, len(chunk[0]), x.shape[1])
+            judges.append(self.held_back[of])
+            chooses.append(self.choosing[of])
+            start += len(chunk[0])
+        judging, choosing = torch.cat(judges), torch.cat(chooses)
+        if not bool(judging.any()) or not bool(choosing.any()) or bool((judging | choosing).all()):
+            return None
+        return recurrent.Drawn(steps, chooses, judges)
+
+    # ── queries and keys ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _positions_gone(self, one: attention.Scores) -> bool:
+        """Whether rows of the layers behind queries and keys are masked."""
+        held = [weight_of(path.start) for path in (one.queries, one.keys)]
+        return all(node is not None and node.name in self.masks for node in held)
+
+    def _unwritten(self, one: attention.Scores) -> bool:
+        """Whether nothing is written in place until the scores are formed: what the layers read is read again then."""
+        nodes = list(self.graph.nodes)
+        first = min(nodes.index(path.start) for path in (one.queries, one.keys))
+        return not any(writes(node) for node in nodes[first : nodes.index(one.node)])
+
+    def _outlive(self) -> None:
+        """Keep what the layers behind scores read until these are formed."""
+        order = {node: at for at, node in enumerate(self.graph.nodes)}
+        last = {node: user for user, nodes in self.dies.items() for node in nodes}
+        for reader, one in self.scores.items():
+            for node in one.queries.needed() | one.keys.needed():
+                if order[last[node]] < order[reader]:
+                    self.dies[last[node]].remove(node)
+                    self.dies.setdefault(reader, []).append(node)
+                    last[node] = reader
+
+    def _fit_scores(
+        self, one: attention.Scores, values: dict[fx.Node, list[list[Any]]], fixed: dict[fx.Node, list[Any]]
+    ) -> None:
+        """Fit queries and keys to the scores, in turns, where that brings the scores nearer than layer by layer."""
+        sides = [self._side(one, path, values, fixed) for path in (one.queries, one.keys)]
+        queries, keys = sides
+        if queries is None or keys is None:
+            return
+        pairs = list(zip(queries.heads, keys.heads, strict=True))
+        channels = [set(torch.cat([h.channel.flatten() for h in side.heads]).tolist()) for side in (queries, keys)]
+        if any(a.channel.shape != b.channel.shape for a, b in pairs) or (
+            queries.held is keys.held and channels[0] & channels[1]
+        ):
+            return
+        kept = [queries.kept[a.channel] & keys.kept[b.channel] for a, b in pairs]
+        judges = [self.held_back[of] for of in queries.of]
+        learn = [~use for use in judges]
+        if (
+            all(bool((mask.all(1) | ~mask.any(1)).all()) for mask in kept)  # whole heads are gone at the most
+            or not any(bool(use.any()) for use in judges)
+            or not any(bool(use.any()) for use in learn)
+            or not all(regression.finite(v) for side in (queries, keys) for v in (*side.dense, *side.x))
+        ):
+            return
+        weights = {node: fixed[node][1] for side in (queries, keys) for node in (side.held, side.bias) if node}
+        reached = [side.reached(weights) for side in (queries, keys)]
+        if not all(regression.finite(v) for given in reached for v in given):
+            return
+        wanted = [queries.dense, keys.dense]
+        before = best = attention.lack(wanted, reached, judges)
+        rows, strength = 0, 0.0
+        for _ in range(attention.TURNS):
+            for at, side in enumerate((queries, keys)):
+                other = 1 - at
+                targets = attention.wanted(
+                    wanted[at], wanted[other], reached[other], side.label, kept, learn, centred=at == 0
+                )
+                refit = self._refit_side(side, targets, weights)
+                if refit is None:
+                    continue
+                changed, made, rows = refit
+                given = side.reached(weights | changed)
+                left = attention.lack(wanted, [given, reached[1]] if at == 0 else [reached[0], given], judges)
+                if left < best:
+                    best, reached[at], strength = left, given, max(strength, made)
+                    weights |= changed
+        names = {self.names[side.held.name]: side for side in (queries, keys)}
+        told = {record.name for record in self.fitted}
+        if best < before:
+            self.fitted = [record for record in self.fitted if record.name not in names]
+            for node, value in weights.items():
+                self.result[self.names[node.name]] = value
+                fixed[node] = [fixed[node][0], value]
+            for side in (queries, keys):
+                end = side.path.end
+                for old in values[end][1] if values[end][1] is not values[end][0] else ():
+                    self.shelf.drop(old)
+                values[end] = [values[end][0], [self.shelf.put(v) for v in side.ends(weights)]]
+        for name, side in names.items():
+            if best < before or name not in told:
+                self.fitted.append(Fitted(name, rows, int(side.columns.sum()), strength, before, best))
+
+    def _side(
+        self,
+        one: attention.Scores,
+        path: attention.Path,
+        values: dict[fx.Node, list[list[Any]]],
+        fixed: dict[fx.Node, list[Any]],
+    ) -> _Side | None:
+        """Queries or keys of scores; None where the layer behind them cannot be fitted to these alone."""
+        held = weight_of(path.start)
+        if held is None or held not in fixed or held.name not in self.parameters or path.start in self.uses:
+            return None
+        found = contraction(path.start, fixed[held][0])
+        if found is None or not found.matrix or found.x not in values or self.readers[self._key(held)] > 1:
+            return None
+        bias, mask = found.bias, found.to_matrix(self.masks[held.name])
+        outputs = mask.shape[1]
+        if not _channels(mask) or (bias is not None and not self._own_shift(bias, fixed, outputs)):
+            return None
+        xs = values[found.x][1]
+        if _not_real(xs[0], fixed[held][1]) or xs[0].dim() < 2 or values[path.end][0][0].dim() < 3:
+            return None
+        axis = self._batch_axis(found.x, -1 if self.captured.dynamic_batch else len(self.chunks[0][0]))
+        keys = path is one.keys
+        dense, places, heads, of, start = [], [], [], [], 0
+        layouts: dict[
+            torch.Size, tuple[Tensor, attention.Heads | None]
+        ] = {}  # where numbers are depends on sizes alone
+        for at, (x, chunk) in enumerate(zip(xs, self.chunks, strict=True)):
+            end = values[path.end][0][at]
+            repeats = values[one.queries.end][0][at].shape[-3] // end.shape[-3] if keys and one.shared else 1
+            turned = keys and one.turned
+            if x.shape not in layouts:
+                place = self._place(path, (*x.shape[:-1], outputs), at, values, fixed)
+                made = attention.heads(_as_matrices(place, turned=turned, repeats=repeats), outputs)
+                layouts[x.shape] = place, made
+            place, layout = layouts[x.shape]
+            if layout is None:
+                return None
+            sizes = [1] * (x.dim() - 1)
+            sizes[axis] = -1
+            samples = _samples(start, len(chunk[0]), x.shape[axis]).reshape(sizes).expand(x.shape[:-1]).flatten()
+            of.append(samples[layout.place[:, 0, 0] // outputs])
+            places.append(place)
+            heads.append(layout)
+            dense.append(_as_matrices(end, turned=turned, repeats=repeats).flatten(0, -3).float())
+            start += len(chunk[0])
+        return _Side(path, found, held, bias, xs, dense, places, heads, attention.labels(heads), of,
+                     mask[0].any(1), mask[0].any(0))  # fmt: skip
+
+    def _place(
+        self,
+        path: attention.Path,
+        shape: tuple[int, ...],
+        at: int,
+        values: dict[fx.Node, list[list[Any]]],
+        fixed: dict[fx.Node, list[Any]],
+    ) -> Tensor:
+        """Where in the layer's flat output of this shape the numbers of the path's end are, for the chunk `at`."""
+        made: dict[fx.Node, Any] = {path.start: torch.arange(math.prod(shape)).reshape(shape)}
+        for node in path.nodes:
+            source = node.all_input_nodes[0]
+            known = {
+                s: made[s] if s in made else values[s][1][at] if s in values else fixed[s][1]
+                for s in node.all_input_nodes
+            }
+            made[node] = made[source] if attention.scales(node) else self._call(node, known)
+        place: Tensor = made[path.end]
+        return place
+
+    def _refit_side(
+        self, side: _Side, targets: list[Tensor], weights: Mapping[fx.Node, Tensor]
+    ) -> tuple[dict[fx.Node, Tensor], float, int] | None:
+        """Weight and bias fitted to give these queries or keys, the strength of it, and how many rows say so; None
+        where they cannot be fitted.
+        """
+        ys = []
+        for x, layout, target in zip(side.x, side.heads, targets, strict=True):
+            y = x.new_zeros(math.prod(x.shape[:-1]) * len(side.kept))
+            y[layout.place.flatten()] = (target / side.path.factor).flatten().to(y.dtype)
+            ys.append(y.reshape(*x.shape[:-1], -1))
+        outputs = torch.zeros_like(side.kept)
+        outputs[torch.cat([layout.channel.flatten() for layout in side.heads])] = True
+        outputs &= side.kept
+        matrix = side.found.to_matrix(weights[side.held])
+        x, y, of = self._rows(side.path.start, side.found, side.x, ys, matrix)
+        learn = ~self.held_back[of]
+        chooses = self.choosing[of][learn]
+        if not (regression.finite(x) and regression.finite(y)) or not bool(chooses.any()) or bool(chooses.all()):
+            return None
+        made = regression.fit(
+            x[learn][:, :, side.columns], y[learn][:, :, outputs], matrix[:, outputs][:, :, side.columns],
+            chooses, intercept=side.bias is not None,
+        )  # fmt: skip
+        new = matrix.clone()
+        new[0, outputs.nonzero(), side.columns.nonzero().flatten()] = made.weight[0].to(new.dtype)
+        changed = {side.held: side.found.from_matrix(new)}
+        if side.bias is not None and made.bias is not None:
+            bias = weights[side.bias].clone()
+            bias[outputs] = made.bias[0].to(bias.dtype)
+            if side.bias.name in self.masks:
+                bias = torch.where(self.masks[side.bias.name], bias, torch.zeros_like(bias))
+            changed[side.bias] = bias
+        return changed, made.strength, int(learn.sum())
 
     # ── weights of several readers ───────────────────────────────────────────────────────────────────────────────────
 
@@ -644,10 +1002,13 @@ class _Walk:
         reason = _not_real(inputs[0], dense[0], weight) or _without_samples(use.node, inputs[0], weight)
         if reason:
             return reason
-        rows = self._rows(use.node, found, inputs, dense, found.to_matrix(weight), share=len(tie.uses))
-        if not all(regression.finite(v) for v in rows[:2]):
+        x, y, of = self._rows(use.node, found, inputs, dense, found.to_matrix(weight), share=len(tie.uses))
+        if not (regression.finite(x) and regression.finite(y)):
             return "it reads or gave values that are not finite"
-        tie.rows.append((use, *rows))
+        held_back = self.held_back[of]
+        if not bool(held_back.any()) or bool(held_back.all()):
+            return "too few of its rows can be held back"
+        tie.rows.append((use, x, y, held_back))
         return ""
 
     def _settle(self, tie: _Tie, name: str, fixed: dict[fx.Node, list[Any]], new: dict[fx.Node, Tensor]) -> Fitted:
@@ -760,6 +1121,17 @@ class _Walk:
         for value in pruned:
             value += lack.reshape(shape)
             self.shelf.rest(value)
+
+
+def _as_matrices(value: Tensor, *, turned: bool, repeats: int) -> Tensor:
+    """(..., tokens, positions) of queries or keys; each head `repeats` times."""
+    value = value.mT if turned else value
+    return value.repeat_interleave(repeats, -3) if repeats > 1 else value
+
+
+def _samples(start: int, samples: int, entries: int) -> Tensor:
+    """Of which sample each entry of a batch is: windows and frames lie beside each other, several of one sample."""
+    return start + torch.arange(entries) * samples // entries
 
 
 def _told(name: str, rows: int, columns: Tensor, fits: Sequence[regression.Fit | tied.TiedFit]) -> Fitted:

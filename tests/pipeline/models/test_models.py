@@ -13,7 +13,7 @@ from torch import nn
 
 from foundation.errors import ModelError, WeightsError
 from pipeline import models
-from pipeline.models import from_transformers, network, torchvision_operators
+from pipeline.models import from_transformers, network
 
 SIZE = (3, 32, 32)
 
@@ -386,10 +386,3 @@ def test_timm_and_transformers_import_beside_a_torchvision_built_for_another_tor
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "nms"
     assert done.stderr == ""
-
-
-def test_a_torchvision_whose_operators_load_is_left_alone(monkeypatch):
-    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
-    monkeypatch.delattr(torch.ops, "torchvision")
-    monkeypatch.setattr(torch.ops, "torchvision", object(), raising=False)
-    assert torchvision_operators._declare_missing_operators() is None

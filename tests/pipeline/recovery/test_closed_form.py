@@ -86,6 +86,16 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(self.embed(x))[0][:, -1])
 
 
+class ProductOfTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.pair, self.head = nn.Linear(6, 12), nn.Bilinear(12, 12, 10), nn.Linear(10, 5)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.head(self.pair(x, x).relu())
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
@@ -169,6 +179,7 @@ NETS = {
     "attention, samples second": (lambda: Attention(batch_first=False), (TEXT,)),
     "tied": (Tied, None),
     "recurrent": (Recurrent, (TEXT,)),
+    "product of two": (ProductOfTwo, ((6,),)),
     "two inputs": (TwoInputs, ((6,), (4,))),
     "in place": (InPlace, (IMAGE,)),
     "noisy": (Noisy, ((6,),)),
@@ -347,8 +358,8 @@ def reasons(name):
 
 
 def test_weights_without_a_rule_say_why():
-    recurrent = reasons("recurrent")
-    assert "no rule for aten.lstm" in recurrent["lstm.weight_ih_l0"] and recurrent["head.weight"] == ""
+    product = reasons("product of two")
+    assert "no rule for aten.bilinear" in product["pair.weight"] and product["head.weight"] == ""
     odd = reasons("odd")
     assert odd["b.weight"] == odd["head.weight"] == ""
     assert "is no parameter" in odd["blur"]
@@ -614,3 +625,29 @@ def test_windows_in_the_batch_are_fitted():
     made = recover(captured, masks, (x,))
     assert {f.name: f.reason for f in made.fitted} == {"b.weight": "", "head.weight": ""}
     assert distance(captured, made.state, masks, (x,)) < distance(captured, captured.state, masks, (x,))
+
+
+class FirstOnly(nn.Module):
+    """A layer, and one that reads twice, that see the first sample of each batch alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.recurrent = nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        first = self.b(x[:1]) + self.c(x[:1]) + self.c(x[:1].relu()) + self.recurrent(x[:1].unsqueeze(1))[0][:, 0]
+        return self.head(x + first)
+
+
+def test_where_no_row_can_be_held_back_the_weight_stays_and_says_so():
+    torch.manual_seed(0)
+    captured = capture(FirstOnly().eval(), (torch.randn(3, 6),))
+    kept = torch.arange(8).lt(4)
+    masks = {"a.weight": kept.unsqueeze(1).expand(8, 6), "a.bias": kept}
+    made = recover(captured, masks, (torch.randn(20, 6),))
+    told = {f.name: f.reason for f in made.fitted}
+    said = "too few of its rows can be held back"
+    assert told.pop("head.weight") == "" and set(told.values()) == {said}
+    assert {"b.weight", "c.weight", "recurrent.weight_ih_l0", "recurrent.weight_hh_l0"} == set(told)
