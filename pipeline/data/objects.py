@@ -212,6 +212,10 @@ class _Samples(Dataset[Any]):
         return inputs, None if target is None else target_tree(target, place)
 
 
+MOST_SPOOLED = 1_000_000
+"""Samples of a data set without positions: one that has no end would fill the disk."""
+
+
 class _Spooled(Dataset[Any]):
     """Samples that can only be read one after the other, kept in a file without a name so that they have positions."""
 
@@ -220,10 +224,19 @@ class _Spooled(Dataset[Any]):
         self.places: list[tuple[int, int]] = []
         with user_code(name, DataError):
             for sample in samples:
+                if len(self.places) == MOST_SPOOLED:
+                    raise DataError(
+                        f"{name} gave {MOST_SPOOLED:,} samples and has no end yet.",
+                        "Give fewer (itertools.islice), or a data set with __len__ and __getitem__.",
+                    )
                 self._keep(sample, f"{name}, sample {len(self.places)}")
         self.file.flush()
 
     def _keep(self, sample: Any, place: str) -> None:
+        if sample is None or isinstance(sample, str | int | float):
+            raise DataError(
+                f"{place} is {brief(sample)}, no sample.", "Return (input, target), a mapping, or the input alone."
+            )
         held = io.BytesIO()
         torch.save(_kept(sample, place), held)
         start = self.file.tell()

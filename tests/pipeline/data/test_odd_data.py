@@ -318,7 +318,8 @@ class Lazy:
 
 @pytest.mark.parametrize("spec", [Endless(), DataLoader(Endless()), itertools.repeat((IMAGE, 1)), Lazy(), 3, None, object(),  # noqa: E501
                                   (), [], {}, {"train": None}, {1: 2}, (1, 2), (None, None, None), b"bytes", {IMAGE: 1}])  # fmt: skip  # noqa: E501
-def test_what_is_no_data_at_all(spec):
+def test_what_is_no_data_at_all(spec, monkeypatch):
+    monkeypatch.setattr("pipeline.data.objects.MOST_SPOOLED", 100)
     said(spec)
 
 
