@@ -66,6 +66,8 @@ class Origin:
     """Whether the initial values belong to the fingerprint (own code may bring its own)."""
     initial: bool = True
     """Whether a built module is untrained as far as one can know; an object's weights are taken as they are."""
+    note: str = ""
+    """Where weights that come with it are from, and what was checked of them; for people."""
     fold: Callable[[nn.Module], object] | None = None
     """Makes computed weights (weight norm, say) plain ones, in place."""
 
