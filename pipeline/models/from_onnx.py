@@ -54,8 +54,9 @@ def origin(name: str, input_size: Shape | None) -> Origin:
         raise ModelError(f"onnx:{name}: {error.message}", error.hint) from error
     inputs = _inputs(name, path, graph, runner, input_size)
     if fixed:
-        _free(name, graph, inputs)
-    worst = _compared(name, graph, runner, inputs, fixed_batch=bool(fixed))
+        graph, worst = _freed(name, graph, runner, inputs)
+    else:
+        worst = _compared(name, graph, runner, inputs)
     files = [path, *(path.parent / weights for weights in beside(path))]
     batches = " and ".join(map(str, BATCHES))
     return Origin(
@@ -63,6 +64,7 @@ def origin(name: str, input_size: Shape | None) -> Origin:
         lambda _model: inputs,
         f"onnx {onnx.__version__} {' '.join(sha256(file) for file in files)}",
         initial=False,
+        outputs=tuple(graph.outputs),
         note=f"those of {path.name}; the net read from it gives what onnxruntime gives on the file, to "
         f"{worst:.1g} of the outputs' scale, on random inputs at batch {batches}",
     )
@@ -148,15 +150,24 @@ def _usual(shape: tuple[int | str, ...], dtype: str) -> tuple[int, ...]:
     return tuple(size if isinstance(size, int) else here for size, here in zip(shape, free, strict=True))
 
 
-def _free(name: str, graph: Graph, inputs: tuple[Input, ...]) -> None:
+def _freed(name: str, graph: Graph, runner: OrtRunner, inputs: tuple[Input, ...]) -> tuple[Graph, float]:
+    """A file of batch 1 with a free batch, and how far it is from the file run once for each sample."""
     sample = tuple(one.sample(1, torch.Generator().manual_seed(0)) for one in inputs)
     try:
-        free_batch(graph, traced(OnnxNet(graph).eval(), sample))
+        shapes = traced(OnnxNet(graph).eval(), sample)
     except NotReadError as error:
         raise ModelError(f"onnx:{name} cannot be read: {error}.", _ELSE) from error
+    freed = free_batch(graph, shapes, every=False)
+    try:
+        return freed, _compared(name, freed, runner, inputs, fixed_batch=True)
+    except ModelError:
+        freed = free_batch(graph, shapes, every=True)
+        return freed, _compared(name, freed, runner, inputs, fixed_batch=True)
 
 
-def _compared(name: str, graph: Graph, runner: OrtRunner, inputs: tuple[Input, ...], *, fixed_batch: bool) -> float:
+def _compared(
+    name: str, graph: Graph, runner: OrtRunner, inputs: tuple[Input, ...], fixed_batch: bool = False
+) -> float:
     """The largest difference between what was read and the file, over the scale of the output.
 
     A file of batch 1 is run once for each sample. Raises ModelError where the two differ by more than `TOLERANCE`.

@@ -66,6 +66,8 @@ class Origin:
     """Whether the initial values belong to the fingerprint (own code may bring its own)."""
     initial: bool = True
     """Whether a built module is untrained as far as one can know; an object's weights are taken as they are."""
+    outputs: tuple[str, ...] | None = None
+    """Names of its outputs where it has names for them, which a file made of it keeps."""
     note: str = ""
     """Where weights that come with it are from, and what was checked of them; for people."""
     fold: Callable[[nn.Module], object] | None = None
@@ -87,6 +89,11 @@ class ModelSource:
     inputs: tuple[Input, ...]
     fingerprint: str
     origin: Origin = field(repr=False, compare=False)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What its inputs are called in files that are made of it: as in the file that it came from, if any."""
+        return ("input",) if self.origin.outputs is None else tuple(one.name for one in self.inputs)
 
     @property
     def initial(self) -> bool:

@@ -56,7 +56,15 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, progre
     plain.fold_checked(model, inputs, source.spec)
     save_tensors(model.state_dict(), out / Baseline.WEIGHTS)
     captured = capture(model, inputs)
-    made = to_onnx(captured.program, out / "dense.onnx", example=inputs, opset=cfg.opset, metadata={})
+    made = to_onnx(
+        captured.program,
+        out / "dense.onnx",
+        example=inputs,
+        opset=cfg.opset,
+        metadata={},
+        input_names=source.input_names,
+        output_names=source.origin.outputs,
+    )
     runner = OrtRunner(made.path, threads=cfg.threads)
     feed = random_feeds(runner.inputs, seed=cfg.seed, batches=(1,))[0]
     latency = race({"dense": runner}, feed, reference="dense", seconds=cfg.seconds, seed=cfg.seed)

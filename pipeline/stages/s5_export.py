@@ -45,6 +45,8 @@ def run(
         out / "model.onnx",
         example=example(source),
         opset=cfg.opset,
+        input_names=source.input_names,
+        output_names=source.origin.outputs,
         metadata={
             "leanort.version": project_version(),
             "leanort.model": source.spec,

@@ -111,11 +111,25 @@ def _turned(graph: Graph, name: str) -> str:
         return graph.transposed[name]
     made = next((mine for mine, theirs in graph.transposed.items() if theirs == name), None)
     if made is None:
+        made = _same_table(graph, name)
+    if made is None:
         made = graph.fresh(f"{name}_transposed", graph.constants[name].t().contiguous())
         graph.transposed[made] = name
         if name in graph.computed:
             graph.computed.add(made)
     return made
+
+
+def _same_table(graph: Graph, name: str) -> str | None:
+    """The table of rows that is the matrix `name` transposed, which an exporter stored a second time."""
+    matrix = graph.constants[name].t()
+    tables = (node.inputs[0] for node in graph.nodes if node.operator in ("Gather", "embedding"))
+    for table in tables:
+        held = _matrix(graph, table)
+        alike = held is not None and held.shape == matrix.shape and torch.equal(held[0], matrix[0])
+        if alike and torch.equal(held, matrix):
+            return table
+    return None
 
 
 def _matmul(graph: Graph, node: Node) -> Node:
@@ -231,10 +245,30 @@ def _recurrent(graph: Graph, node: Node) -> Node:
             parts |= {"bias_ih": ordered(one), "bias_hh": ordered(two)}
         names += [graph.fresh(f"{stem}.{part}_l0{end}", value) for part, value in parts.items()]
     # Zeros are torch's own start, at whatever batch.
-    zeros = {name for name in (state, cell) if name in graph.constants and not graph.constants[name].any()}
-    states = ["" if name in zeros else name for name in ((state, cell) if kind == "LSTM" else (state,))]
+    givers = {name: one for one in graph.nodes for name in one.outputs}
+    given = (state, cell) if kind == "LSTM" else (state,)
+    states = ["" if _is_zero(graph, givers, name) else name for name in given]
     return node.having(operator, [x, *states, *names], hidden_size=hidden, direction=node.get("direction", "forward"))
 
+
+def _is_zero(graph: Graph, givers: Mapping[str, Node], name: str) -> bool:
+    """Whether `name` is zeros, in whatever shape."""
+    if name in graph.constants:
+        return not graph.constants[name].any()
+    node = givers.get(name)
+    if node is None:
+        return False
+    if node.operator == "ConstantOfShape":
+        return not (node.get("value") or (0.0,))[0]
+    if node.operator == "Concat":
+        return all(_is_zero(graph, givers, one) for one in node.inputs)
+    return node.operator in _MOVED and _is_zero(graph, givers, node.inputs[0])
+
+
+# Operators after which zeros are zeros still.
+_MOVED = frozenset(
+    {"Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
+)
 
 _LAY_OUT: Mapping[str, Callable[[Graph, Node], Node]] = {
     "GRU": _recurrent,
@@ -247,20 +281,22 @@ _LAY_OUT: Mapping[str, Callable[[Graph, Node], Node]] = {
 }
 
 
-def free_batch(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Let a graph of batch 1 take any, in place, as far as sizes that are written down in it stand in the way.
+def free_batch(graph: Graph, shapes: Mapping[str, tuple[int, ...]], *, every: bool) -> Graph:
+    """A graph like this one of batch 1 that takes any batch, as far as sizes written down in it stand in the way.
 
-    A guess, which the caller proves: the batch is taken for a factor of the first size of what every Reshape gives, as
-    it is in `shapes` (output -> its sizes at batch 1), and constants that are joined to a sample are repeated.
+    A guess, which the caller proves: the batch is taken for a factor of the first size of what a Reshape gives, as it
+    is in `shapes` (output -> its sizes at batch 1): of `every` one, or of those alone that name a first size. Constants
+    that are joined to a sample are repeated.
     """
-    nodes = []
+    freed = replace(graph, nodes=[], constants=dict(graph.constants))
     for node in graph.nodes:
-        sizes = shapes.get(node.outputs[0], ())
-        if node.operator == "Reshape" and sizes:
-            name = graph.fresh(f"{node.outputs[0]}_sizes", torch.tensor([-1, *sizes[1:]]))
-            node = node.having("Reshape", [node.inputs[0], name])
+        if node.operator == "Reshape" and (sizes := shapes.get(node.outputs[0])):
+            target = graph.constants.get(node.inputs[1])
+            if every or (target is not None and target[0] > 0):
+                name = freed.fresh(f"{node.outputs[0]}_sizes", torch.tensor([-1, *sizes[1:]]))
+                node = node.having("Reshape", [node.inputs[0], name])
         elif node.operator == "Concat" and node.get("axis", 1) != 0 and any(n in graph.constants for n in node.inputs):
             node = replace(node, operator="concat_repeated")
-        nodes.append(node)
-    graph.nodes[:] = nodes
-    graph.inputs[:] = [replace(one, shape=(None, *one.shape[1:])) for one in graph.inputs]
+        freed.nodes.append(node)
+    freed.inputs = [replace(one, shape=(None, *one.shape[1:])) for one in graph.inputs]
+    return freed
