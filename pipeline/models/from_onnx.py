@@ -6,6 +6,7 @@ What was read is run against onnxruntime on the file before anything else is don
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,10 @@ from pipeline.models.onnx_reading.graph import Graph, UnreadableError, read_file
 from pipeline.models.onnx_reading.module import OnnxNet, traced
 from pipeline.models.onnx_reading.node import NotReadError
 from pipeline.models.onnx_reading.patterns import join
-from pipeline.models.onnx_reading.weights import free_batch, lay_out, untie
+from pipeline.models.onnx_reading.weights import channels_first, free_batch, lay_out, untie
 from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Shape
 from validators.domains import BINARY, integer_domains
-from validators.runners import Array, OrtRunner
+from validators.runners import Array, InputSpec, OrtRunner
 from validators.trials import suited
 
 TOLERANCE = 1e-4
@@ -33,6 +34,7 @@ TOKENS = 16
 """Length of a sentence or series where the file leaves it free and none is given."""
 
 _FREE = "Export it with a free batch: torch.onnx.export(..., dynamic_shapes=...)."
+_TURNED = " (images go in as channels x height x width, which the file takes with the channels last)"
 _ELSE = "Give the PyTorch model that it was made from (file.py:callable)."
 
 
@@ -65,14 +67,16 @@ def origin(name: str, input_size: Shape | None) -> Origin:
         f"onnx {onnx.__version__} {' '.join(sha256(file) for file in files)}",
         initial=False,
         outputs=tuple(graph.outputs),
-        note=f"those of {path.name}; the net read from it gives what onnxruntime gives on the file, to "
-        f"{worst:.1g} of the outputs' scale, on random inputs at batch {batches}",
+        note=f"those of {path.name}{_TURNED if any(one.turned for one in graph.inputs) else ''}; the net read from it "
+        f"gives what onnxruntime gives on the file, to {worst:.1g} of the outputs' scale, on random inputs at batch "
+        f"{batches}",
     )
 
 
 def _graph(name: str, path: Path) -> Graph:
     try:
         graph = read_file(path)
+        channels_first(graph)
         lay_out(graph)
         join(graph)
         untie(graph)
@@ -104,13 +108,17 @@ def _graph(name: str, path: Path) -> Graph:
 def _inputs(name: str, path: Path, graph: Graph, runner: OrtRunner, input_size: Shape | None) -> tuple[Input, ...]:
     """What the file takes: sizes it leaves free are those that are given, or usual ones that it runs with."""
     wanted: dict[str, tuple[int, ...]] = {}
-    fitting = [one for one in runner.inputs if input_size is not None and len(one.shape) == len(input_size) + 1]
+    specs = [
+        one.model_copy(update={"shape": tuple(one.shape[axis] for axis in (0, 3, 1, 2))}) if held.turned else one
+        for held, one in zip(graph.inputs, runner.inputs, strict=True)
+    ]
+    fitting = [one for one in specs if input_size is not None and len(one.shape) == len(input_size) + 1]
     if input_size is not None and not fitting and len(input_size) >= 3:
         raise ModelError(
-            f"onnx:{name} takes {_listed(runner)}, not input of shape {_words(input_size)}.",
+            f"onnx:{name} takes {_listed(specs)}, not input of shape {_words(input_size)}.",
             "Set data.input_size to one that it takes.",
         )
-    for one in runner.inputs:
+    for one in specs:
         usual = _usual(one.shape[1:], one.dtype)
         given = input_size if one in fitting and input_size is not None else usual
         for size, here in zip(one.shape[1:], given, strict=True):
@@ -118,7 +126,7 @@ def _inputs(name: str, path: Path, graph: Graph, runner: OrtRunner, input_size: 
                 wanted.setdefault(size, (here,))
             elif one in fitting and size != here:
                 raise ModelError(
-                    f"onnx:{name} takes {_listed(runner)}, not input of shape {_words(given)}.",
+                    f"onnx:{name} takes {_listed(specs)}, not input of shape {_words(given)}.",
                     f"Set data.input_size to what it takes, such as {_words(one.shape[1:])}.",
                 )
     try:
@@ -132,7 +140,7 @@ def _inputs(name: str, path: Path, graph: Graph, runner: OrtRunner, input_size: 
     except ValidationError as error:
         raise ModelError(f"onnx:{name}: {error.message}", "Set data.input_size to one that it takes.") from error
     found = []
-    for held, spec in zip(graph.inputs, runner.inputs, strict=True):
+    for held, spec in zip(graph.inputs, specs, strict=True):
         shape = tuple(size if isinstance(size, int) else sizes[size] for size in spec.shape[1:])
         domain = domains.get(held.name)
         if held.dtype.is_floating_point:
@@ -177,7 +185,10 @@ def _compared(
     for batch in BATCHES:
         generator = torch.Generator().manual_seed(batch)
         sample = tuple(one.sample(batch, generator) for one in inputs)
-        feed = {one.name: x.to(one.dtype).numpy() for one, x in zip(graph.inputs, sample, strict=True)}
+        feed = {
+            one.name: (x.permute(0, 2, 3, 1).contiguous() if one.turned else x).to(one.dtype).numpy()
+            for one, x in zip(graph.inputs, sample, strict=True)
+        }
         try:
             if fixed_batch:
                 single = [runner.infer({key: value[at : at + 1] for key, value in feed.items()}) for at in range(batch)]
@@ -228,8 +239,8 @@ def _difference(expected: Array, found: Array) -> float:
     return float(error / scale) if scale else float(error)
 
 
-def _listed(runner: OrtRunner) -> str:
-    return ", ".join(f"{one.name} {_words(one.shape[1:])}" for one in runner.inputs)
+def _listed(specs: Sequence[InputSpec]) -> str:
+    return ", ".join(f"{one.name} {_words(one.shape[1:])}" for one in specs)
 
 
 def _words(shape: tuple[int | str, ...]) -> str:

@@ -43,11 +43,16 @@ class UnreadableError(NotReadError):
 
 @dataclass(frozen=True)
 class GraphInput:
-    """An input of the file: its name, its sizes (None or a name: free) and its type."""
+    """An input of the file: its name, its sizes (None or a name: free) and its type.
+
+    `turned`: the file takes images as (batch, height, width, channels), and the module as (batch, channels, height,
+    width), which is also how `shape` has them.
+    """
 
     name: str
     shape: tuple[int | str | None, ...]
     dtype: torch.dtype
+    turned: bool = False
 
 
 @dataclass
@@ -71,6 +76,17 @@ class Graph:
                 if name:
                     found.setdefault(name, []).append((node, slot))
         return found
+
+    def drop_unread(self) -> None:
+        """Let go of nodes and constants that nobody reads any more."""
+        wanted = set(self.outputs)
+        kept = []
+        for node in reversed(self.nodes):
+            if any(name in wanted for name in node.outputs):
+                kept.append(node)
+                wanted.update(node.inputs)
+        self.nodes[:] = kept[::-1]
+        self.constants = {name: value for name, value in self.constants.items() if name in wanted}
 
     def fresh(self, wanted: str, value: Tensor) -> str:
         """Keep a new constant, as `wanted` or a name like it; return its name."""

@@ -62,6 +62,8 @@ class OnnxNet(nn.Module):
         for name, place in self._places.items():
             held[name] = reduce(getattr, place, self)
         for one, value in zip(self.inputs, values, strict=True):
+            if value.is_floating_point() and not one.dtype.is_floating_point:
+                raise TypeError(f"{one.name} takes whole numbers, not {str(value.dtype).removeprefix('torch.')}")
             held[one.name] = value if value.dtype == one.dtype else value.to(one.dtype)
         for node, done in self._steps:
             yield node

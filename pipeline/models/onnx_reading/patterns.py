@@ -23,7 +23,7 @@ def join(graph: Graph) -> None:
                 last, made = joined
                 place = next(k for k in range(at, len(graph.nodes)) if graph.nodes[k] is last)
                 graph.nodes[place] = replace(made, outputs=last.outputs)
-        _drop_unread(graph)
+        graph.drop_unread()
 
 
 @dataclass
@@ -156,13 +156,3 @@ def _group_norm(view: _View, node: Node) -> tuple[Node, Node] | None:
         epsilon=node.get("epsilon", 1e-5),
     )
     return shift[0], made
-
-
-def _drop_unread(graph: Graph) -> None:
-    wanted = set(graph.outputs)
-    kept = []
-    for node in reversed(graph.nodes):
-        if any(name in wanted for name in node.outputs):
-            kept.append(node)
-            wanted.update(node.inputs)
-    graph.nodes[:] = kept[::-1]

@@ -54,6 +54,22 @@ def lay_out(graph: Graph) -> None:
     _join_bias(graph)
 
 
+_CHANNELS = (1, 3, 4)
+
+
+def channels_first(graph: Graph) -> None:
+    """Take images with the channels first where the file, as TensorFlow has them, turns them so itself; in place."""
+    readers = graph.readers()
+    for at, one in enumerate(graph.inputs):
+        mine = [node for node, _ in readers.get(one.name, [])]
+        turns = [node for node in mine if node.operator == "Transpose" and node.get("perm") == [0, 3, 1, 2]]
+        if len(one.shape) != 4 or one.shape[3] not in _CHANNELS or not mine or len(turns) < len(mine):
+            continue
+        batch, height, width, channels = one.shape
+        graph.inputs[at] = replace(one, shape=(batch, channels, height, width), turned=True)
+        graph.nodes[:] = [node.having("Identity", [one.name]) if node in turns else node for node in graph.nodes]
+
+
 def untie(graph: Graph) -> None:
     """Give layers their own weights where an exporter stored equal ones once, in place.
 
@@ -126,8 +142,9 @@ def _same_table(graph: Graph, name: str) -> str | None:
     tables = (node.inputs[0] for node in graph.nodes if node.operator in ("Gather", "embedding"))
     for table in tables:
         held = _matrix(graph, table)
-        alike = held is not None and held.shape == matrix.shape and torch.equal(held[0], matrix[0])
-        if alike and torch.equal(held, matrix):
+        if held is None or held.shape != matrix.shape or not torch.equal(held[0], matrix[0]):
+            continue
+        if torch.equal(held, matrix):
             return table
     return None
 

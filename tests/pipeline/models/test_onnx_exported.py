@@ -5,16 +5,21 @@ import io
 import warnings
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto
 from torch import Tensor, nn
 from torch.export import Dim
 
+from foundation.errors import ModelError
 from pipeline import models
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.program.capture import capture
+from tests.pipeline.models.onnx_files import saved
+from validators.runners import OrtRunner
 
 
 class Residual(nn.Module):
@@ -164,6 +169,8 @@ def test_a_net_read_back_is_the_same_function_with_the_same_channels(tmp_path, c
     net, sample = built(case)
     if case == "transformer" and not dynamo and opset < 14:
         pytest.skip("the exporter has no attention there")
+    if case == "recurrent" and opset == 23:
+        pytest.skip("as at 18, and slow to export")
     source = models.load(f"onnx:{exported(net, sample, tmp_path / 'net.onnx', opset=opset, dynamo=dynamo)}")
     back = source.build()
     assert [one.shape for one in source.inputs] == [tuple(x.shape[1:]) for x in sample]
@@ -253,3 +260,42 @@ def test_free_sizes_are_those_that_are_given(tmp_path):
     x = torch.randn(2, 3, 32, 24)
     with torch.no_grad():
         torch.testing.assert_close(source.build()(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+TENSORFLOW = """t = Transpose <perm=[0,3,1,2]> (x) c = Conv <auto_pad="SAME_UPPER", strides=[2,2]> (t, w)
+    n = BatchNormalization <epsilon=0.001> (c, g, s, m, var) r = Relu (n) k = Pad (r, pads) d = Conv <group=6> (k, v)
+    u = Transpose <perm=[0,2,3,1]> (d) e = ReduceMean <axes=[1,2], keepdims=0> (u) f = Reshape (e, rows)
+    h = MatMul (f, a) b2 = Add (h, b) y = Softmax (b2)"""
+WEIGHTS = {
+    "w": (6, 3, 3, 3), "g": (6,), "s": (6,), "m": (6,), "var": (6,), "v": (6, 1, 3, 3), "a": (6, 4), "b": (4,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", ["unk__1", None, 1])
+def test_images_with_the_channels_last_are_taken_with_the_channels_first(tmp_path, batch):
+    values = {"pads": np.asarray([0, 0, 1, 1, 0, 0, 1, 1]), "rows": np.asarray([-1, 6])}
+    path = saved(tmp_path, TENSORFLOW, opset=13, x=(batch, 9, 8, 3), weights=WEIGHTS, values=values)
+    source = models.load(f"onnx:{path}", input_size=(3, 9, 8))
+    assert source.inputs[0].shape == (3, 9, 8)
+    assert "channels last" in source.origin.note
+    net = source.build()
+    x = torch.randn(1, 3, 9, 8)
+    wanted = OrtRunner(path, threads=1).infer({"x": x.permute(0, 2, 3, 1).contiguous().numpy()})["y"]
+    with torch.no_grad():
+        np.testing.assert_allclose(net(x).numpy(), wanted, rtol=1e-4, atol=1e-6)
+    # The last layer's outputs stay; what is before it can go, and no channel waits at the file's transposes.
+    assert [cluster.size for cluster in analyse(capture(net, (x,))).clusters] == [6]
+
+
+@pytest.mark.parametrize("shape", [("n", "c", "h", "w"), (None, 3, None, None), (None, 3, "h", "h")])
+def test_sizes_without_names_are_free_too(tmp_path, shape):
+    path = saved(tmp_path, "y = GlobalAveragePool (x)", opset=13, x=shape)
+    assert models.load(f"onnx:{path}").inputs[0].shape == (3, 224, 224)
+    assert models.load(f"onnx:{path}", input_size=(3, 16, 16)).inputs[0].shape == (3, 16, 16)
+
+
+def test_whole_numbers_are_never_made_of_floats(tmp_path):
+    path = saved(tmp_path, "y = Gather (w, x)", opset=13, x=("n", 4), weights={"w": (9, 3)}, kind=TensorProto.INT64)
+    source = models.load(f"onnx:{path}")
+    with pytest.raises(ModelError, match="x takes whole numbers, not float32"):
+        models.check(source.build(), (torch.rand(2, 4),))

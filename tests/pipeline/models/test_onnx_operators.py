@@ -480,3 +480,82 @@ def test_sampling_by_a_grid(tmp_path):
               y = GridSample <mode="bilinear"> (x, t)"""
     values = {"zero": ints(0), "one": ints(1), "two": ints(2)}
     same_as_onnxruntime(saved(tmp_path, body, opset=16, values=values))
+
+
+class Drawn:
+    """A random image network of one opset: nodes as text, and the weights that they read."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.opset = int(self.rng.choice([9, 11, 13, 17, 18, 21]))
+        self.body: list[str] = []
+        self.values: dict[str, np.ndarray] = {}
+        self.count = 0
+
+    def name(self, value: np.ndarray | None = None) -> str:
+        self.count += 1
+        if value is not None:
+            self.values[f"v{self.count}"] = value
+        return f"v{self.count}"
+
+    def weight(self, *shape: int) -> str:
+        return self.name((self.rng.standard_normal(shape) / 2).astype(np.float32))
+
+    def add(self, text: str) -> str:
+        made = self.name()
+        self.body.append(f"{made} = {text}")
+        return made
+
+    def step(self, x: str, width: int, size: int) -> tuple[str, int, int]:
+        """One more layer on `x` (batch, width, size, size)."""
+        kind = int(self.rng.integers(0, 12))
+        if kind == 0:
+            out, stride = int(self.rng.integers(2, 7)), int(self.rng.integers(1, 3))
+            weight = self.weight(out, width, 3, 3)
+            pads = f"pads=[1,1,1,1], strides=[{stride},{stride}]"
+            return self.add(f"Conv <{pads}> ({x}, {weight}, {self.weight(out)})"), out, -(-size // stride)
+        if kind == 1:
+            return self.add(f"Conv <group={width}> ({x}, {self.weight(width, 1, 1, 1)})"), width, size
+        if kind == 2:
+            more = [self.weight(width) for _ in range(3)]
+            spread = self.name((self.rng.random(width) + 0.5).astype(np.float32))
+            return self.add(f"BatchNormalization ({x}, {', '.join(more)}, {spread})"), width, size
+        if kind == 3 and size > 3:
+            return self.add(f"MaxPool <kernel_shape=[2,2], strides=[2,2]> ({x})"), width, size // 2
+        if kind == 4:
+            pads = 'kernel_shape=[3,3], auto_pad="SAME_LOWER"'
+            return self.add(f"AveragePool <{pads}> ({x})"), width, size
+        if kind == 5:
+            return self.add(f"Add ({x}, {self.add(f'Sigmoid ({x})')})"), width, size
+        if kind == 6:
+            other = self.add(f"Mul ({x}, {self.weight(width, 1, 1)})")
+            return self.add(f"Concat <axis=1> ({other}, {x})"), 2 * width, size
+        if kind == 7 and width > 2:
+            cut = [self.name(ints(number)) for number in (1, 2**62, 1)]
+            by_attribute = f"Slice <axes=[1], starts=[1], ends=[100]> ({x})"
+            return self.add(by_attribute if self.opset < 10 else f"Slice ({x}, {', '.join(cut)})"), width - 1, size
+        if kind == 8:
+            shape = self.add(f"Shape ({x})")
+            flat = self.add(f"Reshape ({x}, {self.name(ints(0, width, -1))})")
+            mixed = self.add(f"MatMul ({flat}, {self.weight(size * size, size * size)})")
+            return self.add(f"Reshape ({mixed}, {shape})"), width, size
+        if kind == 9:
+            turned = self.add(f"Transpose <perm=[0,2,3,1]> ({x})")
+            mixed = self.add(f"MatMul ({turned}, {self.weight(width, 5)})")
+            shifted = self.add(f"Add ({mixed}, {self.weight(5)})")
+            return self.add(f"Transpose <perm=[0,3,1,2]> ({shifted})"), 5, size
+        if kind == 10:
+            return self.add(f"PRelu ({x}, {self.weight(width, 1, 1)})"), width, size
+        return self.add(f"{self.rng.choice(['Relu', 'Tanh', 'Softplus', 'Identity', 'Elu'])} ({x})"), width, size
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_networks(tmp_path, seed):
+    drawn = Drawn(seed)
+    x, width, size = "x", 3, 8
+    for _ in range(int(drawn.rng.integers(3, 10))):
+        x, width, size = drawn.step(x, width, size)
+    pooled = drawn.add(f"GlobalAveragePool ({x})")
+    flat = drawn.add(f"Flatten ({pooled})")
+    drawn.body.append(f"y = Gemm <transB=1> ({flat}, {drawn.weight(4, width)}, {drawn.weight(4)})")
+    same_as_onnxruntime(saved(tmp_path, " ".join(drawn.body), opset=drawn.opset, values=drawn.values))
