@@ -106,7 +106,12 @@ def as_value(constant: Tensor, name: str = "", *, numbers: bool = False) -> Valu
     flat = constant.ndim <= 1
     if flat and constant.numel() <= (_SMALL if not constant.is_floating_point() else FEW if numbers else 0):
         return known_tensor(constant)
-    return known_tensor(constant) if constant.numel() == 1 and "." not in name else constant
+    return known_tensor(constant) if constant.numel() == 1 and not names_weight(name) else constant
+
+
+def names_weight(name: str) -> bool:
+    """Whether `name` is that of a module's parameter, `part.weight`, and not an exporter's for what a node gives."""
+    return "." in name and "/" not in name
 
 
 def read_file(path: Path) -> Graph:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.models.onnx_reading.graph import Graph
+from pipeline.models.onnx_reading.graph import Graph, names_weight
 from pipeline.models.onnx_reading.node import Node
 
 # Inputs that hold weights to train.
@@ -100,7 +100,7 @@ def is_weight(graph: Graph, name: str, readers: list[tuple[Node, int]]) -> bool:
         return False
     if any(slot in _WEIGHTS.get(node.operator, ()) for node, slot in readers):
         return True
-    if name in graph.computed or (value.numel() == 1 and "." not in name):
+    if name in graph.computed or (value.numel() == 1 and not names_weight(name)):
         return False
     low = float(value.min()) if value.numel() else 0.0
     if low <= _MASKED and torch.unique(value).numel() <= 2:

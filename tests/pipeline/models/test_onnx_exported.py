@@ -184,7 +184,9 @@ def test_a_net_read_back_is_the_same_function_with_the_same_channels(tmp_path, c
     assert abs(len(theirs.clusters) - len(mine.clusters)) <= (1 if case == "depthwise" else 0)
     assert abs(theirs.removable_share - mine.removable_share) < 0.05
     count = sum(value.numel() for value in net.parameters())
-    assert abs(sum(value.numel() for value in back.parameters()) - count) <= 0.03 * count
+    # An exporter folds a BatchNorm into the convolution before it.
+    folded = 16 if case == "residual" else 0
+    assert sum(value.numel() for value in back.parameters()) in (count, count - folded)
     assert all(value.requires_grad for value in back.parameters())
 
 

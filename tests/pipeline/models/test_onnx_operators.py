@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import TensorProto
@@ -480,6 +481,22 @@ def test_sampling_by_a_grid(tmp_path):
               y = GridSample <mode="bilinear"> (x, t)"""
     values = {"zero": ints(0), "one": ints(1), "two": ints(2)}
     same_as_onnxruntime(saved(tmp_path, body, opset=16, values=values))
+
+
+def test_a_number_in_the_graph_is_no_weight_and_a_parameter_of_one_number_is(tmp_path):
+    body = """half = Constant <value_float = 0.5> () h = Mul (x, half) g = Mul (h, w) y = Add (g, b)"""
+    path = saved(tmp_path, body, opset=13, values={"w": np.float32([3.0]), "b": np.float32([2.0])})
+    model = onnx.load(path)
+    text = {"w": "part.scale", "b": "/part.0/Constant_output_0", "half": "/part.1/Constant_output_0"}
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [text.get(name, name) for name in names]
+    for tensor in model.graph.initializer:
+        tensor.name = text[tensor.name]
+    onnx.save(model, path)
+    net = same_as_onnxruntime(path)
+    assert [name for name, _ in net.named_parameters()] == ["part.scale"]
+    assert not list(net.buffers())
 
 
 class Drawn:
