@@ -115,7 +115,7 @@ def names_weight(name: str) -> bool:
 
 
 def read_file(path: Path) -> Graph:
-    """Read the file. Raises NotReadError; OSError, ValueError and protobuf's errors for what is no ONNX file."""
+    """Read the file. Raises NotReadError; OSError, ValueError, protobuf's and onnx's own errors for no ONNX file."""
     proto = load_whole(path)
     if proto.functions:
         proto = inliner.inline_local_functions(proto)
@@ -126,6 +126,10 @@ def read_file(path: Path) -> Graph:
             f"is written for opset {opset}, and opsets from {OLDEST} on are read",
             "Convert it: onnx.version_converter.convert_version(model, 17).",
         )
+    rules = onnx.checker.C.CheckerContext()
+    rules.ir_version, rules.opset_imports = proto.ir_version, {"": opset}
+    for node in proto.graph.node:  # as many inputs as its operator takes, attributes that it has
+        onnx.checker.check_node(node, rules)
     if proto.graph.sparse_initializer:
         raise NotReadError("it holds sparse weights, which are not read")
     held = {one.name: read_tensor(one) for one in proto.graph.initializer}

@@ -192,3 +192,27 @@ def test_constants_of_types_that_torch_lacks_are_refused(tmp_path):
     model.graph.initializer.append(numpy_helper.from_array(values["w"], "words"))
     onnx.save(model, path)
     assert "of type string" in refused(path)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Gemm (x)",
+        "y = Gather (x)",
+        "y = Div (x, x, x)",
+        "y = Conv (x)",
+        "y = Relu <alpha=1> (x)",
+        "y = Cast (x)",
+        "y = Add ()",
+    ],
+)
+def test_nodes_that_break_their_operators_rules_are_refused(tmp_path, body):
+    assert "cannot be read" in refused(saved(tmp_path, body, opset=13))
+
+
+def test_a_node_without_outputs_is_refused(tmp_path):
+    path = saved(tmp_path, "h = Relu (x) y = Relu (x)", opset=13)
+    model = onnx.load(path)
+    del model.graph.node[0].output[:]
+    onnx.save(model, path)
+    assert "cannot be read" in refused(path)
