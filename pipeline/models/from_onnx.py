@@ -54,6 +54,8 @@ def origin(name: str, input_size: Shape | None) -> Origin:
         runner = OrtRunner(path, threads=torch.get_num_threads(), optimize=False)
     except ValidationError as error:
         raise ModelError(f"onnx:{name}: {error.message}", error.hint) from error
+    except ValueError as error:  # names and sizes that are no text
+        raise ModelError(f"onnx:{name} cannot be read: {first_line(error)}.", _ELSE) from error
     inputs = _inputs(name, path, graph, runner, input_size)
     if fixed:
         graph, worst = _freed(name, graph, runner, inputs)

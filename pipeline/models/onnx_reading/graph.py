@@ -119,6 +119,7 @@ def read_file(path: Path) -> Graph:
     proto = load_whole(path)
     if proto.functions:
         proto = inliner.inline_local_functions(proto)
+    _check_names(proto.graph)
     opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 0)
     _check_operators(proto.graph)
     if not opset >= OLDEST:
@@ -142,6 +143,15 @@ def read_file(path: Path) -> Graph:
     _check_order(graph)
     _fold(graph)
     return graph
+
+
+def _check_names(graph: onnx.GraphProto) -> None:
+    """Protobuf hands out as bytes what should be text and is none."""
+    values = [*graph.input, *graph.output, *graph.initializer]
+    names = [name for node in graph.node for name in (node.name, node.op_type, node.domain, *node.input, *node.output)]
+    sizes = [size.dim_param for value in graph.input for size in value.type.tensor_type.shape.dim]
+    if any(not isinstance(name, str) for name in (*names, *sizes, *(value.name for value in values))):
+        raise NotReadError("a name in it is not text")
 
 
 def _check_operators(graph: onnx.GraphProto) -> None:

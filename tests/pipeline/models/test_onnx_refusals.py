@@ -216,3 +216,10 @@ def test_a_node_without_outputs_is_refused(tmp_path):
     del model.graph.node[0].output[:]
     onnx.save(model, path)
     assert "cannot be read" in refused(path)
+
+
+@pytest.mark.parametrize("place", [b"heart", b"batch"])
+def test_names_that_are_no_text_are_refused(tmp_path, place):
+    path = saved(tmp_path, "heart = Relu (x) y = Relu (heart)", opset=13)
+    path.write_bytes(path.read_bytes().replace(place, place[:-1] + b"\x92"))
+    assert "cannot be read" in refused(path)
