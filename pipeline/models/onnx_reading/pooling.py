@@ -148,7 +148,6 @@ def _resize(node: Node, x: Value, *given: Given) -> Tensor:
         return _nearest(node, x, spatial, mapped)
     names = {"linear": {3: "linear", 4: "bilinear", 5: "trilinear"}, "cubic": {4: "bicubic"}}
     name = names.get(mode, {}).get(x.ndim)
-    # Where nothing is resized, all coordinates are the same ones.
     if (
         name is None
         or mapped not in ("half_pixel", "pytorch_half_pixel", "align_corners")

@@ -5,7 +5,6 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
 from foundation.errors import ModelError
 from pipeline import models
@@ -61,12 +60,6 @@ def test_operators_of_other_domains_are_refused(tmp_path, domain, body, reason):
 
 
 def test_control_flow_is_refused_by_its_name(tmp_path):
-    class Twice(nn.Module):
-        def forward(self, x):
-            for _ in range(int(x.shape[0])):
-                x = x + 1
-            return x
-
     path = tmp_path / "model.onnx"
     cond = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
     branch = helper.make_graph([helper.make_node("Identity", ["x"], ["z"])], "b", [], [
