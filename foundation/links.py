@@ -35,7 +35,7 @@ def plain_files(model: Path) -> Iterator[Path]:
     links where the file system allows, and copies where it does not. It is `model` as well where it cannot be read,
     or names a file that leaves its folder or is missing: whoever opens it says so.
     """
-    names = _beside(model)
+    names = beside(model)
     linked = any((model.parent / name).is_symlink() for name in names if not leaves(model.parent, name))
     sound = all(not leaves(model.parent, name) and (model.parent / name).is_file() for name in names)
     if not (linked and sound):
@@ -77,7 +77,7 @@ def load_whole(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _beside(model: Path) -> list[str]:
+def beside(model: Path) -> list[str]:
     """The names of the files that hold weights of `model`; none where it cannot be read."""
     if model.suffix == ".ort":
         return []

@@ -104,7 +104,8 @@ def deploy(
 ) -> int:
     """Run the whole chain and seal a version.
 
-    MODEL is a torchvision name (resnet50), timm:NAME, hf:FOLDER, path/to/file.py:callable or package.module:callable.
+    MODEL is a torchvision name (resnet50), timm:NAME, hf:FOLDER, path/to/file.py:callable, package.module:callable or
+    onnx:path/to/model.onnx.
     Stages: baseline, prune, finetune, fold, shrink, export, optimize, validate. What was done before with the same
     inputs is reused; a killed run goes on where it stopped.
 

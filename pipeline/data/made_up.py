@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from pipeline.data.parts import PARTS, UNKNOWN, Batch, Data, Part, Split
+from pipeline.data.parts import PARTS, UNKNOWN, Batch, Data, Fed, Part, Split
+from pipeline.models.calling import flattened
 from pipeline.models.source import ModelSource
 
 SAMPLES: dict[Part, int] = {"train": 64, "calibration": 64, "test": 64}
@@ -37,6 +38,7 @@ def made_up(source: ModelSource, seed: int) -> Data:
         source.inputs,
         digest,
         labelled=False,
+        fed=Fed(len(source.inputs), (), flattened(tuple(range(len(source.inputs))), {})[2]),
         notes=("no data was given: inputs are made up, and nothing was learnt of how good the model is",),
         made_up=True,
     )

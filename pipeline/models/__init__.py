@@ -5,6 +5,7 @@ timm:resnet18                   timm
 hf:FOLDER | config.json | bert  transformers
 path/to/file.py:callable        own code
 package.module:callable         own code
+onnx:path/to/model.onnx         an ONNX file, with its weights
 """
 
 import lazy_loader

@@ -29,11 +29,15 @@ class Call:
     """How `forward` is called: the tree of (arguments, keyword arguments) that a flat row of tensors is put into.
 
     `names`: of the tensors in that row, as the user wrote them. `keep`: which outputs stay, by name; None: all.
+    `outputs`: what the outputs are called, in order, where the module itself has no names for them. `order`: which
+    tensor of the row comes first in the tree, which second, ...; None: as they are.
     """
 
     names: tuple[str, ...]
     tree: pytree.TreeSpec
     keep: tuple[str, ...] | None = None
+    outputs: tuple[str, ...] | None = None
+    order: tuple[int, ...] | None = None
 
 
 def flattened(
@@ -143,11 +147,14 @@ def adapted(model: nn.Module, call: Call) -> nn.Module:
         if by_position:
             out = forward(self, *values)
         else:
-            args, kwargs = pytree.tree_unflatten(list(values), call.tree)
+            row = values if call.order is None else [values[place] for place in call.order]
+            args, kwargs = pytree.tree_unflatten(list(row), call.tree)
             out = forward(self, *args, **kwargs)
-        if isinstance(out, Tensor):
+        if isinstance(out, Tensor) and call.outputs is None:
             return out
         found = named(out)
+        if call.outputs is not None:
+            found = dict(zip(call.outputs, found.values(), strict=True))
         return found if call.keep is None else {name: found[name] for name in call.keep}
 
     called.__signature__ = _signature(call.names)  # type: ignore[attr-defined]
@@ -159,6 +166,8 @@ def adapted(model: nn.Module, call: Call) -> nn.Module:
 
 def _same_row(model: nn.Module, call: Call) -> bool:
     """Whether the module's own forward takes the tensors of `call`, each by itself, in this order."""
+    if call.order is not None:
+        return False
     args, kwargs = pytree.tree_unflatten(list(range(len(call.names))), call.tree)
     if any(not isinstance(value, int) for value in (*args, *kwargs.values())):
         return False

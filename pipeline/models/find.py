@@ -5,6 +5,7 @@ timm:resnet18                   timm
 hf:FOLDER | config.json | bert  transformers
 path/to/file.py:callable        own code
 package.module:callable         own code
+onnx:path/to/model.onnx         an ONNX file, with its weights
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pipeline.models.inspection import own_code, structure, tensor_bytes
 from pipeline.models.plain import fold, materialised
 from pipeline.models.source import Input, ModelSource, Origin, Shape, build_module
 
-CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".onnx")
+CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
 def load(
@@ -79,15 +80,21 @@ def _origin(
         from pipeline.models import from_transformers
 
         return from_transformers.origin(name, num_classes, input_size, fed), spec
+    if library == "onnx" and colon:
+        from pipeline.models import from_onnx
+
+        return from_onnx.origin(name, input_size), spec
     if colon:
         return from_code.origin_of_spec(spec, num_classes, input_size), spec
     if spec.endswith(".py"):
         raise ModelError(f"{spec} names a file, but not what in it.", f"Give {spec}:CALLABLE.")
+    if spec.endswith(".onnx"):
+        raise ModelError(f"{spec} names an ONNX file by its path alone.", f"Give onnx:{spec}.")
     if Path(spec).suffix in CHECKPOINTS:
         raise ModelError(f"{spec} is a checkpoint, not a model.", "Name the model, and give this file as its weights.")
     if not spec:
         raise ModelError(
-            "No model was named.", "Give a torchvision name such as resnet50, timm:NAME or file.py:callable."
+            "No model was named.", "Give a torchvision name such as resnet50, timm:NAME, file.py:callable or onnx:PATH."
         )
     need("torchvision")
     from pipeline.models import from_torchvision

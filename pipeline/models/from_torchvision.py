@@ -30,7 +30,8 @@ def origin(name: str, num_classes: int | None, input_size: Shape | None) -> Orig
     if name not in names():
         raise ModelError(
             f"torchvision has no model named {name!r}.",
-            nearest(name, names()) or "See torchvision.models.list_models(); or timm:NAME, hf:…, file.py:callable.",
+            nearest(name, names())
+            or "See torchvision.models.list_models(); or timm:NAME, hf:…, file.py:callable, onnx:PATH.",
         )
     is_video = name in torchvision.models.list_models(module=torchvision.models.video)
     if input_size is not None and len(input_size) != 3 and not (is_video and len(input_size) == 4):

@@ -74,6 +74,10 @@ class Origin:
     """Whether a built module is untrained as far as one can know; an object's weights are taken as they are."""
     brings: bool = False
     """Whether trained weights lie beside what was named, so that they are taken unless the user says otherwise."""
+    outputs: tuple[str, ...] | None = None
+    """Names of its outputs where it has names for them, which a file made of it keeps."""
+    note: str = ""
+    """Where weights that come with it are from, and what was checked of them; for people."""
     fold: Callable[[nn.Module], object] | None = None
     """Makes computed weights (weight norm, say) plain ones, in place."""
 

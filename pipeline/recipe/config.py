@@ -42,7 +42,9 @@ class Config(Section):
     """A whole recipe."""
 
     model: str = Field(
-        "", max_length=4000, description="torchvision name, timm:NAME, hf:..., file.py:callable or module:callable"
+        "",
+        max_length=4000,
+        description="torchvision name, timm:NAME, hf:..., file.py:callable, module:callable or onnx:PATH",
     )
     name: str | None = Field(None, description="folder under artifacts/; made from the model when left out")
     artifacts: Path = Path("artifacts")

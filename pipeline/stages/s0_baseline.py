@@ -124,6 +124,8 @@ def _fill(
         progress.say(f"  weights: {cfg.weights} ({loaded})")
         return str(Path(cfg.weights).name), 0.0
     if cfg.weights == "auto" and not source.initial:
+        if source.origin.note:
+            progress.say(f"  weights: {source.origin.note}")
         return "as given", 0.0
     if cfg.weights == "auto" and (not data.labelled or weights.comes_with(source)):
         progress.say(

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from foundation.errors import ConfigError, ModelError, first_line
+from foundation.errors import ConfigError, ModelError, first_line, nearest
 from pipeline.data.parts import Data, Inputs
 from pipeline.models.calling import Call, bound, flattened, named
 from pipeline.models.named_inputs import NamedInputs
@@ -60,13 +60,25 @@ def meet(source: ModelSource, data: Data, cfg: DataSection, wanted: TaskSection)
 
 def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSource, Data]:
     """Inputs by the names of the model's forward, which is checked to take them."""
-    if isinstance(model, NamedInputs):  # takes by position what it hands on by name
-        names = tuple(one.name for one in source.inputs)
-        tree = flattened(tuple(range(len(names))), {})[2]
-        given = [one.name for one in data.inputs]
-        if not any(given) and len(given) == len(names):
-            given = list(names)
-        bound(model.net, 0, [name or "input" for name in given], source.spec)
+    given = [one.name for one in data.inputs]
+    own = [one.name for one in source.inputs]
+    order: tuple[int, ...] | None = None
+    if isinstance(model, NamedInputs) or source.origin.outputs is not None:
+        if not any(given) and len(given) == len(own):
+            given = own
+        if isinstance(model, NamedInputs):
+            bound(model.net, 0, [name or SINGLE for name in given], source.spec)
+        elif set(given) != set(own):
+            wrong = next((name for name in given if name not in own), "")
+            listed = ", ".join(name or "(no name)" for name in given)
+            raise ModelError(
+                f"{source.spec} takes {', '.join(own)}; the data gives {listed}.",
+                nearest(wrong, own) or "Return a mapping with these names.",
+            )
+        else:
+            order = tuple(given.index(name) for name in own)
+            order = None if order == tuple(range(len(own))) else order
+        tree = flattened(tuple(range(len(given))), {})[2]
         inputs = tuple(replace(one, name=name) for one, name in zip(data.inputs, given, strict=True))
     else:
         by_position = bound(model, data.fed.args, data.fed.kwargs, source.spec)
@@ -74,7 +86,9 @@ def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSour
         single = len(data.inputs) == 1 and data.fed.args == 1
         spare = iter(by_position)
         inputs = tuple(replace(one, name=one.name or (SINGLE if single else next(spare))) for one in data.inputs)
-    source = replace(source, inputs=inputs, call=Call(tuple(one.name for one in inputs), tree))
+    source = replace(
+        source, inputs=inputs, call=Call(tuple(one.name for one in inputs), tree, None, source.origin.outputs, order)
+    )
     return source, replace(data, inputs=inputs)
 
 
