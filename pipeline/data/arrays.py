@@ -204,6 +204,7 @@ def class_numbers(value: Any, what: str) -> Tensor:
     if bool(wrong.any()):
         first = int(wrong.argmax())
         raise DataError(
-            f"{what} holds {labels[first]} for sample {first}: not class numbers.", "Give whole numbers from 0."
+            f"{what} holds {labels[first]} for sample {first}: not class numbers.",
+            "Give whole numbers from 0, or name the task: --set task.name=regression",
         )
     return torch.from_numpy(labels.astype(np.int64))

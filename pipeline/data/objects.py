@@ -37,6 +37,7 @@ from pipeline.data.samples import (
     class_number,
     digest_of,
     input_tensor,
+    kind_of,
     sliced,
     target_tree,
 )
@@ -58,7 +59,7 @@ def from_objects(content: Any, name: str, seed: int, reading: Reading | None = N
     """Data sets, loaders or arrays, labelled or not: one, a mapping of parts, or (train, test[, calibration])."""
     reading = reading or Reading()
     given = _named_parts(content, name)
-    if all(_is_images(value) for value in given.values()):
+    if reading.targets != "values" and all(_is_images(value) for value in given.values()):
         pairs = {part: (value[0], value[1]) if _is_arrays(value) else (value, None) for part, value in given.items()}
         return from_arrays(pairs, name, seed, None)
     return from_samples(given, name, seed, reading)
@@ -87,6 +88,7 @@ def from_samples(given: Mapping[Part, Any], name: str, seed: int, reading: Readi
         parts = {part: Split(split.count, split.stream) for part, split in parts.items()}
     cut, hashes = cut_parts(parts, digests, seed, name)
     assert shapes is not None and parting.fed is not None
+    parting.shapes = shapes
     inputs = shapes.inputs()
     one = inputs[0]
     # What own code returns is what the model gets: its transforms have normalised already.
@@ -117,7 +119,12 @@ def _is_images(value: Any) -> bool:
 
 
 def _alike_arrays(value: Sequence[Any], name: str) -> tuple[Tensor, ...]:
-    made = tuple(torch.as_tensor(np.asarray(one)) if isinstance(one, np.ndarray) else one for one in value)
+    for one in value:
+        if not one.ndim:
+            raise DataError(f"{name}: an array without rows.", "Give arrays (samples, ...).")
+        if isinstance(one, np.ndarray) and one.dtype.kind not in "iufb":
+            raise DataError(f"{name} holds {one.dtype}, not numbers.", "Give arrays of numbers.")
+    made = tuple(target_tree(one, name) if isinstance(one, np.ndarray) else one for one in value)
     if len({len(one) for one in made}) > 1:
         sizes = " and ".join(str(len(one)) for one in made)
         raise DataError(f"{name}: arrays of {sizes} samples.", "Give one target per sample.")
@@ -175,7 +182,8 @@ class _Samples(Dataset[Any]):
         except DataError as error:
             if isinstance(error.__cause__, IndexError):
                 raise DataError(
-                    f"{self.place(index)} is gone: the data set had {len(self)} samples before.", "Keep its length."
+                    f"{self.place(index)} is gone (IndexError): the data set said that it has {len(self)} samples.",
+                    "Keep its length.",
                 ) from error
             raise
 
@@ -207,9 +215,21 @@ class _Samples(Dataset[Any]):
 
     def _tensors(self, leaves: Sequence[Any], target: Any, place: str, whole: bool = False) -> tuple[Inputs, Target]:
         images = self.parting.reading.images and not whole
-        named = zip(self.parting.names, leaves, strict=True)
+        named = list(zip(self.parting.names, leaves, strict=True))
         inputs = tuple(input_tensor(one, f"{place}: {name}" if name else place, images) for name, one in named)
-        return inputs, None if target is None else target_tree(target, place)
+        if len(inputs) == 1 and not inputs[0].dim() and not self.parting.names[0]:
+            raise DataError(f"{place} is {brief(leaves[0])}: one number is no sample.", "Return tensors or arrays.")
+        if not whole and self.parting.shapes is not None:
+            self.parting.shapes.check(inputs, place)
+        made = None if target is None else target_tree(target, place)
+        if made is not None and not whole:
+            kind = self.parting.kind = self.parting.kind or kind_of(made)
+            if kind_of(made) != kind and not _both_numbers(made, kind):
+                raise DataError(
+                    f"{place}: the target is {brief(target)} ({kind_of(made)}), others are {kind}.",
+                    "Give all samples the same kind of target.",
+                )
+        return inputs, made
 
 
 MOST_SPOOLED = 1_000_000
@@ -261,6 +281,11 @@ def _kept(sample: Any, place: str) -> Any:
     if sample is None or isinstance(sample, str | int | float | Tensor):
         return sample
     return target_tree(sample, place)
+
+
+def _both_numbers(target: Target, kind: str) -> bool:
+    """Whether a target is a whole number among numbers, as 2.0 is written by some."""
+    return kind == kind_of(torch.tensor(0.5)) and isinstance(target, Tensor) and not target.dim()
 
 
 def _samples(value: Any, name: str, parting: Parting) -> tuple[_Samples, int]:

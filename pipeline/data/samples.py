@@ -57,6 +57,10 @@ class Parting:
         self.names: tuple[str, ...] = ()
         """Of the inputs; "" for one that is given by position."""
         self.labelled: bool | None = None
+        self.shapes: Shapes | None = None
+        """What the inputs of all samples have in common, once they were read."""
+        self.kind: str | None = None
+        """Of the first target: whole numbers, say, of one dimension."""
 
     def __call__(self, sample: Any, place: str) -> tuple[tuple[Any, ...], Any]:
         """The inputs of a sample (or of a batch that a collate made), flat, and its target; None where it has none."""
@@ -141,14 +145,27 @@ def input_tensor(value: Any, place: str, images: bool) -> Tensor:
         raise DataError(f"{place} has the shape {tuple(made.shape)}: nothing in it.", "Leave it out.")
     if made.dtype == torch.uint8 and made.dim() in (2, 3):
         return made if made.dim() == 3 else made[None]
-    if made.dtype == torch.bool:
+    if made.dtype == torch.bool and not images:
         return made
-    if not made.is_floating_point() and not (made.dim() == 3 and made.shape[0] in (1, 3)):
+    image = (made.dim() == 3 and made.shape[0] in (1, 3)) or (images and made.dim() == 2)
+    if not made.is_floating_point() and not image:
         return made.long()
     made = made.float()
     if not bool(made.isfinite().all()):
         raise DataError(f"{place} holds NaN or infinity.", "Correct it or leave it out.")
     return made[None] if images and made.dim() == 2 else made
+
+
+def kind_of(target: Target) -> str:
+    """What a target is, in words: what it is made of, types and numbers of dimensions."""
+    if isinstance(target, Mapping):
+        return f"a mapping of {', '.join(f'{key}: {kind_of(one)}' for key, one in target.items())}"
+    if isinstance(target, tuple):
+        return f"{len(target)} things: {', '.join(map(kind_of, target[:SHOWN]))}"
+    if not isinstance(target, Tensor):
+        return "text"
+    numbers = "numbers" if target.is_floating_point() else "whole numbers"
+    return f"{numbers} of {target.dim()} dimensions" if target.dim() else f"one of the {numbers}"
 
 
 def target_tree(value: Any, place: str) -> Target:
@@ -189,6 +206,8 @@ def _tensor(value: Any, place: str, hint: str) -> Tensor:
         what = brief(value) if isinstance(value, str | bytes) else f"a {type(value).__name__}"
         raise DataError(f"{place} is {what}, no numbers.", hint)
     if array.dtype.kind == "u" and array.dtype != np.uint8:
+        if array.size and int(array.max()) > np.iinfo(np.int64).max:
+            raise DataError(f"{place} holds {int(array.max())}, which is beyond 64 bits.", hint)
         array = array.astype(np.int64)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
         return torch.from_numpy(
@@ -279,6 +298,21 @@ class Shapes:
             return all(isinstance(named[1 + place], str) for place in free)
         masked = any("mask" in one.lower() for one in self.names)
         return free == [0] and masked and not self.like[number].is_floating_point()
+
+    def check(self, inputs: Inputs, place: str) -> None:
+        """Raise DataError for a sample that is not like those that were counted."""
+        for number, (one, like) in enumerate(zip(inputs, self.like, strict=True)):
+            free = {place for place, _ in self._free(number)}
+            fits = one.dtype == like.dtype and one.dim() == like.dim()
+            if not fits or any(
+                size != wanted and at not in free
+                for at, (size, wanted) in enumerate(zip(one.shape, like.shape, strict=True))
+            ):
+                what = f"{place}: {self.names[number]}" if self.names[number] else place
+                raise DataError(
+                    f"{what} has the shape {tuple(one.shape)}, {one.dtype}, others {tuple(like.shape)}, {like.dtype}.",
+                    "Let the data set give the same each time it is read.",
+                )
 
     def inputs(self) -> tuple[Input, ...]:
         """What the model is fed, once all samples are counted."""

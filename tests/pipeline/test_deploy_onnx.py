@@ -10,6 +10,7 @@ from torch.export import Dim
 
 from pipeline import data
 from pipeline.release import store
+from pipeline.tasks import classification
 from pipeline.training import loop
 from pipeline.training.defaults import default_settings
 from tests.pipeline.chain import QUICK, figures, said
@@ -18,13 +19,16 @@ from tests.pipeline.tiny import TinyNet
 SIZE = (3, 16, 16)
 
 
+TASK = classification.task("classification", "output")
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
     """A tiny net that knows the digits, as an ONNX file."""
     torch.manual_seed(0)
     net = TinyNet()
     settings = default_settings(net, seed=0).model_copy(update={"epochs": 3, "lr": 0.1})
-    assert loop.train(net, data.load("digits", input_size=SIZE), settings).best_accuracy > 0.85
+    assert loop.train(net, data.load("digits", input_size=SIZE), TASK, settings).best_score > 0.85
     path = tmp_path_factory.mktemp("onnx") / "digits.onnx"
     shapes = ({0: Dim.DYNAMIC},)
     torch.onnx.export(
@@ -58,7 +62,7 @@ def test_an_onnx_file_is_pruned_and_shipped(tmp_path, file):
     dense, shrunk = figures(version, "0-baseline"), figures(version, "4-shrink")
     assert dense["weights_origin"].startswith("as given")
     assert not dense["trained_here"]
-    assert dense["accuracy"] > 0.85  # the file's weights, not fresh ones
+    assert dense["score"] > 0.85  # the file's weights, not fresh ones
     assert shrunk["params_after"] < 0.8 * shrunk["params_before"]
     assert [one.name for one in session.get_inputs()] == ["picture"]
     for batch in (1, 5):

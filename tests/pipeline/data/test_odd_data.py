@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from foundation.errors import DataError, UserError
 from pipeline import data
+from pipeline.data.samples import Reading
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 255, (60, 8, 8), dtype=np.uint8)
@@ -198,7 +199,7 @@ def test_tensors_that_are_no_images(odd):
 def test_tensors_of_other_types_are_read_as_meant(meant):
     made = meant(torch.from_numpy(X))
     for spec in ((made, torch.from_numpy(Y)), Listed([meant(torch.from_numpy(one)) for one in X])):
-        (images,), labels = next(data.load(spec).batches("train"))
+        (images,), labels = next(data.load(spec, reading=Reading(images=True)).batches("train"))
         assert images.dtype == torch.float32
         assert not images.requires_grad
         assert images.isfinite().all()
