@@ -119,11 +119,11 @@ def _is_images(value: Any) -> bool:
 
 
 def _alike_arrays(value: Sequence[Any], name: str) -> tuple[Tensor, ...]:
-    for one in value:
+    for letter, one in zip("xy", value, strict=True):
         if not one.ndim:
-            raise DataError(f"{name}: an array without rows.", "Give arrays (samples, ...).")
+            raise DataError(f"{name}: {letter} is an array without rows.", "Give arrays (samples, ...).")
         if isinstance(one, np.ndarray) and one.dtype.kind not in "iufb":
-            raise DataError(f"{name} holds {one.dtype}, not numbers.", "Give arrays of numbers.")
+            raise DataError(f"{name}: {letter} holds {one.dtype}, not numbers.", "Give arrays of numbers.")
     made = tuple(target_tree(one, name) if isinstance(one, np.ndarray) else one for one in value)
     if len({len(one) for one in made}) > 1:
         sizes = " and ".join(str(len(one)) for one in made)
@@ -284,8 +284,10 @@ def _kept(sample: Any, place: str) -> Any:
 
 
 def _both_numbers(target: Target, kind: str) -> bool:
-    """Whether a target is a whole number among numbers, as 2.0 is written by some."""
-    return kind == kind_of(torch.tensor(0.5)) and isinstance(target, Tensor) and not target.dim()
+    """Whether a target is a whole number among numbers, or 2.0 among whole ones, as some write them."""
+    if not isinstance(target, Tensor) or target.dim():
+        return False
+    return kind == kind_of(torch.tensor(0.5)) or (kind == kind_of(torch.tensor(1)) and float(target).is_integer())
 
 
 def _samples(value: Any, name: str, parting: Parting) -> tuple[_Samples, int]:
