@@ -22,7 +22,7 @@ from pipeline.artifacts.race import Candidate, CandidateLatency, Optimized
 from pipeline.artifacts.verdict import Validated
 from pipeline.release.records import Manifest
 from pipeline.report.figures import duration, grouped, milliseconds, percent, points, ratio, significant
-from pipeline.report.outcome import JUNIT, MARKDOWN, VERDICT, judged, junit, reasons, verdict_json
+from pipeline.report.outcome import JUNIT, MARKDOWN, VERDICT, Told, judged, junit, reasons, verdict_json
 from pipeline.report.templating import markdown, page
 from validators.accuracy import AccuracyComparison
 from validators.latency import LatencyReport
@@ -142,7 +142,14 @@ def write(folder: Path, manifest: Manifest, artifacts: Sequence[Artifact]) -> No
         HTML: page().get_template("report.html.j2").render(context),
         MARKDOWN: markdown_summary(manifest, artifacts),
         JUNIT: junit(manifest.model, manifest.version, context["checks"], manifest.created),
-        VERDICT: verdict_json(manifest.model, manifest.version, checked.verdict, checked.notes, checked.measurements),
+        VERDICT: verdict_json(
+            manifest.model,
+            manifest.version,
+            checked.verdict,
+            checked.notes,
+            checked.measurements,
+            Told(checked.task, checked.scores),
+        ),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
