@@ -48,6 +48,16 @@ def task(name: str, main: str) -> Task:
     return Task(name, scores, losses, divergence, (main,), batch=256)
 
 
+def fits(value: Tensor, target: Target) -> bool:
+    """Whether `value` can be predictions of `target`: as many numbers, floats or one whole number per sample."""
+    return (
+        isinstance(target, Tensor)
+        and (target.is_floating_point() or target.dim() == 1)
+        and value.is_floating_point()
+        and value.numel() == target.numel()
+    )
+
+
 def determination(sums: Array) -> Array:
     """R² from sums of squared errors, values and squared values per number, and the count; the mean over the numbers.
 
