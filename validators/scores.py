@@ -237,6 +237,26 @@ def compared(
     )
 
 
+@dataclass(frozen=True)
+class Worse:
+    """A sample that a second model does worse: its number, and the score of it alone by either model."""
+
+    sample: int
+    dense: float
+    shipped: float
+
+
+def worst(score: Score, dense: ScoreReport, shipped: ScoreReport, most: int) -> list[Worse]:
+    """The samples that lost most of `score`, at most `most`, the largest loss first."""
+    sign = 1.0 if score.higher_is_better else -1.0
+    each = [
+        Worse(row, score.of(dense.statistics[row : row + 1]), score.of(shipped.statistics[row : row + 1]))
+        for row in range(dense.samples)
+    ]
+    lost = [one for one in each if sign * (one.dense - one.shipped) > 0]
+    return sorted(lost, key=lambda one: sign * (one.shipped - one.dense))[:most]
+
+
 def differences(score: Score, dense: Array, shipped: Array, seed: int) -> Array:
     """What is lost from `dense` to `shipped`, (resamples,), each drawn for both alike."""
     found: list[Array] = []

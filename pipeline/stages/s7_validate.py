@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.artifacts.eager import Baseline, Folded
@@ -22,6 +23,8 @@ from validators.parity import ChainReport, compare_chain
 # Test samples that only one of dense and shipped got right: the first few as pictures.
 FLIPPED = "flipped"
 PICTURES = 24
+# Test samples that lost most of another score: pictures, and beside them what either model scores on each.
+WORSE = "worse"
 
 
 def run(
@@ -110,6 +113,12 @@ def run(
     for sample, picture in pictures.items():
         (out / FLIPPED).mkdir(exist_ok=True)
         picture.save(out / FLIPPED / f"{sample}.png")
+    if found.worse:
+        (out / WORSE).mkdir()
+        for sample, (_, picture) in found.worse.items():
+            picture.save(out / WORSE / f"{sample}.png")
+        told = {"panels": task.panels, "samples": [asdict(one) for one, _ in found.worse.values()]}
+        (out / f"{WORSE}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     agreed, alike = (measurements.get(key) for key in (policy.AGREEMENT, policy.COSINE))
     right = accuracy if data.labelled else None
     scores = found.scores.get("dense", ()) if data.labelled or task.taught else ()

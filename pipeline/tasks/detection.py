@@ -6,17 +6,21 @@ all of them is the score, as COCO's reference computes it.
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from foundation.errors import ConfigError, DataError
 from pipeline.data.parts import Target
 from pipeline.data.samples import sliced
 from pipeline.models.calling import Outputs
+from pipeline.tasks.pictures import PANEL, Compared, beside, rgb
 from validators.runners import Array
 from validators.scores import Score
 
@@ -67,6 +71,35 @@ def scores(boxes: Boxes) -> tuple[Score, ...]:
             resamples=RESAMPLES,
         ),
     )
+
+
+def drawn(boxes: Boxes, one: Compared) -> Image.Image:
+    """The image three times: with the boxes that are there, that the dense model and that the shipped one find.
+
+    As many of a model's boxes as there are, the surest; on grey where the sample is no image, its size read off the
+    boxes.
+    """
+    there, classes = _wanted(one.target, 0)
+    panels = [(there, classes)]
+    for outputs in (one.dense, one.shipped):
+        found, certain, labels = _arrays(_listed(boxes(outputs), 1)[0], ("boxes", "scores", "labels"), "boxes")
+        surest = np.argsort(-certain, kind="stable")[: max(1, len(there))]
+        panels.append((found[surest], labels[surest]))
+    side = int(max((box[:, 2:].max(initial=8.0) for box, _ in panels), default=8.0)) + 1
+    image = one.image if one.image is not None else torch.full((3, side, side), 0.5)
+    scale = PANEL / image.shape[1]
+    small = beside([rgb(image)])  # boxes are drawn on it at its final size, or their lines would be lost
+    shown = []
+    for places, labels in panels:
+        panel = small.copy()
+        draw = ImageDraw.Draw(panel)
+        for box, label in zip(places, labels, strict=True):
+            x1, y1, x2, y2 = (scale * box).tolist()
+            hue = colorsys.hsv_to_rgb(0.618 * (label + 1) % 1, 0.75, 0.95)
+            corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+            draw.rectangle(corners, outline=tuple(round(255 * part) for part in hue))
+        shown.append(np.asarray(panel))
+    return beside(shown)
 
 
 def _listed(found: Any, rows: int) -> Sequence[Any]:

@@ -13,6 +13,7 @@ A detector gives `boxes`, with or without further scores: a callable (outputs) -
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -62,10 +63,11 @@ def task(cfg: TaskSection, reads: tuple[str, ...]) -> Task:
                 f"{what}: there is no score {name!r}.", nearest(name, scores) or "Name one of the scores."
             )
     given = _given(reads)
+    found = _boxes(boxes, given) if boxes is not None else None
     return Task(
         name=str(made.get("name") or cfg.name.rpartition(":")[2]),
         scores=(
-            *(detection.scores(_boxes(boxes, given)) if boxes is not None else ()),
+            *(detection.scores(found) if found is not None else ()),
             *(
                 _score(str(name), score, given, higher=name not in lower, share=name in shares)
                 for name, score in scores.items()
@@ -74,6 +76,8 @@ def task(cfg: TaskSection, reads: tuple[str, ...]) -> Task:
         losses=by_sample(lambda outputs, target: loss(given(outputs), target)),
         divergence=lambda student, teacher, temperature: apart(only(student, reads), only(teacher, reads), temperature),
         reads=reads,
+        drawn=partial(detection.drawn, found) if found is not None else None,
+        panels="truth, dense, shipped",
         code=digest,
     )
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import colorsys
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from foundation.errors import DataError, ModelError
 from pipeline.data.parts import Target
 from pipeline.models.calling import Outputs
 from pipeline.tasks.per_class import counted, mean_iou, right_places
+from pipeline.tasks.pictures import Compared, Pixels, beside, rgb
 from pipeline.tasks.places import IGNORED, cross_entropy, in_range, spread, whole
 from pipeline.tasks.task import Task, softened
 from validators.scores import Score, ratio
@@ -60,8 +64,27 @@ def task(name: str, main: str) -> Task:
         logits, labels = pair(outputs, target)
         return right_places(logits.argmax(1), labels)
 
+    def drawn(one: Compared) -> Image.Image:
+        maps = [pair(outputs, one.target) for outputs in (one.dense, one.shipped)]
+        labels = maps[0][1]
+        panels = [coloured(labels), *(coloured(logits.argmax(1)) for logits, _ in maps)]
+        if one.image is not None:
+            image = F.interpolate(one.image[None], labels.shape[1:], mode="bilinear", align_corners=False)[0]
+            panels.insert(0, rgb(image))
+        return beside(panels)
+
     scores = (Score("mean IoU", by_class, mean_iou), Score("pixel accuracy", pixels, ratio))
-    return Task(name, scores, losses, divergence, (main,), batch=8)
+    return Task(name, scores, losses, divergence, (main,), batch=8, drawn=drawn, panels="image, truth, dense, shipped")
+
+
+def coloured(labels: Tensor) -> Pixels:
+    """A label map (1, height, width) as (height, width, 3) bytes: class 0 black, ignored places white, the others by
+    hues that lie far apart.
+    """
+    hues = [colorsys.hsv_to_rgb(0.618 * number % 1, 0.75, 0.95) for number in range(int(labels.max().clamp_min(0)))]
+    table = np.array([(0, 0, 0), *hues, (1, 1, 1)])  # the last one is that of negative numbers
+    shown: Pixels = (255 * table[labels[0].clamp_min(-1).numpy()]).astype(np.uint8)
+    return shown
 
 
 def two_classes(logits: Tensor) -> Tensor:
