@@ -57,6 +57,8 @@ from validators.structure import StructureReport, measure
 EVALUATION_BATCH = 64
 PICTURES = 24
 """Test samples that got worse, at most, as a report shows them."""
+PREDICTED = 2000
+"""Predicted numbers, at most, that a report shows over the true ones."""
 COSINE_SAMPLES = 1000
 """Of the test part, for the cosine of the outputs with the dense ones; answers are compared on all of it."""
 _SIMILARITIES = ("cosine", "spearman")
@@ -107,6 +109,8 @@ class Findings:
     labelled: bool = True
     worse: Mapping[int, tuple[Worse, Image.Image]] = field(default_factory=dict)
     """Test samples that lost most of the task's score against the dense model, as the task draws them."""
+    predicted: Mapping[str, Array] = field(default_factory=dict)
+    """Of a task whose outputs are numbers, what is true ("truth") and what each model gives, of some test samples."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -188,6 +192,7 @@ def contest(
     similarities: dict[str, Similarity] = {}
     scores: dict[str, tuple[ScoreLost, ...]] = {}
     worse: dict[int, tuple[Worse, Image.Image]] = {}
+    predicted: dict[str, Array] = {}
     latency: LatencyReport | None = None
     structure: dict[str, StructureReport] = {}
     if runners.keys() == files.keys():  # else nothing that compares them can be told
@@ -197,6 +202,7 @@ def contest(
                     lost, judged, worse = _scored(cfg, runners, data, task, progress)
                     found |= judged
                     scores |= lost
+                    predicted = _predicted(runners, data, task)
                 else:
                     main = None if task is None else task.reads[0]
                     data = _with_labels(data, runners, progress)
@@ -226,7 +232,7 @@ def contest(
             if name != "shipped":
                 found |= against(costs["shipped"], costs[name], name)
     labelled = data is None or data.labelled
-    return Findings(latency, structure, accuracy, similarities, scores, found, crashed, labelled, worse)
+    return Findings(latency, structure, accuracy, similarities, scores, found, crashed, labelled, worse, predicted)
 
 
 def _answered(
@@ -302,6 +308,22 @@ def _scored(
         pictures = drawn(data, [one.sample for one in most], dense, shipped, task.drawn)
         worse = {one.sample: (one, pictures[one.sample]) for one in most}
     return lost, found, worse
+
+
+def _predicted(runners: Mapping[str, OrtRunner], data: Data, task: Task) -> dict[str, Array]:
+    """`Findings.predicted`: `PREDICTED` numbers at most, evenly spaced over the test part."""
+    found: dict[str, list[Array]] = {}
+    if task.numbers is None:
+        return {}
+    models = {name: answers_of(runner) for name, runner in runners.items()}
+    for inputs, target in data.some("test", PREDICTED).batches("test", EVALUATION_BATCH):
+        for name, model in models.items():
+            given, true = task.numbers(model(*inputs), target)
+            found.setdefault(name, []).append(given.numpy().ravel())
+        found.setdefault("truth", []).append(true.numpy().ravel())
+    every = {name: np.concatenate(parts) for name, parts in found.items()}
+    step = -(-len(every["truth"]) // PREDICTED)
+    return {name: values[::step] for name, values in every.items()}
 
 
 def _with_labels(data: Data, runners: Mapping[str, OrtRunner], progress: Progress) -> Data:

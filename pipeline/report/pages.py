@@ -177,6 +177,7 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
         "latencies": _latencies(named["validated"].folder),
         **_accuracy(named["validated"].folder),
         **_worse(named["validated"]),
+        "scatter": _base64(named["validated"].folder / "predicted.png"),
         "plots": _plots(finetuned.folder / HISTORY, finetuned.best_epoch),
         "seconds": sum(record.seconds for record in manifest.stages if record.stage not in manifest.reused),
     }

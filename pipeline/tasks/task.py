@@ -33,7 +33,8 @@ class Task:
     is logits (samples, classes), so that single answers can be compared. `taught`: targets are the dense model's
     outputs, of data without labels. `batch`: samples that are evaluated at once. `drawn`: a picture of a sample that
     got worse, for the report, where `panels` says what is in it; None: there is none. `code`: whatever decides the
-    result besides the name, such as the digest of the user's own file.
+    result besides the name, such as the digest of the user's own file. `numbers(outputs, target)`: what was
+    predicted and what is true, of one shape, where a report can show one over the other.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Task:
     batch: int = 32
     drawn: Drawn | None = None
     panels: str = ""
+    numbers: Callable[[Outputs, Target], tuple[Tensor, Tensor]] | None = None
     code: str = ""
 
     @property

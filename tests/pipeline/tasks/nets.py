@@ -53,6 +53,12 @@ def flags():
     return [(one, (one @ weight > 1).long()) for one in torch.randn(400, 12, generator=draw)]
 
 
+def numbers():
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 4, generator=draw)
+    return [(one, one @ weight) for one in torch.randn(400, 12, generator=draw)]
+
+
 class Tagger(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -67,6 +67,18 @@ def test_multilabel(tmp_path):
 
 
 @pytest.mark.slow
+def test_regression(tmp_path):
+    deployed(tmp_path, "several", "numbers")
+    found = scores(tmp_path)
+    assert found.pop("task") == "regression"
+    assert list(found) == ["R2", "RMSE"]
+    assert all(value > 0.5 for value in found["R2"])
+    version = tmp_path / "net" / "v0001"
+    picture = (version / "7-validate" / "predicted.png").read_bytes()
+    assert base64.b64encode(picture).decode() in (version / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_detection_with_a_loss_of_ones_own(tmp_path):
     deployed(tmp_path, "Cells", "squares", "--set", f"task.name={NETS}:detection", epochs=8)
     found = scores(tmp_path)

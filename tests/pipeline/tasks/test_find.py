@@ -66,6 +66,13 @@ def test_symbols_of_a_reader_are_named_and_not_guessed():
     assert chosen(data_of(samples, "ctc"), torch.randn(2, 9, 6), "ctc").score.name == "1 - CER"
 
 
+def test_frames_before_samples_are_refused_with_what_to_do():
+    samples = [(torch.randn(9, 4), torch.randint(1, 6, (4,))) for _ in range(40)]
+    with pytest.raises(DataError) as found:
+        chosen(data_of(samples, "ctc"), torch.randn(9, 2, 6), "ctc")
+    assert "(frames, samples, symbols). Return (samples, frames, symbols): .transpose(0, 1)" in str(found.value)
+
+
 @pytest.mark.parametrize("names", [("out", "aux"), ("aux", "out"), ("aux", "logits")])
 def test_of_several_outputs_the_usual_name_counts(names):
     task = chosen(data_of(MAPS), dict.fromkeys(names, LOGITS))

@@ -1,9 +1,12 @@
 """What a report shows of samples that got worse."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
-from pipeline.tasks import detection, pictures, segmentation
+from pipeline.gate import measuring
+from pipeline.tasks import detection, pictures, regression, segmentation
 from pipeline.tasks.pictures import PANEL, Compared
 from tests.pipeline.tasks.made import data_of
 from validators.scores import ScoreReport, Worse, per_sample, worst
@@ -84,3 +87,22 @@ def test_boxes_are_drawn_where_they_are():
     assert (shipped == 0).all()
     bare = detection.drawn(lambda outputs: [found["dense"]], Compared(None, target, {}, {}))
     assert bare.height == PANEL
+
+
+def test_numbers_are_shown_over_the_true_ones():
+    samples = [(torch.full((2,), float(number)), torch.tensor([number, -number]).float()) for number in range(40)]
+    data = data_of(samples)
+
+    class Runner:
+        def __init__(self, shift):
+            self.inputs, self.shift = [SimpleNamespace(name="x")], shift
+
+        def infer(self, feed):
+            return {"output": feed["x"] + self.shift}
+
+    task = regression.task("regression", "output")
+    found = measuring._predicted({"dense": Runner(1), "shipped": Runner(2)}, data, task)
+    inputs, target = next(data.batches("test", 8))
+    assert found["truth"].tolist() == target.ravel().tolist()
+    assert found["dense"].tolist() == (inputs[0] + 1).ravel().tolist()
+    assert found["shipped"].tolist() == (inputs[0] + 2).ravel().tolist()
