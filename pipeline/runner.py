@@ -133,6 +133,7 @@ def sources(
         target=config.data.target,
         dims=config.data.dims,
         targets=tasks.targets_of(config.task),
+        pad=tasks.pad_of(config.task),
         images=isinstance(model, str) and (":" not in model or model.startswith("timm:")),
     )
     try:

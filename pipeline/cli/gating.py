@@ -200,7 +200,7 @@ def _judge_files(
     wanted = size(options["input_size"])
     section = TaskSection(name=options["task"])
     tasks.check(section)
-    reading = Reading(targets=tasks.targets_of(section))
+    reading = Reading(targets=tasks.targets_of(section), pad=tasks.pad_of(section))
     data = datasets.load(options["data"], input_size=wanted, reading=reading) if options["data"] else None
     made = foreign.judge_files(
         cfg,

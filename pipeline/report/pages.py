@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,6 +183,8 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
         "race": _race(optimized.candidates),
         "latencies": _latencies(named["validated"].folder),
         **_accuracy(named["validated"].folder),
+        **_worse(named["validated"]),
+        "scatter": _base64(named["validated"].folder / "predicted.png"),
         "plots": _plots(finetuned.folder / HISTORY, finetuned.best_epoch),
         "seconds": sum(record.seconds for record in manifest.stages if record.stage not in manifest.reused),
     }
@@ -317,6 +320,26 @@ def _accuracy(folder: Path) -> dict[str, Any]:
         for flip in found.flipped[:FLIPS]
     )
     return {"classes": classes, "flips": flips, "flip_counts": (found.lost, found.gained), "p_value": found.p_value}
+
+
+def _worse(validated: Validated) -> dict[str, Any]:
+    """Samples that lost most of a score that is no accuracy, as far as the task draws them."""
+    path = validated.folder / "worse.json"
+    if not path.is_file() or not validated.scores:
+        return {"worse": (), "panels": ""}
+    found, score = json.loads(path.read_text(encoding="utf-8")), validated.scores[0]
+    worse = tuple(
+        Flipped(
+            sample=one["sample"],
+            label="",
+            dense=score.words(one["dense"]),
+            shipped=score.words(one["shipped"]),
+            lost=True,
+            picture=_base64(validated.folder / "worse" / f"{one['sample']}.png"),
+        )
+        for one in found["samples"]
+    )
+    return {"worse": worse, "panels": found["panels"]}
 
 
 def _called(label: int, confidence: float | None) -> str:
