@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 
 from pipeline.models.source import Input, Size
 
+SINGLE = "input"
+"""Name of a model's only input where the data gives it none."""
+
 Part = Literal["train", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "test")
 
@@ -196,7 +199,7 @@ class Data:
 
     def feed(self, inputs: Inputs) -> dict[str, Array]:
         """A batch's inputs as arrays by name."""
-        return {one.name: value.numpy() for one, value in zip(self.inputs, inputs, strict=True)}
+        return {one.name or SINGLE: value.numpy() for one, value in zip(self.inputs, inputs, strict=True)}
 
     def feeds(self, part: Part, batch_size: int) -> Iterator[tuple[dict[str, Array], Target]]:
         """`batches` with the inputs as arrays by name."""
