@@ -131,6 +131,10 @@ def sources(
         target=config.data.target,
         dims=config.data.dims,
         targets=tasks.targets_of(config.task),
+        tokenizer=config.data.tokenizer or _beside(model),
+        max_tokens=config.data.max_tokens,
+        sample_rate=config.data.sample_rate,
+        seconds=config.data.seconds,
         images=isinstance(model, str) and (":" not in model or model.startswith("timm:")),
     )
     try:
@@ -143,6 +147,13 @@ def sources(
         except UserError:
             pass
         raise
+
+
+def _beside(model: object) -> Path | None:
+    """The folder of a transformers model, where its tokenizer lies, too."""
+    library, _, name = model.partition(":") if isinstance(model, str) else ("", "", "")
+    folder = Path(name).expanduser()
+    return folder if library == "hf" and name and folder.is_dir() else None
 
 
 def _met(

@@ -19,7 +19,7 @@ from pipeline.models.inspection import accepted
 from pipeline.models.source import DEFAULT_SIZE, Size
 from pipeline.seeding import seeded
 
-KINDS = ("imagefolder", "npz")
+KINDS = ("imagefolder", "npz", "csv", "jsonl")
 """Words that stand before a path."""
 
 
@@ -47,9 +47,17 @@ def load(spec: object, *, input_size: Size | None = None, seed: int = 0, reading
 
         return finish(from_folder(Path(rest).expanduser(), input_size or DEFAULT_SIZE, seed), input_size)
     if kind == "npz" and colon:
-        from pipeline.data.arrays import from_npz
+        from pipeline.data.npz import from_npz
 
-        return finish(from_npz(Path(rest).expanduser(), seed), input_size)
+        return finish(from_npz(Path(rest).expanduser(), seed, reading), input_size)
+    if kind == "csv" and colon:
+        from pipeline.data.table import from_csv
+
+        return finish(from_csv(Path(rest).expanduser(), seed, reading or Reading()), input_size)
+    if kind == "jsonl" and colon:
+        from pipeline.data.texts import from_jsonl
+
+        return finish(from_jsonl(Path(rest).expanduser(), seed, reading or Reading()), input_size)
     if colon and not _misspelt(kind):
         from pipeline.data.objects import from_objects
         from pipeline.models.from_code import load_callable, user_code

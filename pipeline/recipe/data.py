@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from pydantic import Field, field_validator
 
@@ -29,6 +30,16 @@ class DataSection(Section):
         default_factory=dict,
         description="input -> its dimensions, the batch first: a name may have any size, a number is fixed",
     )
+    tokenizer: Path | None = Field(
+        None, description="tokenizer.json of texts, or the folder that it lies in; that of an `hf:` folder else"
+    )
+    max_tokens: int | None = Field(
+        None, ge=8, le=1 << 20, description="tokens that a text is cut at; as many as the model bears when left out"
+    )
+    sample_rate: int = Field(
+        16_000, ge=100, le=1_000_000, description="samples per second that recordings are brought to"
+    )
+    seconds: float = Field(1.0, gt=0, le=3600, description="length of recordings: longer ones are cut")
     sizes: dict[str, tuple[Pixels, ...]] = Field(
         default_factory=dict,
         description="free dimension -> sizes that it is proven and raced at, the usual one first; the data's own else",
