@@ -89,6 +89,23 @@ def opened(path: str) -> Iterator[Image.Image]:
         raise DataError(f"{path} is not a readable image: {reason}.", "Replace or remove the file.") from error
 
 
+def stretched(path: str, size: Size) -> tuple[Tensor, tuple[int, int]]:
+    """An image file as bytes (channels, H, W), its sides brought to `size` each for itself; its own width and height.
+
+    Raises DataError, naming the file, where it is no image.
+    """
+    channels, height, width = size
+    with opened(path) as image:
+        own = image.size
+        fitted = (
+            eight_bits(image)
+            .convert("RGB" if channels == 3 else "L")
+            .resize((width, height), Image.Resampling.BILINEAR)
+        )
+        pixels = np.array(fitted).reshape(height, width, -1).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(pixels)), own
+
+
 def eight_bits(image: Image.Image) -> Image.Image:
     """An image of 16 bits per pixel with 8 (pillow would clip it to white); any other as it is."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):

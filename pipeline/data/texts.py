@@ -151,6 +151,7 @@ class _Lines:
         self.form = form
 
     def place(self, index: int) -> str:
+        """The line."""
         return f"line {self.numbers[index]}"
 
     def parsed(self, line: bytes, number: int) -> dict[str, Any]:
@@ -293,6 +294,7 @@ class _Texts(Prepared):
         return code
 
     def place(self, index: int) -> str:
+        """The line."""
         return self.lines.place(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
