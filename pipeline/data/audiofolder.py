@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foundation.errors import DataError, first_line
 from pipeline.data.assemble import Raw
-from pipeline.data.folders import Classed, classed, digests_of, parts_of
+from pipeline.data.folders import Classed, classed, digests_of, parts_of, readers
 from pipeline.data.objects import from_samples
 from pipeline.data.parts import UNKNOWN, Array, Part
 from pipeline.data.prepared import Prepared
@@ -63,6 +63,7 @@ class Recordings(Prepared):
         self.labels = [numbers[label] if found.classes else UNKNOWN for label in found.labels]
         self.targets = torch.tensor(self.labels)
         self.classes = names or None
+        self.workers = readers(len(self.files))
 
     def place(self, index: int) -> str:
         """The file."""

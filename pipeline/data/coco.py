@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -15,7 +14,7 @@ import torch
 
 from foundation.errors import DataError, brief, first_line
 from pipeline.data.assemble import Raw
-from pipeline.data.folders import digests_of, parts_of
+from pipeline.data.folders import digests_of, parts_of, readers
 from pipeline.data.imagefolder import IMAGENET_MEAN, IMAGENET_STD, stretched
 from pipeline.data.objects import from_samples
 from pipeline.data.parts import Part
@@ -152,7 +151,7 @@ class Boxed(Prepared):
         self.digests = [
             hashlib.sha256(one + repr(boxes).encode()).digest() for one, boxes in zip(files, noted.boxes, strict=True)
         ]
-        self.workers = min(4, (os.cpu_count() or 1) - 1) if len(files) >= 500 else 0
+        self.workers = readers(len(files))
 
     def place(self, index: int) -> str:
         """The image's file."""

@@ -71,6 +71,15 @@ def classed(folder: Path, suffixes: Collection[str], what: str) -> Classed:
     return Classed(names, files, labels)
 
 
+SHARED_OUT = 500
+"""Files from which on processes read them beside the training; fewer are read sooner than shared out."""
+
+
+def readers(count: int) -> int:
+    """Processes that read `count` files: beside the one that trains, or none."""
+    return min(4, (os.cpu_count() or 1) - 1) if count >= SHARED_OUT else 0
+
+
 def _is_of(name: str, suffixes: Collection[str]) -> bool:
     return os.path.splitext(name)[1].lower() in suffixes  # noqa: PTH122  # a million of them
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch.utils.data import (
 
 from foundation.errors import DataError, first_line
 from pipeline.data.assemble import Raw, cut_parts, listed
-from pipeline.data.folders import classed, digests_of, parts_of
+from pipeline.data.folders import classed, digests_of, parts_of, readers
 from pipeline.data.parts import UNKNOWN, Augmentation, Part, Split
 from pipeline.models.extras import need
 from pipeline.models.source import Size
@@ -146,9 +145,7 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
             with opened(file) as image:
                 image.verify()
         labels = torch.tensor([label for _, label in renumbered])
-        workers = (
-            min(4, (os.cpu_count() or 1) - 1) if len(files) >= 2000 else 0
-        )  # fewer are read sooner than shared out
+        workers = readers(len(files))
         parts[part] = listed(ImageFiles(renumbered, size), labels, workers)
         digests[part] = hashed
     cut, hashes = cut_parts(parts, digests, seed, name)

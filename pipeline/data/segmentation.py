@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foundation.errors import DataError, nearest
 from pipeline.data.assemble import Raw
-from pipeline.data.folders import digests_of, parts_of
+from pipeline.data.folders import digests_of, parts_of, readers
 from pipeline.data.imagefolder import IMAGENET_MEAN, IMAGENET_STD, opened, stretched
 from pipeline.data.objects import from_samples
 from pipeline.data.parts import Part
@@ -113,7 +113,7 @@ class Masked(Prepared):
         self.pairs, self.digests, self.size, self.limit = pairs, digests, size, limit
         self.highest = 0
         """Class number that a mask has held."""
-        self.workers = min(4, (os.cpu_count() or 1) - 1) if len(pairs) >= 500 else 0
+        self.workers = readers(len(pairs))
 
     def place(self, index: int) -> str:
         """The image's file."""
