@@ -424,7 +424,8 @@ def _finish(
         if wires[Validated].verdict.outcome == "pass":
             progress.say("  bundle: golden answers and self-test")
             kinds = (Shrunk, Exported, Optimized, Validated)
-            bundling.write(partial / bundling.FOLDER, source, dataset, *(wires[kind] for kind in kinds))
+            made_of = (wires[kind] for kind in kinds)
+            bundling.write(partial / bundling.FOLDER, source, dataset, wires[Task], *made_of)
         report.write(partial, made, artifacts)
         stages = tuple(record.stage for record in made.stages)
         outside = {n: f for n, f in records.record_files(partial).items() if n.partition("/")[0] not in stages}
