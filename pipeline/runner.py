@@ -161,7 +161,7 @@ def _met(
 ) -> tuple[ModelSource, Data, Task]:
     given = config.data.source if data is None else data
     dataset = datasets.load(given, input_size=config.data.input_size, seed=config.seed, reading=reading)
-    classes = dataset.classes if dataset.labelled else config.data.classes
+    classes = (dataset.classes or len(dataset.names) or None) if dataset.labelled else config.data.classes
     if dataset.labelled and config.data.classes not in (None, classes):
         has = f"labels of {classes} classes" if classes else "targets that are no class numbers"
         raise ConfigError(

@@ -13,7 +13,11 @@ from pipeline.recipe.section import Pixels, Section
 class DataSection(Section):
     """Which data trains, calibrates and judges."""
 
-    source: str = Field("digits", description="digits, imagefolder:PATH, npz:PATH or path/to/file.py:callable")
+    source: str = Field(
+        "digits",
+        description="digits, KIND:PATH (imagefolder, npz, csv, jsonl, audiofolder, segmentation, coco) or "
+        "path/to/file.py:callable",
+    )
     input_size: tuple[Pixels, Pixels, Pixels] | None = Field(
         None, description="C, H, W; the data's own size when left out"
     )
