@@ -138,13 +138,15 @@ def _named(
             high[base] = max(high[base], 1 + _checked(value, f"{places[part]}: {base}"))
         if count:
             shapes.add(tuple(_tensor(value[:1])[0] for value in columns.values()), f"{places[part]}, sample 0")
-        labels, values = _target(goal, f"{places[part]}: {target}", reading) if goal is not None else (None, None)
-        if goal is None:
-            labels = torch.full((count,), UNKNOWN)
-        parts[part] = _split(count, list(columns.values()), labels, values)
+        labels: Tensor | None = torch.full((count,), UNKNOWN)
+        if goal is not None:
+            labels = _labels(goal, f"{places[part]}: {target}", reading)
+        parts[part] = _split(count, list(columns.values()), goal, labels)
         digests[part] = _digests(path, part, list(columns.values()), by_content=whole <= HASHED_BYTES)
-    if len({split.labels is None for split in parts.values()}) > 1:  # classes in one part, values in another
-        parts = {part: Split(split.count, split.stream) for part, split in parts.items()}
+    if len({split.labels is None for split in parts.values()}) > 1:
+        raise DataError(
+            f"{name}: {target} is whole numbers in some parts and other numbers elsewhere.", "Save it in one type."
+        )
     cut, hashes = cut_parts(parts, digests, seed, name)
     described = tuple(
         Input(one.name, one.shape, one.kind, high[base], one.free) if one.kind == "tokens" else one
@@ -229,22 +231,24 @@ def _tensor(rows: Array) -> Tensor:
     return made[:, None] if rows.ndim == 3 else made
 
 
-def _target(goal: Array, what: str, reading: Reading) -> tuple[Tensor | None, Tensor | None]:
-    """Class numbers, or values. Raises DataError for anything else."""
+def _labels(goal: Array, what: str, reading: Reading) -> Tensor | None:
+    """Class numbers; None for values, which are checked. Raises DataError for anything else."""
     single = goal.ndim == 1 or (goal.ndim == 2 and goal.shape[1] == 1)
     whole = goal.dtype.kind in "iu" and single and reading.targets != "values"
     if whole or reading.targets == "classes" or goal.dtype.kind not in "iufb":
-        return class_numbers(goal, what), None
+        return class_numbers(goal, what)
     if goal.dtype.kind == "f":
         _checked(goal, what)
-        return None, torch.from_numpy(goal.astype(np.float32))
-    return None, torch.from_numpy(goal.astype(np.int64))
+    return None
 
 
-def _split(count: int, columns: Sequence[Array], labels: Tensor | None, values: Tensor | None) -> Split:
+def _split(count: int, columns: Sequence[Array], goal: Array | None, labels: Tensor | None) -> Split:
     def stream(chunks: Sequence[list[int]]) -> Iterator[Batch]:
         for chunk in chunks:
-            yield tuple(_tensor(value[chunk]) for value in columns), None if values is None else values[chunk]
+            target = None
+            if goal is not None and labels is None:
+                target = torch.from_numpy(goal[chunk].astype(np.float32 if goal.dtype.kind == "f" else np.int64))
+            yield tuple(_tensor(value[chunk]) for value in columns), target
 
     return Split(count, stream, labels)
 

@@ -361,7 +361,7 @@ def _moments(train: Split, kinds: Sequence[_Kind]) -> tuple[list[float], list[fl
     shift: Tensor | None = None
     for (cells,), _ in train.stream(blocks(range(len(train)), CHUNK)):
         shift = cells.nanmean(0).nan_to_num(0.0) if shift is None else shift  # keeps the squares small
-        known = cells.isfinite()
+        known = cells.isfinite() & (numbers | (cells >= 0))
         apart = torch.where(known, cells - shift, 0.0)
         count, total, squares = count + known.sum(0), total + apart.sum(0), squares + apart.square().sum(0)
     assert shift is not None
@@ -374,8 +374,16 @@ def _moments(train: Split, kinds: Sequence[_Kind]) -> tuple[list[float], list[fl
 
 
 def _notes(kinds: Sequence[_Kind], missing: Sequence[int], tables: Mapping[Part, _Table]) -> tuple[str, ...]:
-    filled = [f"{kind.name} ({count})" for kind, count in zip(kinds, missing, strict=True) if count]
-    notes = [f"Missing numbers of the training part are its mean: {', '.join(filled)}."] if filled else []
+    notes = []
+    for kind, becomes in (
+        ("number", "become their column's mean"),
+        ("category", "become none of the others"),
+    ):
+        counted = zip(kinds, missing, strict=True)
+        filled = [f"{one.name} ({count})" for one, count in counted if count and one.kind == kind]
+        if filled:
+            what = "numbers" if kind == "number" else "texts"
+            notes.append(f"Missing {what} of the training part {becomes}: {', '.join(filled)}.")
     for part, table in tables.items():
         odd = [f"{one} ({count})" for one, count in table.strange.items()]
         if odd:

@@ -133,7 +133,21 @@ def test_a_flipped_byte_in_a_stored_array_is_found(tmp_path):
         data.load(spec)
 
 
+def test_targets_of_many_numbers_are_read_with_their_samples(tmp_path):
+    places = RNG.integers(0, 4, (50, 6, 5))
+    found = data.load(saved(tmp_path, a=IDS, y=places))
+    rows = {tuple(row): place for row, place in zip(IDS.tolist(), places, strict=True)}
+    for part in data.PARTS:
+        for (given, *_), target in found.batches(part, 7):
+            assert target.dtype == torch.int64
+            np.testing.assert_array_equal(target, [rows[tuple(row)] for row in given.tolist()])
+
+
 BAD = {
+    "a target of two types": (
+        {"a_train": IDS, "y_train": Y, "a_test": IDS + 1, "y_test": Y / 2},
+        "y is whole numbers in",
+    ),
     "not a number": (
         {"a": np.where(np.arange(50)[:, None] == 31, np.nan, IDS)},
         "NaN or infinity in sample 31",

@@ -112,8 +112,8 @@ def test_missing_cells_are_the_mean_or_no_text_and_that_is_said(tmp_path, cell):
             break
     assert float(features[prices.index(0.7), 0]) == 0
     assert float(features[prices.index(0.8), 1:4].sum()) == 0
-    assert "size (1), colour" not in found.notes[0]
-    assert "mean: size (1)" in found.notes[0]
+    assert "numbers of the training part become their column's mean: size (1)." in found.notes[0]
+    assert "texts of the training part become none of the others: colour (1)." in found.notes[1]
     assert features.isfinite().all()
 
 
