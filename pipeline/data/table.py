@@ -31,6 +31,8 @@ FEW = 50
 """Different whole numbers that a target may have to be taken for classes where nobody says so."""
 MISSING = frozenset(("", "?", "na", "n/a", "nan", "null", "none"))
 """Cells that hold nothing, in small letters."""
+MISTYPED = 0.1
+"""Share of cells that are no number, up to which the others of the column show that numbers were meant."""
 FEATURES = "features"
 _DATE = re.compile(r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[./]\d\d?[./]\d{2,4}([T ].*)?|\d\d?:\d\d(:\d\d)?")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -48,6 +50,8 @@ class _Column:
     numbers: bool = True
     whole: bool = True
     dates: int = 0
+    words: int = 0
+    """Cells that are no number."""
     values: dict[str, int] = field(default_factory=dict)
     """Different cells -> how often; of more than `CLASSES`, the first."""
     text: tuple[int, str] = (0, "")
@@ -64,6 +68,7 @@ class _Column:
         if number is None and self.numbers:
             self.numbers, self.text = False, (line, cell)
         self.whole = self.whole and number is not None and _is_whole(cell)
+        self.words += number is None
         self.dates += number is None and _DATE.fullmatch(cell) is not None
 
 
@@ -202,9 +207,8 @@ def _input_kind(file: Path, column: _Column) -> _Kind:
             f"{file}: the column {column.name} holds dates or times, such as {brief(cell)} in line {line}.",
             f"Give numbers in its place, such as day, month or hours passed. {leave}",
         )
-    if len(column.values) > CATEGORIES:
-        numbers = sum(_NUMBER.fullmatch(one) is not None for one in column.values)
-        mistyped = 2 * numbers > len(column.values)
+    mistyped = column.words <= MISTYPED * column.seen
+    if mistyped or len(column.values) > CATEGORIES:
         what = "holds numbers, but" if mistyped else f"holds more than {CATEGORIES} texts, such as"
         raise DataError(
             f"{file}: the column {column.name} {what} {brief(cell)} in line {line}.",

@@ -158,6 +158,7 @@ BAD = {
     "days": ([f"{n + 1}.3.2024,{n}" for n in range(28)], "day,price", "holds dates"),
     "names": ([f"name{n},{n}" for n in range(80)], "who,price", "more than 64 texts"),
     "a typing error": ([*(f"{n},{n}" for n in range(80)), "8O,3"], "size,price", "holds numbers, but '8O' in line 82"),
+    "one among few numbers": ([*(f"{n % 9},{n}" for n in range(80)), "8O,3"], "size,price", "but '8O' in line 82"),
     "infinite": ([*(f"{n},{n}" for n in range(80)), "inf,3"], "size,price", "'inf' in line 82"),
     "beyond float32": (changed(30, "1e60,red,7,1"), HEADER, "line 32: size is '1e60'"),
     "an empty column": ([f"{n},,{n}" for n in range(30)], "a,b,c", "the column b is empty"),
