@@ -319,7 +319,7 @@ def main(arguments: list[str]) -> int:
         return 1
     manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
     if unservable(manifest) and any(path.suffix not in REQUESTS for path in paths):
-        print(unservable(manifest), file=sys.stderr)
+        print(f"{unservable(manifest)}; ask it in .json, .jsonl or .npz files", file=sys.stderr)
         return 1
     warnings.simplefilter("ignore")  # pillow's, of images that are refused below or read all the same
     logging.getLogger("PIL").addHandler(logging.NullHandler())

@@ -262,7 +262,7 @@ def test_a_model_of_texts_says_that_it_takes_no_images(tmp_path):
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
     done, _ = served(bundle, tmp_path / "photos")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "an image alone" in done.stderr
+    assert "an image alone; ask it in .json" in done.stderr
 
 
 def counting(folder, golden):
