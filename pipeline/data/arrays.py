@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foundation.errors import DataError
 from foundation.files import storage_of
-from pipeline.data.assemble import CHUNK, Raw, check_finite, cut_parts, hashes, stored
+from pipeline.data.assemble import Raw, at_once, check_finite, cut_parts, hashes, stored
 from pipeline.data.parts import PARTS, UNKNOWN, Part, Split, blocks
 
 
@@ -31,25 +31,28 @@ def from_arrays(given: Mapping[Part, tuple[Any, Any]], name: str, seed: int, lab
     digests: dict[Part, list[bytes]] = {p: hashes(read[p][0]) for p in PARTS if p in read}
     parts, digests = cut_parts(splits, digests, seed, name)
     channels, height, width = next(iter(shapes))
-    mean, std = _moments(parts["train"])
+    mean, std = _moments(parts["train"], at_once(channels * height * width))
     size = (channels, height, width)
     return Raw(name, parts, digests, labels, size, mean, std, labelled=unlabelled == {False})
 
 
-def _moments(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel, read in blocks; a constant channel, which stays 0, has the deviation 1."""
-    count, shift = 0, None
-    total = squares = torch.zeros((), dtype=torch.float64)
-    for (images,), _ in split.stream(blocks(range(len(split)), CHUNK)):
-        wide = images.double()
-        shift = wide.mean((0, 2, 3), keepdim=True) if shift is None else shift  # keeps the squares small
-        count += wide[:, 0].numel()
-        total = total + (wide - shift).sum((0, 2, 3))
-        squares = squares + (wide - shift).square().sum((0, 2, 3))
-    assert shift is not None
-    spread = ((squares - total.square() / count).clamp_min(0) / max(count - 1, 1)).sqrt()
-    mean = (shift.flatten() + total / count).float()
-    return tuple(mean.tolist()), tuple(value if value > 1e-9 else 1.0 for value in spread.float().tolist())
+def _moments(split: Split, step: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, read in blocks; a constant channel, which stays 0, has the deviation 1.
+
+    `step`: samples that are read at once.
+    """
+    count = 0
+    mean = squares = torch.zeros((), dtype=torch.float64)
+    for (images,), _ in split.stream(blocks(range(len(split)), step)):
+        flat = images.transpose(0, 1).flatten(1)
+        spread, centre = (one.double() for one in torch.var_mean(flat, 1, correction=0))
+        more, apart = flat.shape[1], centre - mean
+        # Of two sets: Chan, Golub and LeVeque 1979, equation 2.1.
+        squares = squares + spread * more + apart.square() * (count * more / (count + more))
+        mean = mean + apart * (more / (count + more))
+        count += more
+    deviation = (squares / max(count - 1, 1)).sqrt().float()
+    return tuple(mean.float().tolist()), tuple(value if value > 1e-9 else 1.0 for value in deviation.tolist())
 
 
 def arrays(x: Any, y: Any, name: str) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,13 @@ CALIBRATION_SHARE = 0.1
 
 
 CHUNK = 1024
-"""Samples of an array that are looked at together: it may lie in a file, and is never read whole."""
+"""Samples of an array that are looked at together at most: it may lie in a file, and is never read whole."""
+_NUMBERS = 1 << 22
+
+
+def at_once(numbers: int) -> int:
+    """Samples of so many numbers each that are looked at together."""
+    return max(1, min(CHUNK, _NUMBERS // max(1, numbers)))
 
 
 @dataclass(frozen=True)
@@ -279,10 +285,11 @@ def check_finite(pixels: Tensor, name: str) -> None:
     """Raise DataError where a sample holds NaN or infinity."""
     if not pixels.is_floating_point():
         return
+    step = at_once(pixels[:1].numel())
     bad = [
         start + place
-        for start in range(0, len(pixels), CHUNK)
-        for place in (~pixels[start : start + CHUNK].float().isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        for start in range(0, len(pixels), step)
+        for place in (~pixels[start : start + step].float().isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     ]
     if bad:
         raise DataError(

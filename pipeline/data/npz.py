@@ -23,7 +23,7 @@ from torch import Tensor
 
 from foundation.errors import DataError, first_line, nearest
 from pipeline.data.arrays import class_numbers, from_arrays
-from pipeline.data.assemble import CHUNK, Raw, cut_parts
+from pipeline.data.assemble import Raw, at_once, cut_parts
 from pipeline.data.folders import HASHED_BYTES
 from pipeline.data.parts import PARTS, UNKNOWN, Array, Batch, Fed, Part, Split
 from pipeline.data.samples import TARGETS, Reading, Shapes
@@ -192,8 +192,9 @@ def _checked(value: Array, what: str) -> int:
             "Give numbers (texts: jsonl:PATH), or name the inputs without it: --set 'data.inputs=[\"...\"]'",
         )
     highest = 0
-    for start in range(0, len(value), CHUNK):
-        block = value[start : start + CHUNK]
+    step = at_once(value[:1].size)
+    for start in range(0, len(value), step):
+        block = value[start : start + step]
         if value.dtype.kind == "f":
             with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
                 good = np.isfinite(block.astype(np.float32)).reshape(len(block), -1).all(1)
