@@ -128,6 +128,10 @@ class Data:
     """Free dimension -> sizes that samples have: the usual one, the smallest, the largest."""
     answer: Callable[[Inputs], Target] | None = field(default=None, repr=False, compare=False)
     """Gives the target of a batch in place of the data's own: what the dense model answers."""
+    names: tuple[str, ...] = ()
+    """Name of each class inside a target that is no single class number: of a label map, of boxes, of tokens."""
+    fit: Literal["cover", "stretch"] = "cover"
+    """How image files come to `image_size`: covering it, the rest cut away, or stretched to it."""
     files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
     """Beside the model a bundle needs these to read raw inputs, by file name: a tokenizer, say."""
 
