@@ -28,6 +28,7 @@ from pipeline.gate import measuring
 from pipeline.models import find as models
 from pipeline.models.dense import dense
 from pipeline.models.source import ModelSource
+from pipeline.models.trial import UnsuitedError
 from pipeline.progress import Progress
 from pipeline.race.entrants import entrants
 from pipeline.recipe import config as recipes
@@ -42,7 +43,7 @@ from pipeline.selection import criteria, schedules
 from pipeline.selection.choose import check_overrides
 from pipeline.stages.order import STAGES
 from pipeline.tasks import find as tasks
-from pipeline.tasks.entry import UnsuitedError, meet
+from pipeline.tasks.entry import meet
 from pipeline.tasks.task import Task
 
 
@@ -132,6 +133,7 @@ def sources(
         target=config.data.target,
         dims=config.data.dims,
         targets=tasks.targets_of(config.task),
+        pad=tasks.pad_of(config.task),
         images=isinstance(model, str) and (":" not in model or model.startswith("timm:")),
     )
     try:

@@ -78,6 +78,7 @@ def deployed(tmp_path_factory) -> Path:
     """A folder with everything that the pages' commands name; two versions of the tiny net, both passed."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copy(TINY, folder / "mynet.py")
+    (folder / "mytask.py").write_text(next(body for body in blocks("python") if "def task():" in body))
     quick = [word for word in QUICK if word not in ("--name", "tiny")]
     for ratio in ("5.0", "4.0"):
         words = ["deploy", "mynet.py:build", *quick, "--name", "resnet50", "--set", f"gate.max_latency_ratio={ratio}"]
@@ -177,7 +178,7 @@ def test_every_make_command_has_its_target_and_runs_what_is_there(line, here):
 def test_the_pages_show_commands_at_all():
     assert len(LEANORT) > 30
     assert len(MAKE) > 20
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 5
 
 
 def test_python_that_deploys(deployed, monkeypatch):
@@ -220,7 +221,7 @@ def test_python_that_shrinks_what_somebody_else_pruned(here):
     assert names["dense"]["blocks.0.conv1.weight"].shape[0] == 32
 
 
-def test_the_fourth_block_of_python_is_the_server_which_the_bundles_tests_run():
+def test_a_block_of_python_is_the_server_which_the_bundles_tests_run():
     assert SERVER in blocks("python")
 
 

@@ -30,14 +30,16 @@ class Score:
     """One way to judge a model's outputs against targets.
 
     `statistics(outputs, target)`: per sample, numbers that add up over samples: (samples, k), finite.
-    `total(sums)`: the score of sums of them, (..., k) -> (...). `share`: it is a share, at most 1, so that what is lost
-    is told in points; of any other score it is told in per cent of what the dense model has. `mean`: it is the mean of
-    the first statistic over samples, so that samples can be told apart by it.
+    `total(sums)`: the score of sums of them, (..., k) -> (...). A score that is no function of sums (average precision
+    ranks the boxes of all images) has `pooled` in its place: its `statistics` are one record per sample, of any kind,
+    and `pooled(records, weights)` is the score of them, each counted as often as its weight says. `share`: it is a
+    share, at most 1, so that what is lost is told in points; of any other score it is told in per cent of what the
+    dense model has. `mean`: it is the mean of the first statistic over samples, so that they can be told apart by it.
     """
 
     name: str
-    statistics: Callable[[Outputs, Any], Tensor]
-    total: Callable[[Array], Array]
+    statistics: Callable[[Outputs, Any], Any]
+    total: Callable[[Array], Array] | None
     share: bool = True
     higher_is_better: bool = True
     mean: bool = False
@@ -45,6 +47,9 @@ class Score:
     """What a model scores that knows nothing of the sample, where that is known: R² of the mean is 0."""
     unit: str = ""
     """Of a score that is no share: how its values are written, "mm" say."""
+    pooled: Callable[[Array, Array], float] | None = None
+    resamples: int = RESAMPLES
+    """How many draws of the samples its interval is read off; fewer where each takes long."""
 
     def words(self, value: float) -> str:
         """A value as people read it: per cent of a share, else the number with its unit."""
@@ -52,7 +57,24 @@ class Score:
 
     def of(self, statistics: Array) -> float:
         """The score of samples with these statistics, (samples, k)."""
+        if self.pooled is not None:
+            return self.pooled(statistics[:, 0], np.ones(len(statistics)))
+        assert self.total is not None
         return float(self.total(statistics.sum(0)))
+
+    def drawn(self, statistics: Array, weights: Array) -> Array:
+        """The scores, (draws,), where each sample counts as often as `weights`, (draws, samples), says."""
+        if self.pooled is not None:
+            return np.array([self.pooled(statistics[:, 0], row) for row in weights])
+        assert self.total is not None
+        return self.total(weights @ statistics)
+
+    def gathered(self, one: Array, other: Array) -> Array:
+        """Statistics that `of` takes for the samples of both: a single row of sums, where they add up."""
+        if self.pooled is not None:
+            return np.concatenate([one, other])
+        sums: Array = (one.sum(0) + other.sum(0))[None]
+        return sums
 
     def lost(self, reference: float, value: float) -> float:
         """What is lost from `reference` to `value`, positive where it is worse: points, or per cent of `reference`."""
@@ -96,8 +118,20 @@ class ScoreReport(BaseModel):
 
 
 def measured(score: Score, outputs: Outputs, target: Any, rows: int) -> Array:
-    """The statistics of one batch, (rows, k) float64. Raises ValidationError where the score gives something else."""
+    """The statistics of one batch, (rows, k) float64, or (rows, 1) records where the score is pooled.
+
+    Raises ValidationError where the score gives something else.
+    """
     found = score.statistics(outputs, target)
+    if score.pooled is not None:
+        if len(found) != rows:
+            raise ValidationError(
+                f"The score {score.name} gave {len(found)} records for {rows} samples.", "It must give one per sample."
+            )
+        records: Array = np.empty((rows, 1), object)
+        for row, record in enumerate(found):  # one by one: numpy would take a record that is a sequence apart
+            records[row, 0] = record
+        return records
     if not isinstance(found, Tensor):
         found = torch.as_tensor(np.asarray(found))
     found = found.detach().double()
@@ -164,7 +198,8 @@ def chance_of_dealing(
     chance = one_sided(differences(score, found, np.concatenate(dealt), seed))
     if score.floor is None:
         return chance
-    above = np.concatenate([score.total(weights @ found) for weights in resampled(len(found), seed)]) - score.floor
+    draws = resampled(len(found), seed, score.resamples)
+    above = np.concatenate([score.drawn(found, weights) for weights in draws]) - score.floor
     return max(chance, one_sided(above if score.higher_is_better else -above))
 
 
@@ -202,11 +237,31 @@ def compared(
     )
 
 
+@dataclass(frozen=True)
+class Worse:
+    """A sample that a second model does worse: its number, and the score of it alone by either model."""
+
+    sample: int
+    dense: float
+    shipped: float
+
+
+def worst(score: Score, dense: ScoreReport, shipped: ScoreReport, most: int) -> list[Worse]:
+    """The samples that lost most of `score`, at most `most`, the largest loss first."""
+    sign = 1.0 if score.higher_is_better else -1.0
+    each = [
+        Worse(row, score.of(dense.statistics[row : row + 1]), score.of(shipped.statistics[row : row + 1]))
+        for row in range(dense.samples)
+    ]
+    lost = [one for one in each if sign * (one.dense - one.shipped) > 0]
+    return sorted(lost, key=lambda one: sign * (one.shipped - one.dense))[:most]
+
+
 def differences(score: Score, dense: Array, shipped: Array, seed: int) -> Array:
     """What is lost from `dense` to `shipped`, (resamples,), each drawn for both alike."""
     found: list[Array] = []
-    for weights in resampled(len(dense), seed):
-        left, right = score.total(weights @ dense), score.total(weights @ shipped)
+    for weights in resampled(len(dense), seed, score.resamples):
+        left, right = score.drawn(dense, weights), score.drawn(shipped, weights)
         worse = (left - right) if score.higher_is_better else (right - left)
         with np.errstate(divide="ignore", invalid="ignore"):
             found.append(100.0 * worse if score.share else np.where(worse == 0, 0.0, 100.0 * worse / np.abs(left)))

@@ -15,6 +15,7 @@ from pipeline.cli.group import EXIT_CODES, OUT, main, plain
 
 if TYPE_CHECKING:
     from pipeline.recipe.policy import Policy
+    from pipeline.report.outcome import Told
     from validators.gates import Measured, Verdict
 
 _POLICY = click.option("--policy", type=click.Path(path_type=Path), help="A TOML file with the limits.")
@@ -145,6 +146,7 @@ def check(a: Path, b: Path, policy: Path | None, report: Path | None, **options:
 
 def _judge_version(out: Path, target: str, limits: Policy | None, report: Path | None) -> int:
     from pipeline.release import checks, judging, records, store
+    from pipeline.report import outcome
 
     folder = store.resolve(out, target)
     if faults := checks.faults(folder):
@@ -153,7 +155,8 @@ def _judge_version(out: Path, target: str, limits: Policy | None, report: Path |
     verdict, notes = judging.judge(checked, limits or own)
     if limits is None and verdict.outcome == "pass" and checked.verdict.outcome != "pass":
         notes = (*notes, f"when it was made, the verdict was {checked.verdict.outcome}: see {folder / 'report.html'}")
-    return _tell(records.read(folder).model, folder.name, verdict, notes, checked.measurements, report)
+    told = outcome.Told(checked.task, checked.scores)
+    return _tell(records.read(folder).model, folder.name, verdict, notes, checked.measurements, report, told)
 
 
 def _judge_files(
@@ -175,6 +178,7 @@ def _judge_files(
     from pipeline.recipe.config import checked
     from pipeline.recipe.policy import GateSection
     from pipeline.recipe.task import TaskSection
+    from pipeline.report import outcome
     from pipeline.tasks import find as tasks
 
     foreign.existing((*files.values(), *([equal] if equal else []), *options["inputs"]))
@@ -196,7 +200,7 @@ def _judge_files(
     wanted = size(options["input_size"])
     section = TaskSection(name=options["task"])
     tasks.check(section)
-    reading = Reading(targets=tasks.targets_of(section))
+    reading = Reading(targets=tasks.targets_of(section), pad=tasks.pad_of(section))
     data = datasets.load(options["data"], input_size=wanted, reading=reading) if options["data"] else None
     made = foreign.judge_files(
         cfg,
@@ -209,7 +213,8 @@ def _judge_files(
         section=section,
         report=report,
     )
-    return _tell(subject, "", made.verdict, made.notes, made.measurements, report)
+    told = outcome.Told(made.task, made.scores)
+    return _tell(subject, "", made.verdict, made.notes, made.measurements, report, told)
 
 
 def _tell(
@@ -219,6 +224,7 @@ def _tell(
     notes: Sequence[str],
     found: Mapping[str, Measured | None],
     report: Path | None,
+    told: Told,
 ) -> int:
     """Print the verdict, write what CI reads, return the exit code."""
     from pipeline.gate.policy import name_of
@@ -244,6 +250,6 @@ def _tell(
     for line in (*outcome.reasons(verdict, made), *(f"Note: {note}" for note in notes)):
         console.print(f"  {plain(line)}", highlight=False, soft_wrap=True)
     if report is not None:
-        outcome.write(report, model, version, verdict, notes, found)
+        outcome.write(report, model, version, verdict, notes, found, told)
     outcome.append_step_summary(outcome.summary(model, version, verdict, notes))
     return EXIT_CODES[verdict.outcome]

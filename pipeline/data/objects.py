@@ -114,6 +114,8 @@ def _is_images(value: Any) -> bool:
     x = value[0] if _is_arrays(value) else value
     if not isinstance(x, Tensor | np.ndarray):
         return False
+    if _is_arrays(value) and value[1].ndim > 1 and tuple(value[1].shape[1:]) != (1,):  # no class number each
+        return False
     whole = str(x.dtype).removeprefix("torch.") not in ("uint8", "float16", "float32", "float64")
     return x.ndim == 4 or (x.ndim == 3 and not (whole and _is_arrays(value) and value[1].ndim > 1)) or x.ndim > 4
 
@@ -206,7 +208,7 @@ class _Samples(Dataset[Any]):
     def batch(self, samples: list[Any]) -> Batch:
         """Samples as a batch, by the user's own collate or by ours."""
         if self.collate is None:
-            return batched(samples)
+            return batched(samples, self.parting.reading.pad)
         place = f"{self.place(samples[0][0])} and {len(samples) - 1} others"
         with user_code(f"{place}: the collate", DataError):
             made = self.collate([sample for _, sample in samples])

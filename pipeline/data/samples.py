@@ -37,7 +37,8 @@ class Reading:
     `inputs`, `target`: entries of a mapping; None: the target is the first of `TARGETS` that there is, and everything
     else is an input. `dims`: input -> the names of its dimensions, the batch first; a number is a fixed size.
     `targets`: whether whole numbers are classes ("auto": where they can be), or values. `images`: a matrix of floats is
-    an image of one channel. `collate`: makes a batch of samples, in place of stacking.
+    an image of one channel. `collate`: makes a batch of samples, in place of stacking. `pad`: what whole numbers as
+    targets are filled up with where they differ in size; None: such targets stay a list.
     """
 
     inputs: tuple[str, ...] | None = None
@@ -46,6 +47,7 @@ class Reading:
     targets: Literal["auto", "classes", "values"] = "auto"
     images: bool = False
     collate: Callable[[list[Any]], Any] | None = None
+    pad: int | None = None
 
 
 class Parting:
@@ -360,11 +362,13 @@ def _usual(seen: Sequence[int]) -> int:
     return primes[-1] if primes and longest <= 4096 else longest
 
 
-def batched(samples: Sequence[Sample]) -> Sample:
-    """Samples as one batch: inputs of unequal length filled up with zeros, targets that differ in shape as a list."""
+def batched(samples: Sequence[Sample], pad: int | None = None) -> Sample:
+    """Samples as one batch: inputs of unequal length filled up with zeros, whole targets with `pad`; without one, and
+    of any other kind, targets that differ in shape stay a list.
+    """
     columns = zip(*(inputs for inputs, _ in samples), strict=True)
     targets = [target for _, target in samples]
-    return tuple(_stacked(column) for column in columns), None if targets[0] is None else collated(targets)
+    return tuple(_stacked(column) for column in columns), None if targets[0] is None else collated(targets, pad)
 
 
 def _stacked(column: Sequence[Tensor]) -> Tensor:
@@ -374,22 +378,35 @@ def _stacked(column: Sequence[Tensor]) -> Tensor:
         return torch.stack(made)
     if all(one.shape[1:] == first.shape[1:] for one in column):
         return pad_sequence(made, batch_first=True)
-    widest = [max(one.shape[place] for one in column) for place in range(first.dim())]
-    filled = made[0].new_zeros((len(made), *widest))
-    for row, one in zip(filled, made, strict=True):
+    return _filled(made, 0)
+
+
+def _filled(tensors: Sequence[Tensor], value: int) -> Tensor:
+    """Tensors of one number of dimensions as one, each at the beginning of its row, the rest `value`."""
+    first = tensors[0]
+    widest = [max(one.shape[place] for one in tensors) for place in range(first.dim())]
+    filled = first.new_full((len(tensors), *widest), value)
+    for row, one in zip(filled, tensors, strict=True):
         row[tuple(slice(0, size) for size in one.shape)] = one
     return filled
 
 
-def collated(targets: Sequence[Target]) -> Target:
-    """Targets of samples as one: tensors stacked where they have one shape, otherwise a list with one entry each."""
+def collated(targets: Sequence[Target], pad: int | None = None) -> Target:
+    """Targets of samples as one: tensors stacked where they have one shape, whole numbers filled up with `pad` to one,
+    otherwise a list with one entry each.
+    """
     first = targets[0]
     if isinstance(first, Mapping):
-        return {key: collated([one[key] for one in targets]) for key in first}
+        return {key: collated([one[key] for one in targets], pad) for key in first}
     if isinstance(first, tuple):
-        return tuple(collated([one[place] for one in targets]) for place in range(len(first)))
-    if isinstance(first, Tensor) and all(isinstance(one, Tensor) and one.shape == first.shape for one in targets):
-        return torch.stack(list(targets))
+        return tuple(collated([one[place] for one in targets], pad) for place in range(len(first)))
+    if isinstance(first, Tensor) and all(isinstance(one, Tensor) for one in targets):
+        if all(one.shape == first.shape for one in targets):
+            return torch.stack(list(targets))
+        # An empty list has no type; as a sequence it is as good as one of whole numbers.
+        whole = all(not one.is_floating_point() or not one.numel() for one in targets)
+        if pad is not None and whole and first.dim() and all(one.dim() == first.dim() for one in targets):
+            return _filled([one.long() for one in targets], pad)
     return list(targets)
 
 

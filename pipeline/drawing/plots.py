@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts.eager import Sparsity
 from pipeline.training.history import Epoch
+from validators.runners import Array
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +45,23 @@ def history_plot(history: Sequence[Epoch], best_epoch: int, path: Path, score: s
         if best_epoch:
             axes.axvline(best_epoch, linestyle=":", color="grey", label="kept")
         axes.legend()
+    save(figure, path)
+
+
+def scatter_plot(predicted: Mapping[str, Array], path: Path) -> None:
+    """Draw what "dense" and "shipped" predict over the "truth", each (points,)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    truth = predicted["truth"]
+    ends = (float(truth.min()), float(truth.max()))
+    axes.plot(ends, ends, color="grey", linewidth=1)
+    for name, marker in (("dense", "o"), ("shipped", "x")):
+        if name in predicted:
+            axes.scatter(truth, predicted[name], s=10, marker=marker, alpha=0.6, linewidths=0.8, label=name)
+    axes.set(xlabel="truth", ylabel="predicted")
+    axes.legend()
     save(figure, path)
 
 

@@ -27,6 +27,7 @@ from validators.feeds import BATCHES, Feed, real_feeds
 from validators.gates import Measured, Verdict
 from validators.parity import compare
 from validators.runners import Array, InputSpec, OrtRunner
+from validators.scores_lost import ScoreLost
 from validators.trials import plan, suited
 
 REPRO = "repro.zip"
@@ -57,6 +58,8 @@ class Judgement:
     verdict: Verdict
     notes: tuple[str, ...]
     measurements: Mapping[str, Measured | None]
+    task: str = ""
+    scores: tuple[ScoreLost, ...] = ()
 
 
 def existing(files: Iterable[Path]) -> None:
@@ -135,7 +138,8 @@ def judge_files(
         given=rules,
         crashed=crashed,
     )
-    return Judgement(verdict, (*left, *notes), measurements)
+    what = "" if data is None else "classification" if task is None else task.name
+    return Judgement(verdict, (*left, *notes), measurements, what, findings.scores.get("dense", ()))
 
 
 def judged_by(task: Task | None, data: Data | None) -> policy.Judged:

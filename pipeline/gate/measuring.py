@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from exporters.summary import describe
 from exporters.to_ort import session_of
@@ -28,6 +29,7 @@ from pipeline.models.feeding import answers_of
 from pipeline.models.from_code import load_callable
 from pipeline.progress import Progress
 from pipeline.recipe.policy import GateSection, Policy
+from pipeline.tasks.pictures import compared as drawn
 from pipeline.tasks.task import Task
 from validators.accuracy import (
     AccuracyComparison,
@@ -48,11 +50,15 @@ from validators.gates import Measured
 from validators.latency import Bound, LatencyReport, race
 from validators.macs import count_macs
 from validators.runners import Array, OrtRunner
-from validators.scores import chance_of_dealing, compared, run
+from validators.scores import Worse, chance_of_dealing, compared, run, worst
 from validators.scores_lost import ScoreLost
 from validators.structure import StructureReport, measure
 
 EVALUATION_BATCH = 64
+PICTURES = 24
+"""Test samples that got worse, at most, as a report shows them."""
+PREDICTED = 2000
+"""Predicted numbers, at most, that a report shows over the true ones."""
 COSINE_SAMPLES = 1000
 """Of the test part, for the cosine of the outputs with the dense ones; answers are compared on all of it."""
 _SIMILARITIES = ("cosine", "spearman")
@@ -101,6 +107,10 @@ class Findings:
     measurements: dict[str, Measured | None] = field(default_factory=dict)
     crashed: Mapping[str, str] = field(default_factory=dict)
     labelled: bool = True
+    worse: Mapping[int, tuple[Worse, Image.Image]] = field(default_factory=dict)
+    """Test samples that lost most of the task's score against the dense model, as the task draws them."""
+    predicted: Mapping[str, Array] = field(default_factory=dict)
+    """Of a task whose outputs are numbers, what is true ("truth") and what each model gives, of some test samples."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -181,15 +191,18 @@ def contest(
     accuracy: dict[str, AccuracyComparison] = {}
     similarities: dict[str, Similarity] = {}
     scores: dict[str, tuple[ScoreLost, ...]] = {}
+    worse: dict[int, tuple[Worse, Image.Image]] = {}
+    predicted: dict[str, Array] = {}
     latency: LatencyReport | None = None
     structure: dict[str, StructureReport] = {}
     if runners.keys() == files.keys():  # else nothing that compares them can be told
         if data is not None:
             with crashed.noted("score" if task is not None and not task.classes else "accuracy"):
                 if task is not None and not task.classes:
-                    lost, judged = _scored(cfg, runners, data, task, progress)
+                    lost, judged, worse = _scored(cfg, runners, data, task, progress)
                     found |= judged
                     scores |= lost
+                    predicted = _predicted(runners, data, task)
                 else:
                     main = None if task is None else task.reads[0]
                     data = _with_labels(data, runners, progress)
@@ -219,7 +232,7 @@ def contest(
             if name != "shipped":
                 found |= against(costs["shipped"], costs[name], name)
     labelled = data is None or data.labelled
-    return Findings(latency, structure, accuracy, similarities, scores, found, crashed, labelled)
+    return Findings(latency, structure, accuracy, similarities, scores, found, crashed, labelled, worse, predicted)
 
 
 def _answered(
@@ -262,8 +275,10 @@ def _as_score(found: AccuracyComparison) -> ScoreLost:
 
 def _scored(
     cfg: GateSection, runners: Mapping[str, OrtRunner], data: Data, task: Task, progress: Progress
-) -> tuple[dict[str, tuple[ScoreLost, ...]], dict[str, Measured | None]]:
-    """The task's scores of "shipped" against each other model, and what a policy can limit of them."""
+) -> tuple[dict[str, tuple[ScoreLost, ...]], dict[str, Measured | None], dict[int, tuple[Worse, Image.Image]]]:
+    """The task's scores of "shipped" against each other model, what a policy can limit of them, and the samples that
+    lost most against "dense".
+    """
     if task.taught and data.answer is None:
         if "dense" not in runners:
             raise ValidationError(f"{data.name} has no labels, and there is no model to be like.")
@@ -286,7 +301,29 @@ def _scored(
             chance_of_dealing(runners["dense"], data.feeds("test", batch), task.score, seed=cfg.seed)
         )
         found[policy.COSINE] = _cosine(runners, data, task.reads[0])
-    return lost, found
+    worse: dict[int, tuple[Worse, Image.Image]] = {}
+    if "dense" in runners and task.drawn is not None:
+        most = worst(task.score, reports["dense"][task.score.name], own[task.score.name], PICTURES)
+        dense, shipped = (answers_of(runners[name]) for name in ("dense", "shipped"))
+        pictures = drawn(data, [one.sample for one in most], dense, shipped, task.drawn)
+        worse = {one.sample: (one, pictures[one.sample]) for one in most}
+    return lost, found, worse
+
+
+def _predicted(runners: Mapping[str, OrtRunner], data: Data, task: Task) -> dict[str, Array]:
+    """`Findings.predicted`: `PREDICTED` numbers at most, evenly spaced over the test part."""
+    found: dict[str, list[Array]] = {}
+    if task.numbers is None:
+        return {}
+    models = {name: answers_of(runner) for name, runner in runners.items()}
+    for inputs, target in data.some("test", PREDICTED).batches("test", EVALUATION_BATCH):
+        for name, model in models.items():
+            given, true = task.numbers(model(*inputs), target)
+            found.setdefault(name, []).append(given.numpy().ravel())
+        found.setdefault("truth", []).append(true.numpy().ravel())
+    every = {name: np.concatenate(parts) for name, parts in found.items()}
+    step = -(-len(every["truth"]) // PREDICTED)
+    return {name: values[::step] for name, values in every.items()}
 
 
 def _with_labels(data: Data, runners: Mapping[str, OrtRunner], progress: Progress) -> Data:

@@ -96,6 +96,15 @@ def bound(model: nn.Module, args: int, kwargs: Sequence[str], spec: str) -> tupl
     return tuple(by_position[number] if number < len(by_position) else f"input_{number}" for number in range(args))
 
 
+def refuse_lists_of_results(out: object, name: str) -> None:
+    """Raise ModelError where a model returned one mapping per sample, as detectors do in eval mode."""
+    if isinstance(out, list) and out and isinstance(out[0], dict):
+        raise ModelError(
+            f"{name} returns one dict per sample, as detectors do: how many results it gives depends on the data.",
+            "Give a model whose outputs are tensors (batch, ...), such as the raw outputs of the detector's heads.",
+        )
+
+
 def named(out: object) -> dict[str, Tensor]:
     """Every tensor in what a model returned, by name, in the order in which torch.export lists them.
 
@@ -103,6 +112,7 @@ def named(out: object) -> dict[str, Tensor]:
     dataclass as they are called there; what lies deeper has its path. What is no tensor is left out.
     Raises ModelError where there is none.
     """
+    refuse_lists_of_results(out, "The model")
     found: dict[str, Tensor] = {}
     _gather(out, "", found, set())
     if not found:

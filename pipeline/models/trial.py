@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from foundation.errors import ModelError, first_line
+from pipeline.models.calling import refuse_lists_of_results
 
 _NESTED = 100
 """Lists within lists that an output is looked for in; more is one that holds itself."""
 
 
-def check(model: nn.Module, inputs: tuple[Tensor, ...], classes: int | None = None, name: str = "The model") -> Tensor:
-    """Run `model` once and return its first output; `classes` is how many the data has.
+class UnsuitedError(ModelError):
+    """The model fails on such inputs; another view of the data may do."""
 
-    Raises ModelError, naming the shape, if the model does not take these inputs, gives no tensor, or has fewer outputs
-    than the data has classes.
+
+def run(model: nn.Module, inputs: tuple[Tensor, ...], name: str, hint: str = "") -> Any:
+    """What `model`, in eval mode, returns for `inputs`.
+
+    Raises UnsuitedError, naming the shapes and what to do (`hint`), where it fails.
     """
     shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in inputs)
     was_training = model.training
@@ -25,18 +31,27 @@ def check(model: nn.Module, inputs: tuple[Tensor, ...], classes: int | None = No
             out = model(*inputs)
     except KeyboardInterrupt:
         raise
+    except ModelError:
+        raise
     except BaseException as error:  # a forward pass that calls sys.exit, too
         reason = first_line(error)
-        raise ModelError(
-            f"{name} does not take input of shape {shapes}: {reason[:200]}", "Set data.input_size to one that it takes."
+        raise UnsuitedError(
+            f"{name} does not take input of shape {shapes}: {reason[:200]}",
+            hint or "Set data.input_size to one that it takes.",
         ) from error
     finally:
         model.train(was_training)
-    if isinstance(out, list) and out and isinstance(out[0], dict):
-        raise ModelError(
-            f"{name} returns one dict per sample, as detectors do: how many results it gives depends on the data.",
-            "Give a model whose output is one tensor of logits (batch, classes), such as the detector's backbone.",
-        )
+    return out
+
+
+def check(model: nn.Module, inputs: tuple[Tensor, ...], classes: int | None = None, name: str = "The model") -> Tensor:
+    """Run `model` once and return its first output; `classes` is how many the data has.
+
+    Raises ModelError, naming the shape, if the model does not take these inputs, gives no tensor, or has fewer outputs
+    than the data has classes.
+    """
+    out = run(model, inputs, name)
+    refuse_lists_of_results(out, name)
     for _ in range(_NESTED):
         if isinstance(out, Tensor):
             break

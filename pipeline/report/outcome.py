@@ -18,6 +18,7 @@ from pipeline.gate.policy import finite
 from pipeline.report.figures import significant
 from pipeline.report.templating import markdown
 from validators.gates import Check, Measured, Outcome, Verdict
+from validators.scores_lost import ScoreLost
 
 MARKDOWN, JUNIT, VERDICT = "report.md", "junit.xml", "verdict.json"
 SCHEMA = Path(__file__).parent / "schemas" / "verdict.schema.json"
@@ -25,11 +26,24 @@ EXIT_CODES: Mapping[Outcome, int] = {"pass": 0, "fail": 1, "inconclusive": 4}
 _BOUNDS = {"<=": "at most", "<": "less than", ">=": "at least", ">": "more than", "==": "exactly"}
 
 
+FORMAT = 2
+"""Of verdict.json."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a model is for, and its scores of dense and shipped."""
+
+    task: str
+    scores: tuple[ScoreLost, ...]
+
+
 class VerdictFile(BaseModel):
     """verdict.json: one judgement of one model. A number that was not measured, or is not finite, is null."""
 
     model_config = ConfigDict(extra="forbid")
 
+    format: int = Field(FORMAT, description="of this file; 1 had no task and no scores")
     model: str = Field(description="the model's name, or the path of an ONNX file")
     version: str = Field(description="the version's folder; empty for a file from elsewhere")
     outcome: Outcome
@@ -37,6 +51,10 @@ class VerdictFile(BaseModel):
     reasons: tuple[str, ...] = Field(description="one line for each required limit that did not pass")
     checks: tuple[Check, ...]
     notes: tuple[str, ...] = Field(description="limits that were not judged, and what disturbed the measurement")
+    task: str = Field("", description="what the model is for; empty where no data was given")
+    scores: tuple[ScoreLost, ...] = Field(
+        (), description="scores of dense and shipped on the test part, first the one that is gated"
+    )
     measurements: dict[str, Measured | None] = Field(description="all that was measured, by the names that limits use")
 
 
@@ -94,6 +112,7 @@ def verdict_json(
     verdict: Verdict,
     notes: Sequence[str] = (),
     measurements: Mapping[str, Measured | None] | None = None,
+    told: Told | None = None,
 ) -> str:
     """verdict.json; a figure that is not finite becomes null, which every parser can read."""
     made = VerdictFile(
@@ -104,6 +123,8 @@ def verdict_json(
         reasons=verdict.reasons,
         checks=verdict.checks,
         notes=tuple(notes),
+        task=told.task if told else "",
+        scores=told.scores if told else (),
         measurements={key: finite(value) for key, value in (measurements or {}).items()},
     )
     return made.model_dump_json(indent=2) + "\n"
@@ -129,12 +150,18 @@ def summary(model: str, version: str, verdict: Verdict, notes: Sequence[str] = (
 
 
 def write(
-    folder: Path, model: str, version: str, verdict: Verdict, notes: Sequence[str], found: Mapping[str, Measured | None]
+    folder: Path,
+    model: str,
+    version: str,
+    verdict: Verdict,
+    notes: Sequence[str],
+    found: Mapping[str, Measured | None],
+    told: Told | None = None,
 ) -> None:
     """Write verdict.json, junit.xml and report.md into `folder`. Raises StoreError where that cannot be."""
     checks = [judged(check) for check in verdict.checks]
     texts = {
-        VERDICT: verdict_json(model, version, verdict, notes, found),
+        VERDICT: verdict_json(model, version, verdict, notes, found, told),
         JUNIT: junit(model, version, checks, datetime.now(UTC)),
         MARKDOWN: summary(model, version, verdict, notes),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pipeline.artifacts.race import Candidate, CandidateLatency, Optimized
 from pipeline.artifacts.verdict import Validated
 from pipeline.release.records import Manifest
 from pipeline.report.figures import duration, grouped, milliseconds, percent, points, ratio, significant
-from pipeline.report.outcome import JUNIT, MARKDOWN, VERDICT, judged, junit, reasons, verdict_json
+from pipeline.report.outcome import JUNIT, MARKDOWN, VERDICT, Told, judged, junit, reasons, verdict_json
 from pipeline.report.templating import markdown, page
 from validators.accuracy import AccuracyComparison
 from validators.latency import LatencyReport
@@ -142,7 +143,14 @@ def write(folder: Path, manifest: Manifest, artifacts: Sequence[Artifact]) -> No
         HTML: page().get_template("report.html.j2").render(context),
         MARKDOWN: markdown_summary(manifest, artifacts),
         JUNIT: junit(manifest.model, manifest.version, context["checks"], manifest.created),
-        VERDICT: verdict_json(manifest.model, manifest.version, checked.verdict, checked.notes, checked.measurements),
+        VERDICT: verdict_json(
+            manifest.model,
+            manifest.version,
+            checked.verdict,
+            checked.notes,
+            checked.measurements,
+            Told(checked.task, checked.scores),
+        ),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -175,6 +183,8 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
         "race": _race(optimized.candidates),
         "latencies": _latencies(named["validated"].folder),
         **_accuracy(named["validated"].folder),
+        **_worse(named["validated"]),
+        "scatter": _base64(named["validated"].folder / "predicted.png"),
         "plots": _plots(finetuned.folder / HISTORY, finetuned.best_epoch),
         "seconds": sum(record.seconds for record in manifest.stages if record.stage not in manifest.reused),
     }
@@ -310,6 +320,26 @@ def _accuracy(folder: Path) -> dict[str, Any]:
         for flip in found.flipped[:FLIPS]
     )
     return {"classes": classes, "flips": flips, "flip_counts": (found.lost, found.gained), "p_value": found.p_value}
+
+
+def _worse(validated: Validated) -> dict[str, Any]:
+    """Samples that lost most of a score that is no accuracy, as far as the task draws them."""
+    path = validated.folder / "worse.json"
+    if not path.is_file() or not validated.scores:
+        return {"worse": (), "panels": ""}
+    found, score = json.loads(path.read_text(encoding="utf-8")), validated.scores[0]
+    worse = tuple(
+        Flipped(
+            sample=one["sample"],
+            label="",
+            dense=score.words(one["dense"]),
+            shipped=score.words(one["shipped"]),
+            lost=True,
+            picture=_base64(validated.folder / "worse" / f"{one['sample']}.png"),
+        )
+        for one in found["samples"]
+    )
+    return {"worse": worse, "panels": found["panels"]}
 
 
 def _called(label: int, confidence: float | None) -> str:

@@ -143,11 +143,14 @@ def _facts(measured: Measured) -> CurveFacts:
 
 
 def _removed(analysis: Analysis, chosen: Masks) -> Removed:
-    """Which groups the masks take whole: the first producer's slices are all masked."""
+    """Which groups the masks take whole: the first producer's slices are all masked.
+
+    An embedding's table alone has no producer: its columns are masked as a reader's are.
+    """
     removed: Removed = {}
     for cluster in analysis.clusters:
         gone = np.zeros(cluster.size, dtype=bool)
-        name, dim = cluster.producers[0]
+        name, dim = (*cluster.producers, *cluster.readers)[0]
         if name in chosen:
             alive = (
                 chosen[name].movedim(dim, 0).flatten(1).any(1).numpy()

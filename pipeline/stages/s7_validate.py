@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.artifacts.eager import Baseline, Folded
@@ -10,6 +11,7 @@ from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.artifacts.race import Optimized
 from pipeline.artifacts.verdict import Promoted, Validated
 from pipeline.data.parts import Data
+from pipeline.drawing.plots import scatter_plot
 from pipeline.gate import measuring, policy
 from pipeline.gate.chain import chain_feeds, divergence, hop_of, last_hop, open_chain, precision_loss
 from pipeline.models.source import ModelSource
@@ -24,6 +26,10 @@ FLIPPED = "flipped"
 PICTURES = 24
 CAME_PRUNED = 0.02
 """Share of channels that are wholly zero, beyond which a checkpoint counts as pruned: some die in any training."""
+# Test samples that lost most of another score: pictures, and beside them what either model scores on each.
+WORSE = "worse"
+# Predicted numbers over the true ones.
+SCATTER = "predicted.png"
 
 
 def run(
@@ -113,6 +119,14 @@ def run(
     for sample, picture in pictures.items():
         (out / FLIPPED).mkdir(exist_ok=True)
         picture.save(out / FLIPPED / f"{sample}.png")
+    if found.worse:
+        (out / WORSE).mkdir()
+        for sample, (_, picture) in found.worse.items():
+            picture.save(out / WORSE / f"{sample}.png")
+        told = {"panels": task.panels, "samples": [asdict(one) for one, _ in found.worse.values()]}
+        (out / f"{WORSE}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    if found.predicted:
+        scatter_plot(found.predicted, out / SCATTER)
     agreed, alike = (measurements.get(key) for key in (policy.AGREEMENT, policy.COSINE))
     right = accuracy if data.labelled else None
     scores = found.scores.get("dense", ()) if data.labelled or task.taught else ()

@@ -19,6 +19,7 @@ from pipeline.data.parts import Data, Inputs
 from pipeline.models.calling import Call, bound, flattened, named
 from pipeline.models.named_inputs import NamedInputs
 from pipeline.models.source import Input, ModelSource
+from pipeline.models.trial import run
 from pipeline.recipe.data import DataSection
 from pipeline.recipe.task import TaskSection
 from pipeline.tasks import find
@@ -28,10 +29,6 @@ BATCH = 2
 """Samples of the batch that is tried; a batch of one hides what a model does with several."""
 SINGLE = "input"
 """Name of a model's only input where the data gives none."""
-
-
-class UnsuitedError(ModelError):
-    """The model does not take what the data gives; another view of the data may do."""
 
 
 def meet(source: ModelSource, data: Data, cfg: DataSection, wanted: TaskSection) -> tuple[ModelSource, Data, Task]:
@@ -93,21 +90,8 @@ def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSour
 
 
 def _run(source: ModelSource, batch: Inputs) -> dict[str, Tensor]:
-    """The model's outputs for one real batch, by name. Raises `UnsuitedError` where it fails."""
-    model = source.build()
-    shapes = ", ".join("x".join(map(str, one.shape)) for one in batch)
-    try:
-        with torch.no_grad():
-            out = model(*batch)
-    except KeyboardInterrupt:
-        raise
-    except ModelError:
-        raise
-    except BaseException as error:  # a forward pass that calls sys.exit, too
-        raise UnsuitedError(
-            f"{source.spec} does not take input of shape {shapes}: {first_line(error)[:200]}", _hint(source.inputs)
-        ) from error
-    return named(out)
+    """The model's outputs for one real batch, by name. Raises UnsuitedError where it fails."""
+    return named(run(source.build(), batch, source.spec, _hint(source.inputs)))
 
 
 def _hint(inputs: tuple[Input, ...]) -> str:

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from foundation.errors import ConfigError, DataError, ModelError, nearest
+from foundation.errors import ConfigError, DataError, Explained, ModelError, first_line, nearest
 from pipeline.data.parts import Data, Target
 from pipeline.data.samples import leaves_of
 from pipeline.models.calling import ONLY, Outputs
 from pipeline.recipe.task import TaskSection
-from pipeline.tasks import classification, distil, own, regression
+from pipeline.tasks import classification, ctc, distil, multilabel, own, regression, segmentation, tokens
+from pipeline.tasks.places import IGNORED
 from pipeline.tasks.task import Task
 
 Made = Callable[[str, str], Task]
@@ -23,6 +24,10 @@ Made = Callable[[str, str], Task]
 TASKS: dict[str, Made] = {
     "classification": classification.task,
     "text-classification": classification.task,
+    "multilabel": multilabel.task,
+    "segmentation": segmentation.task,
+    "token-classification": tokens.task,
+    "ctc": ctc.task,
     "regression": regression.task,
 }
 """Tasks with labels, by name."""
@@ -37,6 +42,11 @@ def names() -> tuple[str, ...]:
 
 def check(cfg: TaskSection) -> None:
     """Raise ConfigError for a name that is no task; cheap, so that a run can ask before it spends anything."""
+    if cfg.name == "detection":
+        raise ConfigError(
+            "task.name: detection has no loss of its own, since every detector has another.",
+            "Give --set task.name=path/to/file.py:callable that returns loss and boxes (docs/tasks.md).",
+        )
     if cfg.name != "auto" and ":" not in cfg.name and cfg.name not in names():
         raise ConfigError(
             f"task.name: there is no task {cfg.name!r}.",
@@ -49,6 +59,13 @@ def targets_of(cfg: TaskSection) -> Literal["auto", "classes", "values"]:
     if cfg.name in classification.NAMES:
         return "classes"
     return "auto" if cfg.name in ("auto", *UNLABELLED) else "values"
+
+
+def pad_of(cfg: TaskSection) -> int | None:
+    """What fills up targets that differ in size, where the task is built in; own ones get them as they are."""
+    if ":" in cfg.name:
+        return None
+    return ctc.PADDING if cfg.name == "ctc" else IGNORED
 
 
 def choose(cfg: TaskSection, data: Data, outputs: Outputs, target: Target, spec: str, *, image: bool) -> Task:
@@ -72,8 +89,7 @@ def choose(cfg: TaskSection, data: Data, outputs: Outputs, target: Target, spec:
     if name in classification.NAMES:
         main = _logits(cfg, data, outputs, rows, spec)
         return replace(TASKS[name](name, main), name=name)
-    main = cfg.output or _only(outputs, spec)
-    _named(main, outputs, spec)
+    main = _judged(cfg, name, outputs, target, spec)
     return _tried(TASKS[name](name, main), data, outputs, target)
 
 
@@ -83,33 +99,55 @@ def _auto(cfg: TaskSection, data: Data, outputs: Outputs, target: Target, spec: 
         return "classification" if image and logits and not data.made_up else "distil"
     if data.classes is not None:
         return "classification"
-    for name, fits in _SHOWN.items():
-        if fits(outputs, target, rows):
-            return name
-    if isinstance(target, Tensor) and target.is_floating_point():
-        given = ", ".join(f"{key} {_shape(value)}" for key, value in outputs.items())
+    found = _fitting(outputs, target)
+    if "multilabel" in found:  # two samples of numbers, or of counts, may be 0 and 1 by chance
+        many = next(data.some("train", LOOKED_AT).batches("train", LOOKED_AT))[1]
+        flags = isinstance(many, Tensor) and bool(((many == 0) | (many == 1)).all())
+        found = [name for name in found if name != ("regression" if flags else "multilabel")]
+    if len(found) == 1 and found[0] in _SHOWN:
+        return found[0]
+    if found:
         raise DataError(
-            f"{data.name} has {target.numel() // rows} numbers per sample as targets; {spec} gives {given}.",
+            f"{data.name} has targets like {_shown(target)}, and {spec} gives {_given(outputs)}: that may be "
+            f"{' or '.join(found)}.",
+            f"Name the task: --set task.name={found[0]}",
+        )
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise DataError(
+            f"{data.name} has {target.numel() // rows} numbers per sample as targets; {spec} gives {_given(outputs)}.",
             "Use a model that gives as many numbers as a target has, or name the task: --set task.name=NAME",
         )
-    shown = " and ".join(sorted({_shape(one) for one in leaves_of(target)}))
-    given = ", ".join(f"{key} {_shape(value)}" for key, value in outputs.items())
     raise DataError(
-        f"No task is known for targets like {shown} and outputs like {given}.",
+        f"No task is known for targets like {_shown(target)} and outputs like {_given(outputs)}.",
         f"Name one: --set task.name=NAME, of {', '.join(names())}, or a file.py:callable of your own (docs/tasks.md).",
     )
 
 
-def _regression(outputs: Outputs, target: Target, rows: int) -> bool:
-    return (
-        isinstance(target, Tensor)
-        and (target.is_floating_point() or target.dim() == 1)
-        and any(value.is_floating_point() and value.numel() == target.numel() for value in outputs.values())
-    )
+FITS: dict[str, Callable[[Tensor, Target], bool]] = {
+    "multilabel": multilabel.fits,
+    "segmentation": segmentation.fits,
+    "token-classification": tokens.fits,
+    "ctc": ctc.fits,
+    "regression": regression.fits,
+}
+"""Task -> whether an output can be what it judges for a batch's targets, as far as shapes and values tell."""
+_SHOWN = ("multilabel", "segmentation", "token-classification", "regression")
+"""Tasks that need no name where no other fits. What looks like symbols of ctc may be something else: it is named."""
+LOOKED_AT = 64
+"""Samples whose targets are looked at where two do not tell."""
 
 
-_SHOWN: dict[str, Callable[[Outputs, Target, int], bool]] = {"regression": _regression}
-"""Tasks that targets and outputs show, the more particular first."""
+def _fitting(outputs: Outputs, target: Target) -> list[str]:
+    """Every task that some output fits."""
+    return [name for name, fits in FITS.items() if any(fits(value, target) for value in outputs.values())]
+
+
+def _given(outputs: Outputs) -> str:
+    return ", ".join(f"{name} {_shape(value)}" for name, value in outputs.items())
+
+
+def _shown(target: Target) -> str:
+    return " and ".join(sorted({_shape(one) for one in leaves_of(target)}))
 
 
 def _shape(value: Any) -> str:
@@ -126,13 +164,25 @@ def _named(main: str, outputs: Outputs, spec: str) -> None:
         )
 
 
-def _only(outputs: Outputs, spec: str) -> str:
-    if len(outputs) > 1 and ONLY not in outputs:
-        raise ModelError(
-            f"{spec} has the outputs {', '.join(outputs)}; which of them is to be judged?",
-            f"Say so: --set task.output={next(iter(outputs))}",
-        )
-    return ONLY if ONLY in outputs else next(iter(outputs))
+_USUAL = (ONLY, "out", "logits")
+"""Names of the output that counts where several fit: torchvision's segmentation nets give "out" and "aux"."""
+
+
+def _judged(cfg: TaskSection, name: str, outputs: Outputs, target: Target, spec: str) -> str:
+    """The output that the task judges: the one that is named, or the only one that fits the targets."""
+    if cfg.output is not None:
+        _named(cfg.output, outputs, spec)
+        return cfg.output
+    if len(outputs) == 1:
+        return next(iter(outputs))
+    fit = [key for key, value in outputs.items() if FITS[name](value, target)]
+    usual = [key for key in _USUAL if key in fit]
+    if usual or len(fit) == 1:
+        return (usual or fit)[0]
+    raise ModelError(
+        f"{spec} has the outputs {', '.join(outputs)}; which of them is to be judged?",
+        f"Say so: --set task.output={(fit or list(outputs))[0]}",
+    )
 
 
 def _reads(cfg: TaskSection, outputs: Outputs) -> tuple[str, ...]:
@@ -200,9 +250,11 @@ def _check_logits(out: Tensor, rows: int, classes: int, spec: str) -> None:
             "Return one row of logits per sample.",
         )
     if out.ndim != 2 or out.shape[1] < classes:
+        one = classes == 2 and out.numel() == rows
         raise ModelError(
             f"{spec} gives outputs of shape {'x'.join(map(str, out.shape))} but the data has {classes} classes.",
-            f"Use a model with {classes} outputs, or data whose labels fit it.",
+            f"Use a model with {classes} outputs, or "
+            + ("judge one as yes or no: --set task.name=multilabel" if one else "data whose labels fit it."),
         )
 
 
@@ -223,10 +275,13 @@ def _tried(task: Task, data: Data, outputs: Outputs, target: Target) -> Task:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # an own task is the user's code
-        given = ", ".join(sorted({_shape(one) for one in leaves_of(target)}))
+        others = [name for name in _fitting(outputs, target) if name != task.name]
+        hint = error.hint if isinstance(error, Explained) else ""
+        if others:
+            hint = f"These fit {' or '.join(others)}: --set task.name={others[0]}"
         raise DataError(
-            f"The {what} of {task.name} cannot take outputs of {_shape(task.read(outputs))} with targets of {given}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
-            "Name the task that fits the targets: --set task.name=NAME (docs/tasks.md), or mend the targets.",
+            f"The {what} of {task.name} cannot take outputs of {_shape(task.read(outputs))} with targets of "
+            f"{_shown(target)}: {error.message if isinstance(error, Explained) else first_line(error)}",
+            hint or "Name the task that fits the targets: --set task.name=NAME (docs/tasks.md), or mend the targets.",
         ) from error
     return task

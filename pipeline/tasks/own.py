@@ -5,11 +5,15 @@
 
 `my_loss(outputs, target)` gives one number for a batch, `my_error(outputs, target)` one number per sample. `outputs` is
 the tensor where the model has one output (or task.output names one), else a mapping of name to tensor.
+
+A detector gives `boxes`, with or without further scores: a callable (outputs) -> for each image a mapping of boxes
+(n, 4) as x1, y1, x2, y2, scores and labels. Its first score is the mean average precision (`detection`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -19,10 +23,11 @@ from pipeline.data.parts import Target
 from pipeline.models.calling import Outputs
 from pipeline.models.from_code import load_callable, user_code
 from pipeline.recipe.task import TaskSection
+from pipeline.tasks import detection
 from pipeline.tasks.task import Task, apart, by_sample, only
 from validators.scores import Score, per_sample
 
-KEYS = ("loss", "scores", "lower_is_better", "shares", "name")
+KEYS = ("loss", "scores", "boxes", "lower_is_better", "shares", "name")
 
 
 def task(cfg: TaskSection, reads: tuple[str, ...]) -> Task:
@@ -42,10 +47,12 @@ def task(cfg: TaskSection, reads: tuple[str, ...]) -> Task:
         raise ConfigError(
             f"{what} has an entry {unknown[0]!r}.", nearest(unknown[0], KEYS) or f"Known: {', '.join(KEYS)}."
         )
-    loss, scores = made.get("loss"), made.get("scores")
+    loss, scores, boxes = made.get("loss"), made.get("scores", {}), made.get("boxes")
     if not callable(loss):
         raise ConfigError(f"{what} has no loss.", "Give loss: a callable (outputs, target) -> one number.")
-    if not isinstance(scores, Mapping) or not scores or not all(map(callable, scores.values())):
+    if boxes is not None and not callable(boxes):
+        raise ConfigError(f"{what}: boxes is {type(boxes).__name__}.", "Give a callable (outputs) -> boxes per image.")
+    if not isinstance(scores, Mapping) or not (scores or boxes) or not all(map(callable, scores.values())):
         raise ConfigError(
             f"{what} has no scores.", "Give scores: name -> callable (outputs, target) -> one per sample."
         )
@@ -56,15 +63,21 @@ def task(cfg: TaskSection, reads: tuple[str, ...]) -> Task:
                 f"{what}: there is no score {name!r}.", nearest(name, scores) or "Name one of the scores."
             )
     given = _given(reads)
+    found = _boxes(boxes, given) if boxes is not None else None
     return Task(
         name=str(made.get("name") or cfg.name.rpartition(":")[2]),
-        scores=tuple(
-            _score(str(name), score, given, higher=name not in lower, share=name in shares)
-            for name, score in scores.items()
+        scores=(
+            *(detection.scores(found) if found is not None else ()),
+            *(
+                _score(str(name), score, given, higher=name not in lower, share=name in shares)
+                for name, score in scores.items()
+            ),
         ),
         losses=by_sample(lambda outputs, target: loss(given(outputs), target)),
         divergence=lambda student, teacher, temperature: apart(only(student, reads), only(teacher, reads), temperature),
         reads=reads,
+        drawn=partial(detection.drawn, found) if found is not None else None,
+        panels="truth, dense, shipped",
         code=digest,
     )
 
@@ -74,6 +87,18 @@ def _given(reads: tuple[str, ...]) -> Callable[[Outputs], Any]:
     if len(reads) == 1:
         return lambda outputs: outputs[reads[0]]
     return lambda outputs: only(outputs, reads)
+
+
+def _boxes(boxes: Callable[[Any], Any], given: Callable[[Outputs], Any]) -> detection.Boxes:
+    def found(outputs: Outputs) -> Any:
+        try:
+            return boxes(given(outputs))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the user's own code, which may call sys.exit
+            raise ConfigError(f"boxes failed: {first_line(error)}", "Mend it.") from error
+
+    return found
 
 
 def _score(

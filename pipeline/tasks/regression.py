@@ -45,7 +45,17 @@ def task(name: str, main: str) -> Task:
         Score("R2", explained, determination, floor=0.0),
         Score("RMSE", squared, lambda sums: np.sqrt(sums[..., 0] / sums[..., 1]), share=False, higher_is_better=False),
     )
-    return Task(name, scores, losses, divergence, (main,), batch=256)
+    return Task(name, scores, losses, divergence, (main,), batch=256, numbers=pair)
+
+
+def fits(value: Tensor, target: Target) -> bool:
+    """Whether `value` can be predictions of `target`: as many numbers, floats or one whole number per sample."""
+    return (
+        isinstance(target, Tensor)
+        and (target.is_floating_point() or target.dim() == 1)
+        and value.is_floating_point()
+        and value.numel() == target.numel()
+    )
 
 
 def determination(sums: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from pipeline.data.parts import Target
 from pipeline.data.samples import sliced
 from pipeline.models.calling import Outputs
 from validators.scores import Score
+
+if TYPE_CHECKING:
+    from pipeline.tasks.pictures import Drawn
 
 Losses = Callable[[Outputs, Target, float], Tensor]
 """(outputs, target, label smoothing) -> loss per sample, (samples,)."""
@@ -28,8 +31,10 @@ class Task:
     `scores`: the first picks the best epoch, guards reduced precision and is gated; the others are told beside it.
     `reads`: the outputs that it looks at, by name. `classes`: targets are class numbers, and the first output it reads
     is logits (samples, classes), so that single answers can be compared. `taught`: targets are the dense model's
-    outputs, of data without labels. `batch`: samples that are evaluated at once. `code`: whatever decides the result
-    besides the name, such as the digest of the user's own file.
+    outputs, of data without labels. `batch`: samples that are evaluated at once. `drawn`: a picture of a sample that
+    got worse, for the report, where `panels` says what is in it; None: there is none. `code`: whatever decides the
+    result besides the name, such as the digest of the user's own file. `numbers(outputs, target)`: what was
+    predicted and what is true, of one shape, where a report can show one over the other.
     """
 
     name: str
@@ -40,6 +45,9 @@ class Task:
     classes: bool = False
     taught: bool = False
     batch: int = 32
+    drawn: Drawn | None = None
+    panels: str = ""
+    numbers: Callable[[Outputs, Target], tuple[Tensor, Tensor]] | None = None
     code: str = ""
 
     @property

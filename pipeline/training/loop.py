@@ -183,7 +183,7 @@ class _Run:
         lost, seen, rate = 0.0, 0, 0.0
         score = self.task.score
         called = score.name if self.data.labelled or self.task.taught else "agreement"
-        sums: Array | None = None
+        held: Array | None = None
         # The short batch at the end is left out: batch norm fails on one sample and is noisy on few.
         batches = self.data.batches(
             "train", self.settings.batch_size, True, seed, augment=self.settings.augment, drop_last=True
@@ -204,15 +204,16 @@ class _Run:
                 self._check_one(step)
                 rows = len(inputs[0])
                 lost, seen = lost + loss * rows, seen + rows
-                added = measured(score, outputs, target, rows).sum(0)
-                sums = added if sums is None else sums + added
-                shown = score.words(float(score.total(sums)))
-                note = f"epoch {epoch}/{self.settings.epochs}  loss {lost / seen:.3f}  {called} {shown}"
+                added = measured(score, outputs, target, rows)
+                held = score.gathered(added[:0] if held is None else held, added)
+                # One that has to look at all samples again is told at the end of the epoch only.
+                shown = f"  {called} {score.words(score.of(held))}" if score.pooled is None else ""
+                note = f"epoch {epoch}/{self.settings.epochs}  loss {lost / seen:.3f}{shown}"
                 bar(step + 1, note)
         _put_back(self.model, self.masks, self.under)
         masking.check_held(self.model, self.masks)
         judged = evaluate(self.task, self.model, self.data, "calibration")
-        trained = math.nan if sums is None else float(score.total(sums))
+        trained = math.nan if held is None else score.of(held)
         done = Epoch(epoch, rate, lost / seen, trained, judged.loss, judged.score, time.perf_counter() - began)
         self.history.append(done)
         if self.best is None or self._rank(done) > self._rank(self.history[self.best_epoch - 1]):

@@ -96,7 +96,10 @@ def validated(folder: Path, outcome: str) -> None:
         f"{name} vs dense": None if ratio is None else Measured(value=value, low=value, high=value)
         for name, value in (("accuracy", 0.0), ("latency", ratio or 0.0), ("file_size", ratio or 0.0))
     }
-    bare = Validated.model_construct(measurements=measured, hops=(), promoted="", crashed={})
+    bare = Validated.model_construct(
+        measurements=measured, hops=(), promoted="", crashed={}, dense_accuracy=None, accuracy=None,
+        accuracy_drop_points=None, accuracy_drop_low=None, accuracy_drop_high=None,
+    )  # fmt: skip
     Validated(
         folder=folder, verdict=judging.judge(bare, Config().gate)[0], hops=(), measurements=measured,
         dense_accuracy=1, accuracy=1, accuracy_drop_points=0, accuracy_drop_low=0, accuracy_drop_high=0,
