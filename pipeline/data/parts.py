@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pipeline.models.calling import Outputs, flattened
 from pipeline.models.source import Input, Size
 
 Part = Literal["train", "calibration", "test"]
@@ -92,7 +91,7 @@ class Fed:
     tree: pytree.TreeSpec
 
 
-ONE_IMAGE = Fed(1, (), flattened((0,), {})[2])
+ONE_IMAGE = Fed(1, (), pytree.tree_structure(((0,), {})))
 """One tensor, by position."""
 
 
@@ -149,7 +148,7 @@ class Data:
         names = tuple(map(str, range(classes)))
         return replace(self, labels=names, train=parts["train"], calibration=parts["calibration"], test=parts["test"])
 
-    def answered_by(self, model: Callable[..., Outputs]) -> Data:
+    def answered_by(self, model: Callable[..., Mapping[str, Tensor]]) -> Data:
         """Data whose targets are what `model` gives for each batch: a mapping of tensors."""
         return replace(self, answer=lambda inputs: model(*inputs))
 

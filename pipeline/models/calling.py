@@ -145,7 +145,7 @@ def _gather(out: Any, place: str, found: dict[str, Tensor], within: set[int]) ->
         _gather(value, f"{place}.{name}" if place and name else place or name, found, within | {id(out)})
 
 
-def adapted(model: nn.Module, call: Call) -> nn.Module:
+def adapted(call: Call, model: nn.Module) -> nn.Module:
     """`model` itself, its class replaced by a subclass that takes `call.names` by position and returns a tensor, or a
     flat mapping of tensors as `named` makes it.
     """

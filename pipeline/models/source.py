@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from foundation.errors import ModelError, WeightsError
-from pipeline.models.calling import ONLY, Call, adapted
 from pipeline.seeding import seeded
 
 Size = tuple[int, int, int]
@@ -97,9 +96,9 @@ class ModelSource:
     inputs: tuple[Input, ...]
     fingerprint: str
     origin: Origin = field(repr=False, compare=False)
-    call: Call | None = field(default=None, repr=False, compare=False)
-    """How data is handed to its forward, and what is kept of what it returns; None: as the module itself has it."""
-    outputs: tuple[str, ...] = (ONLY,)
+    adapt: Callable[[nn.Module], nn.Module] | None = field(default=None, repr=False, compare=False)
+    """Makes a built module take the data's inputs by position and give plain outputs; None: it does as it is."""
+    outputs: tuple[str, ...] = ("output",)
     sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """Of each free dimension by name: the sizes at which it is proven, raced and gated, the first the usual one."""
 
@@ -138,7 +137,7 @@ class ModelSource:
     def build_as_given(self) -> nn.Module:
         """`build` with parametrizations and hooks still on: to be trained, or filled from a checkpoint of its kind."""
         model = build_module(self.spec, self.origin, self.seed)
-        return model if self.call is None else adapted(model, self.call)
+        return model if self.adapt is None else self.adapt(model)
 
     def pretrained(self) -> Pretrained:
         """Return the library's own weights, downloading them if need be; raises WeightsError where there are none."""

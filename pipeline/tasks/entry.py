@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from foundation.errors import ConfigError, ModelError, first_line, nearest
 from pipeline.data.parts import Data, Inputs
-from pipeline.models.calling import Call, bound, flattened, named
+from pipeline.models.calling import Call, adapted, bound, flattened, named
 from pipeline.models.named_inputs import NamedInputs
 from pipeline.models.source import Input, ModelSource
 from pipeline.models.trial import run
@@ -39,13 +40,12 @@ def meet(source: ModelSource, data: Data, cfg: DataSection, wanted: TaskSection)
     if not data.labelled:
         target = None
     model = source.build_as_given()
-    source, data = _named(source, data, model)
+    source, data, call = _named(source, data, model)
     outputs = _run(source, batch)
     task = find.choose(wanted, data, outputs, target, source.spec, image=data.input_size is not None)
     if not wanted.keep_outputs and set(task.reads) != set(outputs):
-        assert source.call is not None
         kept = tuple(name for name in outputs if name in task.reads)
-        source = replace(source, call=replace(source.call, keep=kept))
+        source = replace(source, adapt=partial(adapted, replace(call, keep=kept)))
         outputs = {name: outputs[name] for name in kept}
     source = replace(source, outputs=tuple(outputs))
     source = replace(source, sizes=_sizes(source, data, cfg, batch))
@@ -55,7 +55,7 @@ def meet(source: ModelSource, data: Data, cfg: DataSection, wanted: TaskSection)
     return replace(source, fingerprint=digest.hexdigest()), data, task
 
 
-def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSource, Data]:
+def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSource, Data, Call]:
     """Inputs by the names of the model's forward, which is checked to take them."""
     given = [one.name for one in data.inputs]
     own = [one.name for one in source.inputs]
@@ -83,10 +83,9 @@ def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSour
         single = len(data.inputs) == 1 and data.fed.args == 1
         spare = iter(by_position)
         inputs = tuple(replace(one, name=one.name or (SINGLE if single else next(spare))) for one in data.inputs)
-    source = replace(
-        source, inputs=inputs, call=Call(tuple(one.name for one in inputs), tree, None, source.origin.outputs, order)
-    )
-    return source, replace(data, inputs=inputs)
+    call = Call(tuple(one.name for one in inputs), tree, None, source.origin.outputs, order)
+    source = replace(source, inputs=inputs, adapt=partial(adapted, call))
+    return source, replace(data, inputs=inputs), call
 
 
 def _run(source: ModelSource, batch: Inputs) -> dict[str, Tensor]:
