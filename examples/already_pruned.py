@@ -22,8 +22,8 @@ SAMPLES = int(os.environ.get("SAMPLES", "1797"))
 def model():
     layers = []
     for inputs, outputs in ((1, 64), (64, 128), (128, 128)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
-    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 256), nn.ReLU()]
+        layers += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    layers += [nn.Flatten(), nn.Linear(512, 256), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(256, 10))
 
 
@@ -35,7 +35,7 @@ def data():
 
 
 def train(net: nn.Module, epochs: int) -> None:
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     for epoch in range(epochs):
         torch.manual_seed(epoch)
         for images, labels in torch.utils.data.DataLoader(data()[0], 64, shuffle=True):
@@ -50,9 +50,9 @@ def write(folder: Path) -> None:
     net = model()
     train(net, 10)
     torch.save(net.state_dict(), folder / "dense.pt")
-    for layer in (net[0], net[2], net[4], net[8]):
+    for layer in (net[0], net[3], net[6], net[10]):
         prune.ln_structured(layer, "weight", 0.5, 2, 0)
-    train(net, 5)
+    train(net, 10)
     torch.save(net.state_dict(), folder / "pruned.pt")
 
 

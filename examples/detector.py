@@ -1,7 +1,7 @@
 """Detection without anchors: digits on a canvas, with one's own loss for the raw outputs.
 
 leanort deploy examples/detector.py:model --data examples/detector.py:data --name detector \
-    --set task.name=examples/detector.py:task
+    --set task.name=examples/detector.py:task --ratio 0.3 --set baseline.train.epochs=16 --set finetune.epochs=10
 """
 
 import os
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-SAMPLES, SIDE, STRIDE = int(os.environ.get("SAMPLES", "1500")), 48, 4
+SAMPLES, SIDE, STRIDE = int(os.environ.get("SAMPLES", "1200")), 48, 4
 IMAGES, NUMBERS = torch.tensor(load_digits().images).float().view(-1, 1, 1, 8, 8) / 16, load_digits().target
 
 
 def model():  # of each cell the logits of nothing and of ten digits; how far it is to the four sides of the box
-    sizes = (1, 32, 1), (32, 64, 2), (64, 128, 2), (128, 128, 1), (128, 128, 1)
+    sizes = (1, 32, 1), (32, 64, 2), (64, 128, 2), (128, 128, 1)
     layers = (nn.Sequential(nn.Conv2d(a, b, 3, by, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b, by in sizes)
     return nn.Sequential(*layers, nn.Conv2d(128, 11 + 4, 1))
 

@@ -40,7 +40,7 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers = []
-        for inputs, outputs, pool in ((1, 32, 2), (32, 64, (2, 1)), (64, 128, (2, 1)), (128, 128, (2, 1))):
+        for inputs, outputs, pool in ((1, 32, 2), (32, 64, 2), (64, 128, (2, 1)), (128, 128, (2, 1))):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(pool)]
         self.look = nn.Sequential(*layers)
         self.read = nn.LSTM(128, 96, batch_first=True, bidirectional=True)
@@ -48,7 +48,7 @@ class Reader(nn.Module):
 
     def forward(self, line):
         frames, _ = self.read(self.look(line).squeeze(2).transpose(1, 2))
-        return self.head(frames)  # (samples, 32 frames, 11 symbols)
+        return self.head(frames)  # (samples, 16 frames, 11 symbols)
 
 
 def model():
