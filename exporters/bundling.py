@@ -2,7 +2,7 @@
 
     model.*.onnx, *.ort   the variants        golden.npz    inputs, and what the trusted model answers
     manifest.json         what all of it is   selftest.py   checks everything with onnxruntime and numpy alone
-    manifest.sha256       of manifest.json    serve.py      images in, JSON lines out
+    manifest.sha256       of manifest.json    serve.py      images, texts or arrays in, JSON lines out
 
 The first variant is what ships; the others are chosen where they are right and faster. Whatever comes out of `pack` is
 one file, the same bytes for the same folder; `unpack` (unpacking.py) takes nothing on trust.
@@ -21,13 +21,13 @@ import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
 from pydantic import BaseModel, ConfigDict, Field
 
-from exporters import host
+from exporters import host, selftest
 from exporters.atomic import staged
 from exporters.summary import describe
 from exporters.unpacking import listed
@@ -38,6 +38,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 FORMAT = 1
 _HERE = Path(__file__).parent
 _PROGRAMS = ("selftest.py", "serve.py")
+_OWN = (*_PROGRAMS, "golden.npz", "manifest.json", "manifest.sha256")
 SELFTEST_SECONDS = 300.0
 
 
@@ -60,7 +61,11 @@ class Variant(BaseModel):
 
 
 class InputNote(BaseModel):
-    """One input as whoever feeds it must know it: `shape` with names for free sizes; floats are (raw − mean) / std."""
+    """One input as whoever feeds it must know it: `shape` with names for free sizes; floats are (raw − mean) / std.
+
+    `holds`: an image; ids, mask or segments that the bundle's tokenizer.json makes of a text; or an array as it is.
+    `fit`: how an image comes to its size, covering it with the rest cut away, or stretched.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -69,6 +74,14 @@ class InputNote(BaseModel):
     dtype: str
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    holds: Literal["image", "ids", "mask", "segments", "array"] = "array"
+    fit: Literal["cover", "stretch"] = "cover"
+
+
+Answer = Literal["classes", "labels", "values", "embedding", "map", "tokens", "array"]
+"""What an output is: scores of classes; of several labels at once; numbers; a vector; of classes at every place of an
+image; at every token; or whatever the model gives.
+"""
 
 
 class Bundle(BaseModel):
@@ -89,6 +102,8 @@ def bundle(
     golden_outputs: Mapping[str, Array],
     inputs: Sequence[InputNote],
     labels: Sequence[str] = (),
+    answers: Mapping[str, Answer] | None = None,
+    files: Mapping[str, bytes] | None = None,
     threads: int = 1,
     metadata: Mapping[str, str],
 ) -> Bundle:
@@ -96,6 +111,8 @@ def bundle(
 
     `golden_outputs` are what a trusted model answers to `golden_inputs` (name -> array, samples first), such as the
     PyTorch model that the files were made from. External weights come along. Files are linked where the disk allows it.
+    `answers` says what outputs are, where they are not scores of the classes that `labels` names. `files` come along:
+    what raw inputs are read with, such as a tokenizer.json.
 
     Raises ExportError when `folder` exists, names do not agree with the model's, a golden array holds NaN, two
     variants need files of one name, or any variant fails the self-test on this machine.
@@ -115,6 +132,10 @@ def bundle(
                 if (partial / name).exists():
                     raise ExportError(f"Two variants bring a file {name}.", "Rename one, and make it again.")
                 _link(variant.path.parent / name, partial / name)
+        for name, content in (files or {}).items():
+            if not selftest.plain_name(name) or name in _OWN or (partial / name).exists():
+                raise ExportError(f"A bundle cannot take along a file called {name!r}.", "Give it a name of its own.")
+            (partial / name).write_bytes(content)
         for program in _PROGRAMS:
             shutil.copyfile(_HERE / program, partial / program)
         arrays = {f"input_{i}": golden_inputs[note.name] for i, note in enumerate(inputs)}
@@ -131,6 +152,7 @@ def bundle(
             ],
             "inputs": [note.model_dump(mode="json") for note in inputs],
             "outputs": list(golden_outputs),
+            "answers": dict(answers) if answers else {next(iter(golden_outputs)): "classes"},
             "dynamic": all(isinstance(note.shape[0], str) for note in inputs if note.shape),
             "labels": list(labels),
             "metadata": dict(metadata),

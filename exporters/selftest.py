@@ -55,6 +55,11 @@ SESSION_KEYS = ("session.set_denormal_as_zero", "optimization.disable_specified_
 """What a variant may ask of its session. Other keys name files that no hash covers."""
 
 
+ANSWERS = {"classes", "labels", "values", "embedding", "map", "tokens", "array"}
+HOLDS = ("array", "image", "ids", "mask", "segments")
+"""What outputs and inputs can be said to be; serve.py goes by it."""
+
+
 class Unfit(Exception):  # noqa: N818  # a finding, and the message is the line that is printed
     """What is wrong with the bundle or with a variant."""
 
@@ -120,7 +125,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     _check_form(manifest)
     files: dict[str, str] = manifest["files"]
     for name, digest in sorted(files.items()):
-        if not _plain_name(name):
+        if not plain_name(name):
             raise Unfit(f"{name} is not a plain file of this folder")
         if sha256(plain_file(folder, name)) != digest:
             raise Unfit(f"{name} was changed: its sha256 is not the recorded one")
@@ -138,7 +143,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _plain_name(value: Any) -> bool:
+def plain_name(value: Any) -> bool:
     """Whether a value names a file of the folder itself, on any system."""
     return (
         isinstance(value, str) and bool(re.fullmatch(r"[^/\\:\x00-\x1f\x7f]{1,255}", value)) and value.strip(".") != ""
@@ -180,6 +185,10 @@ def _check_form(manifest: Any) -> None:
             "files": lambda value: _map_of_text(value) and "golden.npz" in value,
         },
     )
+    # Older bundles have none of these.
+    given = manifest.get("answers", {})
+    if not _map_of_text(given) or not set(given) <= set(manifest["outputs"]) or not set(given.values()) <= ANSWERS:
+        raise Unfit(f"{MANIFEST}: answers cannot be {json.dumps(given)[:80]}")
     files = manifest["files"]
     for variant in manifest["variants"]:
         _check_keys(
@@ -187,7 +196,7 @@ def _check_form(manifest: Any) -> None:
             variant,
             {
                 "name": _text,
-                "file": lambda value: _plain_name(value) and value in files and value.endswith((".onnx", ".ort")),
+                "file": lambda value: plain_name(value) and value in files and value.endswith((".onnx", ".ort")),
                 "portable": lambda value: isinstance(value, bool),
                 "isa": lambda value: isinstance(value, str),
                 "session": lambda value: _map_of_text(value) and set(value) <= set(SESSION_KEYS),
@@ -208,6 +217,9 @@ def _check_form(manifest: Any) -> None:
                 "std": lambda value: _list_of(lambda one: _finite(one, 0) and one > 0, value),
             },
         )
+        for key, known in (("holds", HOLDS), ("fit", ("cover", "stretch"))):
+            if entry.get(key, known[0]) not in known:
+                raise Unfit(f"{MANIFEST}: {key} of an input cannot be {json.dumps(entry[key])[:80]}")
     names = {"variants": [one["name"] for one in manifest["variants"]], "outputs": manifest["outputs"]}
     names["inputs"] = [one["name"] for one in manifest["inputs"]]
     for what, given in names.items():
@@ -269,7 +281,10 @@ def open_variant(folder: Path, variant: dict[str, Any], threads: int) -> Any:
 
 
 def prove(session: Any, variant: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Any]) -> float:
-    """The largest error over max(1, max|golden|). Raises Unfit when it is more than the variant is allowed."""
+    """The largest error of floats over max(1, max|golden|); whole numbers are equal.
+
+    Raises Unfit when it is more than the variant is allowed.
+    """
     worst = 0.0
     answered = [output.name for output in session.get_outputs()]
     if sorted(answered) != sorted(outputs):
@@ -283,6 +298,11 @@ def prove(session: Any, variant: dict[str, Any], inputs: dict[str, Any], outputs
             raise Unfit(f"{name} holds no numbers")
         if found[name].shape != wanted.shape:
             raise Unfit(f"{name} has shape {found[name].shape}, not {wanted.shape}")
+        if wanted.dtype.kind != "f":
+            wrong = int((found[name] != wanted).sum()) if found[name].dtype.kind != "f" else wanted.size
+            if wrong:
+                raise Unfit(f"{name} differs from the golden output in {wrong} of {wanted.size} whole numbers")
+            continue
         difference = np.abs(found[name].astype(np.float64) - wanted.astype(np.float64))
         scaled = float(difference.max()) / max(1.0, float(np.abs(wanted.astype(np.float64)).max()))
         if not scaled <= variant["tolerance"]:

@@ -1,7 +1,12 @@
-"""Classify a folder of images with this bundle: `python serve.py FOLDER` in the bundle, one line of JSON per image.
+"""Answer a folder of images or of requests with this bundle: `python serve.py FOLDER`, one line of JSON per sample.
+
+A request is a .json or .jsonl file, or an .npz of arrays by the inputs' names (`python serve.py FILE` for one alone):
+{"input name": nested list, ...}   arrays as the model takes them, of one sample or of several
+{"text": ...}                      also with "text_pair", or "tokens" for words; needs the tokenizers library
+{"row": {"column": value, ...}}    a row of the table that the model was trained on
 
 Needs onnxruntime, numpy and pillow. The bundle checks itself first, and its fastest variant that passes here serves.
-Exits 0 when every image was served, 1 when the bundle fails its self-test, 2 when an image or the folder is unreadable.
+Exits 0 when every sample was served, 1 when the bundle fails its self-test, 2 when a file or the folder is unreadable.
 """
 # ruff: noqa: PTH120, PTH107, PTH106  # nothing may be imported before the path is safe, pathlib included
 
@@ -39,6 +44,14 @@ HERE = Path(__file__).resolve().parent
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PIXELS = 89_478_485
 """Of an image, as it is and as it is resized; what pillow itself warns of, 268 MB in colour."""
+REQUESTS = (".json", ".jsonl", ".npz")
+TOKENIZER, COLUMNS = "tokenizer.json", "columns.json"
+TEXT = {"ids": "ids", "mask": "attention_mask", "segments": "type_ids"}
+"""What an input holds of a text -> what the tokenizer calls it."""
+
+
+class UnservedError(Exception):
+    """Why this bundle cannot answer here at all; the message is the line that is printed."""
 
 
 def selftest() -> Any:
@@ -66,28 +79,181 @@ def read(path: Path, spec: dict[str, Any]) -> Any:
         if opened.width * opened.height > PIXELS:
             raise ValueError(f"it has {opened.width}×{opened.height} pixels, more than {PIXELS}")
         image = eight_bits(opened).convert("RGB" if channels == 3 and len(spec["mean"]) == 3 else "L")
-    factor = max(height / image.height, width / image.width)
-    size = max(width, round(image.width * factor)), max(height, round(image.height * factor))
-    if size[0] * size[1] > PIXELS:
-        raise ValueError(f"it is too narrow: {image.width}×{image.height} pixels")
-    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-    image = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
+    if spec.get("fit") == "stretch":
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    else:
+        image = covering(image, width, height)
     pixels = np.asarray(image, np.float32).reshape(height, width, -1).transpose(2, 0, 1) / 255
     pixels = np.broadcast_to(pixels, (channels, height, width))
     mean, std = (np.reshape(np.asarray(spec[key], np.float32), (-1, 1, 1)) for key in ("mean", "std"))
     return np.ascontiguousarray((pixels - mean) / std, np.float32)[None]
 
 
-def classify(session: Any, manifest: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The line for one image. Raises whatever reading or running it does."""
-    spec = manifest["inputs"][0]
-    logits = np.asarray(session.run([manifest["outputs"][0]], {spec["name"]: read(path, spec)})[0][0], np.float64)
-    if logits.ndim != 1 or not logits.size or not np.isfinite(logits).all():
-        raise ValueError("the model gives no finite score per class")
-    shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-    best = int(shares.argmax())
-    label = manifest["labels"][best] if best < len(manifest["labels"]) else str(best)
-    return {"file": path.name, "label": label, "share": round(float(shares[best]), 4)}
+def covering(image: Any, width: int, height: int) -> Any:
+    """An image that covers a frame, its middle cut out. Raises ValueError where it would become too large."""
+    factor = max(height / image.height, width / image.width)
+    size = max(width, round(image.width * factor)), max(height, round(image.height * factor))
+    if size[0] * size[1] > PIXELS:
+        raise ValueError(f"it is too narrow: {image.width}×{image.height} pixels")
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    return image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
+
+
+def arrays(given: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    """Arrays by the inputs' names as the model takes them, samples first; a mask that is left out is full of ones.
+
+    Raises ValueError for a name that is no input, numbers that the type does not hold, sizes that do not fit.
+    """
+    specs = {spec["name"]: spec for spec in manifest["inputs"]}
+    unknown = [name for name in given if name not in specs]
+    if unknown:
+        raise ValueError(f"there is no input {unknown[0]!r}; the model takes {', '.join(specs)}")
+    feed = {name: sized(np.asarray(value), specs[name]) for name, value in given.items()}
+    for name, spec in specs.items():
+        ids = next((feed[one] for one in feed if specs[one].get("holds") == "ids"), None)
+        if name not in feed and spec.get("holds") == "mask" and ids is not None:
+            feed[name] = np.ones(ids.shape, spec["dtype"])
+        if name not in feed:
+            raise ValueError(f"the input {name!r} is missing; the model takes {', '.join(specs)}")
+    counts = {len(value) for value in feed.values() if value.ndim}
+    if len(counts) > 1:
+        raise ValueError(f"the inputs have {' and '.join(map(str, sorted(counts)))} samples")
+    return feed
+
+
+def sized(value: Any, spec: dict[str, Any]) -> Any:
+    """One input of one sample or of several, in its type, samples first. Raises ValueError."""
+    name, shape, dtype = spec["name"], spec["shape"], np.dtype(spec["dtype"])
+    if value.dtype.kind not in "biuf" or not value.size:
+        raise ValueError(f"{name} holds no numbers, or rows of unequal length")
+    made = value.astype(dtype) if dtype.kind == "f" else value
+    if dtype.kind == "f" and not np.isfinite(made).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    if dtype.kind != "f":
+        made = value.astype(dtype)
+        if (made != value).any():
+            raise ValueError(f"{name} holds numbers that are no {dtype}")
+    if made.ndim == len(shape) - 1:
+        made = made[None]
+    if made.ndim != len(shape) or any(isinstance(a, int) and a != b for a, b in zip(shape, made.shape)):  # noqa: B905
+        raise ValueError(f"{name} has the shape {list(value.shape)}, and the model takes {shape}")
+    return made
+
+
+def tokenizer(manifest: dict[str, Any]) -> Any:
+    """The tokenizer of this bundle. Raises ValueError where it has none, UnservedError without the library."""
+    if TOKENIZER not in manifest["files"]:
+        raise ValueError("this bundle has no tokenizer, so that it takes no texts")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UnservedError(
+            "texts need the tokenizers library, which is not installed: pip install tokenizers"
+        ) from None
+    return Tokenizer.from_file(str(HERE / TOKENIZER))
+
+
+def read_text(request: dict[str, Any], manifest: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """A text, two texts or words as what the model takes, and for words the place of each one's first token."""
+    known = {"text", "text_pair", "tokens"}
+    if set(request) - known or ("text" in request) == ("tokens" in request):
+        raise ValueError("a text is given as text (and text_pair), or as tokens")
+    words = "tokens" in request
+    text, pair = request["tokens"] if words else request["text"], request.get("text_pair")
+    good = (isinstance(text, list) and text and all(isinstance(one, str) for one in text)) if words else None
+    if not (good if words else isinstance(text, str)) or not (pair is None or isinstance(pair, str)):
+        raise ValueError("tokens are a list of words" if words else "text and text_pair are texts")
+    made = tokenizer(manifest).encode(text, pair, is_pretokenized=words)
+    feed = {}
+    for spec in manifest["inputs"]:
+        if spec.get("holds") not in TEXT:
+            raise ValueError(f"the model also takes {spec['name']}, which no text gives")
+        feed[spec["name"]] = np.asarray([getattr(made, TEXT[spec["holds"]])], spec["dtype"])
+    firsts: dict[int, int] = {}
+    for place, word in enumerate(made.word_ids):
+        if word is not None:
+            firsts.setdefault(word, place)
+    return feed, [firsts[word] for word in sorted(firsts)] if words else None
+
+
+def read_row(row: Any, manifest: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table as the features that the model takes; a number that is missing is the mean."""
+    if COLUMNS not in manifest["files"]:
+        raise ValueError("this bundle has no table, so that it takes no rows")
+    columns = json.loads((HERE / COLUMNS).read_text(encoding="utf-8"))["inputs"]
+    names = [column["name"] for column in columns]
+    unknown = [name for name in row if name not in names] if isinstance(row, dict) else ["?"]
+    if unknown:
+        raise ValueError(f"there is no column {unknown[0]!r}; the table has {', '.join(names)}")
+    features: list[float] = []
+    for column in columns:
+        value = row.get(column["name"])
+        if column["kind"] == "category":
+            features += [float(str(value) == one) for one in column["values"]]
+        else:
+            features.append(0.0 if value in (None, "") else (float(value) - column["mean"]) / column["deviation"])
+    (spec,) = manifest["inputs"]
+    return {spec["name"]: sized(np.asarray([features]), spec)}
+
+
+def requests(path: Path) -> Any:
+    """The requests in a file, one after the other. Raises ValueError or OSError for a file that holds none."""
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as packed:
+            yield dict(packed)
+        return
+    text = path.read_text(encoding="utf-8-sig")
+    found = [line for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else [text]
+    for one in found:
+        try:
+            request = json.loads(one)
+        except (ValueError, RecursionError) as error:
+            yield ValueError(f"it is no JSON: {error}")
+            continue
+        yield from request if isinstance(request, list) and path.suffix == ".json" else [request]
+
+
+def answers(session: Any, manifest: dict[str, Any], feed: dict[str, Any], words: Any = None) -> list[dict[str, Any]]:
+    """What the model says of each sample. Raises whatever running it does."""
+    names = manifest["outputs"]
+    kinds = manifest.get("answers") or {names[0]: "classes"}
+    found = dict(zip(names, session.run(names, feed)))  # noqa: B905  # Python 3.9 has no strict
+    judged = [name for name in names if kinds.get(name, "array") != "array"]
+    count = max(len(value) if value.ndim else 1 for value in feed.values())
+    rows = []
+    for row in range(count):
+        made = {}
+        for name in judged if len(judged) == 1 else names:
+            value = np.asarray(found[name])
+            one = value[row] if value.ndim and len(value) == count else value
+            made[name] = told(one, kinds.get(name, "array"), manifest["labels"], words)
+        rows.append(made[judged[0]] if len(judged) == 1 else {"outputs": made})
+    return rows
+
+
+def told(value: Any, kind: str, labels: list[str], words: Any) -> dict[str, Any]:
+    """One output of one sample in words. Raises ValueError where it holds no finite numbers of the kind's shape."""
+    wide = value.astype(np.float64)
+    if not wide.size or not np.isfinite(wide).all() or (kind == "classes" and wide.ndim != 1):
+        raise ValueError(f"the model gives no finite {'score per class' if kind == 'classes' else 'numbers'}")
+
+    def name(number: Any) -> str:
+        return labels[int(number)] if int(number) < len(labels) else str(int(number))
+
+    if kind == "classes":
+        shares = np.exp(wide - wide.max()) / np.exp(wide - wide.max()).sum()
+        return {"label": name(shares.argmax()), "share": round(float(shares.max()), 4)}
+    if kind == "labels":
+        shares = 1 / (1 + np.exp(-np.clip(wide, -700, 700)))
+        return {"labels": {name(one): round(float(shares[one]), 4) for one in np.flatnonzero(shares > 0.5)}}
+    if kind == "tokens" and wide.ndim == 2:  # places x classes; the other way round where that fits the labels
+        best = wide.argmax(0 if len(labels) == wide.shape[0] != wide.shape[1] else 1)
+        return {"labels": [name(one) for one in (best if words is None else best[words])]}
+    if kind == "map" and wide.ndim in (2, 3):
+        best = wide.argmax(0) if wide.ndim == 3 else wide
+        found, counts = np.unique(best, return_counts=True)
+        return {"shape": list(best.shape), "counts": {name(a): int(b) for a, b in zip(found, counts)}}  # noqa: B905
+    return {"vector" if kind == "embedding" else "values": value.tolist()}
 
 
 def unservable(manifest: dict[str, Any]) -> str:
@@ -103,11 +269,44 @@ def unservable(manifest: dict[str, Any]) -> str:
     return ""
 
 
+def served(session: Any, manifest: dict[str, Any], path: Path) -> Any:
+    """The lines for one file. Raises whatever reading or running it does."""
+    if path.suffix not in REQUESTS:
+        spec = manifest["inputs"][0]
+        yield from answers(session, manifest, {spec["name"]: read(path, spec)})
+        return
+    for request in requests(path):
+        try:
+            if isinstance(request, Exception):
+                raise request
+            if not isinstance(request, dict):
+                raise ValueError("a request is an object: the inputs by name, a text, or a row")
+            inputs, words = {spec["name"] for spec in manifest["inputs"]}, None
+            if not inputs & set(request) and {"text", "tokens"} & set(request):
+                feed, words = read_text(request, manifest)
+            elif set(request) == {"row"} - inputs:
+                feed = read_row(request["row"], manifest)
+            else:
+                feed = arrays(request, manifest)
+            lines = answers(session, manifest, feed, words)
+        except UnservedError:
+            raise
+        except Exception as error:  # those after it are served
+            lines = [failed(error)]
+        yield from lines
+
+
+def failed(error: BaseException) -> dict[str, Any]:
+    """The line for a sample that could not be served."""
+    return {"error": " ".join(str(error).split())[:200] or type(error).__name__}
+
+
 def main(arguments: list[str]) -> int:
-    """Serve every file of the folder; the exit code."""
+    """Serve every file of the folder, or one file of requests; the exit code."""
     try:
-        (folder,) = arguments
-        paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
+        (given,) = map(Path, arguments)
+        one = given.suffix in REQUESTS and given.is_file()
+        paths = [given] if one else sorted(path for path in given.iterdir() if path.is_file())
     except (ValueError, OSError):
         print("Give one readable folder of images: python serve.py FOLDER", file=sys.stderr)
         return 2
@@ -119,20 +318,24 @@ def main(arguments: list[str]) -> int:
         print(report["reason"], file=sys.stderr)
         return 1
     manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
-    if unservable(manifest):
-        print(unservable(manifest), file=sys.stderr)
+    if unservable(manifest) and any(path.suffix not in REQUESTS for path in paths):
+        print(f"{unservable(manifest)}; ask it in .json, .jsonl or .npz files", file=sys.stderr)
         return 1
     warnings.simplefilter("ignore")  # pillow's, of images that are refused below or read all the same
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    failed = False
+    wrong = False
     for path in paths:
         try:
-            line = classify(session, manifest, path)
-        except Exception as error:  # whatever is wrong with one image, those after it are served
-            line = {"file": path.name, "error": " ".join(str(error).split())[:200] or type(error).__name__}
-            failed = True
-        print(json.dumps(line), flush=True)
-    return 2 if failed else 0
+            for line in served(session, manifest, path):
+                wrong = wrong or "error" in line
+                print(json.dumps({"file": path.name, **line}), flush=True)
+        except UnservedError as error:
+            print(error, file=sys.stderr)
+            return 1
+        except Exception as error:  # whatever is wrong with one file, those after it are served
+            print(json.dumps({"file": path.name, **failed(error)}), flush=True)
+            wrong = True
+    return 2 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -134,6 +134,10 @@ def sources(
         dims=config.data.dims,
         targets=tasks.targets_of(config.task),
         pad=tasks.pad_of(config.task),
+        tokenizer=config.data.tokenizer or _beside(model),
+        max_tokens=config.data.max_tokens,
+        sample_rate=config.data.sample_rate,
+        seconds=config.data.seconds,
         images=isinstance(model, str) and (":" not in model or model.startswith("timm:")),
     )
     try:
@@ -148,6 +152,13 @@ def sources(
         raise
 
 
+def _beside(model: object) -> Path | None:
+    """The folder of a transformers model, where its tokenizer lies, too."""
+    library, _, name = model.partition(":") if isinstance(model, str) else ("", "", "")
+    folder = Path(name).expanduser()
+    return folder if library == "hf" and name and folder.is_dir() else None
+
+
 def _met(
     model: str | nn.Module | Callable[[], nn.Module], data: object, config: Config, reading: Reading
 ) -> tuple[ModelSource, Data, Task]:
@@ -155,7 +166,7 @@ def _met(
     if given == made_up.NONE:
         return _without_data(model, config)
     dataset = datasets.load(given, input_size=config.data.input_size, seed=config.seed, reading=reading)
-    classes = dataset.classes if dataset.labelled else config.data.classes
+    classes = (dataset.classes or len(dataset.names) or None) if dataset.labelled else config.data.classes
     if dataset.labelled and config.data.classes not in (None, classes):
         has = f"labels of {classes} classes" if classes else "targets that are no class numbers"
         raise ConfigError(
@@ -430,7 +441,8 @@ def _finish(
         if wires[Validated].verdict.outcome == "pass":
             progress.say("  bundle: golden answers and self-test")
             kinds = (Shrunk, Exported, Optimized, Validated)
-            bundling.write(partial / bundling.FOLDER, source, dataset, *(wires[kind] for kind in kinds))
+            made_of = (wires[kind] for kind in kinds)
+            bundling.write(partial / bundling.FOLDER, source, dataset, wires[Task], *made_of)
         report.write(partial, made, artifacts)
         stages = tuple(record.stage for record in made.stages)
         outside = {n: f for n, f in records.record_files(partial).items() if n.partition("/")[0] not in stages}

@@ -51,6 +51,8 @@ from validators.runners import Array, Runner
 
 # Either side of a comparison has its own rounding error, and an operator that sums has more than one rounding.
 ROUNDING_MARGIN = 4.0
+FEW = 16
+"""Numbers in an output, below which its rounding is measured on so many copies of the feed."""
 # Three decimal digits left: less is no comparison any more.
 ROUNDING_CEILING = 1e-3
 # The largest of some thousand rounding errors, on either side: two such draws are within this factor of each other.
@@ -339,7 +341,15 @@ def _rounding(first: _Answer, feed: Feed, precise: Runner, shaken: Sequence[Runn
     """Output name -> largest difference from the float64 answer, of the first model and of the shaken ones."""
     truth = _answer(precise, feed)
     found: dict[str, float] = {}
-    for answer in (first, *(_answer(runner, feed) for runner in shaken)):
+    pairs = [(first, truth), *((_answer(runner, feed), truth) for runner in shaken)]
+    several = _repeated(feed, first)
+    if several is not None:
+        # Of one number, four roundings can all be small by luck; each sample of a batch is shaken by others.
+        exactly = _answer(precise, several)
+        wide = [(_answer(runner, several), exactly) for runner in shaken]
+        if not any(isinstance(answer, str) for pair in wide for answer in pair):
+            pairs += wide
+    for answer, truth in pairs:
         if isinstance(answer, str) or isinstance(truth, str):
             return {}
         for name, value in answer.items():
@@ -351,6 +361,16 @@ def _rounding(first: _Answer, feed: Feed, precise: Runner, shaken: Sequence[Runn
                 return {}
             found[name] = max(found.get(name, 0.0), error)
     return found
+
+
+def _repeated(feed: Feed, answer: _Answer) -> Feed | None:
+    """The same samples several times over, where the outputs hold too few numbers to tell rounding by; else None."""
+    if isinstance(answer, str) or min((value.size for value in answer.values()), default=FEW) >= FEW:
+        return None
+    if len({len(one) if one.ndim else -1 for one in feed.arrays.values()}) != 1:
+        return None
+    arrays = {name: np.repeat(one, FEW, axis=0) for name, one in feed.arrays.items() if one.ndim}
+    return replace(feed, arrays=arrays) if len(arrays) == len(feed.arrays) else None
 
 
 def _own_difference(before: Runner, after: Runner, feed: Feed) -> dict[str, float]:

@@ -29,7 +29,11 @@ def _recipe_options(command: Any) -> Any:  # decorates any click command
             click.option(
                 "--recipe", type=click.Path(path_type=Path), help="A recipe file; the options below win over it."
             ),
-            click.option("--data", help="digits (embedded), imagefolder:PATH, npz:PATH or path/to/file.py:callable."),
+            click.option(
+                "--data",
+                help="digits (embedded), path/to/file.py:callable, or KIND:PATH of imagefolder, npz, csv, jsonl, "
+                "audiofolder, segmentation, coco (docs/data.md).",
+            ),
             click.option("--weights", help="A checkpoint (FILE, FOLDER or FILE#PART), 'pretrained', or 'train'."),
             click.option("--ratio", type=float, help="Share of channels to remove, in [0, 1)."),
             click.option("--input-size", help="C,H,W of one sample, such as 3,224,224."),

@@ -29,7 +29,7 @@ def _measuring_options(command: Any) -> Any:  # decorates any click command
         [
             click.option(
                 "--data",
-                help="For accuracy, or without labels for agreement: digits, imagefolder:PATH, npz:PATH, file.py:name.",
+                help="For accuracy, or without labels for agreement: digits, KIND:PATH (docs/data.md), file.py:name.",
             ),
             click.option(
                 "--task",
@@ -37,6 +37,9 @@ def _measuring_options(command: Any) -> Any:  # decorates any click command
                 help="What the data is for: classification, regression, ..., file.py:callable.",
             ),
             click.option("--input-size", help="C,H,W of one sample of the data, such as 3,224,224."),
+            click.option(
+                "--tokenizer", type=click.Path(path_type=Path), help="For jsonl:PATH: a tokenizer.json, or its folder."
+            ),
             click.option("--threads", type=click.IntRange(1), default=1, help="onnxruntime threads for the latency."),
             click.option("--batch", type=click.IntRange(1), default=1, help="Batch size for the latency."),
             click.option(
@@ -200,7 +203,7 @@ def _judge_files(
     wanted = size(options["input_size"])
     section = TaskSection(name=options["task"])
     tasks.check(section)
-    reading = Reading(targets=tasks.targets_of(section), pad=tasks.pad_of(section))
+    reading = Reading(targets=tasks.targets_of(section), pad=tasks.pad_of(section), tokenizer=options["tokenizer"])
     data = datasets.load(options["data"], input_size=wanted, reading=reading) if options["data"] else None
     made = foreign.judge_files(
         cfg,

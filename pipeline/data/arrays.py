@@ -1,68 +1,22 @@
-"""Arrays in memory and in .npz files: x and y, or x_train, y_train, x_test, y_test; without any y, unlabelled."""
+"""Arrays of images, in memory or mapped from a file, with class numbers or without."""
 
 from __future__ import annotations
 
-import math
-import os
-import zipfile
-from collections.abc import Container, Mapping
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.format import (
-    MAGIC_PREFIX,
-    read_array,
-    read_array_header_1_0,
-    read_array_header_2_0,
-    read_magic,
-)
 from torch import Tensor
 
-from foundation.errors import DataError, first_line
+from foundation.errors import DataError
 from foundation.files import storage_of
-from pipeline.data.assemble import Raw, check_finite, cut_parts, hashes, stored
+from pipeline.data.assemble import Raw, at_once, check_finite, cut_parts, hashes, stored
 from pipeline.data.parts import PARTS, UNKNOWN, Part, Split, blocks
 
 
-def from_npz(path: Path, seed: int) -> Raw:
-    """An .npz file, never unpickled; raises DataError where it holds no x, or y for some parts alone."""
-    name = f"npz:{path}"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file.", "Give npz:PATH of a file with arrays x and y.")
-    named: tuple[tuple[Part, str], ...] = (("train", ""), *((part, f"_{part}") for part in PARTS))
-    wanted = {"labels", *(f"{letter}{suffix}" for _, suffix in named for letter in "xy")}
-    arrays, others = _members(path, wanted)
-    names: tuple[str, ...] | None = None
-    if "labels" in arrays:
-        if arrays["labels"].ndim != 1:
-            raise DataError(
-                f"{name}: labels has the shape {arrays['labels'].shape}.", "Give one name per class, or leave it out."
-            )
-        names = tuple(str(one) for one in arrays["labels"])
-    labelled = any(name.startswith("y") for name in (*arrays, *others))
-    if not labelled and names is not None:
-        raise DataError(f"{path} names classes, but holds no y.", "Add y, or leave labels out.")
-    for _, suffix in named if labelled else ():
-        pair = (f"x{suffix}", f"y{suffix}")
-        for one, other in (pair, pair[::-1]):
-            if one in arrays and other not in arrays:
-                raise DataError(
-                    f"{path} holds {', '.join((*arrays, *others))}, but not {other}.", "Give images and their labels."
-                )
-    given: dict[Part, tuple[Any, Any]] = {
-        part: (arrays[f"x{suffix}"], arrays.get(f"y{suffix}")) for part, suffix in named if f"x{suffix}" in arrays
-    }
-    if "train" not in given:
-        raise DataError(
-            f"{path} holds {', '.join(others) or 'nothing'}, but not x and y.", "Name the arrays x and y, or x_train, …"
-        )
-    return from_arrays(given, name, seed, names)
-
-
 def from_arrays(given: Mapping[Part, tuple[Any, Any]], name: str, seed: int, labels: tuple[str, ...] | None) -> Raw:
-    """Arrays in memory, normalised by the training part's own mean and deviation; y is None where there are no labels.
+    """Arrays of images, normalised by the training part's own mean and deviation; y is None where there are no labels.
 
     Raises DataError where some parts have labels and others none.
     """
@@ -76,63 +30,29 @@ def from_arrays(given: Mapping[Part, tuple[Any, Any]], name: str, seed: int, lab
     splits: dict[Part, Split] = {p: stored(*read[p]) for p in PARTS if p in read}
     digests: dict[Part, list[bytes]] = {p: hashes(read[p][0]) for p in PARTS if p in read}
     parts, digests = cut_parts(splits, digests, seed, name)
-    seen = torch.cat([x for (x,), _ in parts["train"].stream(blocks(range(len(parts["train"])), 1024))])
-    mean = tuple(seen.mean((0, 2, 3)).tolist())
-    std = tuple(value or 1.0 for value in seen.std((0, 2, 3)).tolist())  # a constant channel stays 0
-    channels, height, width = seen.shape[1:]
+    channels, height, width = next(iter(shapes))
+    mean, std = _moments(parts["train"], at_once(channels * height * width))
     size = (channels, height, width)
     return Raw(name, parts, digests, labels, size, mean, std, labelled=unlabelled == {False})
 
 
-def _members(path: Path, wanted: Container[str]) -> tuple[dict[str, np.ndarray[Any, Any]], list[str]]:
-    """The arrays of an .npz file that are wanted, and the names of the others.
+def _moments(split: Split, step: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, read in blocks; a constant channel, which stays 0, has the deviation 1.
 
-    An array is read only once its header claims no more than the archive holds, and that fits into memory.
+    `step`: samples that are read at once.
     """
-    hint = "Save numeric arrays x and y with numpy.savez."
-    found: dict[str, np.ndarray[Any, Any]] = {}
-    others: list[str] = []
-    name = ""
-    try:
-        with path.open("rb") as file:
-            if file.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:
-                raise DataError(f"{path} is one array, not an archive of several.", hint)
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                name = member.filename.removesuffix(".npy")
-                if name not in wanted:
-                    others.append(name)
-                    continue
-                with archive.open(member) as stream:
-                    _check_header(stream, member.file_size, f"{path}: {name}")
-                with archive.open(member) as stream:
-                    found[name] = read_array(stream, allow_pickle=False)
-    except DataError:
-        raise
-    except Exception as error:  # zipfile, its decompressors and numpy's parser raise anything, given any bytes
-        what = f"{path}: {name}" if name else str(path)
-        raise DataError(f"{what} cannot be read: {first_line(error)}", hint) from error
-    return found, others
-
-
-def _check_header(stream: IO[bytes], size: int, name: str) -> None:
-    """Raise DataError unless the array at the start of `stream`, `size` bytes long, has numbers, all of them there."""
-    version = read_magic(stream)
-    read = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}.get(version)
-    if read is None:  # 3.0 is written for arrays with named fields alone
-        raise DataError(f"{name} is no array of numbers.", "Give uint8 or float images, and whole numbers as labels.")
-    shape, _, dtype = read(stream)
-    if dtype.hasobject:
-        raise DataError(f"{name} cannot be read: it holds Python objects.", "Give arrays of numbers.")
-    needed = math.prod(shape) * dtype.itemsize
-    if any(length < 0 for length in shape) or needed > size:
-        raise DataError(f"{name} claims the shape {shape}, which the file does not hold.", "Save the array again.")
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory:
-        raise DataError(
-            f"{name} takes {needed / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB of memory.",
-            "Give a folder of images, or a data set that reads sample by sample.",
-        )
+    count = 0
+    mean = squares = torch.zeros((), dtype=torch.float64)
+    for (images,), _ in split.stream(blocks(range(len(split)), step)):
+        flat = images.transpose(0, 1).flatten(1)
+        spread, centre = (one.double() for one in torch.var_mean(flat, 1, correction=0))
+        more, apart = flat.shape[1], centre - mean
+        # Of two sets: Chan, Golub and LeVeque 1979, equation 2.1.
+        squares = squares + spread * more + apart.square() * (count * more / (count + more))
+        mean = mean + apart * (more / (count + more))
+        count += more
+    deviation = (squares / max(count - 1, 1)).sqrt().float()
+    return tuple(mean.float().tolist()), tuple(value if value > 1e-9 else 1.0 for value in deviation.tolist())
 
 
 def arrays(x: Any, y: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -157,11 +77,11 @@ def arrays(x: Any, y: Any, name: str) -> tuple[Tensor, Tensor]:
             f"{name}: {len(images)} images, but y has the shape {tuple(labels.shape)}.", "Give one label per image."
         )
     check_finite(images, name)
-    return images.contiguous(), labels
+    return images, labels
 
 
 def pixels_of(value: Any, what: str) -> Tensor:
-    """A tensor or array of numbers as a plain tensor: uint8 as it is, anything else float32.
+    """A tensor or array of numbers as a plain tensor: uint8 and what lies in a file as it is, anything else float32.
 
     Raises DataError, beginning with `what`, where it holds no real numbers or not all of them (sparse, quantised).
     """
@@ -174,6 +94,8 @@ def pixels_of(value: Any, what: str) -> Tensor:
     array = np.asarray(value)
     if array.dtype.kind not in "iufb":
         raise DataError(f"{what} holds {array.dtype}, not numbers.", "Give uint8 or float images.")
+    if isinstance(array, np.memmap) and array.dtype.isnative and array.dtype not in (np.uint16, np.uint32, np.uint64):
+        return torch.from_numpy(array)  # it stays in its file; the samples that are read become float32
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
         return torch.from_numpy(np.ascontiguousarray(array if array.dtype == np.uint8 else array.astype(np.float32)))
 

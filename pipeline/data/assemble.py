@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,16 @@ CALIBRATION_SHARE = 0.1
 """Of the training part; chooses the best epoch and calibrates, so it must not be the test part."""
 
 
+CHUNK = 1024
+"""Samples of an array that are looked at together at most: it may lie in a file, and is never read whole."""
+_NUMBERS = 1 << 22
+
+
+def at_once(numbers: int) -> int:
+    """Samples of so many numbers each that are looked at together."""
+    return max(1, min(CHUNK, _NUMBERS // max(1, numbers)))
+
+
 @dataclass(frozen=True)
 class Raw:
     """A data set as read, before the parts are compared and normalised."""
@@ -57,6 +67,10 @@ class Raw:
     fed: Fed = ONE_IMAGE
     lengths: tuple[tuple[str, tuple[int, ...]], ...] = ()
     files: Mapping[str, bytes] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    """Of classes inside targets that are no single class numbers."""
+    fit: Literal["cover", "stretch"] = "cover"
+    notes: tuple[str, ...] = ()
 
 
 def finish(raw: Raw, input_size: Size | None) -> Data:
@@ -88,6 +102,8 @@ def finish(raw: Raw, input_size: Size | None) -> Data:
             digest.update(one)
     for name, content in sorted(raw.files.items()):
         digest.update(name.encode() + content)
+    if raw.names:
+        digest.update(repr(raw.names).encode())
     wide = size[0] if size is not None else 1
     mean, std = ((values * wide if len(values) == 1 else values) for values in (raw.mean, raw.std))
     return Data(
@@ -101,12 +117,14 @@ def finish(raw: Raw, input_size: Size | None) -> Data:
         mean=mean,
         std=std,
         augmentation=raw.augmentation,
-        notes=notes,
+        notes=(*raw.notes, *notes),
         labelled=raw.labelled,
         fed=raw.fed,
         image_size=size,
         lengths=raw.lengths,
         files=raw.files,
+        names=raw.names,
+        fit=raw.fit,
     )
 
 
@@ -260,13 +278,20 @@ def _share(labels: Tensor, share: float) -> int:
 
 def hashes(pixels: Tensor) -> list[bytes]:
     """A digest of each sample, to find the same one in two parts."""
-    return [hashlib.sha256(one.numpy().tobytes()).digest() for one in pixels.contiguous()]
+    return [hashlib.sha256(one.contiguous().numpy().tobytes()).digest() for one in pixels]
 
 
 def check_finite(pixels: Tensor, name: str) -> None:
     """Raise DataError where a sample holds NaN or infinity."""
-    if pixels.is_floating_point() and not bool(pixels.isfinite().all()):
-        bad = (~pixels.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if not pixels.is_floating_point():
+        return
+    step = at_once(pixels[:1].numel())
+    bad = [
+        start + place
+        for start in range(0, len(pixels), step)
+        for place in (~pixels[start : start + step].float().isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    ]
+    if bad:
         raise DataError(
             f"{name} holds NaN or infinity in {len(bad)} samples (first: sample {bad[0]}).",
             "Correct or leave out those samples.",

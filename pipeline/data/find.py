@@ -2,7 +2,12 @@
 
 digits                     scikit-learn's handwritten digits, part of its package: 1,797 images of 8x8 pixels
 imagefolder:PATH           one folder of images per class; train/ and test/ or val/ above them if there are
-npz:PATH                   arrays x and y, or x_train, y_train, x_test, y_test
+npz:PATH                   named arrays: x and y, or inputs by name and a target; x_train, x_test, ... are parts
+csv:PATH                   a table, its last column the target
+jsonl:PATH                 texts, pairs of texts, words with labels; the tokenizer of the model's folder
+audiofolder:PATH           one folder of .wav recordings per class
+segmentation:PATH          images/ and masks/ of class numbers
+coco:PATH                  images/ and annotations.json with boxes
 path/to/file.py:callable   own code that returns data sets or loaders; the same can be given as objects
 """
 
@@ -19,7 +24,7 @@ from pipeline.models.inspection import accepted
 from pipeline.models.source import DEFAULT_SIZE, Size
 from pipeline.seeding import seeded
 
-KINDS = ("imagefolder", "npz")
+KINDS = ("imagefolder", "npz", "csv", "jsonl", "audiofolder", "segmentation", "coco")
 """Words that stand before a path."""
 
 
@@ -47,9 +52,31 @@ def load(spec: object, *, input_size: Size | None = None, seed: int = 0, reading
 
         return finish(from_folder(Path(rest).expanduser(), input_size or DEFAULT_SIZE, seed), input_size)
     if kind == "npz" and colon:
-        from pipeline.data.arrays import from_npz
+        from pipeline.data.npz import from_npz
 
-        return finish(from_npz(Path(rest).expanduser(), seed), input_size)
+        return finish(from_npz(Path(rest).expanduser(), seed, reading), input_size)
+    if kind == "csv" and colon:
+        from pipeline.data.table import from_csv
+
+        return finish(from_csv(Path(rest).expanduser(), seed, reading or Reading()), input_size)
+    if kind == "jsonl" and colon:
+        from pipeline.data.texts import from_jsonl
+
+        return finish(from_jsonl(Path(rest).expanduser(), seed, reading or Reading()), input_size)
+    if kind == "audiofolder" and colon:
+        from pipeline.data.audiofolder import from_audiofolder
+
+        return finish(from_audiofolder(Path(rest).expanduser(), seed, reading or Reading()), input_size)
+    if kind == "segmentation" and colon:
+        from pipeline.data.segmentation import from_segmentation
+
+        size = input_size or DEFAULT_SIZE
+        return finish(from_segmentation(Path(rest).expanduser(), size, seed, reading or Reading()), None)
+    if kind == "coco" and colon:
+        from pipeline.data.coco import from_coco
+
+        size = input_size or DEFAULT_SIZE
+        return finish(from_coco(Path(rest).expanduser(), size, seed, reading or Reading()), None)
     if colon and not _misspelt(kind):
         from pipeline.data.objects import from_objects
         from pipeline.models.from_code import load_callable, user_code
@@ -60,7 +87,8 @@ def load(spec: object, *, input_size: Size | None = None, seed: int = 0, reading
         return finish(from_objects(content, spec, seed, reading), input_size)
     raise DataError(
         f"There is no data set {spec!r}.",
-        nearest(kind, ("digits", *KINDS)) or "Give digits, imagefolder:PATH, npz:PATH or file.py:callable.",
+        nearest(kind, ("digits", *KINDS))
+        or f"Give digits, {', '.join(f'{one}:PATH' for one in KINDS)} or file.py:callable.",
     )
 
 

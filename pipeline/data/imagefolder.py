@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +18,13 @@ from torch.utils.data import (
 
 from foundation.errors import DataError, first_line
 from pipeline.data.assemble import Raw, cut_parts, listed
+from pipeline.data.folders import classed, digests_of, parts_of, readers
 from pipeline.data.parts import UNKNOWN, Augmentation, Part, Split
 from pipeline.models.extras import need
 from pipeline.models.source import Size
 
 SCANNED = 50_000
 """Samples of a lazily read data set that are looked at before training; of larger ones, this many, evenly spaced."""
-HASHED_BYTES = 2 << 30
-"""Up to this size an image folder is fingerprinted by content, above it by names, sizes and times of change."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of image folders, since published weights expect them (torchvision.models, "transforms")."""
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -69,12 +66,12 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
-        with _opened(path) as image:
-            return self.transform(_eight_bits(image).convert("RGB" if self.size[0] == 3 else "L")), label
+        with opened(path) as image:
+            return self.transform(eight_bits(image).convert("RGB" if self.size[0] == 3 else "L")), label
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
+def opened(path: str) -> Iterator[Image.Image]:
     """An image file, its pixels not yet read. Raises DataError for whatever is wrong with it, also inside the block."""
     try:
         if not Path(path).is_file():  # of a pipe, reading would wait for ever
@@ -91,7 +88,24 @@ def _opened(path: str) -> Iterator[Image.Image]:
         raise DataError(f"{path} is not a readable image: {reason}.", "Replace or remove the file.") from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def stretched(path: str, size: Size) -> tuple[Tensor, tuple[int, int]]:
+    """An image file as bytes (channels, H, W), its sides brought to `size` each for itself; its own width and height.
+
+    Raises DataError, naming the file, where it is no image.
+    """
+    channels, height, width = size
+    with opened(path) as image:
+        own = image.size
+        fitted = (
+            eight_bits(image)
+            .convert("RGB" if channels == 3 else "L")
+            .resize((width, height), Image.Resampling.BILINEAR)
+        )
+        pixels = np.array(fitted).reshape(height, width, -1).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(pixels)), own
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
     """An image of 16 bits per pixel with 8 (pillow would clip it to white); any other as it is."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -108,14 +122,7 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
         )
     if size[0] not in (1, 3):
         raise DataError(f"{name}: images have 1 or 3 channels, not {size[0]}.", "Set data.input_size to 3 channels.")
-    folders: dict[Part, Path] = {"train": path}
-    if (path / "train").is_dir():
-        held = [path / key for key in ("test", "val", "valid", "validation") if (path / key).is_dir()]
-        folders = {"train": path / "train"}
-        if held:
-            folders["test"] = held[0]
-        if len(held) > 1:
-            folders["calibration"] = held[1]
+    folders = parts_of(path)
     found = {part: _image_files(folder) for part, folder in folders.items()}
     names = found["train"][0]
     if len({bool(classes) for classes, _ in found.values()}) > 1:
@@ -125,8 +132,8 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
     numbers = {one: number for number, one in enumerate(names)}
     parts: dict[Part, Split] = {}
     digests: dict[Part, list[bytes]] = {}
-    whole = sum(os.path.getsize(file) for _, files in found.values() for file, _ in files)  # noqa: PTH202
-    for part, (classes, files) in found.items():
+    known = digests_of([[file for file, _ in files] for _, files in found.values()], "image")
+    for (part, (classes, files)), hashed in zip(found.items(), known, strict=True):
         if not set(classes) <= set(names):
             unknown = sorted(set(classes) - set(names))
             raise DataError(
@@ -134,54 +141,25 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
                 "Give every part the same class folders.",
             )
         renumbered = [(file, numbers[classes[label]] if classes else UNKNOWN) for file, label in files]
+        for file, _ in files[:: max(1, len(files) // SCANNED)]:
+            with opened(file) as image:
+                image.verify()
         labels = torch.tensor([label for _, label in renumbered])
-        workers = (
-            min(4, (os.cpu_count() or 1) - 1) if len(files) >= 2000 else 0
-        )  # fewer are read sooner than shared out
+        workers = readers(len(files))
         parts[part] = listed(ImageFiles(renumbered, size), labels, workers)
-        digests[part] = [_file_digest(Path(file), whole <= HASHED_BYTES) for file, _ in renumbered]
+        digests[part] = hashed
     cut, hashes = cut_parts(parts, digests, seed, name)
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if size[0] == 3 else ((0.5,), (0.5,))
     return Raw(name, cut, hashes, names or None, size, mean, std, Augmentation(), labelled=bool(names))
 
 
 def _image_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Class names and (file, class number) of a folder, every file opened as far as its header.
-
-    Images that lie in the folder itself, with no folder beside them, have no labels: no names, every number `UNKNOWN`.
-    """
+    """Class names and (file, class number) of a folder; none has been opened."""
     need("torchvision")
     from pipeline.models import torchvision_operators  # noqa: F401  # before torchvision itself
 
     # isort: split
     import torchvision
 
-    classes: tuple[str, ...] = ()
-    loose = sorted(
-        str(one) for one in folder.iterdir() if one.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS
-    )
-    if loose and not any(one.is_dir() for one in folder.iterdir()):
-        files = [(file, UNKNOWN) for file in loose]
-    else:
-        try:
-            found = torchvision.datasets.ImageFolder(str(folder))
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{folder}: {error}",
-                "Put each class's images (.png, .jpg, …) into a folder of its own, or unlabelled ones right here.",
-            ) from error
-        classes, files = tuple(found.classes), found.samples
-    for file, _ in files:
-        if not Path(file).is_file():
-            raise DataError(f"{file} is not a readable image: it is no file.", "Replace or remove it.")
-    for file, _ in files[:: max(1, len(files) // SCANNED)]:
-        with _opened(file) as image:
-            image.verify()
-    return classes, files
-
-
-def _file_digest(path: Path, by_content: bool) -> bytes:
-    if by_content:
-        return hashlib.sha256(path.read_bytes()).digest()
-    status = path.stat()
-    return hashlib.sha256(f"{path} {status.st_size} {status.st_mtime_ns}".encode()).digest()
+    found = classed(folder, torchvision.datasets.folder.IMG_EXTENSIONS, "images (.png, .jpg, …)")
+    return found.classes, list(zip(found.files, found.labels, strict=True))

@@ -28,6 +28,7 @@ from pipeline.data.arrays import class_numbers, from_arrays
 from pipeline.data.assemble import Raw, cut_parts, loaded
 from pipeline.data.imagefolder import SCANNED
 from pipeline.data.parts import PARTS, UNKNOWN, Batch, Inputs, Part, Split, Target
+from pipeline.data.prepared import Prepared
 from pipeline.data.samples import (
     Parting,
     Reading,
@@ -173,7 +174,10 @@ class _Samples(Dataset[Any]):
 
     def place(self, index: int) -> str:
         """The sample, as messages call it."""
-        return f"{self.name}, sample {self.indices[index]}"
+        number = self.indices[index]
+        if isinstance(self.source, Prepared):
+            return f"{self.name}, {self.source.place(number)}"
+        return f"{self.name}, sample {number}"
 
     def raw(self, index: int) -> Any:
         """A sample as the user's own code returns it."""
@@ -208,6 +212,8 @@ class _Samples(Dataset[Any]):
     def batch(self, samples: list[Any]) -> Batch:
         """Samples as a batch, by the user's own collate or by ours."""
         if self.collate is None:
+            if isinstance(self.source, Prepared):
+                return self.source.batch(samples)
             return batched(samples, self.parting.reading.pad)
         place = f"{self.place(samples[0][0])} and {len(samples) - 1} others"
         with user_code(f"{place}: the collate", DataError):
@@ -316,6 +322,8 @@ def _samples(value: Any, name: str, parting: Parting) -> tuple[_Samples, int]:
                 "Give a data set with __len__ and __getitem__, an iterable, a DataLoader of one, or arrays (x, y).",
             )
         value = _Spooled(value, name)
+    if isinstance(value, Prepared):
+        workers = value.workers
     samples = _Samples(value, indices, name, parting)
     samples.collate = samples.collate or collate
     return samples, workers
@@ -327,13 +335,19 @@ def _scan(samples: _Samples, workers: int, seed: int, shapes: Shapes | None) -> 
     if not count:
         raise DataError(f"{name} is empty.", "Give a data set with samples in it.")
     known: Tensor | None = None
-    if count > SCANNED and reading.targets != "values":
+    prepared = samples.source if isinstance(samples.source, Prepared) else None
+    if prepared is not None:
+        known = prepared.targets
+        if known is not None and reading.targets == "values" and bool((known != UNKNOWN).any()):
+            known = None
+    elif count > SCANNED and reading.targets != "values":
         with user_code(f"{name}: its targets", DataError):
             targets = getattr(samples.source, "targets", None)
             known = None if targets is None else class_numbers(targets, f"{name}: targets")
         if known is not None and len(known) <= max(samples.indices):
             raise DataError(f"{name}: targets names the class of {len(known)} samples only.", "Give one per sample.")
-    chosen = range(count) if known is None else range(0, count, count // SCANNED + 1)
+    limit = prepared.scanned if prepared is not None else SCANNED if known is not None else count
+    chosen = range(0, count, (count - 1) // limit + 1)
     digests: list[bytes] = []
     numbers: list[int | None] = []
     with seeded(seed):  # random transforms draw the same each time, so the fingerprint is the same
@@ -341,7 +355,8 @@ def _scan(samples: _Samples, workers: int, seed: int, shapes: Shapes | None) -> 
             inputs, target = samples.one(position)
             shapes = shapes or Shapes(name, samples.parting.names, reading.dims)
             shapes.add(inputs, samples.place(position))
-            digests.append(digest_of(inputs))
+            if prepared is None:
+                digests.append(digest_of(inputs))
             number = class_number(target) if target is not None else UNKNOWN
             if reading.targets == "classes" and number is None:
                 raise DataError(
@@ -353,10 +368,10 @@ def _scan(samples: _Samples, workers: int, seed: int, shapes: Shapes | None) -> 
     labels: Tensor | None = None
     if known is not None:
         labels = known[list(samples.indices)]
-    elif all(number is not None for number in numbers):
+    elif prepared is None and all(number is not None for number in numbers):
         labels = torch.tensor(numbers)
 
     def stream(chunks: Sequence[list[int]]) -> Iterator[Batch]:
         yield from loaded(samples, chunks, workers, samples.batch)
 
-    return Split(count, stream, labels), digests, shapes
+    return Split(count, stream, labels), digests if prepared is None else list(prepared.digests), shapes

@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 
 from pipeline.models.source import Input, Size
 
+SINGLE = "input"
+"""Name of a model's only input where the data gives it none."""
+
 Part = Literal["train", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "test")
 
@@ -125,6 +128,10 @@ class Data:
     """Free dimension -> sizes that samples have: the usual one, the smallest, the largest."""
     answer: Callable[[Inputs], Target] | None = field(default=None, repr=False, compare=False)
     """Gives the target of a batch in place of the data's own: what the dense model answers."""
+    names: tuple[str, ...] = ()
+    """Name of each class inside a target that is no single class number: of a label map, of boxes, of tokens."""
+    fit: Literal["cover", "stretch"] = "cover"
+    """How image files come to `image_size`: covering it, the rest cut away, or stretched to it."""
     files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
     """Beside the model a bundle needs these to read raw inputs, by file name: a tokenizer, say."""
 
@@ -196,7 +203,7 @@ class Data:
 
     def feed(self, inputs: Inputs) -> dict[str, Array]:
         """A batch's inputs as arrays by name."""
-        return {one.name: value.numpy() for one, value in zip(self.inputs, inputs, strict=True)}
+        return {one.name or SINGLE: value.numpy() for one, value in zip(self.inputs, inputs, strict=True)}
 
     def feeds(self, part: Part, batch_size: int) -> Iterator[tuple[dict[str, Array], Target]]:
         """`batches` with the inputs as arrays by name."""

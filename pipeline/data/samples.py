@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -48,6 +49,13 @@ class Reading:
     images: bool = False
     collate: Callable[[list[Any]], Any] | None = None
     pad: int | None = None
+    tokenizer: Path | None = None
+    """The tokenizer.json of texts, or a folder with it."""
+    max_tokens: int | None = None
+    sample_rate: int = 16_000
+    """Samples per second that recordings are brought to."""
+    seconds: float = 1.0
+    """Length that recordings are cut or filled up to."""
 
 
 class Parting:

@@ -176,7 +176,9 @@ def _met(data: Data, section: TaskSection, file: Path) -> tuple[Data, Task | Non
     if section.name == "auto" and not data.labelled and data.input_size is not None and first.dim() == 2:
         return data, None
     target = target if data.labelled else None
-    return data, tasks.choose(section, data, outputs, target, file.name, image=data.input_size is not None)
+    return data, tasks.choose(
+        section, data, outputs, target, file.name, len(next(iter(feed.values()))), image=data.input_size is not None
+    )
 
 
 def _parity(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from pydantic import Field, field_validator
 
@@ -12,7 +13,11 @@ from pipeline.recipe.section import Pixels, Section
 class DataSection(Section):
     """Which data trains, calibrates and judges."""
 
-    source: str = Field("digits", description="digits, imagefolder:PATH, npz:PATH, path/to/file.py:callable, or none")
+    source: str = Field(
+        "digits",
+        description="digits, KIND:PATH (imagefolder, npz, csv, jsonl, audiofolder, segmentation, coco), "
+        "path/to/file.py:callable, or none",
+    )
     input_size: tuple[Pixels, Pixels, Pixels] | None = Field(
         None, description="C, H, W; the data's own size when left out"
     )
@@ -29,6 +34,16 @@ class DataSection(Section):
         default_factory=dict,
         description="input -> its dimensions, the batch first: a name may have any size, a number is fixed",
     )
+    tokenizer: Path | None = Field(
+        None, description="tokenizer.json of texts, or the folder that it lies in; that of an `hf:` folder else"
+    )
+    max_tokens: int | None = Field(
+        None, ge=8, le=1 << 20, description="tokens that a text is cut at; as many as the model bears when left out"
+    )
+    sample_rate: int = Field(
+        16_000, ge=100, le=1_000_000, description="samples per second that recordings are brought to"
+    )
+    seconds: float = Field(1.0, gt=0, le=3600, description="length of recordings: longer ones are cut")
     sizes: dict[str, tuple[Pixels, ...]] = Field(
         default_factory=dict,
         description="free dimension -> sizes that it is proven and raced at, the usual one first; the data's own else",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import filecmp
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from exporters import bundling
-from exporters.bundling import Bundle, InputNote, Variant, bundle
+from exporters.bundling import Answer, Bundle, InputNote, Variant, bundle
 from exporters.summary import describe
 from foundation.errors import VersionError
 from foundation.rounding import scaled
@@ -21,6 +21,7 @@ from pipeline.artifacts.verdict import Validated
 from pipeline.data.parts import Data
 from pipeline.models.source import ModelSource, example
 from pipeline.release.records import project_version
+from pipeline.tasks.task import Task
 from validators.runners import OrtRunner, TorchRunner
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -41,6 +42,7 @@ def write(
     folder: Path,
     source: ModelSource,
     data: Data,
+    task: Task,
     shrunk: Shrunk,
     exported: Exported,
     optimized: Optimized,
@@ -48,6 +50,7 @@ def write(
 ) -> Bundle:
     """Bundle the shipped file and every other proven candidate that was kept, in the new `folder`.
 
+    What raw inputs are read with (a tokenizer, say) comes along, and `task` says what the outputs are.
     The golden inputs are real test samples, the golden outputs the shrunk program's. Raises ExportError when a variant
     fails the self-test.
     """
@@ -70,14 +73,23 @@ def write(
         "latency_ratio": validated.latency_ratio,
     }
     shipped = optimized.winner
-    others = [row for row in optimized.candidates if row.outcome == "passed" and row.file and row is not shipped]
+    others = [
+        row
+        for row in optimized.candidates
+        if row.outcome == "passed"
+        and row.file
+        and row is not shipped
+        and _same_integers(optimized.folder, row, golden, answers)
+    ]
     return bundle(
         [_variant(optimized.folder, row, golden, answers, validated.threads) for row in (shipped, *others)],
         folder,
         golden_inputs=golden,
         golden_outputs=answers,
         inputs=list(_notes(program, data)),
-        labels=data.labels,
+        labels=data.labels or data.names,
+        answers=_answers(task, list(answers)),
+        files=data.files,
         threads=validated.threads,
         metadata={
             **summary.metadata,
@@ -99,8 +111,9 @@ def _variant(
         errors = (
             scaled(float(np.abs(found[name] - wanted).max()), float(np.abs(wanted).max()))
             for name, wanted in answers.items()
+            if wanted.dtype.kind == "f"
         )
-        tolerance = max(ROUNDING, REDUCED * max(errors))
+        tolerance = max(ROUNDING, REDUCED * max(errors, default=0.0))
     return Variant(
         name=row.name,
         path=folder / row.file,
@@ -112,15 +125,57 @@ def _variant(
     )
 
 
+def _same_integers(folder: Path, row: Candidate, golden: dict[str, Array], answers: dict[str, Array]) -> bool:
+    """Whether a candidate of reduced precision gives the very whole numbers of the golden outputs; the self-test asks
+    for that. The others were proven to.
+    """
+    whole = [name for name, wanted in answers.items() if wanted.dtype.kind != "f"]
+    if not whole or not row.reduced_precision:
+        return True
+    found = OrtRunner(folder / row.file, threads=1, session=row.session).infer(golden)
+    return all(np.array_equal(found[name], answers[name]) for name in whole)
+
+
+_MADE_OF: dict[str, Answer] = {
+    "multilabel": "labels",
+    "regression": "values",
+    "embedding": "embedding",
+    "segmentation": "map",
+    "token-classification": "tokens",
+}
+"""Task -> what the outputs that it reads are."""
+
+
+def _answers(task: Task, outputs: list[str]) -> dict[str, Answer]:
+    """What each output is; of classes, only the first that the task reads is scores."""
+    kind: Answer = "classes" if task.classes else _MADE_OF.get(task.name, "array")
+    read = task.reads[:1] if task.classes else task.reads
+    return {name: kind if name in read else "array" for name in outputs}
+
+
+_TEXT: dict[str, Literal["ids", "mask", "segments"]] = {
+    "input_ids": "ids",
+    "attention_mask": "mask",
+    "token_type_ids": "segments",
+}
+
+
 def _notes(program: TorchRunner, data: Data) -> Iterable[InputNote]:
     for spec in program.inputs:
         mine = spec.name == program.inputs[0].name  # what is normalised is an image, and comes first
+        holds: Literal["image", "ids", "mask", "segments", "array"] = "array"
+        if "tokenizer.json" in data.files:
+            holds = _TEXT.get(spec.name, "array")
+        elif mine and data.mean:
+            holds = "image"
         yield InputNote(
             name=spec.name,
             shape=spec.shape,
             dtype=spec.dtype,
             mean=data.mean if mine else (),
             std=data.std if mine else (),
+            holds=holds,
+            fit=data.fit,
         )
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from foundation.errors import ConfigError, ModelError, first_line, nearest
-from pipeline.data.parts import Data, Inputs
+from pipeline.data.parts import SINGLE, Data, Inputs
 from pipeline.models.calling import Call, adapted, bound, flattened, named
+from pipeline.models.from_code import user_code
 from pipeline.models.named_inputs import NamedInputs
 from pipeline.models.source import Input, ModelSource
 from pipeline.models.trial import run
@@ -28,8 +29,6 @@ from pipeline.tasks.task import Task
 
 BATCH = 2
 """Samples of the batch that is tried; a batch of one hides what a model does with several."""
-SINGLE = "input"
-"""Name of a model's only input where the data gives none."""
 
 
 def meet(source: ModelSource, data: Data, cfg: DataSection, wanted: TaskSection) -> tuple[ModelSource, Data, Task]:
@@ -40,9 +39,10 @@ def meet(source: ModelSource, data: Data, cfg: DataSection, wanted: TaskSection)
     if not data.labelled:
         target = None
     model = source.build_as_given()
-    source, data, call = _named(source, data, model)
+    with user_code(source.spec, ModelError):  # what describes a module may be code of theirs, too
+        source, data, call = _named(source, data, model)
     outputs = _run(source, batch)
-    task = find.choose(wanted, data, outputs, target, source.spec, image=data.input_size is not None)
+    task = find.choose(wanted, data, outputs, target, source.spec, len(batch[0]), image=data.input_size is not None)
     if not wanted.keep_outputs and set(task.reads) != set(outputs):
         kept = tuple(name for name in outputs if name in task.reads)
         source = replace(source, adapt=partial(adapted, replace(call, keep=kept)))

@@ -17,6 +17,7 @@ from pipeline.recipe.task import TaskSection
 from pipeline.tasks import classification, ctc, distil, multilabel, own, regression, segmentation, tokens
 from pipeline.tasks.places import IGNORED
 from pipeline.tasks.task import Task
+from validators.scores import measured
 
 Made = Callable[[str, str], Task]
 """(name, output that is judged) -> the task."""
@@ -68,16 +69,17 @@ def pad_of(cfg: TaskSection) -> int | None:
     return ctc.PADDING if cfg.name == "ctc" else IGNORED
 
 
-def choose(cfg: TaskSection, data: Data, outputs: Outputs, target: Target, spec: str, *, image: bool) -> Task:
-    """The task for one real batch's `outputs` and `target` (None: the data has no labels).
+def choose(
+    cfg: TaskSection, data: Data, outputs: Outputs, target: Target, spec: str, rows: int, *, image: bool
+) -> Task:
+    """The task for `rows` real samples' `outputs` and `target` (None: the data has no labels).
 
     `image`: the model is a classifier as far as one can know where nothing is labelled: it is fed one image.
     Raises ConfigError, DataError or ModelError, naming the task that would fit, where this one does not.
     """
-    rows = len(next(iter(outputs.values())))
     if ":" in cfg.name:
         made = own.task(cfg, reads=_reads(cfg, outputs))
-        return _tried(made, data, outputs, target)
+        return _tried(made, outputs, target, rows)
     name = _auto(cfg, data, outputs, target, spec, rows, image=image) if cfg.name == "auto" else cfg.name
     if name in UNLABELLED:
         return distil.task(name, _floats(cfg, outputs))
@@ -90,7 +92,7 @@ def choose(cfg: TaskSection, data: Data, outputs: Outputs, target: Target, spec:
         main = _logits(cfg, data, outputs, rows, spec)
         return replace(TASKS[name](name, main), name=name)
     main = _judged(cfg, name, outputs, target, spec)
-    return _tried(TASKS[name](name, main), data, outputs, target)
+    return _tried(TASKS[name](name, main), outputs, target, rows)
 
 
 def _auto(cfg: TaskSection, data: Data, outputs: Outputs, target: Target, spec: str, rows: int, *, image: bool) -> str:
@@ -258,11 +260,8 @@ def _check_logits(out: Tensor, rows: int, classes: int, spec: str) -> None:
         )
 
 
-def _tried(task: Task, data: Data, outputs: Outputs, target: Target) -> Task:
+def _tried(task: Task, outputs: Outputs, target: Target, rows: int) -> Task:
     """`task`, whose loss and scores take this batch. Raises DataError for whatever they raise."""
-    from validators.scores import measured
-
-    rows = len(next(iter(outputs.values())))
     what = "loss"
     try:
         with torch.no_grad():

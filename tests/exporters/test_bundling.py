@@ -207,7 +207,7 @@ def test_a_packed_bundle_is_the_same_bytes_and_unpacks_to_one_that_passes(model,
 
 def test_the_docs_show_the_server_as_it_is():
     page = (Path(__file__).parents[2] / "docs" / "shipping.md").read_text()
-    shown = re.search(r"```python\n(\"\"\"Classify a folder.*?)```", page, re.DOTALL)
+    shown = re.search(r"```python\n(\"\"\"Answer a folder.*?)```", page, re.DOTALL)
     assert shown
     assert shown[1] == (Path(selftest.__file__).with_name("serve.py")).read_text()
 

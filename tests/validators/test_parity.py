@@ -12,6 +12,7 @@ from validators import (
     compare_arrays,
     compare_chain,
     edge_feeds,
+    parity,
     random_feeds,
 )
 
@@ -411,3 +412,25 @@ def test_each_feed_has_a_yardstick_of_its_own(function_runner):
         yardstick=[lambda: function_runner(np.copy), lambda: function_runner(dense)],
     ).hops[0]
     assert [entry.passed for entry in hop.outputs] == [True, False]
+
+
+class Wide:
+    """A runner whose error shows only where it is asked for several rows, as the largest of several draws does."""
+
+    def __init__(self, width: int, dtype: type, error: float) -> None:
+        self.name, self.inputs, self.threads = "wide", (), 1
+        self.width, self.dtype, self.error, self.rows = width, dtype, error, []
+
+    def infer(self, feed):
+        rows = len(feed["x"])
+        self.rows.append(rows)
+        return {"y": np.full((rows, self.width), self.error if rows > 1 else 0.0, self.dtype)}
+
+
+@pytest.mark.parametrize(("width", "rows", "found"), [(1, [1, parity.FEW], 0.5), (parity.FEW, [1], 0.0)])
+def test_rounding_of_few_numbers_is_measured_on_several_copies(width, rows, found):
+    feed = Feed("one", {"x": np.zeros((1, 3), np.float32)})
+    exact, shaken = Wide(width, np.float64, 0.0), Wide(width, np.float32, 0.5)
+    first = {"y": np.zeros((1, width), np.float32)}
+    assert parity._rounding(first, feed, exact, [shaken]) == {"y": found}
+    assert shaken.rows == rows

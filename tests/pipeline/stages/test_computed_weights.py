@@ -16,7 +16,10 @@ from pipeline.recipe.removal import FoldSection, ShrinkSection
 from pipeline.recipe.source import BaselineSection
 from pipeline.recipe.train import FinetuneSection, TrainSettings
 from pipeline.stages import s0_baseline, s1_prune, s2_finetune, s3_fold, s4_shrink
+from pipeline.tasks import classification
 from pipeline.training import loop
+
+TASK = classification.task("classification", "output")
 
 TRAIN = TrainSettings(epochs=1, lr=1e-3)
 
@@ -86,9 +89,9 @@ def shrink(source, digits, dense: Baseline, criterion: str, folders: list[Path])
     """Prune half of every width, recover, fold and shrink."""
     progress = Progress()
     chosen = PruneSection(ratio=0.5, align=1, criterion=criterion)
-    pruned = s1_prune.run(chosen, folders[0], source, digits, dense, progress).save()
+    pruned = s1_prune.run(chosen, folders[0], source, digits, dense, TASK, progress).save()
     cfg = FinetuneSection(train=TRAIN)
-    tuned = s2_finetune.run(cfg, folders[1], source, digits, dense, pruned, progress).save()
+    tuned = s2_finetune.run(cfg, folders[1], source, digits, dense, pruned, TASK, progress).save()
     folded = s3_fold.run(FoldSection(), folders[2], source, digits, pruned, tuned).save()
     return s4_shrink.run(ShrinkSection(), folders[3], source, digits, pruned, folded).save()
 
@@ -110,7 +113,9 @@ def test_it_is_trained_pruned_recovered_and_shrunk(kind, criterion, digits, tmp_
     monkeypatch.setattr(loop, "train", watched)
     source = models.load(MODELS[kind], input_size=(3, 16, 16))
     progress = Listening()
-    dense = s0_baseline.run(BaselineSection(train=TRAIN, seconds=0.1), folders[0], source, digits, progress).save()
+    dense = s0_baseline.run(
+        BaselineSection(train=TRAIN, seconds=0.1), folders[0], source, digits, TASK, progress
+    ).save()
     computed = kind not in ("lazy", "partly frozen", "all frozen")
     said = [line for line in progress.heard if "folded into plain weights" in line]
     assert len(said) == int(computed)
@@ -127,7 +132,7 @@ def test_it_is_trained_pruned_recovered_and_shrunk(kind, criterion, digits, tmp_
 
 def test_a_pruning_masks_zeros_are_held_while_the_baseline_is_trained(digits, tmp_path):
     source = models.load(MODELS["pruning mask"], input_size=(3, 16, 16))
-    dense = s0_baseline.run(BaselineSection(train=TRAIN, seconds=0.1), tmp_path, source, digits, Progress())
+    dense = s0_baseline.run(BaselineSection(train=TRAIN, seconds=0.1), tmp_path, source, digits, TASK, Progress())
     zeros = source.build()[3].weight == 0
     assert zeros.sum() == round(0.3 * zeros.numel())
     assert not dense.weights()["3.weight"][zeros].any()
@@ -158,6 +163,8 @@ def test_recurrent_layers_are_shrunk_too(hook, digits, tmp_path):
     for folder in folders:
         folder.mkdir()
     source = models.load(make, input_size=(3, 16, 16))
-    dense = s0_baseline.run(BaselineSection(train=TRAIN, seconds=0.1), folders[0], source, digits, Progress()).save()
+    dense = s0_baseline.run(
+        BaselineSection(train=TRAIN, seconds=0.1), folders[0], source, digits, TASK, Progress()
+    ).save()
     shrunk = shrink(source, digits, dense, "l2", folders[1:])
     assert {(w.cluster, w.before, w.after) for w in shrunk.widths} == {("i", 8, 4), ("l", 8, 4)}

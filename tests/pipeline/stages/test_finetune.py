@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -70,7 +71,7 @@ def stage(tmp_path, trained, digits):
     def run(chosen, own=digits, **settings):
         masks.save(chosen, tmp_path / "1-prune" / Pruned.MASKS)
         cfg = FinetuneSection(**settings)
-        return s2_finetune.run(cfg, tmp_path / "2-finetune", source, own, baseline, pruned, Progress())
+        return s2_finetune.run(cfg, tmp_path / "2-finetune", source, own, baseline, pruned, TASK, Progress())
 
     return run
 
@@ -79,8 +80,8 @@ def test_the_closed_form_gives_back_most_of_what_pruning_took_and_originals_stay
     made = stage(halved(), recover="closed-form")
     pruned, fitted = made.rungs[0], made.rungs[1]
     assert (fitted.name, fitted.kept) == ("closed form", True)
-    assert fitted.accuracy > pruned.accuracy + 0.3
-    assert fitted.accuracy > 0.85
+    assert fitted.score > pruned.score + 0.3
+    assert fitted.score > 0.85
     assert made.epochs == 0
     for name, mask in halved().items():
         assert torch.equal(made.weights()[name][~mask], trained[name][~mask]), name
@@ -131,7 +132,9 @@ def test_training_learns_from_the_fit_gently_and_its_samples_decide_nothing(stag
     seen = []
     real = loop.train
     monkeypatch.setattr(
-        loop, "train", lambda model, own, settings, **o: (seen.append(settings), real(model, own, settings, **o))[1]
+        loop,
+        "train",
+        lambda model, own, task, settings, **o: seen.append(settings) or real(model, own, task, settings, **o),
     )
     stage(halved(), epochs=1)
     stage(halved(), recover="train", epochs=1, train={"lr": 0.5})
@@ -143,7 +146,7 @@ def test_too_few_images_are_said_and_leave_the_model(stage, digits):
     few = replace(digits, train=data.parts.picked(digits.train, torch.arange(4)))
     made = stage(halved(), few, recover="closed-form")
     assert (made.rungs[1].name, made.rungs[1].kept) == ("closed form", False)
-    assert "4 images are too few" in made.rungs[1].why
+    assert "4 samples are too few" in made.rungs[1].why
 
 
 def test_fewer_rows_than_columns_are_told_and_do_no_harm(stage, digits):
@@ -188,7 +191,8 @@ def test_no_images_to_fit_on_are_refused_before_anything_is_spent(samples):
 
 
 def of(correct, loss):
-    return ladder.Standing(torch.tensor(correct), torch.tensor(loss, dtype=torch.float64))
+    statistics = np.array([[float(one), 1.0] for one in correct])
+    return ladder.Standing(TASK, statistics, torch.tensor(loss, dtype=torch.float64))
 
 
 def test_the_paired_tests_decide():
@@ -212,7 +216,9 @@ def test_seconds_pay_for_whole_epochs(stage, digits, monkeypatch):
     monkeypatch.setattr(
         loop,
         "train",
-        lambda model, own, settings, **o: (asked.append(settings.epochs), real(model, own, settings, **o))[1],
+        lambda model, own, task, settings, **o: (asked.append(settings.epochs), real(model, own, task, settings, **o))[
+            1
+        ],
     )
     made = stage(halved(), epochs=5, seconds=29.0)
     assert asked == [2]
@@ -229,7 +235,7 @@ def test_an_epoch_is_timed_without_changing_the_model(digits, monkeypatch):
     masks.apply(model, halved())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = default_settings(model, recovery=True, seed=0)
-    found = loop.seconds_per_epoch(model, digits, settings, net().eval())
+    found = loop.seconds_per_epoch(model, digits, TASK, settings, net().eval())
     assert 0 < found < 600
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -19,7 +19,10 @@ from pipeline.progress import Progress
 from pipeline.race import budgets, timing
 from pipeline.recipe.race import OptimizeSection
 from pipeline.stages import s6_optimize
+from pipeline.tasks import classification
 from validators import LatencyReport, Measured, OrtRunner, RunnerLatency
+
+TASK = classification.task("classification", "output")
 
 SIZE = (3, 8, 8)
 
@@ -94,6 +97,7 @@ class Race:
             Pruned.model_construct(zeros=10),
             Shrunk.model_construct(folder=self.folder / "4-shrink", removed=removed),
             Exported.model_construct(folder=self.folder / "5-export"),
+            TASK,
             progress or Progress(),
         ).save()
         assert Optimized.load(made.folder) == made

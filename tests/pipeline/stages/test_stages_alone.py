@@ -15,11 +15,13 @@ from pipeline.recipe.removal import FoldSection, ShrinkSection
 from pipeline.recipe.source import BaselineSection
 from pipeline.recipe.train import FinetuneSection, TrainSettings
 from pipeline.stages import s0_baseline, s1_prune, s2_finetune, s3_fold, s4_shrink
-from pipeline.tasks.classification import evaluate
+from pipeline.tasks import classification
+from pipeline.tasks.evaluation import evaluate
 from pipeline.training import masks
 
 TINY = f"{Path(__file__).parents[1] / 'tiny.py'}:build"
 SILENT = Progress()
+TASK = classification.task("classification", "output")
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +38,12 @@ def source(digits):
 def baseline(source, digits, tmp_path_factory) -> Baseline:
     out = tmp_path_factory.mktemp("baseline")
     cfg = BaselineSection(train=TrainSettings(epochs=3, lr=0.1), seconds=0.1)
-    return s0_baseline.run(cfg, out, source, digits, SILENT).save()
+    return s0_baseline.run(cfg, out, source, digits, TASK, SILENT).save()
 
 
 def prune(source, digits, baseline, out: Path, **settings) -> Pruned:
     out.mkdir()
-    return s1_prune.run(PruneSection(**settings), out, source, digits, baseline, SILENT).save()
+    return s1_prune.run(PruneSection(**settings), out, source, digits, baseline, TASK, SILENT).save()
 
 
 def finish(source, digits, baseline, pruned: Pruned, tmp_path: Path):
@@ -50,7 +52,7 @@ def finish(source, digits, baseline, pruned: Pruned, tmp_path: Path):
     for folder in folders:
         folder.mkdir()
     cfg = FinetuneSection(train=TrainSettings(epochs=1, lr=0.01))
-    tuned = s2_finetune.run(cfg, folders[0], source, digits, baseline, pruned, SILENT).save()
+    tuned = s2_finetune.run(cfg, folders[0], source, digits, baseline, pruned, TASK, SILENT).save()
     folded = s3_fold.run(FoldSection(), folders[1], source, digits, pruned, tuned).save()
     shrunk = s4_shrink.run(ShrinkSection(), folders[2], source, digits, pruned, folded).save()
     return folded, shrunk
@@ -58,7 +60,7 @@ def finish(source, digits, baseline, pruned: Pruned, tmp_path: Path):
 
 def test_the_baseline_learns_and_reads_back_the_same(baseline):
     assert baseline.trained_here
-    assert baseline.accuracy > 0.8
+    assert baseline.score > 0.8
     assert Baseline.load(baseline.folder) == baseline
     assert (baseline.folder / "history.csv").read_text().count("\n") == 4
 
@@ -154,7 +156,7 @@ def test_folding_weights_that_the_masks_do_not_hold_is_an_error(source, digits, 
     pruned = prune(source, digits, baseline, tmp_path / "p", ratio=0.5)
     out = tmp_path / "tuned"
     out.mkdir()
-    tuned = s2_finetune.run(FinetuneSection(recover="none"), out, source, digits, baseline, pruned, SILENT).save()
+    tuned = s2_finetune.run(FinetuneSection(recover="none"), out, source, digits, baseline, pruned, TASK, SILENT).save()
     real = masks.fold
 
     def forgetful(model):
@@ -180,7 +182,7 @@ def test_no_recovery_keeps_the_weights(source, digits, baseline, tmp_path):
     pruned = prune(source, digits, baseline, tmp_path / "p", ratio=0.5)
     out = tmp_path / "tuned"
     out.mkdir()
-    tuned = s2_finetune.run(FinetuneSection(recover="none"), out, source, digits, baseline, pruned, SILENT)
+    tuned = s2_finetune.run(FinetuneSection(recover="none"), out, source, digits, baseline, pruned, TASK, SILENT)
     assert all(torch.equal(v, pruned.weights()[k]) for k, v in tuned.weights().items())
 
 
@@ -192,14 +194,14 @@ def test_a_foreign_pruned_checkpoint_is_shrunk_without_any_mask(source, digits, 
 
     for name in ("prune", "fold", "shrink"):
         (tmp_path / name).mkdir()
-    pruned = s1_prune.run(PruneSection(method="none"), tmp_path / "prune", source, digits, baseline, SILENT)
+    pruned = s1_prune.run(PruneSection(method="none"), tmp_path / "prune", source, digits, baseline, TASK, SILENT)
     save_tensors(state, tmp_path / "fold" / Folded.WEIGHTS)
     model = source.build()
     model.load_state_dict(state)
     zeros = sum(int((p == 0).sum()) for p in model.parameters())
     folded = Folded(
         folder=tmp_path / "fold", sparsity=0.0, zeros=zeros, params=baseline.params,
-        accuracy=evaluate(model, digits, "test").accuracy, max_abs_diff_to_masked=0.0,
+        score=evaluate(TASK, model, digits, "test").score, max_abs_diff_to_masked=0.0,
     )  # fmt: skip
     shrunk = s4_shrink.run(ShrinkSection(), tmp_path / "shrink", source, digits, pruned, folded)
     widths = {w.cluster: (w.before, w.after) for w in shrunk.widths}

@@ -12,7 +12,10 @@ from pipeline.gate.policy import GUESSED
 from pipeline.progress import Progress
 from pipeline.recipe.policy import GateSection
 from pipeline.stages import s7_validate
+from pipeline.tasks import classification
 from validators import OrtRunner
+
+TASK = classification.task("classification", "output")
 
 SIZE = (3, 8, 8)
 X = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(1))
@@ -48,6 +51,7 @@ def stages(tmp_path):
             folder=folders["6-optimize"], ships=winner.file, shipped=winner.name, proven=True, candidates=(winner,)
         ),
         Promoted(),
+        TASK,
         Progress(),
     )
 

@@ -39,7 +39,8 @@ def chosen(data: Data, outputs: Any, name: str = "auto", output: str | None = No
     target = next(data.some("train", 2).batches("train", 2))[1]
     cfg = TaskSection(name=name, output=output)
     tasks.check(cfg)
-    return tasks.choose(cfg, data, outputs, target, "the net", image=False)
+    rows = len(next(iter(outputs.values())))
+    return tasks.choose(cfg, data, outputs, target, "the net", rows, image=False)
 
 
 def value(score: Score, outputs: Any, target: Any, batches: int = 3) -> float:

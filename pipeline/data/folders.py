@@ -1,0 +1,121 @@
+"""Files in folders: parts, classes, and what tells one file from another, for a million of them in seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from foundation.errors import DataError
+from pipeline.data.parts import UNKNOWN, Part
+
+HASHED_BYTES = 2 << 30
+"""Up to this size files are fingerprinted by content, above it by names, sizes and times of change."""
+_HELD = ("test", "val", "valid", "validation")
+"""Folders or files beside `train`: the first that there is is the test part, a second one the calibration part."""
+
+
+@dataclass(frozen=True)
+class Classed:
+    """The files of a folder, and the class of each: no names, and every number `UNKNOWN`, where there are none."""
+
+    classes: tuple[str, ...]
+    files: list[str]
+    labels: list[int]
+
+
+def parts_of(path: Path, suffix: str = "") -> dict[Part, Path]:
+    """`train`, `test`, `val` in the folder `path`, with that suffix; all of `path` as the training part where none is.
+
+    Two parts are training and test; of three, `val` is the calibration part.
+    """
+    found = {key: path / f"{key}{suffix}" for key in ("train", *_HELD)}
+    there = {key: one for key, one in found.items() if (one.is_file() if suffix else one.is_dir())}
+    if "train" not in there:
+        return {"train": path}
+    parts: dict[Part, Path] = {"train": there["train"]}
+    held = [there[key] for key in _HELD if key in there]
+    parts.update(zip(("test", "calibration"), held, strict=False))
+    return parts
+
+
+def classed(folder: Path, suffixes: Collection[str], what: str) -> Classed:
+    """The files of one kind, by the folder right under `folder` that they lie in, in the order of their names.
+
+    Files that lie in `folder` itself, with no folder beside them, have no classes. Raises DataError for no file at all.
+    """
+    hint = f"Put each class's {what} into a folder of its own, or unlabelled ones right here."
+    with os.scandir(folder) as entries:
+        listed = sorted((entry.name, entry.is_dir()) for entry in entries)
+    names = tuple(name for name, is_folder in listed if is_folder)
+    loose = [os.path.join(folder, name) for name, _ in listed if _is_of(name, suffixes)]  # noqa: PTH118  # a million
+    if not names:
+        if not loose:
+            raise DataError(f"{folder}: no {what} and no class folder in it.", hint)
+        return Classed((), loose, [UNKNOWN] * len(loose))
+    files: list[str] = []
+    labels: list[int] = []
+    empty = []
+    for number, name in enumerate(names):
+        before = len(files)
+        for root, _, found in sorted(os.walk(folder / name, followlinks=True)):
+            files.extend(os.path.join(root, one) for one in sorted(found) if _is_of(one, suffixes))  # noqa: PTH118
+        labels.extend([number] * (len(files) - before))
+        if len(files) == before:
+            empty.append(name)
+    if empty:
+        raise DataError(f"{folder}: no {what} in the class folder {', '.join(empty[:5])}.", hint)
+    return Classed(names, files, labels)
+
+
+SHARED_OUT = 500
+"""Files from which on processes read them beside the training; fewer are read sooner than shared out."""
+
+
+def readers(count: int) -> int:
+    """Processes that read `count` files: beside the one that trains, or none."""
+    return min(4, (os.cpu_count() or 1) - 1) if count >= SHARED_OUT else 0
+
+
+def _is_of(name: str, suffixes: Collection[str]) -> bool:
+    return os.path.splitext(name)[1].lower() in suffixes  # noqa: PTH122  # a million of them
+
+
+def digests_of(files: Sequence[Sequence[str]], what: str) -> list[list[bytes]]:
+    """Of lists of files, a hash of each, by content where all of them together are no more than `HASHED_BYTES`.
+
+    Raises DataError, naming the file, for one that is missing or no plain file: of a pipe, reading would wait for ever.
+    """
+    seen = [[_status(file, what) for file in some] for some in files]
+    whole = sum(one.st_size for some in seen for one in some)
+    if whole <= HASHED_BYTES:
+        return [[_content(file, what) for file in some] for some in files]
+    return [
+        [
+            hashlib.sha256(f"{file} {one.st_size} {one.st_mtime_ns}".encode()).digest()
+            for file, one in zip(some, status, strict=True)
+        ]
+        for some, status in zip(files, seen, strict=True)
+    ]
+
+
+def _status(file: str, what: str) -> os.stat_result:
+    try:
+        status = os.stat(file)  # noqa: PTH116  # a million of them
+    except OSError as error:
+        reason = "it is no file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise DataError(f"{file} is not a readable {what}: {reason}.", "Replace or remove it.") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{file} is not a readable {what}: it is no file.", "Replace or remove it.")
+    return status
+
+
+def _content(file: str, what: str) -> bytes:
+    try:
+        with open(file, "rb") as content:  # noqa: PTH123  # a million of them
+            return hashlib.sha256(content.read()).digest()
+    except OSError as error:
+        raise DataError(f"{file} is not a readable {what}: {error.strerror}.", "Replace or remove it.") from error
