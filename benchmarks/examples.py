@@ -1,7 +1,8 @@
 """The examples as their docstrings say, whole: `python benchmarks/examples.py [NAME ...] [--out FOLDER]`.
 
-Each runs in a new folder, so that nothing is reused, and gives one row of a table: scores, latency and file of the dense
-and the shipped model, and seconds from the first command to the verdict. A verdict other than `pass` is told in its row.
+Each runs in a new folder, so that nothing is reused, and gives one row of a table: scores, latency and file of the
+dense and the shipped model, and seconds from the first command to the verdict. A verdict other than `pass` is told in
+its row.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ def row(name: str, version: Path, seconds: float) -> str:
 
     made = Validated.load(version / Validated.STAGE)
     score = made.judged_score
-    held = "" if score is None else f"{score.name} {_shown(score.dense, score.share)} → {_shown(score.shipped, score.share)}"
+    held = (
+        ""
+        if score is None
+        else f"{score.name} {_shown(score.dense, score.share)} → {_shown(score.shipped, score.share)}"
+    )
     if made.latency_ratio is None or made.bytes is None or made.dense_bytes is None:
         return f"| {name} | {made.task} | {held} | {made.verdict.outcome} | | {seconds:.0f} |"
     spread = f"{made.latency_ratio_low:.3f} to {made.latency_ratio_high:.3f}"

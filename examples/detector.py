@@ -1,7 +1,8 @@
 """Detection without anchors: digits on a canvas, with one's own loss for the raw outputs.
 
 leanort deploy examples/detector.py:model --data examples/detector.py:data --name detector \
-    --set task.name=examples/detector.py:task --ratio 0.3 --set baseline.train.epochs=16 --set finetune.epochs=10
+    --set task.name=examples/detector.py:task --set 'baseline.train={epochs=12, batch_size=16}' \
+    --set 'finetune.train={epochs=12, batch_size=16}'
 """
 
 import os
@@ -23,7 +24,7 @@ def model():  # of each cell the logits of nothing and of ten digits; how far it
 
 
 def data():
-    draw, samples = random.Random(0), []
+    draw = random.Random(0)
     for _ in range(SAMPLES):
         image, boxes, labels = torch.zeros(1, SIDE, SIDE), [], []
         for quarter in draw.sample(range(4), draw.randint(1, 3)):
@@ -31,8 +32,7 @@ def data():
             x, y = (24 * part + draw.randint(0, 24 - side) for part in divmod(quarter, 2))
             image[:, y : y + side, x : x + side] = F.interpolate(IMAGES[number], (side, side), mode="bilinear")[0]
             boxes, labels = [*boxes, [x, y, x + side, y + side]], [*labels, NUMBERS[number]]
-        samples.append((image, {"boxes": torch.tensor(boxes).float(), "labels": torch.tensor(labels)}))
-    return samples
+        yield image, {"boxes": torch.tensor(boxes).float(), "labels": torch.tensor(labels)}
 
 
 def corners(outputs):  # (samples, cells, 4): x1, y1, x2, y2 in pixels

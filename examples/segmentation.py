@@ -1,7 +1,8 @@
 """Segmentation: a U-Net marks discs and squares among digits, at two resolutions.
 
 leanort deploy examples/segmentation.py:model --data examples/segmentation.py:data --name segmentation \
-    --set 'data.dims={input=["batch", 1, "height", "width"]}' --set 'data.sizes={height=[48, 96], width=[48, 96]}'
+    --set 'data.dims={input=["batch", 1, "height", "width"]}' --set 'data.sizes={height=[48, 96], width=[48, 96]}' \
+    --set baseline.train.batch_size=16 --set finetune.train.batch_size=16 --set finetune.epochs=12
 """
 
 import os
@@ -11,7 +12,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import Dataset
 
-SAMPLES, SIDE, DIGITS = int(os.environ.get("SAMPLES", "800")), 48, torch.tensor(load_digits().images).float()
+SAMPLES, SIDE = int(os.environ.get("SAMPLES", "800")), 48
+DIGITS = torch.tensor(load_digits().images).float() / 32
 
 
 def double(inputs: int, outputs: int) -> nn.Sequential:
@@ -23,10 +25,8 @@ class UNet(nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.one, self.two, self.three = double(1, width), double(width, 2 * width), double(2 * width, 4 * width)
-        self.up_two = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)
-        self.back_two = double(4 * width, 2 * width)
-        self.up_one = nn.ConvTranspose2d(2 * width, width, 2, 2)
-        self.back_one = double(2 * width, width)
+        self.up_two, self.back_two = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2), double(4 * width, 2 * width)
+        self.up_one, self.back_one = nn.ConvTranspose2d(2 * width, width, 2, 2), double(2 * width, width)
         self.head, self.pool = nn.Conv2d(width, 3, 1), nn.MaxPool2d(2)
 
     def forward(self, image):
@@ -46,13 +46,12 @@ class Shapes(Dataset):
     def __getitem__(self, index: int):
         draw = torch.Generator().manual_seed(index)
         row, column = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
-        digits = DIGITS[torch.randint(0, 1797, (36,), generator=draw)]
-        image = digits.view(6, 6, 8, 8).permute(0, 2, 1, 3).reshape(SIDE, SIDE) / 32
+        image = DIGITS[torch.randint(0, 1797, (6, 6), generator=draw)].transpose(1, 2).reshape(SIDE, SIDE)
         labels = torch.zeros(SIDE, SIDE, dtype=torch.long)
         for label in torch.randint(1, 3, (3,), generator=draw).tolist():
             (y, x), r = torch.randint(8, 40, (2,), generator=draw), int(torch.randint(4, 9, (1,), generator=draw))
-            far = (row - y) ** 2 + (column - x) ** 2 if label == 1 else (row - y).abs()
-            inside = far <= r * r if label == 1 else (far <= r) & ((column - x).abs() <= r)
+            far = torch.stack([row - y, column - x]).abs()
+            inside = far.square().sum(0) <= r * r if label == 1 else far.amax(0) <= r
             image[inside], labels[inside] = 0.6 + 0.4 * torch.rand(1, generator=draw), label
         return image[None], labels
 
