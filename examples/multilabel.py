@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import Dataset
 
-SAMPLES = int(os.environ.get("SAMPLES", "4000"))
+SAMPLES = int(os.environ.get("SAMPLES", "2000"))
 DIGITS = 4
 
 

@@ -1,8 +1,7 @@
 """A sentence encoder without labels: a small BERT, trained here to fill in words, with ids of any length.
 
 python examples/sentences.py made/sentences
-leanort deploy hf:made/sentences --data examples/sentences.py:data --name sentences --set task.name=embedding \
-    --set data.inputs=["input_ids","attention_mask"]
+leanort deploy hf:made/sentences --data examples/sentences.py:data --name sentences --set task.name=embedding
 """
 
 import os
