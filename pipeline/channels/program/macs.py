@@ -29,8 +29,11 @@ def counted(node: fx.Node) -> bool:
 
 
 def concrete(size: Any, batch: int) -> int:
-    """A size as a number: symbols stand for the batch dimension, taken as `batch`."""
-    return size if isinstance(size, int) else _substituted(size.node.expr, batch)
+    """A size as a number: symbols have the size that the program was captured at; `batch` where that is not known."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else _substituted(size.node.expr, batch)
 
 
 @lru_cache(maxsize=4096)
@@ -49,11 +52,11 @@ def count_macs(program: ExportedProgram) -> int:
 
 
 def example_batch(program: ExportedProgram) -> int:
-    """The batch to put for the symbols: 5 (odd and prime) where it is dynamic, else the fixed one."""
+    """The batch that the program was captured at; 5 (odd and prime) where it is free and nothing says that."""
     inputs = set(program.graph_signature.user_inputs)
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in inputs:
             val = node.meta.get("val")
             if isinstance(val, Tensor) and val.dim():
-                return val.shape[0] if isinstance(val.shape[0], int) else 5
+                return concrete(val.shape[0], 5)
     return 1

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from foundation.errors import ConfigError, ModelError
 from pipeline import models
 from pipeline.channels.program.capture import capture
+from pipeline.channels.program.macs import count_macs
 from pipeline.data import find
 from pipeline.models.graph import graph_of
 from pipeline.models.source import example
@@ -166,3 +167,10 @@ def test_capture_needs_the_dimension_to_be_free():
     ]
     batch, _, height, _ = next(shape for shape in sizes if len(shape) == 4 and not isinstance(shape[0], int))
     assert captured.of_batch(batch) and not captured.of_batch(height)
+
+
+def test_free_sizes_count_as_the_usual_ones_in_multiply_accumulates():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(4, 2, 3, padding=1)).eval()
+    wanted = 9 * 4 * 24 * 40 + 9 * 4 * 2 * 12 * 20
+    for free in ((), ((2, 3),)):
+        assert count_macs(capture(net, (torch.randn(2, 1, 24, 40),), free=free).program) == wanted
