@@ -10,7 +10,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan gate test test-long lint format zoo bench bench-huge bench-norms bench-recovery race bundle-versions house faults alarms compare examples clean
+.PHONY: help setup deploy plan gate test test-examples test-long lint format zoo bench bench-huge bench-norms bench-recovery race bundle-versions house faults alarms compare examples clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -83,7 +83,10 @@ alarms: $(STAMP) ## [GATES=200]: how often the latency gate raises a false alarm
 # One thread for each of the two workers: more would spin for a core that the other one has. Files in their own order:
 # by number of tests, the few slow tests of the whole chain would come last, when one worker has nothing left to do.
 test: $(STAMP) ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not examples"
+
+test-examples: $(STAMP) ## every example the whole way, in a small form
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m examples tests/test_examples.py
 
 test-long: $(STAMP) ## [NETWORKS=2000]: many random networks, new ones each time, folded = shrunk
 	LEANORT_RANDOM_GRAPHS=$(or $(NETWORKS),2000) $(BIN)/python -m pytest --timeout 7200 tests/pipeline/channels/test_random_graphs.py

@@ -69,7 +69,7 @@ def test_an_example_is_short_and_knows_nothing_of_leanort(name):
     assert commands(EXAMPLES[name])[-1][0] == "leanort"
 
 
-@pytest.mark.slow
+@pytest.mark.examples
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_goes_the_whole_way(name, tmp_path, monkeypatch):
     samples, epochs, task, score = TOLD[name]
