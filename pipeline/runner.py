@@ -175,9 +175,9 @@ def _met(
         )
     named = dataset.inputs if all(one.name for one in dataset.inputs) else ()
     source = models.load(model, num_classes=classes, input_size=dataset.input_size, seed=config.seed, fed=named)
-    source, dataset, task = meet(source, dataset, config.data, config.task)
     if not dataset.labelled:
         _check_unlabelled(config, source, dataset)
+    source, dataset, task = meet(source, dataset, config.data, config.task)
     if config.prune.method == "structured":
         criteria.require_classes(config.prune.criterion, task.classes)
     return source, dataset, task

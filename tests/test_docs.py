@@ -19,6 +19,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from pydantic import BaseModel
+from safetensors.torch import load_file
 
 import pipeline
 from pipeline.cli import main
@@ -37,11 +38,12 @@ STANDS_FOR = {
     "MODEL": "resnet50", "MODEL|RECIPE.toml": "resnet50", "MODEL/VERSION": "resnet50/v0001",
     "MODEL/current": "resnet50/current",
     "A": "resnet50/v0001", "B": "resnet50/v0002", "FILE.onnx": "small.onnx", "DENSE.onnx": "dense.onnx",
+    "CHECKPOINT": "pruned.pt",
     "A.onnx": "model.onnx", "B.onnx": "model.quantised.onnx", "FILE.tar.gz": "packed.tar.gz", "FILE": "widths.svg",
     "layer3.1.conv2": "blocks.0.conv1",
 }  # fmt: skip
 MODELS = ("resnet50", "mobilenet_v2", "timm:resnet18", "mynet.py:build")
-JUDGING = ("deploy", "gate", "check")  # exit codes 1 and 4 are verdicts
+JUDGING = ("deploy", "shrink", "gate", "check")  # exit codes 1 and 4 are verdicts
 
 
 def blocks(language: str) -> list[str]:
@@ -88,6 +90,9 @@ def deployed(tmp_path_factory) -> Path:
         shutil.copy(version / "5-export" / "model.onnx", folder / name)
     shutil.copy(next((version / "0-baseline").glob("*.onnx")), folder / "dense.onnx")
     shutil.copy(next((version / "0-baseline").glob("*.safetensors")), folder / "model.safetensors")
+    state = load_file(folder / "model.safetensors")
+    state["stem.0.weight"][:4] = 0
+    torch.save(state, folder / "pruned.pt")
     draw = np.random.default_rng(0)
     for name in ("samples.npz", "test.npz"):
         x = draw.random((80, 3, 16, 16), np.float32)
@@ -139,6 +144,9 @@ def run(folder: Path, words: list[str]) -> None:
     needs = name in optional or any(isinstance(p, click.Argument) and p.required for p in command(name))
     if needs and not rest:
         return
+    if name == "shrink":
+        rest = ["mynet.py:build" if word in MODELS else word for word in rest]
+        rest += ["--name", "shrunk", "--input-size", "3,16,16", *QUICK[QUICK.index("--set") + 4 :]]
     if name in optional and "--help" not in rest:
         own_size = "--input-size" in rest or any(word.endswith(".toml") for word in rest)
         rest = ["mynet.py:build" if word in MODELS else word for word in rest]

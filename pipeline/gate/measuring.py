@@ -253,6 +253,9 @@ def _answered(
     }
     for name, one in compared.items():
         found |= _lost(name, one) if data.labelled else {}
+    if data.labelled:  # the score by that name, too, unless a metric of the user's own has it
+        for key in [key for key in found if key.partition(" vs ")[0] == "accuracy"]:
+            found.setdefault(key.replace("accuracy", policy.SCORE), found[key])
     if "dense" in reports:
         found[policy.AGREEMENT] = agreement(reports["dense"], own)
         found[policy.GUESSED] = policy.exactly(chance_of_guessing(reports["dense"]))
@@ -349,7 +352,7 @@ def _with_labels(data: Data, runners: Mapping[str, OrtRunner], progress: Progres
     return data.answered({"test": torch.from_numpy(np.concatenate(answers))}, outputs.shape[1])
 
 
-def _cosine(runners: Mapping[str, OrtRunner], data: Data, main: str | None) -> Measured | None:
+def _cosine(runners: Mapping[str, OrtRunner], data: Data, main: str | None = None) -> Measured | None:
     """Mean cosine of the output `main` (None: the first) of "shipped" with that of "dense", over test samples evenly
     spaced.
 

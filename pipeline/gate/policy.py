@@ -59,7 +59,7 @@ _NAMES = {
     "agreement": "agreement",
     "output cosine": "cosine of the outputs",
 }
-MEASURED = frozenset(_NAMES)
+MEASURED = frozenset(_NAMES) - {SCORE}
 """The keys of what the gate measures itself, which no metric of the user's own may be called by."""
 
 

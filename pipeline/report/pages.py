@@ -185,7 +185,7 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
         **_accuracy(named["validated"].folder),
         **_worse(named["validated"]),
         "scatter": _base64(named["validated"].folder / "predicted.png"),
-        "plots": _plots(finetuned.folder / HISTORY, finetuned.best_epoch),
+        "plots": _plots(finetuned.folder / HISTORY, finetuned.best_epoch, named["validated"]),
         "seconds": sum(record.seconds for record in manifest.stages if record.stage not in manifest.reused),
     }
 
@@ -419,13 +419,17 @@ def _sparsity(pruned: Pruned) -> Bars:
     return Bars("Sparsity per parameter", percent(1.0), bars)
 
 
-def _plots(history: Path, best_epoch: int) -> tuple[Plot, ...]:
+def _plots(history: Path, best_epoch: int, checked: Validated) -> tuple[Plot, ...]:
     """Loss and score of fine-tuning, as far as the history holds at least two finite values of one part."""
     if not history.is_file():
         return ()
     with history.open(encoding="utf-8", newline="") as file:
         rows = [{name: _number(cell) for name, cell in row.items() if name} for row in csv.DictReader(file)]
-    plots = (_plot(title, show, columns, rows, best_epoch) for title, show, columns in _HISTORY)
+    drawn = (
+        ("Loss", significant, {"training": "loss", "calibration": "calibration_loss"}),
+        (_title(checked), _as_score(checked), {"training": "train_score", "calibration": "calibration_score"}),
+    )
+    plots = (_plot(title, show, columns, rows, best_epoch) for title, show, columns in drawn)
     return tuple(plot for plot in plots if plot is not None)
 
 
@@ -480,10 +484,3 @@ def _number(text: str | None) -> float:
         return float(text or "nan")
     except ValueError:
         return math.nan
-
-
-# What a training history is drawn as: title, how its figures are written, and part -> column.
-_HISTORY: Sequence[tuple[str, Callable[[float], str], Mapping[str, str]]] = (
-    ("Loss", significant, {"training": "loss", "calibration": "calibration_loss"}),
-    ("Score", significant, {"training": "train_score", "calibration": "calibration_score"}),
-)

@@ -90,7 +90,9 @@ def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSour
 
 def _run(source: ModelSource, batch: Inputs) -> dict[str, Tensor]:
     """The model's outputs for one real batch, by name. Raises UnsuitedError where it fails."""
-    return named(run(source.build(), batch, source.spec, _hint(source.inputs)))
+    with user_code(source.spec, ModelError):
+        model = source.build()
+    return named(run(model, batch, source.spec, _hint(source.inputs)))
 
 
 def _hint(inputs: tuple[Input, ...]) -> str:

@@ -46,7 +46,7 @@ def release(tmp_path_factory):
 
 def test_objects_go_in_and_typed_figures_come_out(release):
     assert release.passed
-    assert release[pipeline.Baseline].accuracy > 0.9
+    assert release[pipeline.Baseline].score > 0.9
     assert release[pipeline.Shrunk].params_after < 0.4 * release[pipeline.Shrunk].params_before
     assert release[pipeline.Validated].latency_ratio > 0
     assert (release.folder / "report.html").is_file()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,5 +211,7 @@ def test_outputs_without_a_direction_have_no_cosine_and_break_nothing_else(least
 
     spec = SimpleNamespace(name="x", dtype="float32", shape=("n", 3, 16, 16))
     runner = SimpleNamespace(name="m", inputs=[spec], infer=infer)
-    found = measuring._cosine({"dense": runner, "shipped": runner}, data.load("digits", input_size=SIZE))
+    digits = data.load("digits", input_size=SIZE)
+    named = replace(digits, inputs=(replace(digits.inputs[0], name="x"),))
+    found = measuring._cosine({"dense": runner, "shipped": runner}, named)
     assert (found and found.value) == (None if alike is None else pytest.approx(alike))

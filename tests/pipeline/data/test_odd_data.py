@@ -126,7 +126,6 @@ ARRAYS = {
     "records": ({"x": np.zeros((60, 8, 8), [("a", "f4")]), "y": Y}, ": x "),
     "no rows": ({"x": np.array(3.0), "y": Y}, ": x "),
     "labels of no dimension": ({"x": X, "y": np.array(3)}, ": y "),
-    "two columns of labels": ({"x": X, "y": np.stack([Y, Y], 1)}, ": y "),
     "no number": ({"x": X, "y": np.where(Y == 1, np.nan, Y)}, ": y "),
     "infinite": ({"x": X, "y": np.where(Y == 1, np.inf, Y)}, ": y "),
     "beyond 64 bits": ({"x": X, "y": np.where(Y == 1, 2.0**70, Y)}, ": y "),

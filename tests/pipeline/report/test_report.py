@@ -130,7 +130,7 @@ def run(
     *,
     layers: int = 3,
     text: str = "",
-    history: str | None = "epoch,lr,loss,calibration_accuracy\n1,0.1,1.2,0.7\n2,0.1,0.6,0.9\n3,0.1,0.4,0.95\n",
+    history: str | None = "epoch,lr,loss,calibration_score\n1,0.1,1.2,0.7\n2,0.1,0.6,0.9\n3,0.1,0.4,0.95\n",
     **changed: dict[str, object],
 ) -> tuple[Manifest, list[Artifact]]:
     """A whole version in memory; `text` is put into every field that a user or a model can fill."""
@@ -454,8 +454,8 @@ def test_speed_is_claimed_only_where_the_interval_shows_it(tmp_path, low, high, 
     [
         None,
         "",
-        "epoch,loss,train_accuracy\n",
-        "epoch,loss,train_accuracy\n1,0.5,0.9\n",
+        "epoch,loss,train_score\n",
+        "epoch,loss,train_score\n1,0.5,0.9\n",
         "epoch,loss\n1,nan\n2,\n3,oops\n4,inf\n",
         "loss\n1\n2\n",
         "epoch,seconds\n1,3\n2,3\n",
@@ -466,7 +466,7 @@ def test_a_history_without_two_points_draws_no_empty_plot(tmp_path, history):
 
 
 def test_curves_rise_and_fall_with_the_history_and_stay_inside_the_plot(tmp_path):
-    history = "epoch,loss,train_accuracy,calibration_accuracy\n1,2.31,0.5,0.4\n2,,0.7,0.6\n3,0.4,0.7,0.8\n"
+    history = "epoch,loss,train_score,calibration_score\n1,2.31,0.5,0.4\n2,,0.7,0.6\n3,0.4,0.7,0.8\n"
     page = Page(written(tmp_path, history=history)["report.html"])
     loss, training, calibration = (
         [tuple(map(float, pair.split(","))) for pair in (value or "").split()]
