@@ -79,7 +79,7 @@ def run(
                 store.tidy(folder)
         partial = store.open_partial(folder)
         wires: dict[type, Any] = {ModelSource: source, Data: dataset, Task: task, Progress: progress}
-        digests = {"model": source.fingerprint, "data": dataset.fingerprint, "task": records.digest(task.fingerprint)}
+        digests = {"model": source.fingerprint, "data": dataset.fingerprint, "task": _task_digest(task)}
         done: list[tuple[StageRecord, str]] = []
         try:
             with store.disk_errors(folder):
@@ -214,6 +214,13 @@ def _with_answers(dataset: Data, task: Task, source: ModelSource, baseline: Base
     return dataset.answered_by(dense(source, baseline))
 
 
+def _task_digest(task: Task) -> str:
+    """What a task decides: its name and outputs, and the code of its loss, which no stage imports by itself."""
+    modules = {function.__module__ for function in (task.losses, task.divergence)}
+    ours = sorted(name for name in modules if name.startswith("pipeline."))
+    return records.digest({"task": task.fingerprint, "code": [fingerprint.code_digest(name) for name in ours]})
+
+
 def _answered(digests: Mapping[str, str]) -> str:
     """Digest of data without labels once the dense model has answered in their place."""
     return records.digest({"data": digests["data"], "answers": digests[Baseline.STAGE]})
@@ -227,7 +234,7 @@ def plan(
     check(config)
     source, dataset, task = sources(model, data, config)
     folder = config.artifacts / (config.name or folder_name(model))
-    digests = {"model": source.fingerprint, "data": dataset.fingerprint, "task": records.digest(task.fingerprint)}
+    digests = {"model": source.fingerprint, "data": dataset.fingerprint, "task": _task_digest(task)}
     steps: list[Step] = []
     for stage in STAGES:
         name = _produces(stage).STAGE

@@ -1,13 +1,13 @@
 """Where model, data and task meet: what a forward takes and returns, by name, before anything is spent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from foundation.errors import ConfigError, ModelError
-from pipeline import models
+from pipeline import models, runner
 from pipeline.channels.program.capture import capture
 from pipeline.channels.program.macs import count_macs
 from pipeline.data import find
@@ -15,6 +15,7 @@ from pipeline.models.graph import graph_of
 from pipeline.models.source import example
 from pipeline.recipe.data import DataSection
 from pipeline.recipe.task import TaskSection
+from pipeline.release import fingerprint
 from pipeline.runner import Reading
 from pipeline.tasks.entry import meet
 
@@ -174,3 +175,11 @@ def test_free_sizes_count_as_the_usual_ones_in_multiply_accumulates():
     wanted = 9 * 4 * 24 * 40 + 9 * 4 * 2 * 12 * 20
     for free in ((), ((2, 3),)):
         assert count_macs(capture(net, (torch.randn(2, 1, 24, 40),), free=free).program) == wanted
+
+
+def test_a_task_is_another_one_where_the_code_of_its_loss_changed(monkeypatch):
+    _, _, task = met(Two(), [(row["x"], row["label"]) for row in rows()], TaskSection(output="output_1"))
+    before = runner._task_digest(task)
+    assert runner._task_digest(replace(task, code="mine")) != before
+    monkeypatch.setattr(fingerprint, "code_digest", lambda name: f"changed {name}")
+    assert runner._task_digest(task) != before
