@@ -26,9 +26,9 @@ $(STAMP): pyproject.toml constraints.txt pipeline/models/torchvision_operators.p
 
 # ---- the product -------------------------------------------------------------------------------------------------
 DEPLOY := $(BIN)/leanort deploy $(MODEL) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(DATA),--data $(DATA)) \
-	$(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(RATIO),--ratio $(RATIO)) $(if $(RECOVER),--set finetune.recover=$(RECOVER)) $(ARGS)
+	$(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(TASK),--task $(TASK)) $(if $(RATIO),--ratio $(RATIO)) $(if $(RECOVER),--set finetune.recover=$(RECOVER)) $(ARGS)
 
-deploy: $(STAMP) ## MODEL=resnet50 [DATA= WEIGHTS= RATIO= RECOVER= RECIPE= ARGS=]: the whole chain, into artifacts/
+deploy: $(STAMP) ## MODEL=resnet50 [DATA= WEIGHTS= TASK= RATIO= RECOVER= RECIPE= ARGS=]: the whole chain, into artifacts/
 	$(DEPLOY)
 
 plan: $(STAMP) ## MODEL=resnet50 [...]: what deploy would do, and which channels can go

@@ -35,6 +35,9 @@ def _recipe_options(command: Any) -> Any:  # decorates any click command
                 "audiofolder, segmentation, coco (docs/data.md).",
             ),
             click.option("--weights", help="A checkpoint (FILE, FOLDER or FILE#PART), 'pretrained', or 'train'."),
+            click.option(
+                "--task", help="What it is for: segmentation, regression, ..., file.py:callable (docs/tasks.md)."
+            ),
             click.option("--ratio", type=float, help="Share of channels to remove, in [0, 1)."),
             click.option("--input-size", help="C,H,W of one sample, such as 3,224,224."),
             click.option("--name", help="Folder under the artifacts folder; made from the model when left out."),
@@ -54,6 +57,7 @@ def _config(
     recipe: Path | None,
     data: str | None,
     weights: str | None,
+    task: str | None,
     ratio: float | None,
     input_size: str | None,
     name: str | None,
@@ -72,6 +76,7 @@ def _config(
         "model": model,
         "data.source": data,
         "baseline.weights": weights,
+        "task.name": task,
         "prune.ratio": ratio,
         "data.input_size": size(input_size),
         "name": name,
@@ -185,6 +190,7 @@ def shrink(
         model=model,
         recipe=None,
         weights=dense or checkpoint,
+        task=None,
         ratio=None,
         seed=None,
         start=None,

@@ -13,6 +13,7 @@ from pipeline.channels.program.macs import count_macs
 from pipeline.data import find
 from pipeline.models.graph import graph_of
 from pipeline.models.source import example
+from pipeline.recipe.config import Config
 from pipeline.recipe.data import DataSection
 from pipeline.recipe.task import TaskSection
 from pipeline.release import fingerprint
@@ -183,3 +184,12 @@ def test_a_task_is_another_one_where_the_code_of_its_loss_changed(monkeypatch):
     assert runner._task_digest(replace(task, code="mine")) != before
     monkeypatch.setattr(fingerprint, "code_digest", lambda name: f"changed {name}")
     assert runner._task_digest(task) != before
+
+
+def test_a_task_taught_by_the_dense_model_sets_labels_aside():
+    samples = [(row["x"], row["label"]) for row in rows()]
+    cfg = Config(task=TaskSection(name="embedding", output="output_0"))
+    _, data, task = runner.sources(Two(), samples, cfg)
+    assert (task.taught, data.labelled) == (True, False)
+    with pytest.raises(ConfigError, match="cannot be trained"):
+        runner.sources("resnet18", "digits", Config(task=TaskSection(name="distil")))
