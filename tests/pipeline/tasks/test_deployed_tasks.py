@@ -46,6 +46,7 @@ def shown(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.examples
 def test_segmentation(tmp_path):
     text = deployed(tmp_path, "Maps", "maps", "--set", "prune.ratio=0.25", epochs=8)
     assert "mean IoU, pixel accuracy on 48 test samples" in text
@@ -58,6 +59,7 @@ def test_segmentation(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.examples
 def test_multilabel(tmp_path):
     deployed(tmp_path, "several", "flags")
     found = scores(tmp_path)
@@ -67,6 +69,7 @@ def test_multilabel(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.examples
 def test_regression(tmp_path):
     deployed(tmp_path, "several", "numbers")
     found = scores(tmp_path)
@@ -79,6 +82,7 @@ def test_regression(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.examples
 def test_detection_with_a_loss_of_ones_own(tmp_path):
     deployed(tmp_path, "Cells", "squares", "--set", f"task.name={NETS}:detection", epochs=8)
     found = scores(tmp_path)
