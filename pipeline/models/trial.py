@@ -60,22 +60,29 @@ def check(model: nn.Module, inputs: tuple[Tensor, ...], classes: int | None = No
         out = next(iter(out.values())) if isinstance(out, dict) else out[0]
     if not isinstance(out, Tensor):
         raise ModelError(f"{name} returns lists within lists, not a tensor.", "Return logits (batch, classes).")
-    rows = len(inputs[0]) if inputs else 0
     if classes is not None:
-        odd = "meta" if out.is_meta else "sparse" if out.layout != torch.strided else ""
-        if odd or not out.is_floating_point():
-            raise ModelError(
-                f"{name} returns a {odd or str(out.dtype).removeprefix('torch.')} tensor, which no loss can train.",
-                "Return logits (batch, classes) in a float type.",
-            )
-        if out.ndim == 2 and out.shape[0] != rows:
-            raise ModelError(
-                f"{name} gives {out.shape[0]} rows of outputs for a batch of {rows} samples.",
-                "Return one row of logits per sample.",
-            )
-    if classes is not None and (out.ndim != 2 or out.shape[1] < classes):
+        check_logits(out, len(inputs[0]) if inputs else 0, classes, name)
+    return out
+
+
+def check_logits(out: Tensor, rows: int, classes: int, name: str, hint: str = "") -> None:
+    """Raise ModelError where `out`, of a batch of `rows` samples, can be no logits of `classes` classes.
+
+    `hint`: what to do about a shape that does not fit, where more is known than that.
+    """
+    odd = "meta" if out.is_meta else "sparse" if out.layout != torch.strided else ""
+    if odd or not out.is_floating_point():
+        raise ModelError(
+            f"{name} returns a {odd or str(out.dtype).removeprefix('torch.')} tensor, which no loss can train.",
+            "Return logits (batch, classes) in a float type.",
+        )
+    if out.ndim == 2 and out.shape[0] != rows:
+        raise ModelError(
+            f"{name} gives {out.shape[0]} rows of outputs for a batch of {rows} samples.",
+            "Return one row of logits per sample.",
+        )
+    if out.ndim != 2 or out.shape[1] < classes:
         raise ModelError(
             f"{name} gives outputs of shape {'x'.join(map(str, out.shape))} but the data has {classes} classes.",
-            f"Use a model with {classes} outputs, or data whose labels fit it.",
+            hint or f"Use a model with {classes} outputs, or data whose labels fit it.",
         )
-    return out

@@ -13,6 +13,7 @@ from foundation.errors import ConfigError, DataError, Explained, ModelError, fir
 from pipeline.data.parts import Data, Target
 from pipeline.data.samples import leaves_of
 from pipeline.models.calling import ONLY, Outputs
+from pipeline.models.trial import check_logits
 from pipeline.recipe.task import TaskSection
 from pipeline.tasks import classification, ctc, distil, multilabel, own, regression, segmentation, tokens
 from pipeline.tasks.places import IGNORED
@@ -216,7 +217,8 @@ def _logits(cfg: TaskSection, data: Data, outputs: Outputs, rows: int, spec: str
         outputs = {cfg.output: outputs[cfg.output]}
     if len(outputs) == 1:
         ((name, value),) = outputs.items()
-        _check_logits(value, rows, classes, spec)
+        judged = f"Use a model with {classes} outputs, or judge one as yes or no: --set task.name=multilabel"
+        check_logits(value, rows, classes, spec, judged if classes == 2 and value.numel() == rows else "")
         return name
     fit = classification.suits(outputs, rows, classes)
     if "logits" in fit:
@@ -237,27 +239,6 @@ def _logits(cfg: TaskSection, data: Data, outputs: Outputs, rows: int, spec: str
 
 LEAST_CLASSES = 2
 """Outputs that a model has at least where the data has no labels: of one alone, the largest is always the same."""
-
-
-def _check_logits(out: Tensor, rows: int, classes: int, spec: str) -> None:
-    odd = "meta" if out.is_meta else "sparse" if out.layout != torch.strided else ""
-    if odd or not out.is_floating_point():
-        raise ModelError(
-            f"{spec} returns a {odd or str(out.dtype).removeprefix('torch.')} tensor, which no loss can train.",
-            "Return logits (batch, classes) in a float type.",
-        )
-    if out.ndim == 2 and out.shape[0] != rows:
-        raise ModelError(
-            f"{spec} gives {out.shape[0]} rows of outputs for a batch of {rows} samples.",
-            "Return one row of logits per sample.",
-        )
-    if out.ndim != 2 or out.shape[1] < classes:
-        one = classes == 2 and out.numel() == rows
-        raise ModelError(
-            f"{spec} gives outputs of shape {'x'.join(map(str, out.shape))} but the data has {classes} classes.",
-            f"Use a model with {classes} outputs, or "
-            + ("judge one as yes or no: --set task.name=multilabel" if one else "data whose labels fit it."),
-        )
 
 
 def _tried(task: Task, outputs: Outputs, target: Target, rows: int) -> Task:
