@@ -38,17 +38,18 @@ def meet(source: ModelSource, data: Data, cfg: DataSection, wanted: TaskSection)
     batch, target = next(data.some("train", BATCH).batches("train", BATCH))
     if not data.labelled:
         target = None
-    model = source.build_as_given()
-    with user_code(source.spec, ModelError):  # what describes a module may be code of theirs, too
-        source, data, call = _named(source, data, model)
-    outputs = _run(source, batch)
+    with user_code(source.spec, ModelError):  # what builds or describes a module may be code of theirs
+        built = source.build()
+        source, data, call = _named(source, data, built)
+        model = adapted(call, built)
+    outputs = named(run(model, batch, source.spec, _hint(source.inputs)))
     task = find.choose(wanted, data, outputs, target, source.spec, len(batch[0]), image=data.input_size is not None)
     if not wanted.keep_outputs and set(task.reads) != set(outputs):
         kept = tuple(name for name in outputs if name in task.reads)
         source = replace(source, adapt=partial(adapted, replace(call, keep=kept)))
         outputs = {name: outputs[name] for name in kept}
     source = replace(source, outputs=tuple(outputs))
-    source = replace(source, sizes=_sizes(source, data, cfg, batch))
+    source = replace(source, sizes=_sizes(source, data, cfg, batch, model))
     digest = hashlib.sha256(
         repr((source.fingerprint, source.inputs, source.outputs, source.sizes, data.fed.args, data.fed.kwargs)).encode()
     )
@@ -88,13 +89,6 @@ def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSour
     return source, replace(data, inputs=inputs), call
 
 
-def _run(source: ModelSource, batch: Inputs) -> dict[str, Tensor]:
-    """The model's outputs for one real batch, by name. Raises UnsuitedError where it fails."""
-    with user_code(source.spec, ModelError):
-        model = source.build()
-    return named(run(model, batch, source.spec, _hint(source.inputs)))
-
-
 def _hint(inputs: tuple[Input, ...]) -> str:
     if len(inputs) == 1 and inputs[0].kind == "float" and len(inputs[0].shape) == 3:
         return "Set data.input_size to one that it takes."
@@ -102,8 +96,10 @@ def _hint(inputs: tuple[Input, ...]) -> str:
     return f"A sample gives {given}: let the data set return what the model's forward takes."
 
 
-def _sizes(source: ModelSource, data: Data, cfg: DataSection, batch: Inputs) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Free dimension -> sizes that it is proven at, the usual one first. Raises ConfigError for one that fails."""
+def _sizes(
+    source: ModelSource, data: Data, cfg: DataSection, batch: Inputs, model: nn.Module
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Free dimension -> sizes that `model` is proven at, the usual one first. Raises ConfigError for one that fails."""
     names = list(dict.fromkeys(name for one in source.inputs for _, name in one.free))
     for name in cfg.sizes:
         if name not in names:
@@ -116,7 +112,7 @@ def _sizes(source: ModelSource, data: Data, cfg: DataSection, batch: Inputs) -> 
         usual = next(one.shape[place] for one in source.inputs for place, free in one.free if free == name)
         if name in cfg.sizes:
             for size in cfg.sizes[name]:
-                problem = _fails(source, batch, name, size)
+                problem = _fails(model, source.inputs, batch, name, size)
                 if problem:
                     raise ConfigError(
                         f"data.sizes: {source.spec} does not take {name} = {size}: {problem}",
@@ -127,7 +123,7 @@ def _sizes(source: ModelSource, data: Data, cfg: DataSection, batch: Inputs) -> 
         seen = dict(data.lengths).get(name, ())
         # Where all samples have one size, others are tried: half and twice, then multiples that strides divide.
         tried = [size for size in seen if size != usual] or [usual // 2, 2 * usual]
-        fit = [size for size in tried if size > 0 and not _fails(source, batch, name, size)]
+        fit = [size for size in tried if size > 0 and not _fails(model, source.inputs, batch, name, size)]
         if not fit:
             raise ConfigError(
                 f"{source.spec} takes {name} = {usual} only, not {' or '.join(map(str, tried))}: it is not free.",
@@ -137,12 +133,11 @@ def _sizes(source: ModelSource, data: Data, cfg: DataSection, batch: Inputs) -> 
     return tuple(found)
 
 
-def _fails(source: ModelSource, batch: Inputs, name: str, size: int) -> str:
+def _fails(model: nn.Module, inputs: tuple[Input, ...], batch: Inputs, name: str, size: int) -> str:
     """Why the model does not take a batch with the free dimension `name` of that `size`; "" where it does."""
-    model = source.build()
     try:
         with torch.no_grad():
-            model(*resized(source.inputs, batch, {name: size}))
+            model(*resized(inputs, batch, {name: size}))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's own forward
