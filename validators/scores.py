@@ -7,7 +7,7 @@ the interval of any of them, and both models are resampled alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Score:
     ranks the boxes of all images) has `pooled` in its place: its `statistics` are one record per sample, of any kind,
     and `pooled(records, weights)` is the score of them, each counted as often as its weight says. `share`: it is a
     share, at most 1, so that what is lost is told in points; of any other score it is told in per cent of what the
-    dense model has. `mean`: it is the mean of the first statistic over samples, so that they can be told apart by it.
+    dense model has.
     """
 
     name: str
@@ -42,7 +42,6 @@ class Score:
     total: Callable[[Array], Array] | None
     share: bool = True
     higher_is_better: bool = True
-    mean: bool = False
     floor: float | None = None
     """What a model scores that knows nothing of the sample, where that is known: R² of the mean is 0."""
     unit: str = ""
@@ -93,7 +92,7 @@ def per_sample(name: str, values: Callable[[Outputs, Any], Tensor], **more: Any)
         each = values(outputs, target).double()
         return torch.stack([each, torch.ones_like(each)], 1)
 
-    return Score(name, statistics, ratio, mean=True, **more)
+    return Score(name, statistics, ratio, **more)
 
 
 def ratio(sums: Array) -> Array:
@@ -103,13 +102,17 @@ def ratio(sums: Array) -> Array:
 
 
 class ScoreReport(BaseModel):
-    """One model's score on a set: the value, and the statistics of each sample, (samples, k), in order."""
+    """One model's score on a set: the value, and the statistics of each sample, (samples, k), in order.
+
+    `dealt`: the statistics where each sample is given its neighbour's outputs in the batch, if they were asked for.
+    """
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     name: str
     value: float
     statistics: Array
+    dealt: Array | None = None
 
     @property
     def samples(self) -> int:
@@ -153,53 +156,49 @@ def measured(score: Score, outputs: Outputs, target: Any, rows: int) -> Array:
 
 
 def run(
-    runner: Runner, batches: Iterable[tuple[Mapping[str, Array], Any]], scores: Iterable[Score]
+    runner: Runner, batches: Iterable[tuple[Mapping[str, Array], Any]], scores: Sequence[Score], *, deal: bool = False
 ) -> dict[str, ScoreReport]:
-    """Score `runner` on batches of (inputs by name, target). Raises ValidationError where there are no samples."""
-    wanted = tuple(scores)
-    gathered: dict[str, list[Array]] = {score.name: [] for score in wanted}
-    for inputs, target in batches:
-        rows = len(next(iter(inputs.values())))
-        outputs = {name: torch.from_numpy(np.asarray(value)) for name, value in runner.infer(inputs).items()}
-        for score in wanted:
-            gathered[score.name].append(measured(score, outputs, target, rows))
-    if not all(gathered.values()):
-        raise ValidationError("There are no samples to evaluate on.", "Give at least one batch.")
-    found = {name: np.concatenate(parts) for name, parts in gathered.items()}
-    return {
-        score.name: ScoreReport(name=score.name, value=score.of(found[score.name]), statistics=found[score.name])
-        for score in wanted
-    }
+    """Score `runner` on batches of (inputs by name, target); `deal` asks for `ScoreReport.dealt` of the first score.
 
-
-def chance_of_dealing(
-    runner: Runner, batches: Iterable[tuple[Mapping[str, Array], Any]], score: Score, *, seed: int
-) -> float:
-    """How likely the outputs would score so well if they had nothing to do with the targets, 0 to 1.
-
-    Against the same outputs handed to the samples in another order, each batch by one place: a model that answers every
-    sample alike scores the same, and says nothing. Against the score's `floor`, too, where it has one. From the paired
-    bootstrap over samples, seeded.
+    Raises ValidationError where there are no samples.
     """
-    own: list[Array] = []
+    gathered: dict[str, list[Array]] = {score.name: [] for score in scores}
     dealt: list[Array] = []
     for inputs, target in batches:
         rows = len(next(iter(inputs.values())))
         outputs = {name: torch.from_numpy(np.asarray(value)) for name, value in runner.infer(inputs).items()}
-        own.append(measured(score, outputs, target, rows))
-        if rows > 1:
+        for score in scores:
+            gathered[score.name].append(measured(score, outputs, target, rows))
+        if deal:
             other = {name: value.roll(1, 0) if value.dim() else value for name, value in outputs.items()}
-            dealt.append(measured(score, other, target, rows))
-        else:
-            dealt.append(own[-1])
-    if not own:
+            dealt.append(measured(scores[0], other, target, rows))
+    if not all(gathered.values()):
         raise ValidationError("There are no samples to evaluate on.", "Give at least one batch.")
-    found = np.concatenate(own)
-    chance = one_sided(differences(score, found, np.concatenate(dealt), seed))
+    found = {name: np.concatenate(parts) for name, parts in gathered.items()}
+    return {
+        score.name: ScoreReport(
+            name=score.name,
+            value=score.of(found[score.name]),
+            statistics=found[score.name],
+            dealt=np.concatenate(dealt) if deal and score is scores[0] else None,
+        )
+        for score in scores
+    }
+
+
+def chance_of_dealing(score: Score, report: ScoreReport, *, seed: int) -> float:
+    """How likely the outputs would score so well if they had nothing to do with the targets, 0 to 1.
+
+    Against the same outputs handed to the samples in another order, each batch by one place (`report.dealt`): a model
+    that answers every sample alike scores the same, and says nothing. Against the score's `floor`, too, where it has
+    one. From the paired bootstrap over samples, seeded.
+    """
+    assert report.dealt is not None, "run(..., deal=True) makes it"
+    chance = one_sided(differences(score, report.statistics, report.dealt, seed))
     if score.floor is None:
         return chance
-    draws = resampled(len(found), seed, score.resamples)
-    above = np.concatenate([score.drawn(found, weights) for weights in draws]) - score.floor
+    draws = resampled(report.samples, seed, score.resamples)
+    above = np.concatenate([score.drawn(report.statistics, weights) for weights in draws]) - score.floor
     return max(chance, one_sided(above if score.higher_is_better else -above))
 
 

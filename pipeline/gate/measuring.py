@@ -288,7 +288,10 @@ def _scored(
         data = data.answered_by(answers_of(runners["dense"]))
     progress.say(f"  {', '.join(score.name for score in task.scores)} on {len(data.test)} test samples")
     batch = min(EVALUATION_BATCH, task.batch)
-    reports = {name: run(one, data.feeds("test", batch), task.scores) for name, one in runners.items()}
+    reports = {
+        name: run(one, data.feeds("test", batch), task.scores, deal=name == "dense" and not data.made_up)
+        for name, one in runners.items()
+    }
     own = reports["shipped"]
     found: dict[str, Measured | None] = {name: policy.exactly(one.value) for name, one in own.items()}
     lost: dict[str, tuple[ScoreLost, ...]] = {}
@@ -300,9 +303,8 @@ def _scored(
         found[f"{policy.SCORE} vs {name}"] = lost[name][0].drop
     found[policy.SCORE] = found[task.score.name]
     if "dense" in runners and not data.made_up:
-        found[policy.GUESSED] = policy.exactly(
-            chance_of_dealing(runners["dense"], data.feeds("test", batch), task.score, seed=cfg.seed)
-        )
+        chance = chance_of_dealing(task.score, reports["dense"][task.score.name], seed=cfg.seed)
+        found[policy.GUESSED] = policy.exactly(chance)
         found[policy.COSINE] = _cosine(runners, data, task.reads[0])
     worse: dict[int, tuple[Worse, Image.Image]] = {}
     if "dense" in runners and task.drawn is not None:
