@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foundation.errors import DataError, first_line
 from pipeline.data.assemble import Raw
-from pipeline.data.folders import Classed, classed, digests_of, parts_of, readers
+from pipeline.data.folders import Classed, classed_parts, digests_of, parts_of, readers
 from pipeline.data.objects import from_samples
 from pipeline.data.parts import UNKNOWN, Array, Part
 from pipeline.data.prepared import Prepared
@@ -29,24 +29,10 @@ def from_audiofolder(path: Path, seed: int, reading: Reading) -> Raw:
     name = f"audiofolder:{path}"
     if not path.is_dir():
         raise DataError(f"{path}: no such folder.", "Give audiofolder:PATH with one folder of .wav files per class.")
-    folders = parts_of(path)
-    found = {part: classed(folder, SUFFIXES, "recordings (.wav)") for part, folder in folders.items()}
-    names = found["train"].classes
-    for part, one in found.items():
-        if bool(one.classes) != bool(names):
-            raise DataError(
-                f"{name}: some parts have class folders and others none.", "Give labels for all parts, or for none."
-            )
-        unknown = sorted(set(one.classes) - set(names))
-        if unknown:
-            raise DataError(
-                f"{folders[part]} has classes that {folders['train']} has not: {', '.join(unknown[:5])}.",
-                "Give every part the same class folders.",
-            )
+    found = classed_parts(name, parts_of(path), SUFFIXES, "recordings (.wav)")
     digests = digests_of([one.files for one in found.values()], "recording")
     given: dict[Part, Recordings] = {
-        part: Recordings(one, hashed, names, reading)
-        for (part, one), hashed in zip(found.items(), digests, strict=True)
+        part: Recordings(one, hashed, reading) for (part, one), hashed in zip(found.items(), digests, strict=True)
     }
     return from_samples(given, name, seed, reading)
 
@@ -56,13 +42,12 @@ class Recordings(Prepared):
 
     scanned = 2_000
 
-    def __init__(self, found: Classed, digests: list[bytes], names: tuple[str, ...], reading: Reading) -> None:
+    def __init__(self, found: Classed, digests: list[bytes], reading: Reading) -> None:
         self.files, self.digests = found.files, digests
         self.rate, self.length = reading.sample_rate, max(1, round(reading.seconds * reading.sample_rate))
-        numbers = [names.index(one) for one in found.classes]
-        self.labels = [numbers[label] if found.classes else UNKNOWN for label in found.labels]
+        self.labels = found.labels
         self.targets = torch.tensor(self.labels)
-        self.classes = names or None
+        self.classes = found.classes or None
         self.workers = readers(len(self.files))
 
     def place(self, index: int) -> str:

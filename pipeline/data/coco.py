@@ -15,7 +15,7 @@ import torch
 from foundation.errors import DataError, brief, first_line
 from pipeline.data.assemble import Raw
 from pipeline.data.folders import digests_of, parts_of, readers
-from pipeline.data.imagefolder import IMAGENET_MEAN, IMAGENET_STD, stretched
+from pipeline.data.imagefolder import normalisation, stretched
 from pipeline.data.objects import from_samples
 from pipeline.data.parts import Part
 from pipeline.data.prepared import Prepared
@@ -35,8 +35,7 @@ def from_coco(path: Path, size: Size, seed: int, reading: Reading) -> Raw:
     class or box is none.
     """
     name = f"coco:{path}"
-    if size[0] not in (1, 3):
-        raise DataError(f"{name}: images have 1 or 3 channels, not {size[0]}.", "Set data.input_size to 3 channels.")
+    mean, std = normalisation(name, size)
     folders = parts_of(path)
     noted = {part: _Noted(folder) for part, folder in folders.items()}
     classes = noted["train"].classes
@@ -53,7 +52,6 @@ def from_coco(path: Path, size: Size, seed: int, reading: Reading) -> Raw:
     raw = from_samples(given, name, seed, reading)
     crowds = sum(one.crowds for one in noted.values())
     notes = (f"{crowds} annotations of crowds were left out.",) if crowds else ()
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if size[0] == 3 else ((0.5,), (0.5,))
     names = tuple(classes[one] for one in sorted(classes))
     return replace(raw, mean=mean, std=std, names=names, fit="stretch", notes=notes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +69,31 @@ def classed(folder: Path, suffixes: Collection[str], what: str) -> Classed:
     if empty:
         raise DataError(f"{folder}: no {what} in the class folder {', '.join(empty[:5])}.", hint)
     return Classed(names, files, labels)
+
+
+def classed_parts(name: str, folders: Mapping[Part, Path], suffixes: Collection[str], what: str) -> dict[Part, Classed]:
+    """`classed` of each part's folder, all with the training part's class names and numbers.
+
+    Raises DataError where another part has a class that it has not, or some parts have classes and others none.
+    """
+    found = {part: classed(folder, suffixes, what) for part, folder in folders.items()}
+    names = found["train"].classes
+    if len({bool(one.classes) for one in found.values()}) > 1:
+        raise DataError(
+            f"{name}: some parts have class folders and others none.", "Give labels for all parts, or for none."
+        )
+    numbers = {one: number for number, one in enumerate(names)}
+    made: dict[Part, Classed] = {}
+    for part, one in found.items():
+        unknown = sorted(set(one.classes) - set(names))
+        if unknown:
+            raise DataError(
+                f"{folders[part]} has classes that {folders['train']} has not: {', '.join(unknown[:5])}.",
+                "Give every part the same class folders.",
+            )
+        labels = [numbers[one.classes[label]] for label in one.labels] if names else one.labels
+        made[part] = Classed(names, one.files, labels)
+    return made
 
 
 SHARED_OUT = 500

@@ -18,8 +18,8 @@ from torch.utils.data import (
 
 from foundation.errors import DataError, first_line
 from pipeline.data.assemble import Raw, cut_parts, listed
-from pipeline.data.folders import classed, digests_of, parts_of, readers
-from pipeline.data.parts import UNKNOWN, Augmentation, Part, Split
+from pipeline.data.folders import classed_parts, digests_of, parts_of, readers
+from pipeline.data.parts import Augmentation, Part, Split
 from pipeline.models.extras import need
 from pipeline.models.source import Size
 
@@ -120,46 +120,33 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
             f"{path}: no such folder.",
             "Give imagefolder:PATH with one folder of images per class, or images without labels.",
         )
-    if size[0] not in (1, 3):
-        raise DataError(f"{name}: images have 1 or 3 channels, not {size[0]}.", "Set data.input_size to 3 channels.")
-    folders = parts_of(path)
-    found = {part: _image_files(folder) for part, folder in folders.items()}
-    names = found["train"][0]
-    if len({bool(classes) for classes, _ in found.values()}) > 1:
-        raise DataError(
-            f"{name}: some parts have class folders and others none.", "Give labels for all parts, or for none."
-        )
-    numbers = {one: number for number, one in enumerate(names)}
+    mean, std = normalisation(name, size)
+    found = classed_parts(name, parts_of(path), _suffixes(), "images (.png, .jpg, …)")
+    names = found["train"].classes
+    digests = digests_of([one.files for one in found.values()], "image")
     parts: dict[Part, Split] = {}
-    digests: dict[Part, list[bytes]] = {}
-    known = digests_of([[file for file, _ in files] for _, files in found.values()], "image")
-    for (part, (classes, files)), hashed in zip(found.items(), known, strict=True):
-        if not set(classes) <= set(names):
-            unknown = sorted(set(classes) - set(names))
-            raise DataError(
-                f"{folders[part]} has classes that {folders['train']} has not: {', '.join(unknown[:5])}.",
-                "Give every part the same class folders.",
-            )
-        renumbered = [(file, numbers[classes[label]] if classes else UNKNOWN) for file, label in files]
-        for file, _ in files[:: max(1, len(files) // SCANNED)]:
+    for part, one in found.items():
+        for file in one.files[:: max(1, len(one.files) // SCANNED)]:
             with opened(file) as image:
                 image.verify()
-        labels = torch.tensor([label for _, label in renumbered])
-        workers = readers(len(files))
-        parts[part] = listed(ImageFiles(renumbered, size), labels, workers)
-        digests[part] = hashed
-    cut, hashes = cut_parts(parts, digests, seed, name)
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if size[0] == 3 else ((0.5,), (0.5,))
+        files = list(zip(one.files, one.labels, strict=True))
+        parts[part] = listed(ImageFiles(files, size), torch.tensor(one.labels), readers(len(files)))
+    cut, hashes = cut_parts(parts, dict(zip(found, digests, strict=True)), seed, name)
     return Raw(name, cut, hashes, names or None, size, mean, std, Augmentation(), labelled=bool(names))
 
 
-def _image_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Class names and (file, class number) of a folder; none has been opened."""
+def normalisation(name: str, size: Size) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of image files; raises DataError for channels that they cannot have."""
+    if size[0] not in (1, 3):
+        raise DataError(f"{name}: images have 1 or 3 channels, not {size[0]}.", "Set data.input_size to 3 channels.")
+    return (IMAGENET_MEAN, IMAGENET_STD) if size[0] == 3 else ((0.5,), (0.5,))
+
+
+def _suffixes() -> tuple[str, ...]:
     need("torchvision")
     from pipeline.models import torchvision_operators  # noqa: F401  # before torchvision itself
 
     # isort: split
     import torchvision
 
-    found = classed(folder, torchvision.datasets.folder.IMG_EXTENSIONS, "images (.png, .jpg, …)")
-    return found.classes, list(zip(found.files, found.labels, strict=True))
+    return tuple(torchvision.datasets.folder.IMG_EXTENSIONS)

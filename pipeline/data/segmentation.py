@@ -14,7 +14,7 @@ from torch import Tensor
 from foundation.errors import DataError, nearest
 from pipeline.data.assemble import Raw
 from pipeline.data.folders import digests_of, parts_of, readers
-from pipeline.data.imagefolder import IMAGENET_MEAN, IMAGENET_STD, opened, stretched
+from pipeline.data.imagefolder import normalisation, opened, stretched
 from pipeline.data.objects import from_samples
 from pipeline.data.parts import Part
 from pipeline.data.prepared import Prepared
@@ -35,8 +35,7 @@ def from_segmentation(path: Path, size: Size, seed: int, reading: Reading) -> Ra
     than its image, or one that holds no class numbers.
     """
     name = f"segmentation:{path}"
-    if size[0] not in (1, 3):
-        raise DataError(f"{name}: images have 1 or 3 channels, not {size[0]}.", "Set data.input_size to 3 channels.")
+    mean, std = normalisation(name, size)
     parts = parts_of(path)
     pairs = {part: _pairs(folder) for part, folder in parts.items()}
     named = _class_names(path)
@@ -54,7 +53,6 @@ def from_segmentation(path: Path, size: Size, seed: int, reading: Reading) -> Ra
         )
     for one in given.values():
         one.limit = len(names)
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if size[0] == 3 else ((0.5,), (0.5,))
     return replace(raw, mean=mean, std=std, names=names, fit="stretch")
 
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Subse
 from foundation.errors import DataError
 from pipeline import data
 from pipeline.data.assemble import listed
-from pipeline.data.imagefolder import ImageFiles, _image_files
+from pipeline.data.folders import classed
+from pipeline.data.imagefolder import ImageFiles
 from tests import hostile_images
 
 
@@ -307,13 +308,18 @@ def test_images_are_covered_not_squeezed(tmp_path):
     assert torch.allclose(red.mean((1, 2)), labels.float(), atol=1e-5)
 
 
+def image_files(path):
+    found = classed(path, (".png",), "images")
+    return list(zip(found.files, found.labels, strict=True))
+
+
 def test_train_and_test_folders_are_kept_and_workers_read_the_same(tmp_path):
     folder(tmp_path / "train")
     folder(tmp_path / "val", count=4, seed=1)
     found = data.load(f"imagefolder:{tmp_path}", input_size=(3, 16, 16))
     assert sizes(found) == (22, 2, 8)
     assert found.test.labels.tolist() == [0] * 4 + [1] * 4
-    files = _image_files(tmp_path / "val")[1]
+    files = image_files(tmp_path / "val")
     split = listed(ImageFiles(files, (3, 16, 16)), found.test.labels, workers=1)
     by_worker = torch.cat([x for (x,), _ in split.stream([[0, 1, 2], [3, 4, 5], [6, 7]])])
     assert torch.equal(by_worker, torch.cat([x for (x,), _ in found.test.stream([list(range(8))])]))
@@ -589,7 +595,7 @@ def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
 
 def test_an_image_that_a_worker_cannot_read_is_one_line(tmp_path):
     path = folder(tmp_path / "pets", count=4) / "cat" / "2.png"
-    files = _image_files(tmp_path / "pets")[1]
+    files = image_files(tmp_path / "pets")
     path.write_bytes(path.read_bytes()[:60])
     split = listed(ImageFiles(files, (3, 16, 16)), torch.zeros(8, dtype=torch.long), workers=1)
     with pytest.raises(DataError, match=r"2\.png is not a readable image") as raised:
