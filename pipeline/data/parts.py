@@ -57,6 +57,8 @@ class Augmentation:
 
 UNKNOWN = -1
 """Class number of a sample without one; no loss takes it, so that none can be mistaken for a class."""
+IGNORED = -100
+"""Class number of a place inside a sample that counts for nothing: torch's losses leave it out (`ignore_index`)."""
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,14 @@ from pipeline.data.assemble import Raw
 from pipeline.data.folders import digests_of, parts_of, readers
 from pipeline.data.imagefolder import normalisation, opened, stretched
 from pipeline.data.objects import from_samples
-from pipeline.data.parts import Part
+from pipeline.data.parts import IGNORED, Part
 from pipeline.data.prepared import Prepared
 from pipeline.data.samples import Reading
 from pipeline.models.source import Size
 
 SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 UNNUMBERED = 255
-"""In a mask: a place without a class, by the custom of such data sets."""
-IGNORED = -100
-"""What that becomes: the label that torch's losses leave out."""
+"""In a mask: a place without a class, by the custom of such data sets; it becomes `IGNORED`."""
 NAMES = "classes.txt"
 CLASSES = 255
 

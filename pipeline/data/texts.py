@@ -24,13 +24,11 @@ from foundation.errors import DataError, brief, first_line, nearest
 from pipeline.data.assemble import Raw
 from pipeline.data.folders import parts_of
 from pipeline.data.objects import from_samples
-from pipeline.data.parts import UNKNOWN, Batch, Part
+from pipeline.data.parts import IGNORED, UNKNOWN, Batch, Part
 from pipeline.data.prepared import Prepared
 from pipeline.data.samples import Reading, Sample, batched
 from pipeline.data.tokens import FILE, Tokenizer
 
-IGNORED = -100
-"""Label of a token that has none: marks of beginning and end, the later pieces of a word, what fills a batch up."""
 LENGTH = "tokens"
 """Name of the free dimension."""
 _TEXT, _PAIR, _WORDS = "text", "text_pair", "tokens"
@@ -320,7 +318,7 @@ class _Texts(Prepared):
         return sample
 
     def _word_labels(self, labels: Sequence[Any], words: Sequence[int | None]) -> Tensor:
-        """The label of each word at its first token, elsewhere `IGNORED`."""
+        """The label of each word at its first token; `IGNORED` at its later ones, and at marks of beginning and end."""
         found, before = [], None
         for word in words:
             first = word is not None and word != before

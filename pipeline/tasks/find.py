@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from foundation.errors import ConfigError, DataError, Explained, ModelError, first_line, nearest
-from pipeline.data.parts import Data, Target
+from pipeline.data.parts import IGNORED, Data, Target
 from pipeline.data.samples import leaves_of
 from pipeline.models.calling import ONLY, Outputs
 from pipeline.models.trial import check_logits
 from pipeline.recipe.task import TaskSection
 from pipeline.tasks import classification, ctc, distil, multilabel, own, regression, segmentation, tokens
-from pipeline.tasks.places import IGNORED
 from pipeline.tasks.task import Task
 from validators.scores import measured
 

@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foundation.errors import DataError
-
-IGNORED = -100
-"""Label of a place that counts for nothing, as in PyTorch's cross-entropy."""
+from pipeline.data.parts import IGNORED
 
 
 def whole(target: Any, what: str) -> Tensor:

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from foundation.errors import DataError, ModelError
-from pipeline.data.parts import Target
+from pipeline.data.parts import IGNORED, Target
 from pipeline.models.calling import Outputs
 from pipeline.tasks.per_class import counted, mean_iou, right_places
 from pipeline.tasks.pictures import Compared, Pixels, beside, rgb
-from pipeline.tasks.places import IGNORED, cross_entropy, in_range, spread, whole
+from pipeline.tasks.places import cross_entropy, in_range, spread, whole
 from pipeline.tasks.task import Task, softened
 from validators.scores import Score, ratio
 
