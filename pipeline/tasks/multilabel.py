@@ -12,7 +12,7 @@ from foundation.errors import DataError, ModelError
 from pipeline.data.parts import Target
 from pipeline.models.calling import Outputs
 from pipeline.tasks.per_class import macro_f1, micro_f1
-from pipeline.tasks.task import Task
+from pipeline.tasks.task import Task, same_shape
 from validators.scores import Score, per_sample
 
 
@@ -68,11 +68,7 @@ def bernoulli(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL divergence of softened yes-or-no probabilities by their logits, (samples, labels), per sample and mean over
     labels, times T² so that its gradient does not shrink with T (Hinton 2015, §2).
     """
-    if student.shape != teacher.shape:
-        raise ModelError(
-            f"The teacher gives outputs of shape {tuple(teacher.shape)}, the model {tuple(student.shape)}.",
-            "Distil from a model with the same outputs, or set distill_weight to 0.",
-        )
+    same_shape(student, teacher)
     given, wanted = (one.float().reshape(len(one), -1) / temperature for one in (student, teacher))
     each = sum(
         F.logsigmoid(sign * wanted).exp() * (F.logsigmoid(sign * wanted) - F.logsigmoid(sign * given))

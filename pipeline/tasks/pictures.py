@@ -62,10 +62,15 @@ def _image(data: Data, inputs: Inputs) -> Tensor | None:
     first = inputs[0][0]
     if first.dim() != 3 or first.shape[0] not in (1, 3) or not first.is_floating_point():
         return None
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean or (0.0,), data.std or (1.0,)))
-    first = first * std + mean
+    first = _unnormalised(data, first)
     low, high = (float(value) for value in first.aminmax())
     return first if low >= 0 and high <= 1 else (first - low) / max(high - low, 1e-12)
+
+
+def _unnormalised(data: Data, image: Tensor) -> Tensor:
+    """An image (channels, height, width) as it was before `Data.batches` normalised it."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean or (0.0,), data.std or (1.0,)))
+    return image * std + mean
 
 
 def rgb(image: Tensor) -> Pixels:
@@ -88,14 +93,13 @@ def beside(panels: Sequence[Pixels]) -> Image.Image:
 def pictured(data: Data, samples: Sequence[int], batch: int = 64) -> dict[int, Image.Image]:
     """Test sample -> picture, as the model saw it before normalisation; none for samples that are no images."""
     wanted = set(samples)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean or (0.0,), data.std or (1.0,)))
     found: dict[int, Image.Image] = {}
     if not wanted or data.input_size is None or data.input_size[0] not in (1, 3):
         return found
     first = 0
     for (images,), _ in data.batches("test", batch):
         for row in wanted & set(range(first, first + len(images))):
-            found[row] = _picture((images[row - first] * std + mean).numpy())
+            found[row] = _picture(_unnormalised(data, images[row - first]).numpy())
         first += len(images)
         if first > max(wanted):
             break

@@ -110,15 +110,20 @@ def _rows(output: Tensor) -> Tensor:
     return output.flatten(1) if output.dim() > 1 else output[:, None]
 
 
-def softened(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL divergence of softened class scores (samples, classes, ...), per sample and mean over places, times T² so that
-    its gradient does not shrink with T (Hinton 2015, §2).
-    """
+def same_shape(student: Tensor, teacher: Tensor) -> None:
+    """Raise ModelError where a teacher's output is of another shape than the model's."""
     if student.shape != teacher.shape:
         raise ModelError(
             f"The teacher gives outputs of shape {tuple(teacher.shape)}, the model {tuple(student.shape)}.",
             "Distil from a model with the same outputs, or set distill_weight to 0.",
         )
+
+
+def softened(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL divergence of softened class scores (samples, classes, ...), per sample and mean over places, times T² so that
+    its gradient does not shrink with T (Hinton 2015, §2).
+    """
+    same_shape(student, teacher)
     logs, wanted = (torch.log_softmax(one.float() / temperature, 1) for one in (student, teacher))
     each = (wanted.exp() * (wanted - logs)).sum(1)
     return (each.flatten(1).mean(1) if each.dim() > 1 else each) * temperature**2
