@@ -14,6 +14,7 @@ path/to/file.py:callable   own code that returns data sets or loaders; the same 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 from foundation.errors import DataError, nearest
@@ -38,6 +39,7 @@ def load(spec: object, *, input_size: Size | None = None, seed: int = 0, reading
     """
     if isinstance(spec, Data):
         return spec
+    reading = reading or Reading()
     if not isinstance(spec, str):
         from pipeline.data.objects import from_objects
 
@@ -47,36 +49,36 @@ def load(spec: object, *, input_size: Size | None = None, seed: int = 0, reading
         from pipeline.data.digits import DIGITS_SIZE, read_digits
 
         return finish(read_digits(), input_size or DIGITS_SIZE)
+    path = Path(os.path.expanduser(rest))  # noqa: PTH111  # leaves ~nobody as it is, where Path raises
+    size = input_size or DEFAULT_SIZE
     if kind == "imagefolder" and colon:
         from pipeline.data.imagefolder import from_folder
 
-        return finish(from_folder(Path(rest).expanduser(), input_size or DEFAULT_SIZE, seed), input_size)
+        return finish(from_folder(path, size, seed), input_size)
     if kind == "npz" and colon:
         from pipeline.data.npz import from_npz
 
-        return finish(from_npz(Path(rest).expanduser(), seed, reading), input_size)
+        return finish(from_npz(path, seed, reading), input_size)
     if kind == "csv" and colon:
         from pipeline.data.table import from_csv
 
-        return finish(from_csv(Path(rest).expanduser(), seed, reading or Reading()), input_size)
+        return finish(from_csv(path, seed, reading), input_size)
     if kind == "jsonl" and colon:
         from pipeline.data.texts import from_jsonl
 
-        return finish(from_jsonl(Path(rest).expanduser(), seed, reading or Reading()), input_size)
+        return finish(from_jsonl(path, seed, reading), input_size)
     if kind == "audiofolder" and colon:
         from pipeline.data.audiofolder import from_audiofolder
 
-        return finish(from_audiofolder(Path(rest).expanduser(), seed, reading or Reading()), input_size)
+        return finish(from_audiofolder(path, seed, reading), input_size)
     if kind == "segmentation" and colon:
         from pipeline.data.segmentation import from_segmentation
 
-        size = input_size or DEFAULT_SIZE
-        return finish(from_segmentation(Path(rest).expanduser(), size, seed, reading or Reading()), None)
+        return finish(from_segmentation(path, size, seed, reading), None)
     if kind == "coco" and colon:
         from pipeline.data.coco import from_coco
 
-        size = input_size or DEFAULT_SIZE
-        return finish(from_coco(Path(rest).expanduser(), size, seed, reading or Reading()), None)
+        return finish(from_coco(path, size, seed, reading), None)
     if colon and not _misspelt(kind):
         from pipeline.data.objects import from_objects
         from pipeline.models.from_code import load_callable, user_code

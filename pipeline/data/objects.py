@@ -118,7 +118,7 @@ def _is_images(value: Any) -> bool:
     if _is_arrays(value) and value[1].ndim > 1 and tuple(value[1].shape[1:]) != (1,):  # no class number each
         return False
     whole = str(x.dtype).removeprefix("torch.") not in ("uint8", "float16", "float32", "float64")
-    return x.ndim == 4 or (x.ndim == 3 and not (whole and _is_arrays(value) and value[1].ndim > 1)) or x.ndim > 4
+    return x.ndim > 3 or (x.ndim == 3 and not (whole and _is_arrays(value) and value[1].ndim > 1))
 
 
 def _alike_arrays(value: Sequence[Any], name: str) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipeline.data.parts import Batch
 from pipeline.data.samples import Sample, batched
 
 
-class Prepared(Dataset[Any]):
+class Prepared(Dataset[Any], ABC):
     """Samples by position, each what `Parting` takes apart. Of a large set only `scanned` samples are read at first."""
 
     scanned: int = 50_000
@@ -29,12 +30,12 @@ class Prepared(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.digests)
 
+    @abstractmethod
     def place(self, index: int) -> str:
         """The sample, as messages call it."""
-        raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, index: int) -> Any: ...
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """Samples as one batch."""
