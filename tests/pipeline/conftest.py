@@ -3,10 +3,18 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from filelock import FileLock
+from sklearn.datasets import load_digits
 
+from pipeline import data
+from pipeline.tasks import classification
+from pipeline.training import loop
+from pipeline.training.defaults import default_settings
 from tests.pipeline.chain import QUICK, TINY, command
+from tests.pipeline.tiny import TinyNet
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +57,25 @@ def deployed(shared, environment) -> Path:
 def artifacts(deployed, tmp_path_factory) -> Path:
     """A copy of that folder for the tests of one file, which may deploy into it."""
     return shutil.copytree(deployed, tmp_path_factory.mktemp("own") / "artifacts", symlinks=True)
+
+
+@pytest.fixture(scope="module")
+def knows_digits() -> TinyNet:
+    """A tiny net that knows the digits."""
+    torch.manual_seed(0)
+    net = TinyNet()
+    settings = default_settings(net, seed=0).model_copy(update={"epochs": 3, "lr": 0.1})
+    task = classification.task("classification", "output")
+    assert loop.train(net, data.load("digits", input_size=(3, 16, 16)), task, settings).best_score > 0.85
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def unlabelled_digits(tmp_path_factory) -> Path:
+    """The digits without their labels."""
+    path = tmp_path_factory.mktemp("images") / "digits.npz"
+    np.savez(path, x=(load_digits().images[:600] / 16).astype(np.float32))
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch.export import Dim
 
-from pipeline import data
 from pipeline.release import store
 from pipeline.tasks import classification
-from pipeline.training import loop
-from pipeline.training.defaults import default_settings
 from tests.pipeline.chain import QUICK, figures, said
-from tests.pipeline.tiny import TinyNet
 
 SIZE = (3, 16, 16)
 
@@ -23,28 +19,14 @@ TASK = classification.task("classification", "output")
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory) -> Path:
+def file(tmp_path_factory, knows_digits) -> Path:
     """A tiny net that knows the digits, as an ONNX file."""
-    torch.manual_seed(0)
-    net = TinyNet()
-    settings = default_settings(net, seed=0).model_copy(update={"epochs": 3, "lr": 0.1})
-    assert loop.train(net, data.load("digits", input_size=SIZE), TASK, settings).best_score > 0.85
     path = tmp_path_factory.mktemp("onnx") / "digits.onnx"
     shapes = ({0: Dim.DYNAMIC},)
     torch.onnx.export(
-        net.eval(), (torch.randn(2, *SIZE),), path, dynamo=True, opset_version=18, dynamic_shapes=shapes,
+        knows_digits, (torch.randn(2, *SIZE),), path, dynamo=True, opset_version=18, dynamic_shapes=shapes,
         input_names=["picture"], output_names=["digit"], verbose=False,
     )  # fmt: skip
-    return path
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """The digits without their labels."""
-    from sklearn.datasets import load_digits
-
-    path = tmp_path_factory.mktemp("images") / "digits.npz"
-    np.savez(path, x=(load_digits().images[:600] / 16).astype(np.float32))
     return path
 
 
@@ -69,9 +51,10 @@ def test_an_onnx_file_is_pruned_and_shipped(tmp_path, file):
         assert session.run(None, {"picture": np.zeros((batch, *SIZE), np.float32)})[0].shape == (batch, 10)
 
 
-def test_an_onnx_file_is_recovered_on_images_without_labels(tmp_path, file, images):
-    words = ["--data", f"npz:{images}", "--set", "finetune.recover=closed-form", "--set", "gate.min_agreement=0.6"]
-    said(tmp_path, "deploy", f"onnx:{file}", *QUICK, *words, "--set", "prune.ratio=0.25")
+def test_an_onnx_file_is_recovered_on_images_without_labels(tmp_path, file, unlabelled_digits):
+    words = ["--data", f"npz:{unlabelled_digits}", "--set", "finetune.recover=closed-form"]
+    words += ["--set", "gate.min_agreement=0.6", "--set", "prune.ratio=0.25"]
+    said(tmp_path, "deploy", f"onnx:{file}", *QUICK, *words)
     version, _ = shipped(tmp_path)
     assert not figures(version, "0-baseline")["labelled"]
     assert figures(version, "4-shrink")["removed"]

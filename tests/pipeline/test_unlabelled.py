@@ -18,8 +18,6 @@ from pipeline.cli import main
 from pipeline.gate import measuring
 from pipeline.release import store
 from pipeline.tasks import classification
-from pipeline.training import loop
-from pipeline.training.defaults import default_settings
 from tests.pipeline.chain import QUICK, TINY, figures, said
 from tests.pipeline.tiny import TinyNet
 
@@ -34,32 +32,17 @@ def deployed(folder: Path, *words: str, code: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
+def weights(tmp_path_factory, knows_digits) -> Path:
     """Of a tiny net that knows the digits."""
-    torch.manual_seed(0)
-    model = TinyNet()
-    settings = default_settings(model, seed=0).model_copy(update={"epochs": 3, "lr": 0.1})
-    made = loop.train(model, data.load("digits", input_size=SIZE), TASK, settings)
-    assert made.best_score > 0.85
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+    save_file({name: value.contiguous() for name, value in knows_digits.state_dict().items()}, path)
     return path
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """The digits without their labels."""
-    from sklearn.datasets import load_digits
-
-    path = tmp_path_factory.mktemp("images") / "digits.npz"
-    np.savez(path, x=(load_digits().images[:600] / 16).astype(np.float32))
-    return path
-
-
-@pytest.fixture(scope="module")
-def version(tmp_path_factory, weights, images) -> Path:
+def version(tmp_path_factory, weights, unlabelled_digits) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
-    words = ["--data", f"npz:{images}", "--weights", str(weights), "--set", "finetune.recover=closed-form"]
+    words = ["--data", f"npz:{unlabelled_digits}", "--weights", str(weights), "--set", "finetune.recover=closed-form"]
     text = deployed(folder, *words, "--set", "prune.ratio=0.25", "--set", "gate.min_agreement=0.6")
     assert "agreement with dense" in text
     return folder / "tiny" / "v0001"
@@ -93,12 +76,12 @@ def test_what_is_shown_says_agreement_and_never_accuracy(version):
     assert "accuracy" not in shown
 
 
-def test_the_answers_are_the_dense_models_own(version, weights, images):
+def test_the_answers_are_the_dense_models_own(version, weights, unlabelled_digits):
     model = TinyNet().eval()
     model.load_state_dict(load_file(weights))
     answers, classes = Baseline.load(version / "0-baseline").answers()
     assert classes == 10
-    found = data.load(f"npz:{images}", input_size=SIZE)
+    found = data.load(f"npz:{unlabelled_digits}", input_size=SIZE)
     for part, numbers in answers.items():
         with torch.no_grad():
             wanted = torch.cat([model(x).argmax(1) for (x,), _ in found.batches(part)])
@@ -118,12 +101,12 @@ def test_it_is_judged_the_same_again_and_by_another_policy(version, tmp_path):
     assert "Accuracy" in said(out, "gate", "tiny", "--policy", str(policy), code=1)  # asked for, and not measured
 
 
-def test_other_answers_are_other_data(version, images, tmp_path):
+def test_other_answers_are_other_data(version, unlabelled_digits, tmp_path):
     """The stages after the baseline depend on the answers: other dense weights, and none of them is reused."""
     torch.manual_seed(1)
     other = tmp_path / "other.safetensors"
     save_file({name: value.contiguous() for name, value in TinyNet().state_dict().items()}, other)
-    words = [f"{TINY}:build", *QUICK, "--data", f"npz:{images}", "--weights", str(other)]
+    words = [f"{TINY}:build", *QUICK, "--data", f"npz:{unlabelled_digits}", "--weights", str(other)]
     result = CliRunner().invoke(main, ["plan", *words, "--out", str(version.parent.parent), "--json"])
     assert result.exit_code == 0, result.output
     assert {step["action"] for step in json.loads(result.stdout)["stages"]} == {"run"}
@@ -137,20 +120,20 @@ def test_other_answers_are_other_data(version, images, tmp_path):
         (["--weights", "{weights}", "--set", "prune.criterion=taylor"], "needs the labels"),
     ],
 )
-def test_what_needs_labels_is_refused_before_anything_is_spent(tmp_path, images, weights, words, says):
+def test_what_needs_labels_is_refused_before_anything_is_spent(tmp_path, unlabelled_digits, weights, words, says):
     model = "resnet18" if not words else f"{TINY}:build"
     words = [word.format(weights=weights) for word in words]
-    text = said(tmp_path, "deploy", model, "--data", f"npz:{images}", *words, code=2)
+    text = said(tmp_path, "deploy", model, "--data", f"npz:{unlabelled_digits}", *words, code=2)
     assert says in text
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_of_another_number_of_classes_are_told_how_to_be_taken(tmp_path, images, weights):
+def test_weights_of_another_number_of_classes_are_told_how_to_be_taken(tmp_path, unlabelled_digits, weights):
     state = load_file(weights)
     state["head.weight"], state["head.bias"] = state["head.weight"][:4].clone(), state["head.bias"][:4].clone()
     fewer = tmp_path / "four.safetensors"
     save_file(state, fewer)
-    words = [*CHAIN, "--data", f"npz:{images}", "--weights", str(fewer), "--until", "baseline"]
+    words = [*CHAIN, "--data", f"npz:{unlabelled_digits}", "--weights", str(fewer), "--until", "baseline"]
     assert "--set data.classes=NUMBER" in said(tmp_path / "out", *words, code=2)
     said(tmp_path / "out", *words, "--set", "data.classes=4")
     made = Baseline.load(tmp_path / "out" / "tiny" / store.PARTIAL / "0-baseline")
@@ -161,27 +144,27 @@ def test_classes_are_for_data_without_labels(tmp_path):
     assert "labels of 10 classes" in said(tmp_path, "deploy", f"{TINY}:build", "--set", "data.classes=4", code=2)
 
 
-def test_a_dense_model_with_one_answer_proves_nothing(tmp_path, images, weights):
+def test_a_dense_model_with_one_answer_proves_nothing(tmp_path, unlabelled_digits, weights):
     state = load_file(weights)
     state["head.bias"] = torch.tensor([100.0] + [0.0] * 9)
     constant = tmp_path / "constant.safetensors"
     save_file(state, constant)
-    words = ["--data", f"npz:{images}", "--weights", str(constant), "--set", "finetune.recover=none"]
+    words = ["--data", f"npz:{unlabelled_digits}", "--weights", str(constant), "--set", "finetune.recover=none"]
     assert "only guesses" in deployed(tmp_path / "out", *words, code=1)
     assert not (tmp_path / "out" / "tiny" / "current").exists()
 
 
-def test_a_dense_model_that_gives_nan_has_no_answers(tmp_path, images, weights):
+def test_a_dense_model_that_gives_nan_has_no_answers(tmp_path, unlabelled_digits, weights):
     state = load_file(weights)
     state["head.bias"] = torch.full((10,), float("nan"))
     broken = tmp_path / "broken.safetensors"
     save_file(state, broken)
-    assert "NaN" in deployed(tmp_path / "out", "--data", f"npz:{images}", "--weights", str(broken), code=2)
+    assert "NaN" in deployed(tmp_path / "out", "--data", f"npz:{unlabelled_digits}", "--weights", str(broken), code=2)
 
 
-def test_made_up_labels_do_not_pass(tmp_path, images, weights):
+def test_made_up_labels_do_not_pass(tmp_path, unlabelled_digits, weights):
     """A dense model that is never right, and a shipped one that is never right either: no drop, and no proof."""
-    with np.load(images) as file:
+    with np.load(unlabelled_digits) as file:
         x = file["x"]
     labelled = tmp_path / "labelled.npz"
     np.savez(labelled, x=x, y=np.random.default_rng(0).integers(0, 10, len(x)))
@@ -191,10 +174,10 @@ def test_made_up_labels_do_not_pass(tmp_path, images, weights):
     assert not (tmp_path / "out" / "tiny" / "current").exists()
 
 
-def test_files_from_elsewhere_agree_with_the_one_they_are_held_against(version, images):
+def test_files_from_elsewhere_agree_with_the_one_they_are_held_against(version, unlabelled_digits):
     dense = version / "0-baseline" / "dense.onnx"
     shipped = version / "6-optimize" / figures(version, "6-optimize")["ships"]
-    words = ["--data", f"npz:{images}", "--input-size", "3,16,16", "--seconds", "0.1"]
+    words = ["--data", f"npz:{unlabelled_digits}", "--input-size", "3,16,16", "--seconds", "0.1"]
     told = CliRunner().invoke(main, ["gate", str(shipped), "--against", str(dense), *words]).output
     assert "agreement with dense" in told
     assert "no labels" in told

@@ -57,12 +57,17 @@ def window_ends(
     return ends
 
 
+def _steps(node: Node, x: Tensor, forms: Mapping[int, object]) -> tuple[int, list[int], list[int]]:
+    """Spatial axes, strides and dilations of a convolution that has one of these `forms` by the number of axes."""
+    spatial = x.ndim - 2
+    if spatial not in forms:
+        node.refuse(f"a convolution over {spatial} axes is not read")
+    return spatial, node.get("strides", [1] * spatial), node.get("dilations", [1] * spatial)
+
+
 def _conv(node: Node, x: Value, weight: Value, bias: Given = None) -> Tensor:
     x, weight = tensor(x), tensor(weight)
-    spatial = x.ndim - 2
-    if spatial not in _CONVOLUTIONS:
-        node.refuse(f"a convolution over {spatial} axes is not read")
-    strides, dilations = node.get("strides", [1] * spatial), node.get("dilations", [1] * spatial)
+    spatial, strides, dilations = _steps(node, x, _CONVOLUTIONS)
     ends = window_ends(node, x, list(weight.shape[2:]), strides, dilations)
     padding = [before for before, _ in ends]
     if any(before != after or before < 0 for before, after in ends):
@@ -73,10 +78,7 @@ def _conv(node: Node, x: Value, weight: Value, bias: Given = None) -> Tensor:
 
 def _conv_transpose(node: Node, x: Value, weight: Value, bias: Given = None) -> Tensor:
     x, weight = tensor(x), tensor(weight)
-    spatial = x.ndim - 2
-    if spatial not in _TRANSPOSED:
-        node.refuse(f"a transposed convolution over {spatial} axes is not read")
-    strides, dilations = node.get("strides", [1] * spatial), node.get("dilations", [1] * spatial)
+    spatial, strides, dilations = _steps(node, x, _TRANSPOSED)
     extra = node.get("output_padding", [0] * spatial)
     kernel = list(weight.shape[2:])
     full = [
