@@ -235,29 +235,32 @@ def plan(
     """What `deploy` would run and what it would reuse. Nothing is written."""
     config = config or Config()
     check(config)
-    source, dataset, task = sources(model, data, config)
-    folder = config.artifacts / (config.name or folder_name(model))
+    return steps(config, config.artifacts / (config.name or folder_name(model)), *sources(model, data, config))
+
+
+def steps(config: Config, folder: Path, source: ModelSource, dataset: Data, task: Task) -> list[Step]:
+    """`plan` for what `sources` gave, with the versions in `folder`."""
     digests = {"model": source.fingerprint, "data": dataset.fingerprint, "task": _task_digest(task)}
-    steps: list[Step] = []
+    found: list[Step] = []
     for stage in STAGES:
         name = _produces(stage).STAGE
         if Promoted in _wires(stage).values() and Optimized.STAGE in digests:
             digests["promoted"] = compared_with(folder, digests).sha256
         wanted = _fingerprint(stage, config, digests)
         if wanted is None:
-            steps.append(Step(name, "run", "an earlier stage runs"))
+            found.append(Step(name, "run", "an earlier stage runs"))
             continue
-        found = next((p for p in candidates(folder, name) if matches(p, wanted)), None)
-        if found is None:
-            steps.append(Step(name, "run", "not done before with these inputs, settings, code and tools"))
+        made = next((p for p in candidates(folder, name) if matches(p, wanted)), None)
+        if made is None:
+            found.append(Step(name, "run", "not done before with these inputs, settings, code and tools"))
             continue
-        record = records.read_stage(found)
+        record = records.read_stage(made)
         assert record is not None
         digests[name] = record.digest
         if name == Baseline.STAGE and not dataset.labelled:
             digests["data"] = _answered(digests)
-        steps.append(Step(name, "reuse", found.parent.name))
-    return steps
+        found.append(Step(name, "reuse", made.parent.name))
+    return found
 
 
 def _range(start: str | None, until: str | None) -> tuple[int, int]:

@@ -133,14 +133,14 @@ def plan(config: Config, progress: Progress | None = None) -> Plan:
     """
     runner.check(config)
     source, data, task = runner.sources(config.model, None, config)
-    steps = runner.plan(config.model, None, config)
+    folder = config.artifacts / (config.name or folder_name(config.model))
+    steps = runner.steps(config, folder, source, data, task)
     model, origin = source.build(), ""
     section = config.prune
     if section.scope == "layer":
         # How many go does not hang on the scores then, and nothing else is shown: the cheapest criterion will do.
         section = section.model_copy(update={"criterion": "l2"})
     elif section.method == "structured":
-        folder = config.artifacts / (config.name or folder_name(config.model))
         model, origin = dense_model(config.baseline, source, folder, steps)
     analysis = analyse(graph_of(model, source), policy_of(section.groups))
     seen = observe(model, data, task, observed(section), analysis, section.samples, seed=section.seed)

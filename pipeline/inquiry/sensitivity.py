@@ -67,7 +67,7 @@ def sensitivity(config: Config, progress: Progress | None = None) -> Sensitivity
     cfg = config.prune.model_copy(update={"scope": "curves"})
     source, data, task = runner.sources(config.model, None, config)
     folder = config.artifacts / (config.name or folder_name(config.model))
-    model, origin = dense_model(config.baseline, source, folder, runner.plan(config.model, None, config))
+    model, origin = dense_model(config.baseline, source, folder, runner.steps(config, folder, source, data, task))
     if not origin:
         raise ConfigError(
             f"{config.model} has no weights yet: a deploy would train it first.",
