@@ -30,6 +30,10 @@ Batch = tuple[Inputs, Target]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+EVERY = slice(None)
+"""Every row of a batch."""
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """A random affine change of each training image, drawn anew in every epoch."""
@@ -43,9 +47,12 @@ class Augmentation:
     padding: Literal["zeros", "border"] = "border"
     """What comes in from beyond the edge."""
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Change images of shape (batch, channels, height, width)."""
-        draw = torch.rand(4, len(images), generator=generator) * 2 - 1
+    def __call__(self, images: Tensor, generator: torch.Generator, rows: slice = EVERY, of: int = 0) -> Tensor:
+        """Change images of shape (batch, channels, height, width): those at `rows` of a batch of `of` images.
+
+        Whatever part of it is given, the same image of a batch is changed the same way.
+        """
+        draw = (torch.rand(4, of or len(images), generator=generator) * 2 - 1)[:, rows]
         angle = draw[0] * (self.degrees * torch.pi / 180)
         zoom = 1 + draw[1] * self.scale
         shift = draw[2:] * (2 * self.shift)  # the grid runs from -1 to 1
@@ -174,10 +181,13 @@ class Data:
         *,
         augment: bool = False,
         drop_last: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
         """Yield inputs, a tensor for each of `inputs` (images normalised, float32), and the target of each batch.
 
-        Order and augmentation depend on `seed` alone, so give each epoch another one.
+        Order and augmentation depend on `seed` alone, so give each epoch another one. `share`: (which, of how many)
+        equal parts of every batch; together they give what one would, and only a part's own samples are read. A part
+        of a batch that has none for it is left out.
         """
         split = self.split(part)
         generator = torch.Generator().manual_seed(seed)
@@ -185,12 +195,19 @@ class Data:
         chunks = blocks(order.tolist(), batch_size)
         if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch_size:
             chunks.pop()
-        for chunk, (raw, target) in zip(chunks, split.stream(chunks), strict=True):
+        wholes = [len(chunk) for chunk in chunks]
+        owns = [share_of(whole, *share) for whole in wholes]
+        chunks = [chunk[own] for chunk, own in zip(chunks, owns, strict=True)]
+        while chunks and not chunks[-1]:  # only a short batch at the end has none for a part, unless all of them do
+            chunks.pop()
+        for chunk, (raw, target), own, whole in zip(
+            chunks, split.stream(chunks), owns[: len(chunks)], wholes[: len(chunks)], strict=True
+        ):
             inputs = raw
             if self.image_size is not None:
                 images = _fit(raw[0], self.image_size)
                 if augment and self.augmentation is not None:
-                    images = self.augmentation(images, generator)
+                    images = self.augmentation(images, generator, own, whole)
                 inputs = (images, *raw[1:])
             if self.mean:
                 mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
@@ -238,6 +255,11 @@ def picked(split: Split, chosen: Tensor) -> Split:
         return split.stream([chosen[chunk].tolist() for chunk in chunks])
 
     return Split(len(chosen), stream, None if split.labels is None else split.labels[chosen])
+
+
+def share_of(count: int, which: int, of: int) -> slice:
+    """The rows of `count` that part `which` of `of` has; sizes differ by one at most."""
+    return slice(count * which // of, count * (which + 1) // of)
 
 
 def blocks(positions: Sequence[int], size: int) -> list[list[int]]:
