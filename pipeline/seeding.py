@@ -11,15 +11,33 @@ import torch
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Run the block with Python's, NumPy's and torch's CPU generators seeded, and restore all three afterwards."""
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Run the block with Python's, NumPy's and torch's CPU generators seeded, and restore all three afterwards.
+
+    The generator of `device` is seeded and restored, too, where it is no CPU.
+    """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     try:
-        yield
+        with _seeded_device(seed, device):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
+
+
+@contextmanager
+def _seeded_device(seed: int, device: torch.device | None) -> Iterator[None]:
+    if device is None or device.type == "cpu":
+        yield
+        return
+    module = torch.get_device_module(device)
+    state = module.get_rng_state()  # of the current device, which is the one that is trained on
+    module.manual_seed(seed)
+    try:
+        yield
+    finally:
+        module.set_rng_state(state)
