@@ -2,7 +2,7 @@
 
     model.*.onnx, *.ort   the variants        golden.npz    inputs, and what the trusted model answers
     manifest.json         what all of it is   selftest.py   checks everything with onnxruntime and numpy alone
-    manifest.sha256       of manifest.json    serve.py      images, texts or arrays in, JSON lines out
+    manifest.sha256       of manifest.json    serve.py      images, sounds, texts or arrays in, JSON lines out
 
 The first variant is what ships; the others are chosen where they are right and faster. Whatever comes out of `pack` is
 one file, the same bytes for the same folder; `unpack` (unpacking.py) takes nothing on trust.
@@ -63,8 +63,9 @@ class Variant(BaseModel):
 class InputNote(BaseModel):
     """One input as whoever feeds it must know it: `shape` with names for free sizes; floats are (raw − mean) / std.
 
-    `holds`: an image; ids, mask or segments that the bundle's tokenizer.json makes of a text; or an array as it is.
-    `fit`: how an image comes to its size, covering it with the rest cut away, or stretched.
+    `holds`: an image; a sound; ids, mask or segments that the bundle's tokenizer.json makes of a text; or an array as
+    it is. `fit`: how an image comes to its size, covering it with the rest cut away, or stretched. `rate`: of a sound,
+    its samples per second.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -74,8 +75,9 @@ class InputNote(BaseModel):
     dtype: str
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    holds: Literal["image", "ids", "mask", "segments", "array"] = "array"
+    holds: Literal["image", "sound", "ids", "mask", "segments", "array"] = "array"
     fit: Literal["cover", "stretch"] = "cover"
+    rate: int = 0
 
 
 Answer = Literal["classes", "labels", "values", "embedding", "map", "tokens", "array"]
@@ -104,6 +106,7 @@ def bundle(
     labels: Sequence[str] = (),
     answers: Mapping[str, Answer] | None = None,
     files: Mapping[str, bytes] | None = None,
+    sizes: Mapping[str, Sequence[int]] | None = None,
     threads: int = 1,
     metadata: Mapping[str, str],
 ) -> Bundle:
@@ -112,7 +115,8 @@ def bundle(
     `golden_outputs` are what a trusted model answers to `golden_inputs` (name -> array, samples first), such as the
     PyTorch model that the files were made from. External weights come along. Files are linked where the disk allows it.
     `answers` says what outputs are, where they are not scores of the classes that `labels` names. `files` come along:
-    what raw inputs are read with, such as a tokenizer.json.
+    what raw inputs are read with, such as a tokenizer.json. `sizes` says at which sizes of free dimensions the model
+    was proven.
 
     Raises ExportError when `folder` exists, names do not agree with the model's, a golden array holds NaN, two
     variants need files of one name, or any variant fails the self-test on this machine.
@@ -154,6 +158,7 @@ def bundle(
             "outputs": list(golden_outputs),
             "answers": dict(answers) if answers else {next(iter(golden_outputs)): "classes"},
             "dynamic": all(isinstance(note.shape[0], str) for note in inputs if note.shape),
+            "sizes": {name: list(values) for name, values in (sizes or {}).items()},
             "labels": list(labels),
             "metadata": dict(metadata),
             "files": sha256,

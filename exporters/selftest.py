@@ -56,7 +56,7 @@ SESSION_KEYS = ("session.set_denormal_as_zero", "optimization.disable_specified_
 
 
 ANSWERS = {"classes", "labels", "values", "embedding", "map", "tokens", "array"}
-HOLDS = ("array", "image", "ids", "mask", "segments")
+HOLDS = ("array", "image", "sound", "ids", "mask", "segments")
 """What outputs and inputs can be said to be; serve.py goes by it."""
 
 
@@ -163,6 +163,10 @@ def _list_of(check: Any, value: Any) -> bool:
     return isinstance(value, list) and all(check(one) for one in value)
 
 
+def _count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
 def _map_of_text(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
 
@@ -189,6 +193,9 @@ def _check_form(manifest: Any) -> None:
     given = manifest.get("answers", {})
     if not _map_of_text(given) or not set(given) <= set(manifest["outputs"]) or not set(given.values()) <= ANSWERS:
         raise Unfit(f"{MANIFEST}: answers cannot be {json.dumps(given)[:80]}")
+    sizes = manifest.get("sizes", {})
+    if not isinstance(sizes, dict) or not all(_list_of(_count, value) for value in sizes.values()):
+        raise Unfit(f"{MANIFEST}: sizes cannot be {json.dumps(sizes)[:80]}")
     files = manifest["files"]
     for variant in manifest["variants"]:
         _check_keys(
@@ -211,7 +218,7 @@ def _check_form(manifest: Any) -> None:
             entry,
             {
                 "name": _text,
-                "shape": lambda value: _list_of(lambda one: _text(one) or (type(one) is int and one > 0), value),
+                "shape": lambda value: _list_of(lambda one: _text(one) or _count(one), value),
                 "dtype": _text,
                 "mean": lambda value: _list_of(lambda one: _finite(one, -1e300), value),
                 "std": lambda value: _list_of(lambda one: _finite(one, 0) and one > 0, value),
@@ -220,6 +227,8 @@ def _check_form(manifest: Any) -> None:
         for key, known in (("holds", HOLDS), ("fit", ("cover", "stretch"))):
             if entry.get(key, known[0]) not in known:
                 raise Unfit(f"{MANIFEST}: {key} of an input cannot be {json.dumps(entry[key])[:80]}")
+        if not _count(entry.get("rate", 1)) and (entry["rate"] != 0 or entry.get("holds") == "sound"):
+            raise Unfit(f"{MANIFEST}: rate of an input cannot be {json.dumps(entry['rate'])[:80]}")
     names = {"variants": [one["name"] for one in manifest["variants"]], "outputs": manifest["outputs"]}
     names["inputs"] = [one["name"] for one in manifest["inputs"]]
     for what, given in names.items():

@@ -1,4 +1,6 @@
-"""Answer a folder of images or of requests with this bundle: `python serve.py FOLDER`, one line of JSON per sample.
+"""Answer a folder of files with this bundle: `python serve.py FOLDER`, one line of JSON per sample.
+
+Files are images, recordings (.wav, PCM) where the model listens, or requests.
 
 A request is a .json or .jsonl file, or an .npz of arrays by the inputs' names (`python serve.py FILE` for one alone):
 {"input name": nested list, ...}   arrays as the model takes them, of one sample or of several
@@ -34,6 +36,7 @@ import json
 import logging
 import types
 import warnings
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +76,16 @@ def eight_bits(image: Any) -> Any:
 
 
 def read(path: Path, spec: dict[str, Any]) -> Any:
-    """One image as the model wants it: covered, cropped in the middle, scaled to 0..1, normalised; (1, C, H, W)."""
-    channels, height, width = spec["shape"][1:]
+    """One image as the model wants it: covered, cropped in the middle, scaled to 0..1, normalised; (1, C, H, W).
+
+    Where the model takes any height and width, with those that it has.
+    """
+    channels = spec["shape"][1]
     with Image.open(path, formats=FORMATS) as opened:
         if opened.width * opened.height > PIXELS:
             raise ValueError(f"it has {opened.width}×{opened.height} pixels, more than {PIXELS}")
         image = eight_bits(opened).convert("RGB" if channels == 3 and len(spec["mean"]) == 3 else "L")
+    width, height = sides(image, *spec["shape"][2:])
     if spec.get("fit") == "stretch":
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     else:
@@ -89,6 +96,20 @@ def read(path: Path, spec: dict[str, Any]) -> Any:
     return np.ascontiguousarray((pixels - mean) / std, np.float32)[None]
 
 
+def sides(image: Any, height: Any, width: Any) -> tuple[int, int]:
+    """Width and height that an image is brought to; a name stands for any, and keeps what the image has."""
+    free = isinstance(height, str), isinstance(width, str)
+    if free == (True, True):
+        return int(image.width), int(image.height)
+    if free[0]:
+        height = max(1, round(image.height * width / image.width))
+    if free[1]:
+        width = max(1, round(image.width * height / image.height))
+    if width * height > PIXELS:
+        raise ValueError(f"it is too narrow: {image.width}×{image.height} pixels")
+    return width, height
+
+
 def covering(image: Any, width: int, height: int) -> Any:
     """An image that covers a frame, its middle cut out. Raises ValueError where it would become too large."""
     factor = max(height / image.height, width / image.width)
@@ -97,6 +118,34 @@ def covering(image: Any, width: int, height: int) -> Any:
         raise ValueError(f"it is too narrow: {image.width}×{image.height} pixels")
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
     return image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
+
+
+def listen(path: Path, spec: dict[str, Any]) -> Any:
+    """One recording as the model wants it: channels averaged, the first part taken or filled up with silence.
+
+    (1, 1, samples) from -1 to 1. Raises ValueError for another rate than the model's: nothing here resamples.
+    """
+    length, rate = spec["shape"][2], spec["rate"]
+    try:
+        with wave.open(str(path), "rb") as opened:
+            own, channels, width = opened.getframerate(), opened.getnchannels(), opened.getsampwidth()
+            count = min(opened.getnframes(), length)
+            raw = opened.readframes(count)
+    except (wave.Error, EOFError) as error:
+        raise ValueError(f"it is no .wav file of PCM: {error or 'it is cut short'}") from None
+    if own != rate:
+        raise ValueError(f"it has {own} samples per second, and the model takes {rate}: resample it first")
+    if not count or width > 4 or len(raw) < count * channels * width:
+        raise ValueError("it holds no sample" if not count else "it is cut short, or no PCM of up to 32 bits")
+    if width == 1:  # bytes are centred at 128
+        values = (np.frombuffer(raw, np.uint8) - 128.0) / 128
+    else:
+        upper = np.zeros((count * channels, 4), np.uint8)
+        upper[:, 4 - width :] = np.frombuffer(raw, np.uint8).reshape(-1, width)
+        values = upper.view("<i4")[:, 0] / float(1 << 31)
+    made = np.zeros((1, 1, length), np.float32)
+    made[0, 0, :count] = values.reshape(count, channels).mean(1)
+    return made
 
 
 def arrays(given: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
@@ -260,10 +309,13 @@ def unservable(manifest: dict[str, Any]) -> str:
     """Why this program cannot feed the model of this bundle; empty where it can."""
     first, *others = manifest["inputs"]
     if others:
-        return f"the model takes {len(others) + 1} inputs, and serve.py gives it an image alone"
-    shape = first["shape"]
-    if len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]) or first["dtype"] != "float32":
-        return f"the model takes {first['dtype']} of shape {shape}, which is no image of a fixed size"
+        return f"the model takes {len(others) + 1} inputs, and a file gives it one alone"
+    shape, given = first["shape"], f"the model takes {first['dtype']} of shape {first['shape']}"
+    if first.get("holds") == "sound":
+        good = len(shape) == 3 and shape[1] == 1 and isinstance(shape[2], int) and first["dtype"] == "float32"
+        return "" if good else f"{given}, which is no recording of a fixed length"
+    if len(shape) != 4 or not isinstance(shape[1], int) or first["dtype"] != "float32":
+        return f"{given}, which is no image"
     if any(len(first[key]) not in (1, shape[1]) for key in ("mean", "std")):
         return "the manifest has no mean and std for each channel"
     return ""
@@ -273,7 +325,15 @@ def served(session: Any, manifest: dict[str, Any], path: Path) -> Any:
     """The lines for one file. Raises whatever reading or running it does."""
     if path.suffix not in REQUESTS:
         spec = manifest["inputs"][0]
-        yield from answers(session, manifest, {spec["name"]: read(path, spec)})
+        value = listen(path, spec) if spec.get("holds") == "sound" else read(path, spec)
+        try:
+            yield from answers(session, manifest, {spec["name"]: value})
+        except Exception as error:
+            if not any(isinstance(size, str) for size in spec["shape"][2:]):
+                raise
+            proven = ", ".join(f"{name} {' or '.join(map(str, of))}" for name, of in manifest.get("sizes", {}).items())
+            at = "×".join(map(str, value.shape[2:][::-1]))
+            raise ValueError(f"the model does not take {at} pixels (proven at {proven}): {error}") from None
         return
     for request in requests(path):
         try:
@@ -308,7 +368,7 @@ def main(arguments: list[str]) -> int:
         one = given.suffix in REQUESTS and given.is_file()
         paths = [given] if one else sorted(path for path in given.iterdir() if path.is_file())
     except (ValueError, OSError):
-        print("Give one readable folder of images: python serve.py FOLDER", file=sys.stderr)
+        print("Give one readable folder: python serve.py FOLDER", file=sys.stderr)
         return 2
     try:
         report, session = selftest().check(HERE)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from benchmarks.examples import EXAMPLES, commands
 from pipeline.cli import main
@@ -99,7 +100,30 @@ def test_an_example_goes_the_whole_way(name, tmp_path, monkeypatch):
     )  # fmt: skip
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert json.loads(checked.stdout)["ok"]
+    if name in FILES:
+        folder = tmp_path / "served"
+        folder.mkdir()
+        FILES[name](folder)
+        served = subprocess.run(
+            [sys.executable, "-I", "-c", WITHOUT_TORCH, "serve.py", folder],
+            cwd=version / "bundle", capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        assert served.returncode == 0, served.stdout + served.stderr
+        assert len(served.stdout.splitlines()) == len(list(folder.iterdir()))
 
+
+def recordings(folder: Path) -> None:
+    for kind in ("buzz", "low"):
+        (folder / f"{kind}.wav").write_bytes(Path("made/keywords", kind, "0.wav").read_bytes())
+
+
+def images(folder: Path) -> None:
+    for size in ((48, 48), (96, 48), (60, 100)):
+        Image.effect_noise(size, 40).save(folder / f"{size}.png")
+
+
+FILES = {"keywords": recordings, "segmentation": images}
+"""Files that the bundle's server reads by itself."""
 
 # Any import of torch ends it.
 WITHOUT_TORCH = """

@@ -70,6 +70,8 @@ class Raw:
     names: tuple[str, ...] = ()
     """Of classes inside targets that are no single class numbers."""
     fit: Literal["cover", "stretch"] = "cover"
+    sample_rate: int = 0
+    """Of recordings."""
     notes: tuple[str, ...] = ()
 
 
@@ -102,6 +104,8 @@ def finish(raw: Raw, input_size: Size | None) -> Data:
             digest.update(one)
     for name, content in sorted(raw.files.items()):
         digest.update(name.encode() + content)
+    if raw.sample_rate:
+        digest.update(repr(raw.sample_rate).encode())
     if raw.names:
         digest.update(repr(raw.names).encode())
     wide = size[0] if size is not None else 1
@@ -125,6 +129,7 @@ def finish(raw: Raw, input_size: Size | None) -> Data:
         files=raw.files,
         names=raw.names,
         fit=raw.fit,
+        sample_rate=raw.sample_rate,
     )
 
 

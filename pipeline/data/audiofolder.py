@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def from_audiofolder(path: Path, seed: int, reading: Reading) -> Raw:
     given: dict[Part, Recordings] = {
         part: Recordings(one, hashed, reading) for (part, one), hashed in zip(found.items(), digests, strict=True)
     }
-    return from_samples(given, name, seed, reading)
+    return replace(from_samples(given, name, seed, reading), sample_rate=reading.sample_rate)
 
 
 class Recordings(Prepared):

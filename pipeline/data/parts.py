@@ -141,6 +141,8 @@ class Data:
     """Name of each class inside a target that is no single class number: of a label map, of boxes, of tokens."""
     fit: Literal["cover", "stretch"] = "cover"
     """How image files come to `image_size`: covering it, the rest cut away, or stretched to it."""
+    sample_rate: int = 0
+    """Samples per second of recordings; 0 for data that is none."""
     files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
     """Beside the model a bundle needs these to read raw inputs, by file name: a tokenizer, say."""
 

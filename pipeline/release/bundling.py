@@ -22,7 +22,7 @@ from pipeline.data.parts import Data
 from pipeline.models.source import ModelSource, example
 from pipeline.release.records import project_version
 from pipeline.tasks.task import Task
-from validators.runners import OrtRunner, TorchRunner
+from validators.runners import InputSpec, OrtRunner, TorchRunner
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -90,6 +90,7 @@ def write(
         labels=data.labels or data.names,
         answers=_answers(task, list(answers)),
         files=data.files,
+        sizes=dict(source.sizes),
         threads=validated.threads,
         metadata={
             **summary.metadata,
@@ -163,20 +164,33 @@ _TEXT: dict[str, Literal["ids", "mask", "segments"]] = {
 def _notes(program: TorchRunner, data: Data) -> Iterable[InputNote]:
     for spec in program.inputs:
         mine = spec.name == program.inputs[0].name  # what is normalised is an image, and comes first
-        holds: Literal["image", "ids", "mask", "segments", "array"] = "array"
+        holds: Literal["image", "sound", "ids", "mask", "segments", "array"] = "array"
+        mean, std = (data.mean, data.std) if mine else ((), ())
         if "tokenizer.json" in data.files:
             holds = _TEXT.get(spec.name, "array")
-        elif mine and data.mean:
+        elif mine and data.sample_rate:
+            holds = "sound"
+        elif mine and (mean or _free_image(spec, len(program.inputs))):
             holds = "image"
+            if not mean:  # own code's transforms have normalised already
+                channels = int(spec.shape[1])
+                mean, std = (0.0,) * channels, (1.0,) * channels
         yield InputNote(
             name=spec.name,
             shape=spec.shape,
             dtype=spec.dtype,
-            mean=data.mean if mine else (),
-            std=data.std if mine else (),
+            mean=mean,
+            std=std,
             holds=holds,
             fit=data.fit,
+            rate=data.sample_rate if mine else 0,
         )
+
+
+def _free_image(spec: InputSpec, inputs: int) -> bool:
+    """Whether the only input is an image of any height and width."""
+    channels = spec.shape[1] if len(spec.shape) == 4 else 0
+    return inputs == 1 and spec.dtype == "float32" and channels in (1, 3)
 
 
 def of(version: Path) -> Path:

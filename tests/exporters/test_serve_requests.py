@@ -262,7 +262,7 @@ def test_a_model_of_texts_says_that_it_takes_no_images(tmp_path):
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
     done, _ = served(bundle, tmp_path / "photos")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "an image alone; ask it in .json" in done.stderr
+    assert "a file gives it one alone; ask it in .json" in done.stderr
 
 
 def counting(folder, golden):
@@ -320,6 +320,9 @@ def test_one_wrong_whole_number_of_large_ones_is_found(tmp_path):
         (lambda manifest: manifest.update(answers={"y": ["values"]}), "answers cannot be"),
         (lambda manifest: manifest["inputs"][0].update(holds="music"), "holds of an input cannot be"),
         (lambda manifest: manifest["inputs"][0].update(fit=3), "fit of an input cannot be"),
+        (lambda manifest: manifest["inputs"][0].update(rate="fast"), "rate of an input cannot be"),
+        (lambda manifest: manifest.update(sizes={"length": [0]}), "sizes cannot be"),
+        (lambda manifest: manifest.update(sizes=[4]), "sizes cannot be"),
     ],
 )
 def test_a_manifest_that_says_what_nobody_knows_is_one_line(tmp_path, change, says):
@@ -336,8 +339,8 @@ def test_a_bundle_from_before_there_were_answers_still_serves(tmp_path):
     bundle = make([variant(linear(tmp_path / "linear.onnx"))], tmp_path / "bundle").path
 
     def older(manifest):
-        del manifest["answers"]
-        for key in ("holds", "fit"):
+        del manifest["answers"], manifest["sizes"]
+        for key in ("holds", "fit", "rate"):
             del manifest["inputs"][0][key]
 
     reseal(bundle, older)
