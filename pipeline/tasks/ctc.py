@@ -27,10 +27,11 @@ def task(name: str, main: str) -> Task:
     """Symbols by the logits, or logarithms of probabilities, (samples, frames, symbols) in the output `main`, symbol 0
     the blank: CTC loss per symbol; share of symbols that need no edit after greedy decoding, share of exact sequences.
 
-    Targets are (samples, symbols) filled up with -1, or a mapping of `targets` and `lengths`.
+    Targets are (samples, symbols) filled up with -1, or a mapping of `targets` and, of each sample, `lengths` (symbols
+    in it) or `frames` (outputs that belong to it; what follows was read from filling, and counts for nothing) or both.
     """
 
-    def pair(outputs: Outputs, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    def pair(outputs: Outputs, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         symbols, lengths = sequences(target)
         logits = outputs[main].float()
         given = f"The model gives {main} of shape {tuple(logits.shape)} for {len(symbols)} samples"
@@ -46,16 +47,16 @@ def task(name: str, main: str) -> Task:
                 f"The targets hold the symbol {int(symbols.max())}; the model knows 0 to {logits.shape[2] - 1}.",
                 "Use a model with one output per symbol, and one for the blank.",
             )
-        if int(lengths.min()) > logits.shape[1]:
+        frames = counted(target, len(symbols), logits.shape[1])
+        if bool((lengths > frames).all()):
             raise DataError(
-                f"The targets have {int(lengths.min())} symbols or more, the model gives {logits.shape[1]} frames.",
+                f"The targets have {int(lengths.min())} symbols or more, the model gives {int(frames.max())} frames.",
                 "Use a model that gives more frames than a target has symbols.",
             )
-        return logits.log_softmax(2), symbols, lengths
+        return logits.log_softmax(2), symbols, lengths, frames
 
     def losses(outputs: Outputs, target: Target, smoothing: float) -> Tensor:
-        logs, symbols, lengths = pair(outputs, target)
-        frames = torch.full((len(logs),), logs.shape[1])
+        logs, symbols, lengths, frames = pair(outputs, target)
         each = F.ctc_loss(
             logs.transpose(0, 1), symbols.clamp_min(0), frames, lengths, BLANK, reduction="none", zero_infinity=True
         )
@@ -65,16 +66,16 @@ def task(name: str, main: str) -> Task:
         return softened(student[main].transpose(1, 2), teacher[main].transpose(1, 2), temperature)
 
     def edits(outputs: Outputs, target: Target) -> Tensor:
-        logs, symbols, lengths = pair(outputs, target)
+        logs, symbols, lengths, frames = pair(outputs, target)
         counts = [
             (distance(found, wanted), len(wanted))
-            for found, wanted in zip(decoded(logs), _lists(symbols, lengths), strict=True)
+            for found, wanted in zip(decoded(logs, frames), _lists(symbols, lengths), strict=True)
         ]
         return torch.tensor(counts).double()
 
     def exact(outputs: Outputs, target: Target) -> Tensor:
-        logs, symbols, lengths = pair(outputs, target)
-        return torch.tensor([a == b for a, b in zip(decoded(logs), _lists(symbols, lengths), strict=True)])
+        logs, symbols, lengths, frames = pair(outputs, target)
+        return torch.tensor([a == b for a, b in zip(decoded(logs, frames), _lists(symbols, lengths), strict=True)])
 
     scores = (Score("1 - CER", edits, correct), per_sample("exact sequences", exact))
     return Task(name, scores, losses, divergence, (main,))
@@ -87,13 +88,15 @@ def sequences(target: Any) -> tuple[Tensor, Tensor]:
     """
     lengths: Tensor | None = None
     if isinstance(target, Mapping):
-        missing = [key for key in ("targets", "lengths") if key not in target]
+        wanted = ("targets",) if "frames" in target else ("targets", "lengths")
+        missing = [key for key in wanted if key not in target]
         if missing:
             raise DataError(
                 f"The targets are a mapping without {missing[0]}.",
                 "Give targets and lengths, or targets filled with -1.",
             )
-        lengths, target = whole(target["lengths"], "The lengths").reshape(-1), target["targets"]
+        lengths = whole(target["lengths"], "The lengths").reshape(-1) if "lengths" in target else None
+        target = target["targets"]
     symbols = whole(target, "The targets")
     if symbols.dim() != 2 or (lengths is not None and len(lengths) != len(symbols)):
         shown = "" if lengths is None else f" and lengths {tuple(lengths.shape)}"
@@ -117,13 +120,33 @@ def sequences(target: Any) -> tuple[Tensor, Tensor]:
     return symbols, found
 
 
+def counted(target: Any, samples: int, most: int) -> Tensor:
+    """How many of the `most` frames that the model gives belong to each sample; all, where the target does not say.
+
+    Raises DataError where it says more than there are, or none.
+    """
+    if not isinstance(target, Mapping) or "frames" not in target:
+        return torch.full((samples,), most)
+    frames = whole(target["frames"], "The frames").reshape(-1)
+    if len(frames) != samples or bool(((frames < 1) | (frames > most)).any()):
+        raise DataError(
+            f"The targets have {len(frames)} counts of frames, {int(frames.min())} to {int(frames.max())}; the model "
+            f"gives {most} frames of {samples} samples.",
+            "Count a sample's frames as the model gives them, after its strides: 1 or more, one number per sample.",
+        )
+    return frames
+
+
 def _lists(symbols: Tensor, lengths: Tensor) -> list[list[int]]:
     return [row[:length] for row, length in zip(symbols.tolist(), lengths.tolist(), strict=True)]
 
 
-def decoded(logs: Tensor) -> list[list[int]]:
-    """The likeliest symbol of every frame, repetitions joined and blanks taken out."""
-    return [[one for one in torch.unique_consecutive(row).tolist() if one != BLANK] for row in logs.argmax(2)]
+def decoded(logs: Tensor, frames: Tensor) -> list[list[int]]:
+    """The likeliest symbol of a sample's frames, so many as belong to it, repetitions joined and blanks taken out."""
+    return [
+        [one for one in torch.unique_consecutive(row[:count]).tolist() if one != BLANK]
+        for row, count in zip(logs.argmax(2), frames.tolist(), strict=True)
+    ]
 
 
 def distance(found: Sequence[int], wanted: Sequence[int]) -> int:

@@ -32,7 +32,7 @@ def text(row) -> str:
 
 def test_scores_are_those_of_torchmetrics():
     outputs, target = drawn()
-    found = [text(row) for row in ctc.decoded(outputs["output"])]
+    found = [text(row) for row in ctc.decoded(outputs["output"], torch.full((30,), 12))]
     wanted = [text(row) for row in target]
     rate = float(CharErrorRate()(found, wanted))
     assert 0.05 < rate < 0.9
@@ -44,7 +44,9 @@ def test_scores_are_those_of_torchmetrics():
 
 def test_greedy_decoding_joins_repetitions_and_takes_blanks_out():
     path = torch.tensor([0, 2, 2, 0, 2, 1, 1, 3, 0])
-    assert ctc.decoded(torch.nn.functional.one_hot(path, 4)[None].float()) == [[2, 2, 1, 3]]
+    logs = torch.nn.functional.one_hot(path, 4)[None].float()
+    assert ctc.decoded(logs, torch.tensor([9])) == [[2, 2, 1, 3]]
+    assert ctc.decoded(logs, torch.tensor([5])) == [[2, 2]]
 
 
 def test_edits_are_those_of_torchmetrics():
@@ -80,6 +82,35 @@ def test_a_mapping_of_targets_and_lengths_says_the_same():
     assert torch.equal(TASK.losses(outputs, given, 0.0), TASK.losses(outputs, target, 0.0))
 
 
+def test_frames_that_were_read_from_filling_count_for_nothing():
+    """A short sample in a batch beside a long one has the loss and the scores that it has alone."""
+    outputs, target = drawn(frames=12)
+    logits, frames = outputs["output"], torch.arange(30) % 3 + 10
+    lone = {name: [] for name in (*SCORES, "loss")}
+    for row, count in enumerate(frames.tolist()):
+        alone = {"output": logits[row : row + 1, :count]}
+        lone["loss"].append(TASK.losses(alone, target[row : row + 1], 0.0))
+        for name, score in SCORES.items():
+            lone[name].append(score.statistics(alone, target[row : row + 1]))
+    filled = torch.where(torch.arange(12)[None, :, None] < frames[:, None, None], logits, torch.randn(30, 12, 6) * 9)
+    for given in ({"targets": target, "frames": frames}, {
+        "targets": target.clamp_min(1), "lengths": (target > 0).sum(1), "frames": frames
+    }):  # fmt: skip
+        assert torch.allclose(TASK.losses({"output": filled}, given, 0.0), torch.cat(lone["loss"]), rtol=1e-5)
+        for name, score in SCORES.items():
+            assert torch.equal(score.statistics({"output": filled}, given), torch.cat(lone[name]))
+    blind = SCORES["1 - CER"].statistics({"output": filled}, target)
+    assert not torch.equal(blind, torch.cat(lone["1 - CER"]))
+
+
+def test_frames_come_with_the_samples():
+    samples = [(torch.randn(9, 4), {"targets": [1, 2][: 1 + n % 2], "frames": 5 + n % 4}) for n in range(40)]
+    for _, target in data_of(samples, "ctc").batches("train", 6):
+        assert target["frames"].shape == (len(target["targets"]),)
+        assert ctc.fits(torch.randn(len(target["frames"]), 9, 4), target)
+        assert set(target["targets"].flatten().tolist()) <= {-1, 1, 2}
+
+
 def test_a_target_without_room_costs_nothing_but_not_all_of_them():
     logits = torch.randn(2, 3, 3)
     assert TASK.losses({"output": logits}, torch.tensor([[1, 1, 1], [1, -1, -1]]), 0.0)[0] == 0
@@ -106,6 +137,9 @@ def test_sequences_of_unequal_length_are_filled_up():
         ((2, 5), torch.tensor([[1], [2]]), ModelError, "Return logits (samples, frames, symbols)"),
         ((2, 5, 4), {"targets": torch.tensor([[1], [2]])}, DataError, "without lengths"),
         ((2, 5, 4), {"targets": torch.tensor([[1], [2]]), "lengths": torch.tensor([1, 2])}, DataError, "go to 2"),
+        ((2, 5, 4), {"targets": torch.tensor([[1], [2]]), "frames": torch.tensor([5, 6])}, DataError, "gives 5 frames"),
+        ((2, 5, 4), {"targets": torch.tensor([[1], [2]]), "frames": torch.tensor([5, 0])}, DataError, "1 or more"),
+        ((2, 5, 4), {"targets": torch.tensor([[1], [2]]), "frames": torch.tensor([5])}, DataError, "of 2 samples"),
     ],
 )
 def test_what_does_not_fit(shape, target, error, words):
