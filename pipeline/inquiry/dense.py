@@ -29,12 +29,14 @@ def dense_model(
         model = source.build()
         model.load_state_dict(Baseline.load(place).weights())
         return model, f"the baseline of {step.reason}"
-    if cfg.weights in ("auto", "train"):
-        return source.build(), "" if source.initial or cfg.weights == "train" else "as given"
+    pretrained = cfg.weights == "pretrained" or (cfg.weights == "auto" and source.origin.brings)
+    if cfg.weights in ("auto", "train") and not pretrained:
+        own = cfg.weights == "auto" and (not source.initial or weights.comes_with(source))
+        return source.build(), "as given" if own else ""
     model = source.build_as_given()
-    if cfg.weights == "pretrained":
+    if pretrained:
         weights.load_pretrained(model, source)
     else:
         weights.load_weights(model, cfg.weights)
     plain.fold_checked(model, example(source), source.spec)
-    return model, cfg.weights
+    return model, source.spec if cfg.weights == "auto" else cfg.weights
