@@ -26,6 +26,8 @@ Target = Any
 """What a sample should give: a tensor, or a mapping or list of tensors, samples in dimension 0; None where there is
 none.
 """
+PLACES = "places that count"
+"""Beside the dense model's outputs as a target: bool (samples, places), False where a sample was only filled up."""
 Batch = tuple[Inputs, Target]
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -216,7 +218,22 @@ class Data:
                 inputs = ((inputs[0] - mean) / std, *inputs[1:])
             if split.labels is not None:
                 target = split.labels[chunk]
-            yield inputs, target if self.answer is None else self.answer(inputs)
+            yield inputs, target if self.answer is None else self._answered(inputs)
+
+    def _answered(self, inputs: Inputs) -> Target:
+        """What the dense model answers, and which places of it count."""
+        assert self.answer is not None
+        answer, places = self.answer(inputs), self.counted(inputs)
+        return answer if places is None else {**answer, PLACES: places}
+
+    def counted(self, inputs: Inputs) -> Tensor | None:
+        """Which places (samples, places) of a batch hold something, where a mask among its inputs says so; the others
+        only fill samples up to one length. None: there is no mask.
+        """
+        for one, value in zip(self.inputs, inputs, strict=True):
+            if one.kind == "mask" and len(one.shape) == 1 and "pad" not in one.name.lower():  # those mark what fills up
+                return value != 0
+        return None
 
     def arrays(self, part: Part, count: int) -> dict[str, Array]:
         """`sample` as arrays by the inputs' names."""

@@ -91,6 +91,7 @@ def recover(
     inputs: Sequence[Tensor],
     *,
     start: Mapping[str, Tensor] | None = None,
+    counted: Tensor | None = None,
     seed: int = 0,
     on_disk: int = ON_DISK,
     folder: Path | None = None,
@@ -100,7 +101,8 @@ def recover(
 
     `masks`: parameter name -> bool tensor, True = kept. `inputs`: the model's inputs, all samples in dimension 0 of
     each. `start`: the weights that the pruned network has by now, where they are not the dense ones; the fit is pulled
-    to them. `tick(nodes done, name)` is called as it goes. Activations beyond `on_disk` bytes lie in files that have no
+    to them. `counted`: which places (samples, places) hold something; a matrix over places is fitted to no others.
+    `tick(nodes done, name)` is called as it goes. Activations beyond `on_disk` bytes lie in files that have no
     name (in `folder`, by default where the system keeps temporary ones), so that nothing is left behind. Deterministic:
     the same inputs and seed give the same weights. A weight that reads activations which are not finite stays, and its
     `Fitted.reason` says so. Raises ValueError for fewer than `LEAST` samples, inputs of different lengths or that are
@@ -117,7 +119,7 @@ def recover(
     settled: dict[Any, Fitted] = {}
     with torch.random.fork_rng(devices=[]):
         for _ in range(WALKS):
-            walk = _Walk(captured, masks, known, inputs, seed, _Shelf(on_disk, folder))
+            walk = _Walk(captured, masks, known, inputs, seed, _Shelf(on_disk, folder), counted)
             walk.run(tick)
             spilt += walk.shelf.on_disk
             if best is not None and not walk.left < best.left:
@@ -276,6 +278,7 @@ class _Walk:
         inputs: Sequence[Tensor],
         seed: int,
         shelf: _Shelf,
+        counted: Tensor | None = None,
     ) -> None:
         self.captured, self.seed, self.start = captured, seed, start
         self.graph = captured.program.graph
@@ -302,6 +305,7 @@ class _Walk:
         self.shelf = shelf
         self.chunks = list(zip(*(batches(captured, x) for x in inputs), strict=True))
         self.samples = samples = sum(len(chunk[0]) for chunk in self.chunks)
+        self.counted = None if counted is None else list(batches(captured, counted))
         # The samples held back lie anywhere in the data: it may be sorted by class.
         draw = torch.Generator().manual_seed(seed)
         self.held_back = torch.zeros(samples, dtype=torch.bool)
@@ -619,17 +623,25 @@ class _Walk:
             inputs, outputs = ([v.movedim(axis, 0) for v in side] for side in (inputs, outputs))
         count = found.count(outputs[0])
         wanted = rows_wanted(matrix.shape[0], matrix.shape[2]) // share
+        counted = self.counted if found.matrix and not axis else None
+        if counted is not None and any(y.shape[:-1] != held.shape for y, held in zip(outputs, counted, strict=True)):
+            counted = None
+        elif counted is not None:  # enough of them when those that hold nothing are left out
+            wanted = round(
+                wanted * sum(held.numel() for held in counted) / max(1, sum(int(held.sum()) for held in counted))
+            )
         each = min(count, -(-wanted // sum(len(x) for x in inputs)))
         draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(node.name))
         xs, ys, of, start = [], [], [], 0
-        for x, y, chunk in zip(inputs, outputs, self.chunks, strict=True):
+        for number, (x, y, chunk) in enumerate(zip(inputs, outputs, self.chunks, strict=True)):
             # The same places of every sample of a chunk, others in the next.
             places = torch.randperm(count, generator=draw)[:each]
-            xs.append(found.rows(x, places).flatten(0, 1).float())
-            ys.append(found.targets(y, places).flatten(0, 1).float())
+            held = slice(None) if counted is None else counted[number][:, places].flatten()
+            xs.append(found.rows(x, places).flatten(0, 1)[held].float())
+            ys.append(found.targets(y, places).flatten(0, 1)[held].float())
             self.shelf.rest(x)
             self.shelf.rest(y)
-            of.append(_samples(start, len(chunk[0]), len(x)).repeat_interleave(each))
+            of.append(_samples(start, len(chunk[0]), len(x)).repeat_interleave(each)[held])
             start += len(chunk[0])
         return torch.cat(xs), torch.cat(ys), torch.cat(of)
 

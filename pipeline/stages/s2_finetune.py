@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from foundation.errors import first_line
 from foundation.files import save_tensors
@@ -64,7 +64,7 @@ def run(
             data,
             task,
             now,
-            lambda: _closed_form(cfg, out, source, inputs, teacher, model, chosen, progress),
+            lambda: _closed_form(cfg, out, source, inputs, data.counted(inputs), teacher, model, chosen, progress),
         )
         fitted = made.kept
         if not fitted:
@@ -159,6 +159,7 @@ def _closed_form(
     out: Path,
     source: ModelSource,
     inputs: Inputs,
+    counted: Tensor | None,
     teacher: nn.Module,
     model: nn.Module,
     chosen: masks.Masks,
@@ -171,7 +172,9 @@ def _closed_form(
     start = masks.originals(model)
     try:
         with progress.bar("closed form", len(list(captured.program.graph.nodes))) as bar:
-            made = closed_form.recover(captured, chosen, inputs, start=start, seed=cfg.seed, folder=out, tick=bar)
+            made = closed_form.recover(
+                captured, chosen, inputs, start=start, counted=counted, seed=cfg.seed, folder=out, tick=bar
+            )
     except ValueError as error:  # samples or a graph that nothing can be fitted with; the next rung has its turn
         return f"nothing fitted: {first_line(error)}"
     known = masks.originals(model)

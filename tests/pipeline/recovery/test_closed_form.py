@@ -651,3 +651,40 @@ def test_where_no_row_can_be_held_back_the_weight_stays_and_says_so():
     said = "too few of its rows can be held back"
     assert told.pop("head.weight") == "" and set(told.values()) == {said}
     assert {"b.weight", "c.weight", "recurrent.weight_ih_l0", "recurrent.weight_hh_l0"} == set(told)
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(40, 12)
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 6)
+
+    def forward(self, ids, mask):
+        x = self.up(self.embedding(ids)).tanh()
+        return self.down(x) * (mask.unsqueeze(-1) + 1)  # what fills up has outputs, too
+
+
+def test_places_that_only_fill_samples_up_weigh_nothing():
+    torch.manual_seed(0)
+    net = Tokens().eval()
+    net.embedding.weight.data[20:] *= 3
+    counted = torch.arange(30) < torch.randint(2, 8, (64, 1))
+    ids = torch.where(counted, torch.randint(0, 20, (64, 30)), torch.randint(20, 40, (64, 30)))
+    inputs = (ids, counted.long())
+    captured = capture(net, inputs, dynamic_batch=True)
+    masks = {"up.weight": torch.ones(24, 12, dtype=torch.bool), "down.weight": torch.ones(6, 24, dtype=torch.bool)}
+    masks["up.weight"][:12], masks["down.weight"][:, :12] = False, False
+    masks["up.bias"] = masks["up.weight"].any(1)
+
+    def left(places):
+        made = recover(captured, masks, inputs, counted=places)
+        (told,) = (one for one in made.fitted if one.name == "down.weight")
+        other = Tokens().eval()
+        other.load_state_dict({k: v * masks[k] if k in masks else v for k, v in made.state.items()})
+        with torch.no_grad():
+            return told.rows, float((other(*inputs) - net(*inputs))[counted].square().mean())
+
+    (rows, best), (more, worse) = left(counted), left(None)
+    assert rows == int(counted.sum()) < more
+    assert best < 0.9 * worse
+    assert left(torch.ones_like(counted)) == (more, worse)
