@@ -24,6 +24,8 @@ CERTAIN = 0.05
 """A rung is kept where chance alone would make it look as good less often than this."""
 NEAR = 0.005
 """Share of the samples: who has lost no more than this, and not certainly more than nothing, needs no training."""
+FAR = 0.1
+"""Share of the samples: who has lost more than this has more to gain from training than a careless epoch can lose."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ def near(new: Standing, dense: Standing) -> bool:
     if new.task.taught:  # the dense model is its own measure: nothing but it is as near
         return dense.task.score.lost(dense.score, new.score) <= 100 * NEAR
     return dense.task.score.lost(dense.score, new.score) <= 100 * NEAR and worse(new, dense) >= CERTAIN
+
+
+def far(new: Standing, dense: Standing) -> bool:
+    """Whether `new` has lost so much that training need not be gentle with what it has."""
+    return dense.task.score.lost(dense.score, new.score) > 100 * FAR
 
 
 def climb(

@@ -27,7 +27,10 @@ from pipeline.training.history import Epoch, history_csv
 TAUGHT = 0.5
 """Share of the loss that the dense model teaches, where the recipe says nothing; without labels it teaches all."""
 GENTLE = 0.1
-"""Of the learning rate that a pruned model takes: after a fit a careless epoch loses more than it gains."""
+"""Of the learning rate that a pruned model takes: after a fit that came near, a careless epoch loses more than it
+gains. From one that is still far off, so small steps do not arrive: a detector that had 0.558 of 0.757 after the fit
+came to 0.668 in twelve epochs at this rate, and to 0.735 at the whole one.
+"""
 
 
 def run(
@@ -80,7 +83,7 @@ def run(
                 lambda: f"statistics of {reestimate(model, inputs)} norms taken anew",
             )
             rungs.append(made)
-    settings = _settings(cfg, model, gentle=fitted, labelled=data.labelled)
+    settings = _settings(cfg, model, gentle=fitted and not ladder.far(now, dense), labelled=data.labelled)
     if cfg.seconds is not None and settings.epochs and not _no_training(cfg, settings, ladder.near(now, dense)):
         each = loop.seconds_per_epoch(model, data, task, settings, teacher if settings.distill_weight > 0 else None)
         settings = settings.model_copy(update={"epochs": min(settings.epochs, int(cfg.seconds / each))})

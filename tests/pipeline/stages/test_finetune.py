@@ -46,9 +46,9 @@ def trained(digits):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def halved():
-    """Every other channel of both convolutions, and what reads it."""
-    kept = torch.arange(24) % 2 == 0
+def halved(every=2):
+    """Every other channel of both convolutions, or fewer, and what reads it."""
+    kept = torch.arange(24) % every == 0
     first, second = torch.ones(24, 3, 3, 3, dtype=torch.bool), torch.ones(24, 24, 3, 3, dtype=torch.bool)
     first[~kept], second[~kept], second[:, ~kept] = False, False, False
     head = torch.ones(10, 96, dtype=torch.bool)
@@ -142,6 +142,20 @@ def test_training_learns_from_the_fit_gently_and_its_samples_decide_nothing(stag
     assert seen[1].lr == 0.5
 
 
+def test_training_is_not_gentle_with_a_fit_that_is_far_from_the_dense_model(stage, monkeypatch):
+    seen = []
+    real = loop.train
+    monkeypatch.setattr(
+        loop,
+        "train",
+        lambda model, own, task, settings, **o: seen.append(settings) or real(model, own, task, settings, **o),
+    )
+    made = stage(halved(every=12), epochs=1)
+    assert [rung.kept for rung in made.rungs[:2]] == [True, True]
+    assert made.rungs[1].score < 0.85
+    assert seen[0].lr == pytest.approx(1e-3)
+
+
 def test_too_few_images_are_said_and_leave_the_model(stage, digits):
     few = replace(digits, train=data.parts.picked(digits.train, torch.arange(4)))
     made = stage(halved(), few, recover="closed-form")
@@ -207,6 +221,8 @@ def test_the_paired_tests_decide():
     assert not ladder.helps(broken, base)[0]
     assert ladder.near(same, base)
     assert not ladder.near(worse, base)
+    assert ladder.far(worse, base)
+    assert not ladder.far(of([True] * 51 + [False] * 49, [0.5] * 100), base)
 
 
 def test_seconds_pay_for_whole_epochs(stage, digits, monkeypatch):
