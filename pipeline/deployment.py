@@ -20,6 +20,7 @@ from pipeline.recipe.section import Section
 from pipeline.release import checks, fingerprint, journal, records, store
 from pipeline.release.opening import Release, open_release
 from pipeline.release.reuse import candidates, compared_with, folder_name, make_current, matches
+from pipeline.training import launched
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,13 +44,17 @@ def deploy(
     stage that must run although it could be reused. A version whose gate has passed becomes the current one, unless
     `promote` is False. A bad model, data set or recipe raises UserError before anything
     is written; a stage that fails raises its own error and leaves the stages before it for the next run to go on from.
+
+    Where a launcher (torchrun, accelerate launch) started several processes, each of them calls this: the first one
+    does all of it, the others take their parts of training and get None.
     """
     progress = progress or Progress()
     config = config or Config()
-    request = request_of(model, data, config)
-    if promote:
+    place = launched.place()
+    request = request_of(model, data, config) if place is None else ""
+    if promote and (place is None or place.rank == 0):
         journal.whole(config.artifacts)  # what could not be promoted afterwards is not built
-    if start is None and until is None:
+    if start is None and until is None and place is None:
         release = _answered(config.artifacts / (config.name or folder_name(model)), request)
         if release is not None:
             for record in release.manifest.stages:
@@ -90,6 +95,7 @@ def request_of(model: Model, data: object, config: Config) -> str:
             "code": fingerprint.project_digest(),
             "tools": fingerprint.tools(),
             "host": fingerprint.host_facts(),
+            "devices": launched.accelerators(),
         }
     )
 

@@ -34,6 +34,7 @@ from pipeline.race.entrants import entrants
 from pipeline.recipe import config as recipes
 from pipeline.recipe.config import Config
 from pipeline.recipe.section import Section
+from pipeline.recipe.train import TrainSettings
 from pipeline.release import bundling, checks, fingerprint, journal, records, store
 from pipeline.release.opening import Release, open_release
 from pipeline.release.records import Manifest, StageRecord
@@ -45,6 +46,8 @@ from pipeline.stages.order import STAGES
 from pipeline.tasks import find as tasks
 from pipeline.tasks.entry import meet
 from pipeline.tasks.task import Task
+from pipeline.training import devices, jobs, launched, processes
+from pipeline.training.following import follow
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,58 @@ def run(
     progress: Progress,
 ) -> Release | None:
     """Run the stages that have to run, reuse the others, seal the version; see `pipeline.deployment.deploy`."""
-    first, last = _range(start, until)
+    place = launched.place()
+    if place is None:
+        first, last = _range(start, until)
+        check(config)
+        found = sources(model, data, config)
+        check_overrides(config.prune, found[0])
+        return _build(model, config, found, first, last, promote, request, progress)
+    try:
+        with processes.joined(place) as group:
+            first, last = group.agreed(lambda: _checked(start, until, config), lambda _: _versions())
+            found = group.agreed(lambda: sources(model, data, config), _fingerprints)
+            group.agreed(lambda: check_overrides(config.prune, found[0]))
+            if not group.leads:
+                follow(*found)
+                return None
+            made = _build(model, config, found, first, last, promote, request, progress)
+            jobs.over()
+            return made
+    except processes.Over:
+        return None
+
+
+def _checked(start: str | None, until: str | None, config: Config) -> tuple[int, int]:
     check(config)
-    source, dataset, task = sources(model, data, config)
-    check_overrides(config.prune, source)
+    return _range(start, until)
+
+
+def _versions() -> dict[str, str]:
+    """What processes that train together must have in common before they load anything."""
+    return {
+        "version of leanort": fingerprint.project_digest(),
+        "version of a library": records.digest(fingerprint.tools()),
+    }
+
+
+def _fingerprints(found: tuple[ModelSource, Data, Task]) -> dict[str, str]:
+    source, dataset, task = found
+    return {"model": source.fingerprint, "data set": dataset.fingerprint, "task": _task_digest(task)}
+
+
+def _build(
+    model: str | nn.Module | Callable[[], nn.Module],
+    config: Config,
+    found: tuple[ModelSource, Data, Task],
+    first: int,
+    last: int,
+    promote: bool,
+    request: str,
+    progress: Progress,
+) -> Release | None:
+    """Run the stages from number `first` to `last` anew, or reuse them, and seal the version."""
+    source, dataset, task = found
     folder = config.artifacts / (config.name or folder_name(model))
     with store.locked(folder, lambda: progress.say(f"Another run is building {folder}; waiting for it to end.")):
         if store.versions(folder):
@@ -121,6 +172,8 @@ def check(config: Config) -> None:
     schedules.find(config.prune.schedule)
     entrants(config.optimize)
     measuring.metrics(config.gate)
+    for settings in (config.baseline.train, config.prune.train, config.finetune.train):
+        devices.check(settings or TrainSettings())
     tasks.check(config.task)
 
 
@@ -315,8 +368,16 @@ def _fingerprint(stage: ModuleType, config: Config, digests: dict[str, str]) -> 
     if any(name not in digests for name in producers):
         return None
     cfg = _section(stage, config)
-    section = cfg.model_dump(mode="json") | cfg.code()
+    section = cfg.model_dump(mode="json") | cfg.code() | _trained_on(cfg)
     return fingerprint.fingerprint(stage, section, {name: digests[name] for name in producers})
+
+
+def _trained_on(cfg: Section) -> dict[str, Any]:
+    """What the device of a stage that trains turned out to be, and how many processes share the work."""
+    if "train" not in type(cfg).model_fields:
+        return {}
+    settings = getattr(cfg, "train", None)
+    return {"trained on": devices.facts(settings if isinstance(settings, TrainSettings) else TrainSettings())}
 
 
 def _intact(stage_folder: Path) -> bool:

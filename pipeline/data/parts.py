@@ -32,8 +32,38 @@ Batch = tuple[Inputs, Target]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-EVERY = slice(None)
-"""Every row of a batch."""
+@dataclass(frozen=True)
+class Share:
+    """One process's rows of every batch: `which` of `of` equal parts of each of its `cuts`."""
+
+    which: int = 0
+    of: int = 1
+    cuts: int = 1
+
+    def sizes(self, count: int) -> list[int]:
+        """How many rows of a batch of `count` it has in each cut."""
+        return [len(_span(_size(count, cut, self.cuts), self.which, self.of)) for cut in range(self.cuts)]
+
+    def rows(self, count: int) -> list[int]:
+        """Its rows of a batch of `count`, cut by cut, ascending."""
+        found: list[int] = []
+        for cut in range(self.cuts):
+            start = count * cut // self.cuts
+            found += [start + row for row in _span(_size(count, cut, self.cuts), self.which, self.of)]
+        return found
+
+
+def _size(count: int, which: int, of: int) -> int:
+    return len(_span(count, which, of))
+
+
+def _span(count: int, which: int, of: int) -> range:
+    """Part `which` of `of`; sizes differ by one at most."""
+    return range(count * which // of, count * (which + 1) // of)
+
+
+ALONE = Share()
+"""Every row."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +79,14 @@ class Augmentation:
     padding: Literal["zeros", "border"] = "border"
     """What comes in from beyond the edge."""
 
-    def __call__(self, images: Tensor, generator: torch.Generator, rows: slice = EVERY, of: int = 0) -> Tensor:
-        """Change images of shape (batch, channels, height, width): those at `rows` of a batch of `of` images.
+    def __call__(self, images: Tensor, generator: torch.Generator, share: Share | None = None, of: int = 0) -> Tensor:
+        """Change images of shape (batch, channels, height, width): those of a `share` of a batch of `of` images.
 
-        Whatever part of it is given, the same image of a batch is changed the same way.
+        Whatever share of it is given, the same image of a batch is changed the same way.
         """
-        draw = (torch.rand(4, of or len(images), generator=generator) * 2 - 1)[:, rows]
+        draw = torch.rand(4, of or len(images), generator=generator) * 2 - 1
+        if share is not None and share != ALONE:
+            draw = draw[:, share.rows(of)]
         angle = draw[0] * (self.degrees * torch.pi / 180)
         zoom = 1 + draw[1] * self.scale
         shift = draw[2:] * (2 * self.shift)  # the grid runs from -1 to 1
@@ -107,6 +139,17 @@ class Fed:
 
 ONE_IMAGE = Fed(1, (), pytree.tree_structure(((0,), {})))
 """One tensor, by position."""
+
+
+@dataclass(frozen=True)
+class AnsweredBy:
+    """Gives what `model` answers to a batch's inputs as their target."""
+
+    model: Callable[..., Mapping[str, Tensor]]
+
+    def __call__(self, inputs: Inputs) -> Target:
+        """The target of a batch with these inputs."""
+        return self.model(*inputs)
 
 
 @dataclass(frozen=True)
@@ -170,7 +213,7 @@ class Data:
 
     def answered_by(self, model: Callable[..., Mapping[str, Tensor]]) -> Data:
         """Data whose targets are what `model` gives for each batch: a mapping of tensors."""
-        return replace(self, answer=lambda inputs: model(*inputs))
+        return replace(self, answer=AnsweredBy(model))
 
     def split(self, part: Part) -> Split:
         """One part by name."""
@@ -185,13 +228,12 @@ class Data:
         *,
         augment: bool = False,
         drop_last: bool = False,
-        share: tuple[int, int] = (0, 1),
+        share: Share = ALONE,
     ) -> Iterator[Batch]:
         """Yield inputs, a tensor for each of `inputs` (images normalised, float32), and the target of each batch.
 
-        Order and augmentation depend on `seed` alone, so give each epoch another one. `share`: (which, of how many)
-        equal parts of every batch; together they give what one would, and only a part's own samples are read. A part
-        of a batch that has none for it is left out.
+        Order and augmentation depend on `seed` alone, so give each epoch another one. `share`: the rows of every batch
+        that are read; all shares together give what one would. A batch that has none for a share is left out there.
         """
         split = self.split(part)
         generator = torch.Generator().manual_seed(seed)
@@ -200,18 +242,16 @@ class Data:
         if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch_size:
             chunks.pop()
         wholes = [len(chunk) for chunk in chunks]
-        owns = [share_of(whole, *share) for whole in wholes]
-        chunks = [chunk[own] for chunk, own in zip(chunks, owns, strict=True)]
+        owns = [share.rows(whole) for whole in wholes]
+        chunks = [[chunk[row] for row in own] for chunk, own in zip(chunks, owns, strict=True)]
         while chunks and not chunks[-1]:  # only a short batch at the end has none for a part, unless all of them do
             chunks.pop()
-        for chunk, (raw, target), own, whole in zip(
-            chunks, split.stream(chunks), owns[: len(chunks)], wholes[: len(chunks)], strict=True
-        ):
+        for chunk, (raw, target), whole in zip(chunks, split.stream(chunks), wholes[: len(chunks)], strict=True):
             inputs = raw
             if self.image_size is not None:
                 images = _fit(raw[0], self.image_size)
                 if augment and self.augmentation is not None:
-                    images = self.augmentation(images, generator, own, whole)
+                    images = self.augmentation(images, generator, share, whole)
                 inputs = (images, *raw[1:])
             if self.mean:
                 mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
@@ -274,11 +314,6 @@ def picked(split: Split, chosen: Tensor) -> Split:
         return split.stream([chosen[chunk].tolist() for chunk in chunks])
 
     return Split(len(chosen), stream, None if split.labels is None else split.labels[chosen])
-
-
-def share_of(count: int, which: int, of: int) -> slice:
-    """The rows of `count` that part `which` of `of` has; sizes differ by one at most."""
-    return slice(count * which // of, count * (which + 1) // of)
 
 
 def blocks(positions: Sequence[int], size: int) -> list[list[int]]:

@@ -12,22 +12,22 @@ from pipeline.artifacts.eager import Baseline
 from pipeline.models.calling import named
 from pipeline.models.source import ModelSource
 
-Answering = Callable[..., dict[str, Tensor]]
 
-
-def answering(model: Callable[[], nn.Module]) -> Answering:
+class Answering:
     """What the module that `model` gives answers to a batch, in eval mode and without gradients."""
 
-    def answer(*inputs: Tensor) -> dict[str, Tensor]:
-        module = model()
+    def __init__(self, model: Callable[[], nn.Module]) -> None:
+        self.model = model
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """The outputs by name."""
+        module = self.model()
         was_training = module.training
         module.eval()
         with torch.no_grad():
             found = named(module(*inputs))
         module.train(was_training)
         return found
-
-    return answer
 
 
 def dense(source: ModelSource, baseline: Baseline) -> Answering:
@@ -39,4 +39,4 @@ def dense(source: ModelSource, baseline: Baseline) -> Answering:
         made.load_state_dict(baseline.weights())
         return made.eval()
 
-    return answering(model)
+    return Answering(model)

@@ -32,6 +32,18 @@ class TrainSettings(BaseModel):
         default=0, ge=0, le=1024, description="torch threads; 0 leaves them as they are. Results depend on it"
     )
     channels_last: bool = Field(default=False, description="memory layout (batch, height, width, channels)")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|mps|cuda|cuda:[0-9]{1,3})$", description="auto: a GPU where there is one"
+    )
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        default="float32", description="of forward and backward pass; weights, losses and scores are float32 always"
+    )
+    accumulate: int = Field(
+        default=1, ge=1, le=65_536, description="parts that a batch is taken in, gradients added up: less memory"
+    )
+    tracker: Literal["tensorboard", "mlflow", "wandb", "trackio"] | None = Field(
+        default=None, description="where the figures of each epoch are shown, too"
+    )
 
 
 # Only what was set is written out and fingerprinted: the rest is chosen from the model, and another choice.

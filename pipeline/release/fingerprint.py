@@ -22,7 +22,18 @@ ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("pipeline", "exporters", "validators", "foundation")
 _WORDS = ("pipeline/cli/", "pipeline/report/", "pipeline/inquiry/")
 """Rooms that say what was found and decide nothing."""
-_TOOLS = ("numpy", "onnx", "onnxruntime", "onnxscript", "scikit-learn", "timm", "torch", "torchvision", "transformers")
+_TOOLS = (
+    "accelerate",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "scikit-learn",
+    "timm",
+    "torch",
+    "torchvision",
+    "transformers",
+)
 
 
 @functools.cache

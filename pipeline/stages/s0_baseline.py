@@ -17,7 +17,7 @@ from pipeline.channels.program.macs import count_macs
 from pipeline.data.parts import Data
 from pipeline.drawing.plots import history_plot
 from pipeline.models import plain, weights
-from pipeline.models.dense import answering
+from pipeline.models.dense import Answering
 from pipeline.models.graph import graph_of
 from pipeline.models.source import ModelSource, example
 from pipeline.progress import Progress
@@ -69,7 +69,7 @@ def run(cfg: BaselineSection, out: Path, source: ModelSource, data: Data, task: 
     feed = random_feeds(runner.inputs, seed=cfg.seed, batches=(1,), sizes=source.usual, ranges=source.ranges)[0]
     latency = race({"dense": runner}, feed, reference="dense", seconds=cfg.seconds, seed=cfg.seed)
     if task.taught:
-        data = data.answered_by(answering(lambda: model))
+        data = data.answered_by(Answering(lambda: model))
         progress.say(
             f"  {data.name} has no labels: what counts from here on is how near the outputs are to this model's"
         )

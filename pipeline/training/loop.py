@@ -1,8 +1,11 @@
 """Training with masks held, from scratch or to recover: seeded, resumable after a kill, best epoch kept.
 
-A run is a function of model, data and settings alone. What is random in an epoch (order, augmentation, dropout) is
-drawn from generators seeded by (seed, epoch), so a run that was killed goes on from its last whole epoch to exactly the
-weights that it would have reached, and nothing about generators has to be stored.
+A run is a function of model, data, settings, device and number of processes alone. What is random in an epoch (order,
+augmentation, dropout) is drawn from generators seeded by (seed, epoch, process), so a run that was killed goes on from
+its last whole epoch to exactly the weights that it would have reached, and nothing about generators has to be stored.
+
+Where several processes train, each runs this loop on its part of every batch (`following.py`); the first one alone
+reads and writes the checkpoint, asks the callbacks, and shows and returns the figures.
 """
 
 from __future__ import annotations
@@ -12,24 +15,29 @@ import itertools
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foundation.errors import TrainingError, first_line
+from foundation.errors import ConfigError, TrainingError, first_line
 from foundation.files import replacing
-from pipeline.data.parts import Data, Inputs, Target
+from pipeline.data.parts import Batch, Data, Inputs, Target
+from pipeline.data.samples import sliced
 from pipeline.models.calling import named
 from pipeline.progress import Progress
 from pipeline.recipe.train import TrainSettings
 from pipeline.seeding import seeded
-from pipeline.tasks.evaluation import evaluate
+from pipeline.tasks.evaluation import Evaluation, evaluate, judged, seen_by
 from pipeline.tasks.task import Task
+from pipeline.training import jobs, trackers
 from pipeline.training import masks as masking
+from pipeline.training.devices import CPU, Devices, facts
 from pipeline.training.history import Epoch
 from pipeline.training.masks import Masks
 from validators.runners import Array
@@ -38,7 +46,7 @@ from validators.scores import measured
 OnStep = Callable[[int, int], Masks | None]
 """Called before each step with (step, total); masks that it returns, or puts on the model itself, hold from then on."""
 
-FORMAT = 2
+FORMAT = 3
 """Of checkpoint files; another number is not resumed from."""
 
 
@@ -104,24 +112,46 @@ def train(
     score, of equals the one with the lowest loss, among those trained under the final masks. After each epoch the
     whole state is written to `checkpoint`, and a run that finds one of its own there goes on from it.
 
-    Originals under a mask are as they were when it was put on, whatever weight decay and momentum did to them.
+    Originals under a mask are as they were when it was put on, whatever weight decay and momentum did to them. The
+    model is on the CPU before and after. Where several processes train, `on_step` may put masks on, and nothing else.
 
-    Raises TrainingError if the loss becomes NaN or infinite, MaskError if a masked weight is not zero, ModelError if
-    teacher and model disagree in shape, StoreError if the checkpoint cannot be written.
+    Raises ConfigError if the device is not there, TrainingError if the loss becomes NaN or infinite, MaskError if a
+    masked weight is not zero, ModelError if teacher and model disagree in shape, StoreError if the checkpoint cannot be
+    written.
     """
     progress = progress or Progress()
     if masks:
         masking.apply(model, masks)
-    with _threads(settings.threads):
-        run = _Run(model, data, task, settings, teacher)
+    with _threads(settings.threads), jobs.handed_out("train", model, data, settings, teacher, on_step is not None):
+        return take_part(
+            model, data, task, settings, teacher, on_epoch, on_step, on_step is not None, checkpoint, progress
+        )
+
+
+def take_part(
+    model: nn.Module,
+    data: Data,
+    task: Task,
+    settings: TrainSettings,
+    teacher: nn.Module | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    on_step: OnStep | None = None,
+    guided: bool = False,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """`train` on this process: on the first one all of it, on another one its share (`guided`: masks may change)."""
+    progress = progress or Progress()
+    with closing(_Run(model, data, task, settings, teacher, guided=guided)) as run:
         key = run.key() if checkpoint else ""
-        if checkpoint is not None:
-            run.resume(checkpoint, key, progress)
+        run.begin(run.found(checkpoint, key, progress) if checkpoint is not None else None)
         resumed_from = len(run.history)
         total = settings.epochs * run.steps
-        with progress.bar("training", total) as bar:
+        shown = trackers.start(settings, checkpoint, progress) if run.devices.leads else trackers.Nowhere()
+        with shown, progress.bar("training", total) as bar:
             for epoch in range(len(run.history) + 1, settings.epochs + 1):
                 done = run.epoch(epoch, total, on_step, bar)
+                shown.show(done)
                 if checkpoint is not None:
                     run.save(checkpoint, key)
                 if on_epoch is not None:
@@ -129,6 +159,8 @@ def train(
         return run.finish(resumed_from)
 
 
+APART = 2_654_435_761
+"""Between the seeds of processes: no seed of an epoch is that of another process."""
 TIMED_STEPS = 4
 """Steps that tell how long an epoch takes; one before them warms up."""
 
@@ -141,32 +173,89 @@ def seconds_per_epoch(
     The pass over the calibration part that ends an epoch is counted as a third of what its samples cost in training,
     since it has no backward pass.
     """
+    with _threads(settings.threads), jobs.handed_out("time", model, data, settings, teacher, False):
+        return time_steps(model, data, task, settings, teacher)
+
+
+def time_steps(model: nn.Module, data: Data, task: Task, settings: TrainSettings, teacher: nn.Module | None) -> float:
+    """`seconds_per_epoch` on this process: all of them take the same steps."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     was_training = model.training
-    run = _Run(model, data, task, settings.model_copy(update={"lr": 0.0, "weight_decay": 0.0}), teacher)
-    batches = data.batches("train", settings.batch_size, True, settings.seed, augment=settings.augment)
-    model.train()
-    began, steps = time.perf_counter(), 0
-    with seeded(settings.seed):
-        for steps, (inputs, target) in enumerate(itertools.islice(batches, 1 + TIMED_STEPS)):
-            if steps == 1:
-                began = time.perf_counter()
-            run._step(inputs, target, 0.0)
-    each = (time.perf_counter() - began) / max(1, steps)
-    model.load_state_dict(before)
-    model.zero_grad(set_to_none=True)
-    model.train(was_training)
-    return each * (run.steps + len(data.calibration) / settings.batch_size / 3)
+    still = settings.model_copy(update={"lr": 0.0, "weight_decay": 0.0})
+    with closing(_Run(model, data, task, still, teacher)) as run:
+        run.begin(None)
+        batches = run.batches(settings.seed)
+        model.train()
+        began, steps = time.perf_counter(), 0
+        with seeded(settings.seed, run.devices.device), run.devices.stepping():
+            for steps, (inputs, target) in enumerate(itertools.islice(batches, 1 + TIMED_STEPS)):
+                if steps == 1:
+                    began = time.perf_counter()
+                run.step(inputs, target, 0.0)
+        each = (time.perf_counter() - began) / max(1, steps)
+        model.load_state_dict(before)
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+        judging = len(data.calibration) / settings.batch_size / 3
+        return each * (run.steps + judging)
+
+
+class _Objective(nn.Module):
+    """The model with its loss behind it, as one module: what several processes must agree in is what the loss reaches.
+
+    Called with inputs, target and the share of the loss that these rows carry; gives the loss and the outputs.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Task, settings: TrainSettings, teacher: nn.Module | None, devices: Devices
+    ) -> None:
+        super().__init__()
+        self.model = model
+        # Never used, so that DDP, which looks for parameters that a step does not reach, does not say each time that
+        # there are none.
+        self.idle = nn.Parameter(torch.zeros(1))
+        self._task, self._settings, self._devices = task, settings, devices
+        self._teacher: Callable[..., object] | None = None
+        if teacher is not None:
+            self._teacher = lambda *inputs: teacher(*inputs)  # not as a module of this one: nothing trains it
+
+    def forward(self, inputs: Inputs, target: Target, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, a scalar, and outputs by name."""
+        settings, devices = self._settings, self._devices
+        with devices.computing():
+            outputs = devices.whole(named(self.model(*inputs)))
+        share = settings.distill_weight if self._teacher is not None else 0.0
+        loss = torch.zeros((), device=devices.device)
+        if share < 1:
+            with devices.losing():
+                loss = (1 - share) * self._task.losses(outputs, target, settings.label_smoothing).mean()
+        if self._teacher is not None:
+            with torch.no_grad(), devices.computing():
+                taught = devices.whole(named(self._teacher(*inputs)))
+            with devices.losing():
+                loss = loss + share * self._task.divergence(outputs, taught, settings.distill_temperature).mean()
+        return (loss if weight == 1 else loss * weight), outputs
 
 
 class _Run:
     """The moving parts of one training run."""
 
     def __init__(
-        self, model: nn.Module, data: Data, task: Task, settings: TrainSettings, teacher: nn.Module | None
+        self,
+        model: nn.Module,
+        data: Data,
+        task: Task,
+        settings: TrainSettings,
+        teacher: nn.Module | None,
+        *,
+        guided: bool = False,
     ) -> None:
-        self.model, self.data, self.task, self.settings = model, data, task, settings
+        self.model, self.data, self.task, self.settings, self.guided = model, data, task, settings, guided
         self.teacher = teacher.eval() if teacher is not None and settings.distill_weight > 0 else None
+        self.devices = Devices(settings)
+        self.share = replace(self.devices.share, cuts=settings.accumulate)
+        self.rows = min(settings.batch_size, len(data.train))
+        _check_rows(self.rows, settings, self.devices)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.steps = max(1, len(data.train) // settings.batch_size)
@@ -176,34 +265,71 @@ class _Run:
         self.best: dict[str, Tensor] | None = None
         self.best_epoch = 0
 
+    def close(self) -> None:
+        """Leave the device."""
+        self.devices.close(self.model, *([] if self.teacher is None else [self.teacher]))
+
+    def begin(self, found: Mapping[str, Any] | None) -> None:
+        """Start, or go on from what a checkpoint held, on every process alike; then the model is on its device."""
+        found = self.devices.told(found)
+        if found is not None:
+            masking.apply(self.model, found["masks"])
+            masking.load_originals(self.model, found["weights"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.history = [Epoch(**one) for one in found["history"]]
+            self.best, self.best_epoch = found["best"], found["best_epoch"]
+        self.devices.place(self.model)
+        if self.teacher is not None:
+            self.devices.place(self.teacher)
+        if found is not None:
+            self.optimizer.load_state_dict(self.optimizer.state_dict())  # its state follows the weights
+        self._hold()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make the module that steps call."""
+        self.objective: nn.Module | None = None  # what was there leaves the parameters first
+        objective = _Objective(self.model, self.task, self.settings, self.teacher, self.devices)
+        self.devices.place(objective)
+        self.objective = self.devices.prepared(objective)
+
+    def batches(self, seed: int) -> Iterator[Batch]:
+        """This process's part of every batch of an epoch.
+
+        The short batch at the end is left out: batch norm fails on one sample and is noisy on few.
+        """
+        settings = self.settings
+        return self.data.batches(
+            "train", settings.batch_size, True, seed, augment=settings.augment, drop_last=True, share=self.share
+        )
+
     def epoch(self, epoch: int, total: int, on_step: OnStep | None, bar: Callable[[int, str], None]) -> Epoch:
         """Train one pass, judge it, and remember it if it is the best."""
         began = time.perf_counter()
+        devices = self.devices
         seed = self.settings.seed * 1_000_003 + epoch
-        lost, seen, rate = 0.0, 0, 0.0
+        lost, seen, rate = 0.0, 0.0, 0.0
         score = self.task.score
         called = score.name if self.data.labelled or self.task.taught else "agreement"
         held: Array | None = None
-        # The short batch at the end is left out: batch norm fails on one sample and is noisy on few.
-        batches = self.data.batches(
-            "train", self.settings.batch_size, True, seed, augment=self.settings.augment, drop_last=True
-        )
         self.model.train()
-        with seeded(seed):
-            for number, (inputs, target) in enumerate(batches):
+        # The order of samples is everybody's, what a process draws itself (dropout) is its own.
+        with seeded(seed + devices.rank * APART, devices.device), devices.stepping():
+            for number, (inputs, target) in enumerate(self.batches(seed)):
                 step = (epoch - 1) * self.steps + number
-                if on_step is not None:
-                    self._masks_from(on_step(step, total))
+                if self.guided:
+                    self._masks_from(on_step(step, total) if on_step is not None else None)
                 rate = learning_rate(self.settings, step, total)
-                loss, outputs = self._step(inputs, target, rate)
-                if not math.isfinite(loss):
+                own, outputs = self.step(inputs, target, rate)
+                rows = len(inputs[0])
+                summed, everybodys = devices.summed(own * rows, rows)
+                if not math.isfinite(summed):
                     raise TrainingError(
-                        f"The loss became {loss} in epoch {epoch}, step {number + 1}.",
+                        f"The loss became {summed / everybodys} in epoch {epoch}, step {number + 1}.",
                         "Lower the learning rate (lr), or clip the gradient (grad_clip).",
                     )
                 self._check_one(step)
-                rows = len(inputs[0])
-                lost, seen = lost + loss * rows, seen + rows
+                lost, seen = lost + summed, seen + everybodys
                 added = measured(score, outputs, target, rows)
                 held = score.gathered(added[:0] if held is None else held, added)
                 # One that has to look at all samples again is told at the end of the epoch only.
@@ -212,8 +338,9 @@ class _Run:
                 bar(step + 1, note)
         _put_back(self.model, self.masks, self.under)
         masking.check_held(self.model, self.masks)
-        judged = evaluate(self.task, self.model, self.data, "calibration")
-        trained = math.nan if held is None else score.of(held)
+        judged = self.judged()
+        everybodys_held = devices.gathered([] if held is None else [held])
+        trained = score.of(np.concatenate(everybodys_held)) if everybodys_held else math.nan
         done = Epoch(epoch, rate, lost / seen, trained, judged.loss, judged.score, time.perf_counter() - began)
         self.history.append(done)
         if self.best is None or self._rank(done) > self._rank(self.history[self.best_epoch - 1]):
@@ -224,44 +351,66 @@ class _Run:
         )
         return done
 
+    def judged(self) -> Evaluation:
+        """The model on the calibration part, each process on its part of every batch; in float32 always."""
+        if self.devices.count == 1 and self.devices.device.type == "cpu":
+            return evaluate(self.task, self.model, self.data, "calibration")
+        self.model.eval()
+        batches = self.data.batches("calibration", self.task.batch, share=self.devices.share)
+        seen = seen_by(self.task, self.devices.judging(lambda *inputs: named(self.model(*inputs))), batches)
+        return judged(self.task, self.devices.gathered(seen))
+
     def _rank(self, epoch: Epoch) -> tuple[float, float]:
         better = 1.0 if self.task.score.higher_is_better else -1.0
         return better * epoch.calibration_score, -epoch.calibration_loss
 
-    def _step(self, inputs: Inputs, target: Target, rate: float) -> tuple[float, dict[str, Tensor]]:
-        settings = self.settings
+    def step(self, inputs: Inputs, target: Target, rate: float) -> tuple[float, dict[str, Tensor]]:
+        """One step on this process's rows of a batch: their mean loss, and the outputs, on the CPU."""
+        settings, devices = self.settings, self.devices
         if settings.channels_last:
             inputs = tuple(
                 one.contiguous(memory_format=torch.channels_last) if one.dim() == 4 else one for one in inputs
             )
-        outputs = named(self.model(*inputs))
-        share = settings.distill_weight if self.teacher is not None else 0.0
-        loss = torch.zeros(())
-        if share < 1:
-            loss = (1 - share) * self.task.losses(outputs, target, settings.label_smoothing).mean()
-        if self.teacher is not None:
-            with torch.no_grad():
-                taught = named(self.teacher(*inputs))
-            loss = loss + share * self.task.divergence(outputs, taught, settings.distill_temperature).mean()
+        assert self.objective is not None
+        whole = settings.accumulate == devices.count == 1
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        if settings.grad_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
+        lost, outputs, start = 0.0, [], 0
+        sizes = self.share.sizes(self.rows)
+        for number, rows in enumerate(sizes, start=1):
+            part = slice(start, start + rows)
+            start += rows
+            given = inputs if len(sizes) == 1 else tuple(one[part] for one in inputs)
+            aim = target if len(sizes) == 1 else sliced(target, part)
+            with devices.adding(self.objective, last=number == len(sizes)):
+                # Its share of the whole batch's mean, times the processes whose gradients are averaged.
+                weight = 1.0 if whole else rows * devices.count / self.rows
+                loss, found = self.objective(devices.moved(given), devices.moved(aim), weight)
+                devices.backward(loss)
+            lost += float(loss.detach()) / weight * rows
+            outputs.append(devices.back(found))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
-        return float(loss.detach()), {name: value.detach() for name, value in outputs.items()}
+        devices.step(self.optimizer, self.model, settings.grad_clip)
+        return lost / sum(sizes), _joined(outputs)
 
     def _masks_from(self, given: Masks | None) -> None:
         """Take over masks that were just returned or put on the model."""
         if given is not None:
-            masking.apply(self.model, given)
+            masking.apply(self.model, self.devices.moved(dict(given)))
         now = masking.masks_of(self.model)
+        changed = now.keys() != self.held.keys() or any(now[name] is not self.held[name] for name in now)
+        told = self.devices.told(now if changed else None)
+        if told is not None and not self.devices.leads:
+            masking.apply(self.model, self.devices.moved(told))
+            now = masking.masks_of(self.model)
         if now.keys() == self.held.keys() and all(now[name] is self.held[name] for name in now):
             return
         if any(name not in self.masks or not torch.equal(now[name], self.masks[name]) for name in now):
             self.best, self.best_epoch = None, 0  # epochs under other masks say nothing about these
         _put_back(self.model, self.masks, self.under)
+        if self.devices.count > 1 and now.keys() != self.held.keys():
+            self.optimizer.zero_grad()
+            self._prepare()  # a parameter that was just masked is no longer seen by what averages gradients
         self._hold()
 
     def _hold(self) -> None:
@@ -281,6 +430,7 @@ class _Run:
         digest = hashlib.sha256(
             f"{FORMAT} {self.settings.model_dump_json()} {self.data.fingerprint} {self.task.fingerprint}".encode()
         )
+        digest.update(repr(sorted(facts(self.settings).items())).encode())
         digest.update(str(self.teacher is not None).encode())
         for state in (masking.originals(self.model), self.masks):
             for name, value in state.items():
@@ -309,46 +459,56 @@ class _Run:
             except RuntimeError as error:  # how torch's own writer reports a full disk
                 raise OSError(first_line(error)) from error
 
-    def resume(self, path: Path, key: str, progress: Progress) -> None:
-        """Go on from a checkpoint of this very run; anything else there is left unread and replaced."""
+    def found(self, path: Path, key: str, progress: Progress) -> Mapping[str, Any] | None:
+        """The checkpoint of this very run; anything else there is left unread and replaced."""
         if not path.is_file():
-            return
+            return None
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError):
             progress.say("  The checkpoint is damaged; training starts anew.")
-            return
-        if not isinstance(found, Mapping) or found.get("key") != key:
+            return None
+        if not isinstance(content, Mapping) or content.get("key") != key:
             progress.say("  The checkpoint belongs to another run; training starts anew.")
-            return
-        masking.apply(self.model, found["masks"])
-        masking.load_originals(self.model, found["weights"])
-        self.optimizer.load_state_dict(found["optimizer"])
-        self._hold()
-        self.history = [Epoch(**one) for one in found["history"]]
-        self.best, self.best_epoch = found["best"], found["best_epoch"]
-        progress.say(f"  Resuming after epoch {len(self.history)} of {self.settings.epochs}.")
+            return None
+        progress.say(f"  Resuming after epoch {len(content['history'])} of {self.settings.epochs}.")
+        return content
 
     def finish(self, resumed_from: int) -> TrainResult:
         """Put the best weights into the model."""
         if self.best is not None:
             masking.load_originals(self.model, self.best)
         self.model.eval()
-        score = (
-            self.history[self.best_epoch - 1].calibration_score
-            if self.best_epoch
-            else evaluate(self.task, self.model, self.data, "calibration").score
-        )
+        score = self.history[self.best_epoch - 1].calibration_score if self.best_epoch else self.judged().score
+        self.model.zero_grad(set_to_none=True)
         return TrainResult(
             settings=self.settings,
             history=tuple(self.history),
-            state=_copy(masking.originals(self.model)),
-            masks=self.masks,
+            state={name: value.to(CPU) for name, value in _copy(masking.originals(self.model)).items()},
+            masks={name: value.to(CPU) for name, value in self.masks.items()},
             best_epoch=self.best_epoch,
             best_score=score,
             seconds=sum(one.seconds for one in self.history),
             resumed_from=resumed_from,
         )
+
+
+def _check_rows(rows: int, settings: TrainSettings, devices: Devices) -> None:
+    """Raise ConfigError where a batch has no sample for a process, or for a part of what a process has."""
+    parts = devices.count * settings.accumulate
+    if rows < parts:
+        among = f"{devices.count} processes" if devices.count > 1 else ""
+        cut = f"accumulate = {settings.accumulate}" if settings.accumulate > 1 else ""
+        raise ConfigError(
+            f"A batch of {rows} samples cannot feed {' with '.join(filter(None, (among, cut)))}.",
+            f"Start fewer, or let a batch have {parts} samples or more.",
+        )
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    if len(parts) == 1:
+        return dict(parts[0])
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:

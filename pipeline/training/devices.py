@@ -1,0 +1,316 @@
+"""The device, the precision and the processes of a training run: the only file that knows them.
+
+Accelerate is the engine: it finds the device and the process group that a launcher made, casts and scales. (Its own
+optimizer looks for a package on the disk twice a step, 0.6 ms, so that the plain one steps.)
+The loop asks this file and nothing else, so it is the same on one CPU core and on eight GPUs. What N processes compute
+is what one computes, up to the order of summation: each has its rows of every batch, gradients are averaged, and the
+statistics of batch norms are those of the whole batch (`norms.py`). What differs is dropout, drawn by each for itself.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from foundation.errors import ConfigError
+from pipeline.data.parts import Share
+from pipeline.recipe.train import TrainSettings
+from pipeline.training import launched
+from pipeline.training.norms import over_processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+_MIXED = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+# ── what there is ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def count() -> int:
+    """How many processes train together; 1 where no launcher made more."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is; 0 decides, writes and speaks."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def resolved(wanted: str) -> torch.device:
+    """The device of a recipe's word, of this process among those on this machine: "auto" is a GPU where there is one.
+
+    Raises ConfigError where it is not there.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = wanted.partition(":")
+    if kind == "cpu":
+        return CPU
+    place = launched.place()
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError("device is 'mps', and this machine has no such GPU.", _INSTEAD)
+        if place is not None:
+            raise ConfigError(f"device is 'mps', which one process has alone; there are {place.count}.", _INSTEAD)
+        return torch.device("mps")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number and place is not None:
+        raise ConfigError(
+            f"device is {wanted!r}, and {place.count} processes were started.",
+            'Write device = "cuda": each has its own.',
+        )
+    at = int(number) if number else place.local if place is not None else 0
+    if at >= there:
+        has = f"{there} CUDA GPUs" if there else "no CUDA GPU that this build of torch can use"
+        wants = f"process {place.rank} wants GPU {at}" if place is not None else f"device is {wanted!r}"
+        raise ConfigError(f"{wants[0].upper()}{wants[1:]}, and this machine has {has}.", _INSTEAD)
+    return torch.device("cuda", at)
+
+
+_INSTEAD = 'Leave the device out, or write device = "cpu".'
+
+
+def check(settings: TrainSettings) -> None:
+    """Raise ConfigError for a device that is not there, a precision that it has not, or processes of another kind."""
+    device = resolved(settings.device)
+    if settings.precision == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "precision is 'fp16', and a CPU cannot train in it.", 'Write precision = "bf16" or "float32".'
+        )
+    if settings.precision == "bf16" and not _has_bf16(device):
+        raise ConfigError(
+            f"precision is 'bf16', and this {'CPU' if device.type == 'cpu' else 'GPU'} has no instructions for it: "
+            "it would be slower than float32.",
+            'Write precision = "float32".',
+        )
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise ConfigError(
+                f"The launcher asks for {name}, and masks need every weight whole on each process.",
+                "Launch without it: each process holds the model, and gradients are averaged (DDP).",
+            )
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "mps":
+        return False
+    flags = torch.backends.cpu.get_cpu_capability()
+    on_x86 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return on_x86 or ("SVE" in flags and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def facts(settings: TrainSettings) -> dict[str, str]:
+    """What of device and processes decides a result: the kind of device that "auto" found, and how many processes."""
+    try:
+        device = resolved(settings.device)
+    except ConfigError:  # nothing was made on a device that is not there
+        return {"device": settings.device, "processes": str(count())}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "processes": str(count())}
+
+
+# ── one run on them ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Devices:
+    """Where one run trains, and in which precision.
+
+    `device`: of this process. `rank`, `count`: of the processes that train together. `share`: this one's part of every
+    batch, as `Data.batches` takes it.
+    """
+
+    def __init__(self, settings: TrainSettings) -> None:
+        check(settings)
+        self.device = resolved(settings.device)
+        self.rank, self.count = rank(), count()
+        self.share = Share(self.rank, self.count)
+        self._accelerator, self._before = _accelerator(self.device, settings.precision)
+        self._lowered = settings.precision != "float32"
+        self._scaler: torch.amp.GradScaler | None = self._accelerator.scaler
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.rank == 0
+
+    def place(self, model: nn.Module) -> None:
+        """Bring a module to the device, in place: its parameters stay the objects that they are."""
+        if self.device != CPU:
+            model.to(self.device)
+
+    def prepared(self, objective: nn.Module) -> nn.Module:
+        """`objective` as a step calls it: gradients are averaged over processes."""
+        if self.count == 1:
+            return objective
+        # Which parameters a step reaches may change from step to step (layer drop), so that each step looks; and the
+        # statistics of norms agree by themselves.
+        with _quiet():
+            return nn.parallel.DistributedDataParallel(
+                objective,
+                device_ids=None if self.device == CPU else [self.device],
+                broadcast_buffers=False,
+                find_unused_parameters=True,
+                gradient_as_bucket_view=True,
+            )
+
+    def moved(self, tree: T) -> T:
+        """Tensors, or a tree of them, on the device."""
+        if self.device == CPU:
+            return tree
+        moved: T = pytree.tree_map_only(Tensor, lambda one: one.to(self.device, non_blocking=True), tree)
+        return moved
+
+    def back(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs, without their graph, on the CPU."""
+        return {name: value.detach().to(CPU) for name, value in outputs.items()}
+
+    def judging(self, run: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+        """A function from inputs to outputs by name, both on the CPU, computed on the device."""
+        return lambda *inputs: self.back(run(*self.moved(inputs)))
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """The precision of a forward pass, losses not included."""
+        return self._accelerator.autocast() if self._lowered else nullcontext()
+
+    def whole(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs in float32, whatever they were computed in."""
+        if not self._lowered:
+            return outputs
+        return {name: value.float() if value.is_floating_point() else value for name, value in outputs.items()}
+
+    def stepping(self) -> AbstractContextManager[Any]:
+        """The context of an epoch's steps: batch norms see the whole batch, new tensors are made on the device."""
+        return over_processes() if self.count > 1 else nullcontext()
+
+    def losing(self) -> AbstractContextManager[Any]:
+        """The context of a loss: what it makes itself (positions, lengths) is made on the device."""
+        return nullcontext() if self.device == CPU else self.device
+
+    def adding(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """The context of one part of a batch: gradients are exchanged with the last one only."""
+        return nullcontext() if last or self.count == 1 else self._accelerator.no_sync(module)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`; they are averaged over processes."""
+        self._accelerator.backward(loss)
+
+    def step(self, optimizer: torch.optim.Optimizer, model: nn.Module, clip: float) -> None:
+        """Clip the gradient to norm `clip` (0: not at all), and step; one that fp16 cannot tell is left out."""
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer)
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if self._scaler is None:
+            optimizer.step()
+        else:
+            self._scaler.step(optimizer)
+            self._scaler.update()
+
+    # ── between processes ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def summed(self, *values: float) -> tuple[float, ...]:
+        """Sums over processes, the same on each."""
+        if self.count == 1:
+            return values
+        found = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(found)
+        return tuple(found.tolist())
+
+    def told(self, value: T) -> T:
+        """What the first process has, on every one."""
+        if self.count == 1:
+            return value
+        carried = [value]
+        dist.broadcast_object_list(carried, src=0, device=CPU)
+        return carried[0]
+
+    def gathered(self, own: list[T]) -> list[T]:
+        """Lists of all processes in one: the first entry of each, in order, then the second ones, ..."""
+        if self.count == 1:
+            return own
+        lists: list[list[T]] = [[] for _ in range(self.count)]
+        dist.all_gather_object(lists, own)
+        return [one for row in zip_longest(*lists, fillvalue=_NOTHING) for one in row if one is not _NOTHING]
+
+    def equalled(self, tensors: list[Tensor]) -> None:
+        """Fill tensors with the first process's values, in place."""
+        if self.count > 1:
+            with torch.no_grad():
+                for one in tensors:
+                    sent = one.detach().to(CPU).contiguous()
+                    dist.broadcast(sent, src=0)
+                    if self.rank:
+                        one.copy_(sent)
+
+    def close(self, *modules: nn.Module) -> None:
+        """Bring modules back to the CPU, and leave Accelerate's state as it was found."""
+        for module in modules if self.device != CPU else ():
+            module.to(CPU)
+        self._before()
+
+
+class _Nothing:
+    """Stands for an entry that is not there."""
+
+
+_NOTHING: Any = _Nothing()
+
+
+def _accelerator(device: torch.device, precision: str) -> tuple[Accelerator, Callable[[], None]]:
+    """A fresh engine for one run, and what puts back the state that Accelerate keeps once per process.
+
+    That state may be an earlier run's, or that of a user's own loop around ours.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    shared = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in shared]
+
+    def put_back() -> None:
+        for state, content in zip(shared, before, strict=True):
+            state.clear()
+            state.update(content)
+
+    for state in shared:
+        state.clear()
+    # Threads and rendezvous are settled already: what it would say of them is nobody's business.
+    with _variables({"ACCELERATE_TORCH_DEVICE": str(device)}), _quiet():
+        made = Accelerator(cpu=device.type == "cpu", mixed_precision=_MIXED[precision])
+    assert made.num_processes == count()
+    return made, put_back
+
+
+@contextmanager
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

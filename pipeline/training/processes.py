@@ -1,0 +1,258 @@
+"""Several processes that a launcher started: joined, agreed, watched over, and ended together.
+
+The first process runs the stages, is the only one that writes, and speaks. The others build the same model, data and
+task and then take their parts of training (`following.py`). A process that fails or is killed ends the run: the others
+notice through a connection of their own to the first one, for whoever waits in a sum of gradients may wait for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from foundation.errors import ConfigError, LeanortError
+from pipeline.training import launched
+from pipeline.training.launched import Place
+
+T = TypeVar("T")
+FAILED = 3
+"""Exit code where a process was lost: that of a stage that failed."""
+LONG = timedelta(days=30)
+"""What others wait while the first process fits, exports and races alone: as long as it takes."""
+PAUSE = 2.0
+"""Seconds in which one process hears of another's end."""
+GRACE = 20.0
+"""Seconds in which the first process says what is wrong, before the others leave."""
+
+
+class Over(Exception):  # noqa: N818  # no error: this process has nothing more to do
+    """The first process has ended the run, or speaks of what was wrong; whoever catches this is quiet."""
+
+
+class Group:
+    """The processes of one run, as each of them sees them."""
+
+    def __init__(self, place: Place, watch: _Watch) -> None:
+        self.place, self._watch = place, watch
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first process."""
+        return self.place.rank == 0
+
+    def agreed(self, work: Callable[[], T], same: Callable[[T], Mapping[str, str]] | None = None) -> T:
+        """What `work` gives on this process, once it has gone well on all of them.
+
+        `same`: what all must agree in, by name. Where it fails anywhere, or they do not agree, the first process raises
+        that error, and the others raise `Over`.
+        """
+        made: T | None = None
+        problem: LeanortError | None = None
+        told: dict[str, str] = {}
+        try:
+            made = work()
+            told = dict(same(made)) if same is not None else {}
+        except LeanortError as error:
+            problem = error
+        every: list[Any] = [None] * self.place.count
+        dist.all_gather_object(every, ((problem.message, problem.hint) if problem else None, told))
+        wrong = next((rank for rank, (said, _) in enumerate(every) if said is not None), None)
+        apart = [
+            (name, rank)
+            for name, value in every[0][1].items()
+            for rank, (_, own) in enumerate(every)
+            if own.get(name) != value
+        ]
+        if wrong is None and not apart:
+            return made  # type: ignore[return-value]
+        self._watch.over.set()
+        if not self.leads:
+            raise Over
+        if problem is not None:
+            raise problem
+        if wrong is not None:
+            message, hint = every[wrong][0]
+            raise ConfigError(f"Process {wrong}: {message}", hint)
+        name, rank = apart[0]
+        raise ConfigError(
+            f"Process {rank} has another {name} than process 0.", "Install the same everywhere, and start all alike."
+        )
+
+
+@contextmanager
+def joined(place: Place) -> Iterator[Group]:
+    """Join the other processes; at the end they are told, however this one ended, and left.
+
+    On every process but the first, KeyboardInterrupt and a lost first process end the process, quietly.
+    """
+    began_here = not dist.is_initialized()
+    if began_here:
+        kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available() and place.local < torch.cuda.device_count():
+            torch.cuda.set_device(place.local)
+        dist.init_process_group(kinds, rank=place.rank, world_size=place.count, timeout=LONG)
+    watch = _Watch(place)
+    with _slow_to_terminate():
+        try:
+            yield Group(place, watch)
+        except Over:
+            raise
+        except BaseException as error:
+            watch.fail(error)
+            raise
+        watch.end()
+    if began_here:
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _slow_to_terminate() -> Iterator[None]:
+    """A launcher that has lost one process terminates the rest at once: leave the time to say what happened."""
+
+    def wait(number: int, _frame: FrameType | None) -> None:
+        time.sleep(PAUSE)
+        launched.LEAVE(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Watch:
+    """A connection from each process to the first one, in threads of their own: it breaks when either end dies."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.over = threading.Event()
+        self.code: int | None = None
+        self.links: dict[int, socket.socket] = {}
+        carried: list[Any] = [None]
+        if place.rank == 0:
+            server = _server(place.address)
+            token = secrets.token_hex(16)
+            carried = [(server.getsockname()[1], token)]
+            dist.broadcast_object_list(carried, src=0, device=torch.device("cpu"))
+            with server:
+                while len(self.links) < place.count - 1:
+                    self._accept(server, token)
+        else:
+            dist.broadcast_object_list(carried, src=0, device=torch.device("cpu"))
+            port, token = carried[0]
+            link = socket.create_connection((place.address, port), timeout=60)
+            link.sendall(json.dumps({"token": token, "rank": place.rank}).encode() + b"\n")
+            self.links[0] = link
+        for rank, link in self.links.items():
+            _keep_alive(link)
+            threading.Thread(target=self._listen, args=(rank, link), name=f"watch {rank}", daemon=True).start()
+        _meet()
+
+    def _accept(self, server: socket.socket, token: str) -> None:
+        link, _ = server.accept()
+        link.settimeout(60)
+        try:
+            said = json.loads(link.makefile("rb").readline(1000))
+            rank = said["rank"] if secrets.compare_digest(said["token"], token) else None
+        except (ValueError, KeyError, TypeError, OSError):
+            rank = None
+        if isinstance(rank, int) and 0 < rank < self.place.count:
+            self.links[rank] = link
+        else:  # a stranger
+            link.close()
+
+    def _listen(self, rank: int, link: socket.socket) -> None:
+        link.settimeout(None)
+        try:
+            said = link.makefile("rb").readline(10_000)
+        except OSError:
+            said = b""
+        if self.over.is_set():
+            return
+        if said:
+            self._told(rank, json.loads(said), link)
+        elif self.place.rank == 0 or self.place.rank == 1:  # one of those that are left speaks
+            self._say(rank, "it was killed, or its machine was lost")
+        if not self.over.is_set():
+            launched.LEAVE(FAILED)
+
+    def _told(self, rank: int, said: dict[str, Any], link: socket.socket) -> None:
+        if self.place.rank == 0:
+            if self.over.wait(2 * PAUSE):  # what went wrong there went wrong here, too, and is said already
+                return
+            self._say(rank, said["reason"])
+            launched.LEAVE(FAILED)
+        # The first one has failed, and says so itself: leave after it.
+        link.settimeout(GRACE)
+        with contextlib.suppress(OSError):
+            link.recv(1)
+        launched.LEAVE(int(said["code"]))
+
+    def _say(self, rank: int, reason: str) -> None:
+        sys.stderr.write(
+            f"error: Process {rank} of {self.place.count} has ended: {reason}.\n"
+            "  -> The same command goes on from the last whole epoch.\n"
+        )
+        sys.stderr.flush()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this process ends with an error: they leave after it, with its code."""
+        if not isinstance(error, LeanortError | KeyboardInterrupt):
+            time.sleep(PAUSE)  # a sum that fails is what is seen of a lost process first: the watching thread says it
+        self.over.set()
+        code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else FAILED)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+        for link in self.links.values():
+            with contextlib.suppress(OSError):
+                link.sendall(json.dumps({"code": code, "reason": reason}).encode() + b"\n")
+        if self.place.rank:
+            time.sleep(PAUSE)
+            launched.LEAVE(code)
+
+    def end(self) -> None:
+        """All went well: connections may close from here on."""
+        _meet()
+        self.over.set()
+        _meet()  # nobody closes before everybody knows
+        for link in self.links.values():
+            link.close()
+
+
+def _meet() -> None:
+    """Wait for every process; on the CPU, whatever else there is."""
+    dist.all_reduce(torch.zeros(1))
+
+
+def _server(address: str) -> socket.socket:
+    """Listen where the launcher says that the first process runs; on every address where that is not one of ours."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, 0), family=family)
+    except OSError:
+        return socket.create_server(("", 0))
+
+
+def _keep_alive(link: socket.socket) -> None:
+    """Notice within 20 s that the other machine is gone, which closes no connection."""
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

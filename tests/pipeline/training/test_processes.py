@@ -1,0 +1,103 @@
+"""Several processes: what two compute is what one computes, up to the order of summation."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import data, models
+from pipeline.recipe.train import TrainSettings
+from pipeline.selection.schedules import cubic_ratio
+from pipeline.selection.weights import prunable, unstructured_l1
+from pipeline.tasks import classification
+from pipeline.training import loop, masks
+from tests.pipeline.training.two import led, together
+
+TASK = classification.task("classification", "output")
+SHORT = TrainSettings(epochs=2, batch_size=90, lr=0.01, optimizer="sgd", weight_decay=5e-4)
+
+
+def digits() -> data.Data:
+    return data.load("digits", input_size=(1, 8, 8))
+
+
+class Net(nn.Module):
+    """A convolution, a batch norm, a head; one more head that the loss never sees."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 3, padding=1, bias=False)  # its gradient would be noise before a norm
+        self.bn = nn.BatchNorm2d(width)
+        self.norm = nn.BatchNorm1d(width, affine=False)
+        self.fc = nn.Linear(width, 10)
+        self.aside = nn.Linear(width, 3)
+
+    def forward(self, x):
+        seen = self.norm(self.bn(self.conv(x)).relu().mean((2, 3)))
+        return {"output": self.fc(seen), "aside": self.aside(seen)}
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return Net()
+
+
+def source():
+    return models.load(build, input_size=(1, 8, 8))
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], within: float = 2e-4) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name].float(), b[name].float(), rtol=within, atol=within, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def trained(changes, *, taught=False, masked=False, gradual=False, other=None, checkpoint=None, seen=None):
+    model = (other or build)()
+    dataset, settings = digits(), SHORT.model_copy(update=changes)
+    teacher = build() if taught else None
+    if teacher is not None:
+        nn.init.normal_(teacher.fc.weight)
+    held = unstructured_l1(prunable(model), 0.5) if masked else None
+
+    def more(step: int, total: int) -> masks.Masks:
+        """More and more weights, by scores that rounding cannot change."""
+        drawn = torch.Generator().manual_seed(0)
+        return {
+            name: torch.rand(value.shape, generator=drawn) > cubic_ratio(0.5, step, total - 4)
+            for name, value in prunable(model).items()
+        }
+
+    return loop.train(
+        model, dataset, TASK, settings, teacher=teacher, masks=held, on_step=more if gradual else None,
+        checkpoint=checkpoint, on_epoch=seen,
+    )  # fmt: skip
+
+
+def two(changes, options):
+    return led(source(), digits(), TASK, lambda: trained(changes, **options))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {}),
+        ({"optimizer": "adamw", "lr": 1e-3, "batch_size": 91}, {"masked": True}),
+        ({"distill_weight": 0.5, "accumulate": 3}, {"taught": True}),
+        ({}, {"gradual": True}),
+    ],
+    ids=["plain", "masked, odd batch", "taught, accumulated", "gradual masks"],
+)
+def test_two_processes_compute_what_one_does(tmp_path, changes, options):
+    torch.set_num_threads(1)
+    alone = trained(changes, **options)
+    first, second = together(tmp_path, two, changes, options)
+    assert second is None
+    assert first is not None, (tmp_path / "stderr0").read_text()
+    close(first.state, alone.state)
+    assert first.masks.keys() == alone.masks.keys()
+    for a, b in zip(first.history, alone.history, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+        assert a.calibration_loss == pytest.approx(b.calibration_loss, rel=1e-3)
+        assert abs(a.train_score - b.train_score) < 0.005
