@@ -76,13 +76,13 @@ def run(
         first, last = _range(start, until)
         check(config)
         found = sources(model, data, config)
-        check_overrides(config.prune, found[0])
+        _check_against(config, found)
         return _build(model, config, found, first, last, promote, request, progress)
     try:
         with processes.joined(place) as group:
             first, last = group.agreed(lambda: _checked(start, until, config), lambda _: _versions())
             found = group.agreed(lambda: sources(model, data, config), _fingerprints)
-            group.agreed(lambda: check_overrides(config.prune, found[0]))
+            group.agreed(lambda: _check_against(config, found))
             if not group.leads:
                 follow(*found)
                 return None
@@ -96,6 +96,18 @@ def run(
 def _checked(start: str | None, until: str | None, config: Config) -> tuple[int, int]:
     check(config)
     return _range(start, until)
+
+
+def _check_against(config: Config, found: tuple[ModelSource, Data, Task]) -> None:
+    """What of a recipe shows itself wrong only beside the model and the data, before anything is spent on them."""
+    source, dataset, _ = found
+    check_overrides(config.prune, source)
+    for settings in _trainings(config):
+        devices.check_rows(len(dataset.train), settings)
+
+
+def _trainings(config: Config) -> tuple[TrainSettings, ...]:
+    return tuple(one or TrainSettings() for one in (config.baseline.train, config.prune.train, config.finetune.train))
 
 
 def _versions() -> dict[str, str]:
@@ -172,8 +184,8 @@ def check(config: Config) -> None:
     schedules.find(config.prune.schedule)
     entrants(config.optimize)
     measuring.metrics(config.gate)
-    for settings in (config.baseline.train, config.prune.train, config.finetune.train):
-        devices.check(settings or TrainSettings())
+    for settings in _trainings(config):
+        devices.check(settings)
     tasks.check(config.task)
 
 

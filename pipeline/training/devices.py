@@ -103,6 +103,18 @@ def check(settings: TrainSettings) -> None:
             )
 
 
+def check_rows(samples: int, settings: TrainSettings) -> None:
+    """Raise ConfigError where a batch out of `samples` has none for a process, or for a part of what a process has."""
+    rows, parts = min(settings.batch_size, samples), count() * settings.accumulate
+    if rows < parts:
+        among = f"{count()} processes" if count() > 1 else ""
+        cut = f"accumulate = {settings.accumulate}" if settings.accumulate > 1 else ""
+        raise ConfigError(
+            f"A batch of {rows} samples cannot feed {' with '.join(filter(None, (among, cut)))}.",
+            f"Start fewer, or let a batch have {parts} samples or more.",
+        )
+
+
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foundation.errors import ConfigError, TrainingError, first_line
+from foundation.errors import TrainingError, first_line
 from foundation.files import replacing
 from pipeline.data.parts import Batch, Data, Inputs, Target
 from pipeline.data.samples import sliced
@@ -37,7 +37,7 @@ from pipeline.tasks.evaluation import Evaluation, evaluate, judged, seen_by
 from pipeline.tasks.task import Task
 from pipeline.training import jobs, trackers
 from pipeline.training import masks as masking
-from pipeline.training.devices import CPU, Devices, facts
+from pipeline.training.devices import CPU, Devices, check_rows, facts
 from pipeline.training.history import Epoch
 from pipeline.training.masks import Masks
 from validators.runners import Array
@@ -255,7 +255,7 @@ class _Run:
         self.devices = Devices(settings)
         self.share = replace(self.devices.share, cuts=settings.accumulate)
         self.rows = min(settings.batch_size, len(data.train))
-        _check_rows(self.rows, settings, self.devices)
+        check_rows(len(data.train), settings)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.steps = max(1, len(data.train) // settings.batch_size)
@@ -490,18 +490,6 @@ class _Run:
             best_score=score,
             seconds=sum(one.seconds for one in self.history),
             resumed_from=resumed_from,
-        )
-
-
-def _check_rows(rows: int, settings: TrainSettings, devices: Devices) -> None:
-    """Raise ConfigError where a batch has no sample for a process, or for a part of what a process has."""
-    parts = devices.count * settings.accumulate
-    if rows < parts:
-        among = f"{devices.count} processes" if devices.count > 1 else ""
-        cut = f"accumulate = {settings.accumulate}" if settings.accumulate > 1 else ""
-        raise ConfigError(
-            f"A batch of {rows} samples cannot feed {' with '.join(filter(None, (among, cut)))}.",
-            f"Start fewer, or let a batch have {parts} samples or more.",
         )
 
 

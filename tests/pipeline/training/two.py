@@ -2,15 +2,18 @@
 
 import os
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.release import fingerprint
 from pipeline.training import jobs, launched, processes
 from pipeline.training.following import follow
-from tests.pipeline.chain import FORKS
+from tests.pipeline.chain import FORKS, _forked
 
 
 def free_port() -> int:
@@ -33,18 +36,20 @@ def _one(work: Callable[..., Any], args: tuple[Any, ...], rank: int, port: int, 
     torch.save(work(*args), said / f"result{rank}.pt")
 
 
-def together(folder: Path, work: Callable[..., Any], *args: Any, seconds: float = 60) -> list[Any]:
-    """What `work(*args)` returns in each of two processes, None where it did not; stderr lies in `folder`."""
-    port = free_port()
-    started = [FORKS.Process(target=_one, args=(work, args, rank, port, folder)) for rank in range(2)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(seconds)
-    for process in started:
-        process.kill()
-        process.join()
-    results = [folder / f"result{rank}.pt" for rank in range(2)]
+@contextmanager
+def running(said: Path, work: Callable[..., Any], *args: Any) -> Iterator[list[Any]]:
+    """`work(*args)` in two processes at once; killed where they have not ended by the end."""
+    said.mkdir(exist_ok=True)
+    with _started([(_one, (work, args, rank), said) for rank in range(2)]) as started:
+        yield started
+
+
+def together(said: Path, work: Callable[..., Any], *args: Any, seconds: float = 60) -> list[Any]:
+    """What `work(*args)` returns in each of two processes, None where it did not; their stderr lies in `said`."""
+    with running(said, work, *args) as started:
+        for process in started:
+            process.join(seconds)
+    results = [said / f"result{rank}.pt" for rank in range(2)]
     return [torch.load(path, weights_only=False) if path.exists() else None for path in results]
 
 
@@ -61,3 +66,50 @@ def led(source: Any, data: Any, task: Any, lead: Callable[[], Any]) -> Any:
             return made
     except processes.Over:
         return None
+
+
+def _command(words: list[str], rank: int, port: int, said: Path) -> None:
+    os.environ.update(environment(rank, port))
+    torch.set_num_threads(1)
+    if words[0] == "another-version":
+        fingerprint.project_digest = lambda: "of another version"
+        words = words[1:]
+    _forked(words, str(said / f"stdout{rank}"), str(said / f"stderr{rank}"), None)
+
+
+@contextmanager
+def commands(said: Path, *words: str, second: tuple[str, ...] | None = None) -> Iterator[list[Any]]:
+    """A command in two processes at once, `second` in the other one; killed where they have not ended by the end."""
+    said.mkdir(exist_ok=True)
+    each = [list(words), list(second or words)]
+    with _started([(_command, (each[rank], rank), said) for rank in range(2)]) as started:
+        yield started
+
+
+@contextmanager
+def _started(works: list[tuple[Callable[..., Any], tuple[Any, ...], Path]]) -> Iterator[list[Any]]:
+    port = free_port()
+    started = [FORKS.Process(target=work, args=(*args, port, said)) for work, args, said in works]
+    for process in started:
+        process.start()
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def ended(started: list[Any], said: Path, seconds: float = 100) -> list[tuple[int, str]]:
+    """Exit code and stderr of each, once they have ended by themselves."""
+    deadline = time.monotonic() + seconds
+    for process in started:
+        process.join(max(0.0, deadline - time.monotonic()))
+        assert process.exitcode is not None, [p.read_text() for p in said.glob("stderr*")]
+    return [(process.exitcode, (said / f"stderr{rank}").read_text()) for rank, process in enumerate(started)]
+
+
+def errors(text: str) -> list[str]:
+    """The lines that say what was wrong; a traceback is none that may be there."""
+    assert "Traceback" not in text, text
+    return [line for line in text.splitlines() if line.startswith("error:")]

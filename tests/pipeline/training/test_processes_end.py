@@ -1,0 +1,102 @@
+"""Several processes that are killed, fail or do not fit: one line, the right exit code, and the next run goes on."""
+
+import shutil
+import time
+
+import pytest
+import torch
+
+from tests.pipeline.chain import TINY
+from tests.pipeline.training.test_processes import two
+from tests.pipeline.training.two import commands, ended, errors, running, together
+
+LONG = [
+    "--input-size", "3,16,16", "--name", "tiny", "--until", "baseline", "--set", "baseline.train={epochs=5, lr=0.1}",
+    "--set", "baseline.seconds=0.05",
+]  # fmt: skip
+
+
+def words(folder, *more: str) -> list[str]:
+    return ["deploy", f"{TINY}:build", *LONG, *more, "--out", str(folder)]
+
+
+def survived(said, started, victim: int) -> None:
+    """The process that was not killed says one line within 30 s and has the exit code of a failed stage."""
+    started[victim].kill()
+    code, text = ended(started, said, seconds=30)[1 - victim]
+    assert code == 3
+    assert errors(text) == [f"error: Process {victim} of 2 has ended: it was killed, or its machine was lost."]
+    shutil.rmtree(said)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_training_and_the_next_one_resumes_to_the_same_weights(tmp_path, victim):
+    changes, said = {"epochs": 6}, tmp_path / "said"
+    said.mkdir()
+    undisturbed, _ = together(said, two, changes, {})
+    checkpoint = tmp_path / "training.pt"
+    shutil.rmtree(said)
+    with running(said, two, changes, {"checkpoint": checkpoint}) as started:
+        while not checkpoint.exists():
+            assert started[0].is_alive(), (said / "stderr0").read_text()
+            time.sleep(0.001)
+        survived(said, started, victim)
+    said.mkdir()
+    resumed, _ = together(said, two, changes, {"checkpoint": checkpoint})
+    assert 0 < resumed.resumed_from < 6
+    assert all(torch.equal(resumed.state[name], value) for name, value in undisturbed.state.items())
+
+
+@pytest.mark.slow
+def test_a_run_of_two_that_was_killed_goes_on_and_ends_with_the_digest_of_an_undisturbed_one(tmp_path):
+    baselines = [tmp_path / name / "tiny" / ".partial" / "0-baseline" for name in ("undisturbed", "killed")]
+    said, checkpoint = tmp_path / "said", baselines[1].with_name("0-baseline.building") / "training.pt"
+    with commands(said, *words(tmp_path / "killed")) as started:
+        while not checkpoint.exists():
+            assert started[0].is_alive(), (said / "stderr0").read_text()
+            time.sleep(0.001)
+        survived(said, started, 1)
+    for folder in (tmp_path / "killed", tmp_path / "undisturbed"):
+        with commands(said, *words(folder)) as started:
+            (code, first), (other, second) = ended(started, said)
+        assert (code, other, second) == (0, 0, ""), first
+        assert ("Resuming after epoch" in first) == (folder.name == "killed")
+        shutil.rmtree(said)
+    one, other = (path / "weights.safetensors" for path in baselines)
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--set", "baseline.train.batch_size=1"], "A batch of 1 samples cannot feed 2 processes."),
+        (["--set", "baseline.train.lr=1e12", "--set", "baseline.train.grad_clip=0"], "The loss became"),
+        (["--set", "baseline.train.device=cuda"], "Process 0 wants GPU 0, and this machine has no CUDA GPU"),
+        (["--set", "baseline.train.precision=fp16"], "precision is 'fp16', and a CPU cannot train in it."),
+    ],
+    ids=["too many processes", "diverging", "no GPU", "fp16"],
+)
+def test_what_is_wrong_is_said_once(tmp_path, more, message):
+    with commands(tmp_path / "said", *words(tmp_path, *more)) as started:
+        (code, first), (_, second) = ended(started, tmp_path / "said")
+    (line,) = errors(first)
+    assert message in line
+    assert code == (3 if "loss" in line else 2)
+    assert second == ""
+    assert not list(tmp_path.glob("tiny/.partial/0-baseline"))
+
+
+def test_processes_of_other_models_are_refused(tmp_path):
+    with commands(tmp_path / "said", *words(tmp_path), second=tuple(words(tmp_path, "--seed", "1"))) as started:
+        (code, first), (_, second) = ended(started, tmp_path / "said")
+    assert code == 2
+    assert errors(first) == ["error: Process 1 has another model than process 0."]
+    assert second == ""
+    assert not list(tmp_path.glob("tiny/.partial"))
+
+
+def test_a_process_that_runs_another_version_is_refused(tmp_path):
+    with commands(tmp_path / "said", *words(tmp_path), second=("another-version", *words(tmp_path))) as started:
+        (code, first), _ = ended(started, tmp_path / "said")
+    assert code == 2
+    assert errors(first) == ["error: Process 1 has another version of leanort than process 0."]
