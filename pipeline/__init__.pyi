@@ -9,7 +9,10 @@ from .artifacts.verdict import Validated as Validated
 from .deployment import deploy as deploy
 from .progress import Progress as Progress
 from .progress import TerminalProgress as TerminalProgress
+from .rebuilding.restore import load_smaller as load_smaller
+from .rebuilding.restore import save_smaller as save_smaller
 from .recipe.config import Config as Config
 from .release.opening import Release as Release
 from .release.opening import open_release as open_release
+from .release.smaller import smaller as smaller
 from .runner import plan as plan

@@ -17,6 +17,7 @@ class Shrunk(Artifact):
 
     STAGE: ClassVar[str] = "4-shrink"
     PROGRAM: ClassVar[str] = "shrunk.pt2"
+    LEDGER: ClassVar[str] = "ledger.json"
 
     removed: bool
     statement: str
@@ -30,6 +31,10 @@ class Shrunk(Artifact):
     tolerance: float
     widths: tuple[WidthChange, ...]
     kept_back: tuple[str, ...]
+    original_class: bool | None = None
+    """Whether the model's own class, with smaller layers, computes the program; None in versions older than that."""
+    module: str = ""
+    """What was measured of that, or why not; in words."""
 
     def program(self) -> ExportedProgram:
         """The shrunk program, batch-dynamic. Raises StoreError where its file is not one that was written here."""

@@ -221,7 +221,7 @@ def read(version: Path) -> Removal:
     for row in table(Pruned.STAGE, SCORES):
         scores.setdefault(row.pop("cluster"), []).append(row)
     return Removal(
-        ledger=Ledger.from_json(text(Shrunk.STAGE, "ledger.json")),
+        ledger=Ledger.from_json(text(Shrunk.STAGE, Shrunk.LEDGER)),
         pruned=Pruned.load(version / Pruned.STAGE),
         chosen=json.loads(text(Pruned.STAGE, "removed.json")),
         blocked=json.loads(text(Shrunk.STAGE, "blocked.json")),

@@ -20,6 +20,9 @@ from foundation.errors import ModelError, nearest
 Outputs = Mapping[str, Tensor]
 """A model's output tensors by name, the batch in dimension 0."""
 
+ADAPTED = "_leanort_adapted"
+"""Attribute of a class that `adapted` made; the user's own is its base."""
+
 ONLY = "output"
 """Name of an output that has none, and is the only one."""
 
@@ -168,7 +171,7 @@ def adapted(call: Call, model: nn.Module) -> nn.Module:
         return found if call.keep is None else {name: found[name] for name in call.keep}
 
     called.__signature__ = _signature(call.names)  # type: ignore[attr-defined]
-    made = type(kind.__name__, (kind,), {"forward": called, "__module__": kind.__module__})
+    made = type(kind.__name__, (kind,), {"forward": called, "__module__": kind.__module__, ADAPTED: True})
     made.__qualname__ = kind.__qualname__
     model.__class__ = made
     return model

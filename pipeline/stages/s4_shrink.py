@@ -23,6 +23,7 @@ from pipeline.data.parts import Data
 from pipeline.drawing.widths import widths_svg
 from pipeline.models.graph import graph_of
 from pipeline.models.source import ModelSource
+from pipeline.rebuilding.rebuild import rebuild
 from pipeline.recipe.removal import ShrinkSection
 from pipeline.selection.kinds import policy_of
 
@@ -43,7 +44,10 @@ def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: 
     feeds = [channels.small(captured, seed=cfg.seed), data.sample("calibration", REAL_SAMPLES)]
     proof = prove(captured, small, feeds)
     archive.write(small.program, out / Shrunk.PROGRAM)
-    (out / "ledger.json").write_text(small.ledger.to_json() + "\n", encoding="utf-8")
+    _, structure = rebuild(model, captured, small)
+    facts = {"model": source.spec, "classes": source.num_classes, "input_size": source.input_size, "seed": source.seed}
+    structure.model_copy(update=facts).write(out)
+    (out / Shrunk.LEDGER).write_text(small.ledger.to_json() + "\n", encoding="utf-8")
     (out / "blocked.json").write_text(
         json.dumps(
             [{"op": b.op, "node": b.node, "reason": b.reason, "params": b.params} for b in analysis.blocked], indent=1
@@ -78,6 +82,8 @@ def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: 
         tolerance=proof.tolerance,
         widths=widths,
         kept_back=_kept_back(analysis, small.ledger),
+        original_class=structure.original,
+        module=structure.why,
     )
 
 

@@ -9,46 +9,52 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+from torch.export import ExportedProgram
 
 from pipeline.channels.operators.table import bind, find
 from pipeline.channels.removal.rewrite import Shrunk
 
 
-class Trainable(nn.Module):
-    """A shrunk program as a module with parameters; `train()` and `eval()` set the flags inside its graph.
+class Trainable(fx.GraphModule):
+    """A shrunk program as a module whose parameters have their original names; `train()` and `eval()` set the flags
+    inside its graph. It trains, deep-copies and is captured like any other module.
 
     Weight standardisation, which is a batch_norm without running statistics, stays as it is.
     """
 
-    def __init__(self, shrunk: Shrunk) -> None:
-        super().__init__()
-        graph_module = shrunk.program.module(check_guards=False)
-        assert isinstance(graph_module, fx.GraphModule)
-        self.body = graph_module
-        self.names = tuple(shrunk.program.state_dict)
-        for parameter in self.body.parameters():
+    def __init__(self, program: ExportedProgram) -> None:
+        module = program.module(check_guards=False)
+        assert isinstance(module, fx.GraphModule)
+        super().__init__(module, module.graph, class_name="Trainable")
+        self.program = program
+        for parameter in self.parameters():
             parameter.requires_grad_(parameter.dtype.is_floating_point)
         self.train(False)
 
-    def forward(self, *inputs: Any) -> Any:
-        """The program's outputs."""
-        return self.body(*inputs)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trainable:
+        made = super().__deepcopy__(memo)  # of a graph module's attributes it keeps what the graph names
+        assert isinstance(made, Trainable)
+        for name, value in vars(self).items():
+            vars(made).setdefault(name, value)
+        return made
 
     def train(self, mode: bool = True) -> Trainable:
         """Set the flags of every norm with running statistics and every dropout."""
-        self.training = mode
-        if hasattr(self, "body"):
-            for node in self.body.graph.nodes:
-                if node.op == "call_function":
-                    _set_flag(node, mode)
-            self.body.recompile()
+        super().train(mode)
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                _set_flag(node, mode)
+        self.recompile()
         return self
+
+    def exported(self) -> ExportedProgram:
+        """The program with the weights as they are now."""
+        return _with_state(self.program, self.weights())
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and buffers by their names in the program."""
-        held = dict(self.body.state_dict())
-        return {name: held[name].detach() for name in self.names if name in held}
+        return {name: value.detach() for name, value in self.state_dict().items()}
 
 
 def _set_flag(node: fx.Node, mode: bool) -> None:
@@ -67,7 +73,10 @@ def _set_flag(node: fx.Node, mode: bool) -> None:
 
 def with_weights(shrunk: Shrunk, weights: dict[str, Tensor]) -> Shrunk:
     """The same program over other values of the same shapes, after a recovery."""
-    program = shrunk.program
+    return replace(shrunk, program=_with_state(shrunk.program, weights))
+
+
+def _with_state(program: ExportedProgram, weights: dict[str, Tensor]) -> ExportedProgram:
     parameters = set(program.graph_signature.parameters)
     state = {
         n: torch.nn.Parameter(weights[n], weights[n].dtype.is_floating_point) if n in parameters else weights[n]
@@ -75,4 +84,4 @@ def with_weights(shrunk: Shrunk, weights: dict[str, Tensor]) -> Shrunk:
         if n in weights
     }
     state = {**program.state_dict, **state}
-    return replace(shrunk, program=program._update(program.graph_module, program.graph_signature, state_dict=state))
+    return program._update(program.graph_module, program.graph_signature, state_dict=state)

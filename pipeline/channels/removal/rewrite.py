@@ -114,7 +114,7 @@ class _Removal:
         shapes = {n: tuple(v.shape) for n, v in self.captured.state.items()}
         ledger = Ledger(
             shapes=shapes,
-            kept={n: k for n, k in kept.items() if n in names},
+            kept=kept,
             groups=_by_cluster(self.analysis, self.gone),
             rewrites=tuple(self.cut.rewrites),
             refusals=refused,

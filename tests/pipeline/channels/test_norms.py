@@ -148,9 +148,9 @@ def test_a_mean_far_above_the_spread_costs_no_more_digits_than_before(
 @pytest.mark.parametrize("name", ["layer", "rms", "group of all"])
 def test_training_goes_the_way_it_would_have_gone_under_masks(name: str, experiment: Callable[..., Any]) -> None:
     e = experiment(PreNorm(NORMS[name]), X)
-    after = Trainable(e.shrunk)
+    after = Trainable(e.shrunk.program)
     after(X).square().mean().backward()
-    found = {n: p.grad for n, p in after.body.named_parameters()}
+    found = {n: p.grad for n, p in after.named_parameters()}
     before = e.folded.program.module(check_guards=False)
     before.load_state_dict(e.folded.state)
     before(X).square().mean().backward()

@@ -27,7 +27,7 @@ class Net(nn.Module):
 def test_training_moves_weights_and_statistics_and_comes_back(experiment: Callable[..., Any]) -> None:
     found = experiment(Net(), torch.randn(2, 3, 8, 8))
     x = torch.randn(4, 3, 8, 8)
-    module = Trainable(found.shrunk)
+    module = Trainable(found.shrunk.program)
     torch.testing.assert_close(module(x), found.shrunk(x))
     module.train()
     assert not torch.equal(module(x), module(x)), "dropout is off"
