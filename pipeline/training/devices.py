@@ -155,6 +155,20 @@ class Devices:
         self._scaler: torch.amp.GradScaler | None = self._accelerator.scaler
 
     @property
+    def doubtful(self) -> bool:
+        """Whether the precision may be slower than float32 here, so that it has to be measured."""
+        return self._lowered and self.device == CPU
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Compute in float32 within the context, whatever the precision."""
+        before, self._lowered = self._lowered, False
+        try:
+            yield
+        finally:
+            self._lowered = before
+
+    @property
     def leads(self) -> bool:
         """Whether this process writes and speaks."""
         return self.rank == 0

@@ -16,7 +16,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foundation.errors import TrainingError, first_line
+from foundation.errors import ConfigError, TrainingError, first_line
 from foundation.files import replacing
 from pipeline.data.parts import Batch, Data, Inputs, Target
 from pipeline.data.samples import sliced
@@ -145,6 +145,8 @@ def take_part(
     with closing(_Run(model, data, task, settings, teacher, guided=guided)) as run:
         key = run.key() if checkpoint else ""
         run.begin(run.found(checkpoint, key, progress) if checkpoint is not None else None)
+        if run.devices.doubtful and not run.history and settings.epochs:
+            run.check_faster()
         resumed_from = len(run.history)
         total = settings.epochs * run.steps
         shown = trackers.start(settings, checkpoint, progress) if run.devices.leads else trackers.Nowhere()
@@ -293,6 +295,34 @@ class _Run:
         self.devices.place(objective)
         self.objective = self.devices.prepared(objective)
 
+    def check_faster(self) -> None:
+        """Raise ConfigError where a step takes no less in the lower precision than in float32, by processor seconds.
+
+        The same batch forward and back, in turn, the least time of each; model and generators stay as they were.
+        """
+        before = _copy(self.model.state_dict())
+        self.model.train()
+        least = {True: math.inf, False: math.inf}
+        with seeded(self.settings.seed), self.devices.stepping():
+            inputs, target = next(self.batches(self.settings.seed))
+            for number in range(2 * (1 + TIMED_STEPS)):
+                lowered = number % 2 == 0
+                with nullcontext() if lowered else self.devices.in_float32():
+                    began = time.process_time()
+                    self.back(inputs, target)
+                    took = time.process_time() - began
+                if number > 1:
+                    least[lowered] = min(least[lowered], took)
+        self.model.load_state_dict(before)
+        self.optimizer.zero_grad()
+        ratio = self.devices.told(least[True] / least[False])
+        if ratio >= 1:
+            raise ConfigError(
+                f"precision is {self.settings.precision!r}, and on this CPU a step of this model takes "
+                f"{ratio:.2f} times as long in it as in float32.",
+                'Write precision = "float32".',
+            )
+
     def batches(self, seed: int) -> Iterator[Batch]:
         """This process's part of every batch of an epoch.
 
@@ -366,13 +396,21 @@ class _Run:
 
     def step(self, inputs: Inputs, target: Target, rate: float) -> tuple[float, dict[str, Tensor]]:
         """One step on this process's rows of a batch: their mean loss, and the outputs, on the CPU."""
-        settings, devices = self.settings, self.devices
-        if settings.channels_last:
+        found = self.back(inputs, target)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.devices.step(self.optimizer, self.model, self.settings.grad_clip)
+        return found
+
+    def back(self, inputs: Inputs, target: Target) -> tuple[float, dict[str, Tensor]]:
+        """Forward and back, cut by cut; the gradients are the whole batch's."""
+        devices = self.devices
+        if self.settings.channels_last:
             inputs = tuple(
                 one.contiguous(memory_format=torch.channels_last) if one.dim() == 4 else one for one in inputs
             )
         assert self.objective is not None
-        whole = settings.accumulate == devices.count == 1
+        whole = self.settings.accumulate == devices.count == 1
         self.optimizer.zero_grad()
         lost, outputs, start = 0.0, [], 0
         sizes = self.share.sizes(self.rows)
@@ -388,9 +426,6 @@ class _Run:
                 devices.backward(loss)
             lost += float(loss.detach()) / weight * rows
             outputs.append(devices.back(found))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        devices.step(self.optimizer, self.model, settings.grad_clip)
         return lost / sum(sizes), _joined(outputs)
 
     def _masks_from(self, given: Masks | None) -> None:

@@ -75,8 +75,7 @@ class _GlobalNorm(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         wide = given if given.dtype in (torch.float32, torch.float64) else given.float()
-        dims = [dim for dim in range(given.dim()) if dim != 1]
-        var, mean = torch.var_mean(wide, dims, correction=0)
+        mean, var = torch.batch_norm_update_stats(wide, None, None, 0.0)  # a fifth of the time of `var_mean`
         rows = given.numel() // given.shape[1]
         own = torch.stack([mean, var, torch.full_like(mean, rows)]).double()
         all_own = [torch.empty_like(own) for _ in range(dist.get_world_size())]
