@@ -30,6 +30,7 @@ from pipeline.data.imagefolder import SCANNED
 from pipeline.data.parts import PARTS, UNKNOWN, Batch, Inputs, Part, Split, Target
 from pipeline.data.prepared import Prepared
 from pipeline.data.samples import (
+    TARGETS,
     Parting,
     Reading,
     Sample,
@@ -39,6 +40,7 @@ from pipeline.data.samples import (
     digest_of,
     input_tensor,
     kind_of,
+    leafed,
     sliced,
     target_tree,
 )
@@ -82,7 +84,7 @@ def from_samples(given: Mapping[Part, Any], name: str, seed: int, reading: Readi
         samples, workers = _samples(value, f"{name} ({part})", parting)
         parts[part], digests[part], shapes = _scan(samples, workers, seed, shapes)
         with user_code(f"{name}: the names in .classes", DataError):
-            classes = getattr(samples.source, "classes", None)
+            classes = getattr(samples.source, "classes", None) or _class_names(value, reading)
             if names is None and isinstance(classes, Sequence) and not isinstance(classes, str):
                 names = tuple(str(one) for one in classes)
     if len({split.labels is None for split in parts.values()}) > 1:  # classes in one part, values in another
@@ -240,6 +242,15 @@ class _Samples(Dataset[Any]):
         return inputs, made
 
 
+def _class_names(value: Any, reading: Reading) -> Any:
+    """Names of the classes of a Hugging Face data set, which knows of each column what it holds."""
+    features = getattr(value, "features", None)
+    if not isinstance(features, Mapping):
+        return None
+    target = reading.target or next((name for name in TARGETS if name in features), None)
+    return getattr(features.get(target), "names", None)
+
+
 MOST_SPOOLED = 1_000_000
 """Samples of a data set without positions: one that has no end would fill the disk."""
 
@@ -283,9 +294,9 @@ class _Spooled(Dataset[Any]):
 def _kept(sample: Any, place: str) -> Any:
     """A sample with everything that is no text as tensors, so that it can be written and read without any code."""
     if isinstance(sample, Mapping):
-        return {str(key): _kept(one, place) for key, one in sample.items()}
+        return {str(key): _kept(leafed(one), place) for key, one in sample.items()}
     if isinstance(sample, tuple | list):
-        return tuple(_kept(one, place) for one in sample)
+        return tuple(_kept(leafed(one), place) for one in sample)
     if sample is None or isinstance(sample, str | int | float | Tensor):
         return sample
     return target_tree(sample, place)

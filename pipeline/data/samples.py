@@ -75,7 +75,7 @@ class Parting:
     def __call__(self, sample: Any, place: str) -> tuple[tuple[Any, ...], Any]:
         """The inputs of a sample (or of a batch that a collate made), flat, and its target; None where it has none."""
         args, kwargs, target = self._parts(sample, place)
-        names, leaves, tree = flattened(*_leafed((args, kwargs)))
+        names, leaves, tree = flattened(*leafed((args, kwargs)))
         if not leaves:
             raise DataError(f"{place} has no input for the model.", "Return (input, target), or the input alone.")
         if self.fed is None:
@@ -129,14 +129,14 @@ class Parting:
         return inputs, None if target is None or whole else found[target]
 
 
-def _leafed(value: Any) -> Any:
+def leafed(value: Any) -> Any:
     """Lists of numbers, as rows of Hugging Face's data sets have them, as arrays: one input each."""
     if isinstance(value, list) and value and _numbers(value):
         return np.asarray(value)
     if isinstance(value, Mapping):
-        return {key: _leafed(one) for key, one in value.items()}
+        return {key: leafed(one) for key, one in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_leafed(one) for one in value)
+        return type(value)(leafed(one) for one in value)
     return value
 
 

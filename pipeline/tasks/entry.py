@@ -8,6 +8,7 @@ task, the sizes of free dimensions.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from foundation.errors import ConfigError, ModelError, first_line, nearest
-from pipeline.data.parts import SINGLE, Data, Inputs
+from pipeline.data.parts import ONE_IMAGE, SINGLE, Data, Inputs
 from pipeline.models.calling import Call, adapted, bound, flattened, named
 from pipeline.models.from_code import user_code
 from pipeline.models.named_inputs import NamedInputs
@@ -79,6 +80,8 @@ def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSour
         tree = flattened(tuple(range(len(given))), {})[2]
         inputs = tuple(replace(one, name=name) for one, name in zip(data.inputs, given, strict=True))
     else:
+        if len(data.inputs) == len(data.fed.kwargs) == 1 and _takes_one(model, data.fed.kwargs[0]):
+            data = replace(data, fed=ONE_IMAGE)
         by_position = bound(model, data.fed.args, data.fed.kwargs, source.spec)
         tree = data.fed.tree
         single = len(data.inputs) == 1 and data.fed.args == 1
@@ -87,6 +90,16 @@ def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSour
     call = Call(tuple(one.name for one in inputs), tree, None, source.origin.outputs, order)
     source = replace(source, inputs=inputs, adapt=partial(adapted, call))
     return source, replace(data, inputs=inputs), call
+
+
+def _takes_one(model: nn.Module, name: str) -> bool:
+    """Whether there is only one place for the only input, which forward knows under another name than `name`."""
+    kinds = inspect.Parameter
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.name == name or p.kind in (kinds.VAR_KEYWORD, kinds.VAR_POSITIONAL) for p in parameters):
+        return False
+    needed = [p for p in parameters if p.default is p.empty]
+    return len(needed) == 1 and needed[0].kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
 
 
 def _hint(inputs: tuple[Input, ...]) -> str:
