@@ -44,6 +44,7 @@ def rebuild(model: nn.Module, captured: Captured, shrunk: Shrunk) -> tuple[nn.Mo
         fit(made, state_of(shrunk.program, shrunk.ledger, captured.state, biases))
         whole = _widened(made, captured, shrunk.ledger)
         worst, scale = compare(made, captured, shrunk)
+        _try_training(made, captured)
     except (RefusedError, ValueError) as error:
         reason = f"the forward of {kind.__name__} does not compute the shrunk program: {first_line(error)}"
         return None, Structure(original=False, why=reason, kind=called)
@@ -304,6 +305,16 @@ def compare(model: nn.Module, captured: Captured, shrunk: Callable[..., Any]) ->
     if not precise[0] <= allowance(limit, precise[1]):
         raise RefusedError(f"its outputs differ by {precise[0]:.2g} in float64, of at most {precise[1]:.3g}", "")
     return worst, scale
+
+
+def _try_training(model: nn.Module, captured: Captured) -> None:
+    """Raise RefusedError where `forward` fails in training mode only: it uses layers then that the program has not."""
+    twin = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad():
+            twin(*small(captured))
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise RefusedError(f"in training mode it fails ({first_line(error)})", "") from error
 
 
 MARGIN = 4.0

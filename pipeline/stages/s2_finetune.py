@@ -17,7 +17,9 @@ from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.train import FinetuneSection, TrainSettings
 from pipeline.recovery import closed_form, ladder
+from pipeline.recovery.pruned_size import PrunedSize, at_pruned_size
 from pipeline.recovery.statistics import reestimate
+from pipeline.selection.kinds import policy_of
 from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.task import Task
 from pipeline.training import loop, masks
@@ -45,6 +47,8 @@ def run(
 ) -> Finetuned:
     """Climb the ladder: closed form, batch norms' statistics, training with the masks held through every step.
 
+    Where whole channels are masked and the model's own class can be the smaller model, that is trained, and its weights
+    are written back: the same function at the price of the pruned one.
     A rung is kept only where the calibration part shows that it helps; what cannot help any more is not climbed.
     Training resumes from the last epoch after a kill. Raises MaskError when a masked weight is not zero, TrainingError
     when the loss is not finite.
@@ -84,9 +88,14 @@ def run(
             )
             rungs.append(made)
     settings = _settings(cfg, model, gentle=fitted and not ladder.far(now, dense), labelled=data.labelled)
-    if cfg.seconds is not None and settings.epochs and not _no_training(cfg, settings, ladder.near(now, dense)):
-        each = loop.seconds_per_epoch(model, data, task, settings, teacher if settings.distill_weight > 0 else None)
-        settings = settings.model_copy(update={"epochs": min(settings.epochs, int(cfg.seconds / each))})
+    taught_by = teacher if settings.distill_weight > 0 else None
+    small: PrunedSize | None = None
+    if not _no_training(cfg, settings, ladder.near(now, dense)):
+        small, words = at_pruned_size(model, source, chosen, policy_of(pruned.kinds))
+        progress.say(f"  training at the pruned size: {words}" if small else f"  training under masks: {words}")
+        if cfg.seconds is not None:
+            each = loop.seconds_per_epoch(small.model if small else model, data, task, settings, taught_by)
+            settings = settings.model_copy(update={"epochs": min(settings.epochs, int(cfg.seconds / each))})
     history: tuple[Epoch, ...] = ()
     best_epoch, seconds = 0, 0.0
     why = _no_training(cfg, settings, ladder.near(now, dense))
@@ -98,16 +107,18 @@ def run(
         def train() -> str:
             result.append(
                 loop.train(
-                    model,
+                    small.model if small else model,
                     data,
                     task,
                     settings,
-                    teacher=teacher if settings.distill_weight > 0 else None,
-                    masks=chosen,
+                    teacher=taught_by,
+                    masks=small.masks if small else chosen,
                     checkpoint=out / "training.pt",
                     progress=progress,
                 )
             )
+            if small:
+                small.write_back(model, result[0].state)
             return f"{settings.epochs} epochs, the best kept"
 
         made, now = ladder.climb("training", model, data, task, now, train)

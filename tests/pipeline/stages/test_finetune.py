@@ -14,6 +14,7 @@ from pipeline import data, models
 from pipeline.artifacts.eager import Baseline, Pruned
 from pipeline.data.parts import image_split
 from pipeline.progress import Progress
+from pipeline.recipe.removal import GroupSwitches
 from pipeline.recipe.train import FinetuneSection, TrainSettings
 from pipeline.recovery import ladder
 from pipeline.stages import s2_finetune
@@ -66,7 +67,7 @@ def stage(tmp_path, trained, digits):
     save_tensors(trained, tmp_path / "1-prune" / Pruned.WEIGHTS)
     source = models.load(net(), num_classes=10, input_size=SIZE)
     baseline = Baseline.model_construct(folder=tmp_path / "0-baseline")
-    pruned = Pruned.model_construct(folder=tmp_path / "1-prune")
+    pruned = Pruned.model_construct(folder=tmp_path / "1-prune", kinds=GroupSwitches())
 
     def run(chosen, own=digits, **settings):
         masks.save(chosen, tmp_path / "1-prune" / Pruned.MASKS)
@@ -118,7 +119,7 @@ def test_a_rung_that_makes_it_worse_is_taken_back(stage, monkeypatch):
         with torch.no_grad():
             for value in masks.parameters(model).values():
                 value.zero_()
-        return result
+        return replace(result, state={name: torch.zeros_like(value) for name, value in result.state.items()})
 
     monkeypatch.setattr(loop, "train", careless)
     fitted = {name: value.clone() for name, value in stage(halved(), recover="closed-form").weights().items()}
