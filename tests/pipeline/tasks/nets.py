@@ -89,6 +89,12 @@ class Cells(nn.Module):
         return self.head(self.body(x))
 
 
+class ColouredCells(Cells):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[0] = conv(3, 16)
+
+
 def squares():
     draw = torch.Generator().manual_seed(0)
     samples = []

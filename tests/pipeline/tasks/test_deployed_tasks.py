@@ -2,11 +2,16 @@
 
 import base64
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from tests.pipeline.chain import figures, said
+from tests.pipeline.tasks import nets
 
 NETS = Path(__file__).with_name("nets.py")
 QUICK = [
@@ -21,8 +26,8 @@ QUICK = [
 
 def deployed(folder: Path, net: str, data: str, *words: str, epochs: int = 6, code: int = 0) -> str:
     train = ("--set", f"baseline.train={{epochs={epochs}, lr=0.05}}")
-    return said(folder, "deploy", f"{NETS}:{net}", "--data", f"{NETS}:{data}", "--name", "net", *train, *QUICK, *words,
-                code=code)  # fmt: skip
+    source = data if ":" in data else f"{NETS}:{data}"
+    return said(folder, "deploy", f"{NETS}:{net}", "--data", source, "--name", "net", *train, *QUICK, *words, code=code)
 
 
 def scores(folder: Path) -> dict:
@@ -91,6 +96,43 @@ def test_detection_with_a_loss_of_ones_own(tmp_path):
     assert all(0.1 < value < 1 for value in found["mAP"])
     assert found["mAP at 0.5"][1] > found["mAP"][1]
     shown(tmp_path)
+
+
+def noted(folder: Path) -> Path:
+    """The squares as a folder of images with boxes, twice as large as the net takes them; one image has none."""
+    (folder / "images").mkdir(parents=True)
+    images, boxes = [], []
+    for number, (image, target) in enumerate([*nets.squares(), (torch.zeros(1, 32, 32), {"boxes": [], "labels": []})]):
+        pixels = (128 + 40 * image[0]).clamp(0, 255).to(torch.uint8).numpy()
+        Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST).save(folder / "images" / f"{number}.png")
+        images.append({"id": 1000 + number, "file_name": f"{number}.png"})
+        for (left, top, right, bottom), label in zip(target["boxes"], target["labels"], strict=True):
+            box = [2 * left, 2 * top, 2 * (right - left), 2 * (bottom - top)]
+            boxes.append({"id": len(boxes), "image_id": 1000 + number, "category_id": 5 + 4 * label, "bbox": box})
+    kinds = [{"id": 9, "name": "bright"}, {"id": 5, "name": "dark"}]
+    content = {"images": images, "annotations": boxes, "categories": kinds}
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.examples
+def test_a_folder_of_images_with_boxes_the_whole_way(tmp_path):
+    data = noted(tmp_path / "traffic")
+    deployed(tmp_path, "ColouredCells", f"coco:{data}", "--set", f"task.name={NETS}:detection",
+             "--input-size", "3,32,32", epochs=10)  # fmt: skip
+    found = scores(tmp_path)
+    assert found.pop("task") == "detection"
+    assert all(0.1 < value < 1 for value in found["mAP"])
+    bundle = tmp_path / "net" / "v0001" / "bundle"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["labels"] == ["dark", "bright"]
+    assert (manifest["inputs"][0]["holds"], manifest["inputs"][0]["fit"]) == ("image", "stretch")
+    done = subprocess.run(
+        [sys.executable, "serve.py", data / "images"], cwd=bundle, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 301
 
 
 def test_labels_of_tokens_as_far_as_the_pruned_net(tmp_path):
