@@ -229,11 +229,13 @@ class Data:
         augment: bool = False,
         drop_last: bool = False,
         share: Share = ALONE,
+        turn: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
         """Yield inputs, a tensor for each of `inputs` (images normalised, float32), and the target of each batch.
 
         Order and augmentation depend on `seed` alone, so give each epoch another one. `share`: the rows of every batch
         that are read; all shares together give what one would. A batch that has none for a share is left out there.
+        `turn`: (which, of how many) takes whole batches in turn.
         """
         split = self.split(part)
         generator = torch.Generator().manual_seed(seed)
@@ -241,6 +243,7 @@ class Data:
         chunks = blocks(order.tolist(), batch_size)
         if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch_size:
             chunks.pop()
+        chunks = chunks[turn[0] :: turn[1]]
         wholes = [len(chunk) for chunk in chunks]
         owns = [share.rows(whole) for whole in wholes]
         chunks = [[chunk[row] for row in own] for chunk, own in zip(chunks, owns, strict=True)]

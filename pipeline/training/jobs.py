@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from foundation.errors import ModelError, TrainingError, first_line
 from pipeline.data.parts import AnsweredBy, Data, Part
+from pipeline.models.calling import ADAPTED
 from pipeline.models.dense import Answering
 from pipeline.models.source import ModelSource
 from pipeline.recipe.train import TrainSettings
@@ -98,7 +99,7 @@ def handed_out(
             continue
         if not all(_all(True)):
             carried, reason = _pickled(module)
-            _told(carried)
+            _told((carried, _is_adapted(module)))
             refusals = [one for one in _all(None if carried is not None else reason) if one]
             if refusals:
                 raise ModelError(
@@ -124,12 +125,19 @@ def _digest(module: nn.Module) -> str:
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether its class was made here, from the user's (`calling.adapted`): a pickle knows the user's alone."""
+    return ADAPTED in type(module).__dict__
+
+
 def _pickled(module: nn.Module) -> tuple[bytes | None, str]:
     """The module without its masks, and "", or None and the reason."""
     plain = copy.deepcopy(module)
     state = masking.originals(module)
     masking.fold(plain)
     plain.load_state_dict(state)
+    if _is_adapted(plain):
+        plain.__class__ = type(plain).__bases__[0]
     into = io.BytesIO()
     try:
         torch.save(plain, into)
@@ -173,10 +181,12 @@ def _made(sketch: _Sketch, source: ModelSource) -> nn.Module:
     """The module of a sketch, with the first process's weights."""
     found = next((m for m in (source.build(), source.build_as_given()) if _digest(m) == sketch.digest), None)
     if not all(_all(found is not None)):
-        carried, reason = _told(None), None
+        (carried, adapted), reason = _told(None), None
         if carried is not None:
             try:
                 found = torch.load(io.BytesIO(carried), weights_only=False)  # from this run's own first process
+                if adapted and source.adapt is not None:
+                    found = source.adapt(found)
             except Exception as error:
                 reason = f"{type(error).__name__}: {first_line(error)}"
         refusals = [one for one in _all(reason) if one]

@@ -382,11 +382,14 @@ class _Run:
         return done
 
     def judged(self) -> Evaluation:
-        """The model on the calibration part, each process on its part of every batch; in float32 always."""
+        """The model on the calibration part, in float32 always; processes take whole batches in turn, since a score may
+        compare the samples of one.
+        """
         if self.devices.count == 1 and self.devices.device.type == "cpu":
             return evaluate(self.task, self.model, self.data, "calibration")
         self.model.eval()
-        batches = self.data.batches("calibration", self.task.batch, share=self.devices.share)
+        turn = (self.devices.rank, self.devices.count)
+        batches = self.data.batches("calibration", self.task.batch, turn=turn)
         seen = seen_by(self.task, self.devices.judging(lambda *inputs: named(self.model(*inputs))), batches)
         return judged(self.task, self.devices.gathered(seen))
 

@@ -1,18 +1,22 @@
 """Several processes: what two compute is what one computes, up to the order of summation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from pipeline import data, models
+from pipeline.models.dense import Answering
 from pipeline.recipe.train import TrainSettings
 from pipeline.selection.schedules import cubic_ratio
 from pipeline.selection.weights import prunable, unstructured_l1
-from pipeline.tasks import classification
+from pipeline.tasks import classification, distil
 from pipeline.training import loop, masks
 from tests.pipeline.training.two import led, together
 
 TASK = classification.task("classification", "output")
+COPYING = distil.task("distil", ("output",))
 SHORT = TrainSettings(epochs=2, batch_size=90, lr=0.01, optimizer="sgd", weight_decay=5e-4)
 
 
@@ -53,9 +57,29 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], within: float 
         )
 
 
-def trained(changes, *, taught=False, masked=False, gradual=False, other=None, checkpoint=None, seen=None):
-    model = (other or build)()
-    dataset, settings = digits(), SHORT.model_copy(update=changes)
+def smaller() -> nn.Module:
+    """What no source builds."""
+    torch.manual_seed(0)
+    return Net(width=6)
+
+
+def answered() -> data.Data:
+    """Digits whose labels are another model's answers."""
+    known = digits()
+    parts = {part: (known.split(part).labels + 3) % 10 for part in ("train", "calibration", "test")}
+    return replace(known, labelled=False).answered(parts, 10)
+
+
+def copied() -> data.Data:
+    """Digits whose targets are another model's outputs."""
+    model = build()
+    nn.init.normal_(model.fc.weight)
+    return replace(digits(), labelled=False).answered_by(Answering(lambda: model))
+
+
+def trained(changes, *, taught=False, masked=False, gradual=False, make=build, on=digits, checkpoint=None):
+    model = make()
+    dataset, settings = on(), SHORT.model_copy(update=changes)
     teacher = build() if taught else None
     if teacher is not None:
         nn.init.normal_(teacher.fc.weight)
@@ -70,13 +94,14 @@ def trained(changes, *, taught=False, masked=False, gradual=False, other=None, c
         }
 
     return loop.train(
-        model, dataset, TASK, settings, teacher=teacher, masks=held, on_step=more if gradual else None,
-        checkpoint=checkpoint, on_epoch=seen,
+        model, dataset, COPYING if on is copied else TASK, settings, teacher=teacher, masks=held,
+        on_step=more if gradual else None, checkpoint=checkpoint,
     )  # fmt: skip
 
 
 def two(changes, options):
-    return led(source(), digits(), TASK, lambda: trained(changes, **options))
+    task = COPYING if options.get("on") is copied else TASK
+    return led(source(), digits(), task, lambda: trained(changes, **options))
 
 
 @pytest.mark.parametrize(
@@ -86,8 +111,10 @@ def two(changes, options):
         ({"optimizer": "adamw", "lr": 1e-3, "batch_size": 91}, {"masked": True}),
         ({"distill_weight": 0.5, "accumulate": 3}, {"taught": True}),
         ({}, {"gradual": True}),
+        ({"epochs": 1}, {"make": smaller, "masked": True}),
+        ({"epochs": 1}, {"on": answered}),
     ],
-    ids=["plain", "masked, odd batch", "taught, accumulated", "gradual masks"],
+    ids=["plain", "masked, odd batch", "taught, accumulated", "gradual masks", "smaller", "answered"],
 )
 def test_two_processes_compute_what_one_does(tmp_path, changes, options):
     torch.set_num_threads(1)
@@ -101,3 +128,15 @@ def test_two_processes_compute_what_one_does(tmp_path, changes, options):
         assert a.loss == pytest.approx(b.loss, rel=1e-4)
         assert a.calibration_loss == pytest.approx(b.calibration_loss, rel=1e-3)
         assert abs(a.train_score - b.train_score) < 0.005
+
+
+def test_targets_that_a_dense_model_gives_are_the_same_model_s_on_both(tmp_path):
+    """Its loss is measured against the targets of a process's own rows, so that it is alike, not equal."""
+    torch.set_num_threads(1)
+    alone = trained({}, on=copied)
+    first, _ = together(tmp_path, two, {}, {"on": copied})
+    assert first is not None, (tmp_path / "stderr0").read_text()
+    for a, b in zip(first.history, alone.history, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=0.05)
+        assert a.calibration_score == pytest.approx(b.calibration_score, abs=0.02)
+    close(first.state, alone.state, within=0.05)
