@@ -16,7 +16,6 @@ from rich.tree import Tree
 from foundation.errors import ConfigError
 from pipeline.cli.group import EXIT_CODES, main, plain
 from pipeline.cli.versions import print_release
-from pipeline.training import launched  # noqa: F401  # before code of others runs: it keeps what ends a process
 
 if TYPE_CHECKING:
     from pipeline.inquiry.planning import Plan

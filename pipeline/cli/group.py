@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,13 @@ from rich.console import Console
 
 from foundation.errors import LeanortError, UserError
 from foundation.words import printable
+from pipeline.training import launched
 
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
 INTERRUPTED = 130
 STAGE_FAILED = 3
+FIRST = 2.0
+"""Seconds that the first of several processes has to say what is wrong, before a launcher hears it of another."""
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell says it
 
 
@@ -49,7 +53,17 @@ class _Group(click.Group):
         for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII only gets escapes, and no traceback
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        console = Console(stderr=True)
+        place = launched.place()
+        follows = place is not None and place.rank > 0  # of several processes the first one speaks
+        console = Console(stderr=True, quiet=follows)
+        try:
+            self._run(console, follows, *args, **kwargs)
+        except SystemExit as end:
+            if follows and end.code:
+                time.sleep(FIRST)
+            raise
+
+    def _run(self, console: Console, follows: bool, *args: Any, **kwargs: Any) -> NoReturn:
         try:
             if any("\0" in word for word in (args[0] if args else kwargs.get("args")) or sys.argv[1:]):
                 raise UserError("A word of the command holds a NUL character.", "Type it again.")
@@ -64,7 +78,8 @@ class _Group(click.Group):
             complain(console, error.message, error.hint)
             sys.exit(error.exit_code if error.exit_code in (2, 3) else STAGE_FAILED)  # a class of the user's own
         except click.ClickException as error:
-            error.show()
+            if not follows:
+                error.show()
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt):
             complain(console, "Interrupted.", "The same command goes on from the last complete stage.")

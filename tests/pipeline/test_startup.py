@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "torchvision", "timm", "transformers", "sklearn", "onnxruntime", "matplotlib", "scipy")
+HEAVY = ("accelerate", "torch", "torchvision", "timm", "transformers", "sklearn", "onnxruntime", "matplotlib", "scipy")
 READING = {
     "list": ["list"],
     "log": ["list", "--log"],

@@ -100,3 +100,11 @@ def test_a_process_that_runs_another_version_is_refused(tmp_path):
         (code, first), _ = ended(started, tmp_path / "said")
     assert code == 2
     assert errors(first) == ["error: Process 1 has another version of leanort than process 0."]
+
+
+@pytest.mark.parametrize("wrong", [["--set", "baseline.train.lr=-1"], ["--no-such-option"]], ids=["recipe", "option"])
+def test_a_wrong_command_is_said_by_the_first_process_alone(tmp_path, wrong):
+    with commands(tmp_path / "said", *words(tmp_path, *wrong)) as started:
+        (code, first), (other, second) = ended(started, tmp_path / "said")
+    assert (code, other, second) == (2, 2, "")
+    assert "lr" in first or "--no-such-option" in first
