@@ -46,7 +46,7 @@ from pipeline.stages.order import STAGES
 from pipeline.tasks import find as tasks
 from pipeline.tasks.entry import meet
 from pipeline.tasks.task import Task
-from pipeline.training import devices, jobs, launched, processes
+from pipeline.training import devices, jobs, launched, own, processes
 from pipeline.training.following import follow
 
 
@@ -187,6 +187,7 @@ def check(config: Config) -> None:
     for settings in _trainings(config):
         devices.check(settings)
     tasks.check(config.task)
+    own.check(config.baseline.loop, config.finetune.loop)
 
 
 def sources(

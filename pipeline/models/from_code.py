@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foundation.errors import ModelError, UserError, first_line, nearest
+from foundation.errors import LeanortError, ModelError, UserError, first_line, nearest
 from foundation.files import sha256
 from pipeline.models.inspection import accepted, check_whole, required, source_text
 from pipeline.models.plain import copied
@@ -129,7 +129,7 @@ def _module(place: str, spec: str, error: type[UserError]) -> ModuleType:
 
 
 @contextmanager
-def user_code(spec: str, error: type[UserError]) -> Iterator[None]:
+def user_code(spec: str, error: type[LeanortError]) -> Iterator[None]:
     """Turn an exception in the user's code into one line with its place; the traceback stays as the cause.
 
     Whatever its class: a `sys.exit(0)` there must not end the command as if all had gone well.

@@ -22,7 +22,7 @@ from pipeline.channels.ledger import Ledger, Rewrite
 from pipeline.channels.program.capture import Captured, small
 from pipeline.channels.removal.rewrite import Shrunk
 from pipeline.channels.removal.verify import FAR, TOLERANCE_FLOAT32, TOLERANCE_FLOAT64, difference
-from pipeline.models.calling import ADAPTED
+from pipeline.models.at_home import own_class
 from pipeline.rebuilding.fit import fit
 from pipeline.rebuilding.numbers import Use, module_of, put, uses
 from pipeline.rebuilding.structure import Place, Setting, Structure
@@ -58,12 +58,6 @@ def rebuild(model: nn.Module, captured: Captured, shrunk: Shrunk) -> tuple[nn.Mo
     return made, Structure(
         original=True, why=why, kind=called, shapes=shapes, biases=biases, whole=whole, numbers=tuple(numbers.items())
     )
-
-
-def own_class(model: nn.Module) -> type[nn.Module]:
-    """The class that the user wrote, where `model` was given another so that its inputs come by position."""
-    kind = type(model)
-    return kind.__bases__[0] if vars(kind).get(ADAPTED) else kind
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from pipeline.artifacts import archive
 from pipeline.channels.ledger import Ledger
 from pipeline.channels.removal.recover import Trainable
 from pipeline.models import find
+from pipeline.models.at_home import at_home
 from pipeline.models.source import build_module
 from pipeline.rebuilding.fit import fit
 from pipeline.rebuilding.numbers import put
@@ -88,13 +89,6 @@ def dense_instance(structure: Structure) -> tuple[nn.Module, str]:
     if source.origin.fold is not None:
         source.origin.fold(model)
     return at_home(model)
-
-
-def at_home(model: nn.Module) -> tuple[nn.Module, str]:
-    """A transformers model without what hands its inputs over by name, and the name it has there."""
-    from pipeline.models.named_inputs import NamedInputs
-
-    return (model.net, "net") if isinstance(model, NamedInputs) else (model, "")
 
 
 def save_smaller(module: nn.Module, folder: Path | str) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
+from foundation.files import sha256
 from pipeline.recipe.section import BatchSize, Seconds, Section, Seed
 
 
@@ -53,6 +55,26 @@ Training = Annotated[
 ]
 
 
+Loop = Annotated[
+    str | None, Field(description="a training loop of your own in place of ours: file.py:callable (docs/training.md)")
+]
+
+
+def own_loop(values: Any) -> Any:
+    """`train = "file.py:fit"` as what it is: the name of a loop, and no settings."""
+    if isinstance(values, dict) and isinstance(values.get("train"), str):
+        if "loop" in values:
+            raise ValueError("train and loop both name a loop")
+        return {key: value for key, value in values.items() if key != "train"} | {"loop": values["train"]}
+    return values
+
+
+def own_loop_code(loop: str | None) -> dict[str, str]:
+    """The file of the user's own loop -> its sha256."""
+    file = Path((loop or "").rpartition(":")[0])
+    return {str(file): sha256(file)} if loop and file.is_file() else {}
+
+
 class FinetuneSection(Section):
     """Stage 2: recovery under the masks."""
 
@@ -74,4 +96,11 @@ class FinetuneSection(Section):
     )
     distill_temperature: float = Field(2.0, gt=0.0)
     train: Training = Field(None, description="any other setting of the training; wins over the three above")
+    loop: Loop = None
     seed: Seed = 0
+
+    _own_loop = model_validator(mode="before")(own_loop)
+
+    def code(self) -> dict[str, str]:
+        """The file of an own loop -> its sha256."""
+        return own_loop_code(self.loop)

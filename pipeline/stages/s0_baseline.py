@@ -26,7 +26,7 @@ from pipeline.selection.weights import prunable
 from pipeline.tasks import classification
 from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.task import Task
-from pipeline.training import loop
+from pipeline.training import loop, own
 from pipeline.training.defaults import default_settings
 from pipeline.training.history import history_csv
 from validators.feeds import random_feeds
@@ -123,6 +123,10 @@ def _fill(
             raise WeightsError(error.message, hint) from error
         progress.say(f"  weights: {cfg.weights} ({loaded})")
         return str(Path(cfg.weights).name), 0.0
+    if cfg.loop is not None:
+        began = time.perf_counter()
+        own.train(cfg.loop, model, data, seed=cfg.seed, progress=progress)
+        return f"trained here on {data.name} by {cfg.loop}", time.perf_counter() - began
     if cfg.weights == "auto" and not source.initial:
         if source.origin.note:
             progress.say(f"  weights: {source.origin.note}")

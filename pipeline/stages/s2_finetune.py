@@ -22,7 +22,7 @@ from pipeline.recovery.statistics import reestimate
 from pipeline.selection.kinds import policy_of
 from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.task import Task
-from pipeline.training import loop, masks
+from pipeline.training import loop, masks, own
 from pipeline.training.defaults import default_settings, has_batch_norm
 from pipeline.training.history import Epoch, history_csv
 
@@ -93,7 +93,7 @@ def run(
     if not _no_training(cfg, settings, ladder.near(now, dense)):
         small, words = at_pruned_size(model, source, chosen, policy_of(pruned.kinds))
         progress.say(f"  training at the pruned size: {words}" if small else f"  training under masks: {words}")
-        if cfg.seconds is not None:
+        if cfg.seconds is not None and cfg.loop is None:
             each = loop.seconds_per_epoch(small.model if small else model, data, task, settings, taught_by)
             settings = settings.model_copy(update={"epochs": min(settings.epochs, int(cfg.seconds / each))})
     history: tuple[Epoch, ...] = ()
@@ -105,6 +105,12 @@ def run(
         result: list[loop.TrainResult] = []
 
         def train() -> str:
+            if cfg.loop is not None:
+                trained, held = (small.model, small.masks) if small else (model, chosen)
+                own.train(cfg.loop, trained, data, teacher=teacher, masks=held, seed=cfg.seed, progress=progress)
+                if small:
+                    small.write_back(model, masks.originals(small.model))
+                return f"by {cfg.loop}"
             result.append(
                 loop.train(
                     small.model if small else model,
@@ -123,8 +129,10 @@ def run(
 
         made, now = ladder.climb("training", model, data, task, now, train)
         rungs.append(made)
-        history, seconds = result[0].history, result[0].seconds
-        best_epoch = result[0].best_epoch if made.kept else 0
+        seconds = made.seconds
+        if result:
+            history, seconds = result[0].history, result[0].seconds
+            best_epoch = result[0].best_epoch if made.kept else 0
     for rung in rungs[1:]:
         progress.say(f"  {rung.name}: {rung.why}{'' if rung.kept or rung.score is None else '; taken back'}")
     history_csv(history, out / "history.csv")
