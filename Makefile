@@ -10,7 +10,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan gate test test-examples test-long lint format zoo bench bench-huge bench-norms bench-recovery bench-training race bundle-versions house faults alarms compare examples clean
+.PHONY: help setup deploy plan gate test test-examples test-long lint format zoo bench bench-huge bench-norms bench-recovery bench-training smaller race bundle-versions house faults alarms compare examples clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ bench-norms: $(STAMP) ## forms of a LayerNorm over removed channels in onnxrunti
 
 bench-recovery: $(STAMP) ## seconds and memory of the closed-form fit: ResNet-50 at 32 and 224, a BERT [ARGS="small --profile"]
 	$(BIN)/python benchmarks/recovery.py $(ARGS)
+
+smaller: $(STAMP) ## MODELS=models.json [ARGS="NAME ..."]: does each, pruned, come back as its own class? A table
+	PYTHONPATH=. $(BIN)/python benchmarks/smaller.py $(MODELS) $(ARGS)
 
 bench-training: $(STAMP) ## an epoch of our loop against a bare PyTorch loop, in bf16, and on two processes [ARGS="--rounds 3"]
 	$(BIN)/python benchmarks/training_loop.py $(ARGS)

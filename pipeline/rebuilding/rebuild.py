@@ -8,7 +8,7 @@ measured: in float32 and float64, at several batch sizes, near and far from the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.export import ExportedProgram
 
 from foundation.errors import RefusedError, first_line
 from foundation.rounding import allowance
+from pipeline import channels
+from pipeline.channels.coupling.groups import Analysis, Removed
 from pipeline.channels.ledger import Ledger, Rewrite
 from pipeline.channels.program.capture import Captured, small
 from pipeline.channels.removal.rewrite import Shrunk
@@ -27,37 +29,135 @@ from pipeline.rebuilding.fit import fit
 from pipeline.rebuilding.numbers import Use, module_of, put, uses
 from pipeline.rebuilding.structure import Place, Setting, Structure
 
+TRIES = 8
+"""How often channels are given back to a kind of module that cannot do without them."""
+WORTH = 0.5
+"""Of the parameters that the program has less than the dense model, what the class must have less at the least."""
 
-def rebuild(model: nn.Module, captured: Captured, shrunk: Shrunk) -> tuple[nn.Module | None, Structure]:
+
+def rebuild(
+    model: nn.Module, captured: Captured, analysis: Analysis, removed: Removed, shrunk: Shrunk
+) -> tuple[nn.Module | None, Structure]:
     """(`model` at the shrunk sizes, how it came to them), or (None, why its class cannot be the shrunk program).
 
-    `model`: the dense model, plain weights, that `captured` is a capture of; it stays as it is. `captured`: what was
-    shrunk, with the values that were folded into it.
+    `model`: the dense model, plain weights, that `captured` is a capture of; it stays as it is. `captured`, `analysis`,
+    `removed`: what `shrunk` was made of, the values folded.
+
+    Where a kind of module fails on fewer channels (it takes the width of a head from its input, say), its channels
+    stay, as the zeros that they are, and everything else is as small as in the program. Zeros on both sides of a
+    channel get no gradient, so training leaves them zero, and what is trained is the program all the same.
     """
     kind = own_class(model)
     called = f"{kind.__module__}.{kind.__qualname__}"
-    try:
-        biases = _biases(captured, shrunk.ledger)
-        numbers = _settings(model, captured, shrunk)
-        made = copy.deepcopy(model).eval()
-        put(made, numbers)
-        fit(made, state_of(shrunk.program, shrunk.ledger, captured.state, biases))
-        whole = _widened(made, captured, shrunk.ledger)
-        worst, scale = compare(made, captured, shrunk)
-        _try_training(made, captured)
-    except (RefusedError, ValueError) as error:
-        reason = f"the forward of {kind.__name__} does not compute the shrunk program: {first_line(error)}"
-        return None, Structure(original=False, why=reason, kind=called)
+    going = dict(removed)
+    base, first, why = shrunk, "", ""
+    kept_whole: list[str] = []
+    made: nn.Module | None
+    for _ in range(TRIES):
+        made = None
+        try:
+            made, biases, numbers = _made(model, captured, base)
+            worst, scale = compare(made, captured, shrunk)
+            _try_training(made, captured)
+            break
+        except (RefusedError, ValueError) as error:
+            why = first_line(error)
+            first = first or why
+        failing = None if shrunk.ledger.folds or made is None else _failing(made, captured, model)
+        affected = _clusters_within(analysis, model, failing, going) if failing is not None else set()
+        if not affected or failing is None:
+            return None, _refused(kind, called, first)
+        kept_whole.append(type(failing[1]).__name__)
+        going = {name: flags for name, flags in going.items() if name not in affected}
+        base = channels.shrink(captured, analysis, going)
+    else:
+        return None, _refused(kind, called, first)
+    dense, least, now = (
+        sum(p.numel() for p in _unique(one)) for one in (captured.program, shrunk.program, base.program)
+    )
+    if dense - now < WORTH * (dense - least):
+        return None, _refused(kind, called, first)
     before = dict(_tensors(model))
     shapes = {
         name: tuple(value.shape)
         for name, value in _tensors(made)
         if name not in before or before[name].shape != value.shape
     }
-    why = f"the same outputs as the shrunk program: largest difference {worst:.2g}, largest output {scale:.3g}"
+    own = base.ledger.kept
+    kept = {
+        name: {dim: tuple(where) for dim, where in own.get(name, {}).items()}
+        for name in shrunk.ledger.kept
+        if own.get(name, {}) != shrunk.ledger.kept[name]
+    }
+    words = f"the same outputs as the shrunk program: largest difference {worst:.2g}, largest output {scale:.3g}"
+    if kept_whole:
+        words += f"; {', '.join(dict.fromkeys(kept_whole))} keep their pruned channels, as zeros ({first})"
     return made, Structure(
-        original=True, why=why, kind=called, shapes=shapes, biases=biases, whole=whole, numbers=tuple(numbers.items())
+        original=True, why=words, kind=called, shapes=shapes, biases=biases, kept=kept, numbers=tuple(numbers.items())
     )
+
+
+def _refused(kind: type, called: str, reason: str) -> Structure:
+    why = f"the forward of {kind.__name__} does not compute the shrunk program: {reason}"
+    return Structure(original=False, why=why, kind=called)
+
+
+def _unique(program: ExportedProgram) -> Iterable[Tensor]:
+    return {id(value): value for value in program.parameters()}.values()
+
+
+def _made(
+    model: nn.Module, captured: Captured, shrunk: Shrunk
+) -> tuple[nn.Module, dict[str, str], dict[Place, Setting]]:
+    """A copy of `model` with the tensors and numbers of `shrunk`, not yet compared with anything."""
+    biases = _biases(captured, shrunk.ledger)
+    numbers = _settings(model, captured, shrunk)
+    made = copy.deepcopy(model).eval()
+    put(made, numbers)
+    fit(made, state_of(shrunk.program, shrunk.ledger, captured.state, biases))
+    return made, biases, numbers
+
+
+def _failing(made: nn.Module, captured: Captured, model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The module whose `forward` fails, innermost of those that the user or a library wrote (torch's own layers only
+    say that what they were given is wrong), and its name; None where none fails.
+    """
+    running: list[str] = []
+    handles = [
+        handle
+        for name, module in made.named_modules()
+        for handle in (
+            module.register_forward_pre_hook(lambda _m, _i, name=name: running.append(name)),
+            module.register_forward_hook(lambda _m, _i, _o: running.pop() and None),
+        )
+    ]
+    try:
+        with torch.no_grad():
+            made(*small(captured))
+        return None
+    except (RuntimeError, ValueError, AssertionError, IndexError):
+        written = [name for name in running if not type(made.get_submodule(name)).__module__.startswith("torch.nn.")]
+        named = [name for name in (running[-1:] if running and _attends(made, running[-1]) else written[-1:]) if name]
+        return (named[0], model.get_submodule(named[0])) if named else None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attends(made: nn.Module, name: str) -> bool:
+    """torch's own attention keeps all its heads or none."""
+    return isinstance(made.get_submodule(name), nn.MultiheadAttention)
+
+
+def _clusters_within(analysis: Analysis, model: nn.Module, failing: tuple[str, nn.Module], going: Removed) -> set[str]:
+    """Clusters that are to go and lie in any module of the failing one's kind."""
+    kind = type(failing[1])
+    paths = tuple(f"{name}." for name, module in model.named_modules() if type(module) is kind)
+    classes: set[int] = set()
+    for slot in analysis.slots:
+        if slot.name.startswith(paths):
+            classes |= set(analysis.solution.class_of[slot.atoms].tolist())
+    return {name for name, flags in going.items() if flags.any() and classes & set(analysis.members[name].tolist())}
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -65,57 +165,23 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _widened(made: nn.Module, captured: Captured, ledger: Ledger) -> dict[str, int]:
-    """Give layers their columns of zeros back whose input the class computes at full width out of nothing (a table of
-    positions, say), in place: tensor -> the dimension that is whole again.
-    """
-    found: dict[str, int] = {}
-
-    def whole(name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        channels = inputs[0].shape[-1] if isinstance(layer, nn.Linear) else inputs[0].shape[1]
-        weight, dense = layer.weight, captured.state.get(f"{name}.weight")
-        assert isinstance(weight, Tensor)
-        if dense is None or channels == weight.shape[1] or channels != dense.shape[1]:
-            return
-        rows = torch.tensor(ledger.kept.get(f"{name}.weight", {}).get(0, range(len(dense))))
-        layer.weight = nn.Parameter(dense.detach().index_select(0, rows), weight.requires_grad)
-        found[f"{name}.weight"] = 1
-
-    handles = [
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: whole(name, layer, inputs))
-        for name, layer in made.named_modules()
-        if type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d) and getattr(layer, "groups", 1) == 1
-    ]
-    try:
-        with torch.no_grad():
-            made(*small(captured))
-    except (RuntimeError, ValueError, AssertionError, IndexError):
-        pass  # the comparison that follows says what is wrong
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
 def state_of(
     program: ExportedProgram,
     ledger: Ledger,
     dense: Mapping[str, Tensor],
     biases: Mapping[str, str],
-    whole: Mapping[str, int] | None = None,
+    kept: Mapping[str, Mapping[int, tuple[int, ...]]] | None = None,
 ) -> dict[str, Tensor]:
     """Every tensor of the dense state at its kept size: the program's own value, or the kept part of what it has no use
-    for any more. `biases`: what the program calls a bias that the dense model has not -> its name. `whole`: tensor -> a
-    dimension of which nothing goes.
+    for any more. `biases`: what the program calls a bias that the dense model has not -> its name. `kept`: what stays
+    of a tensor, where that is more than in the program; its values are then those of the dense state.
     """
-    whole = whole or {}
     held = {**program.state_dict, **{n: v for n, v in program.constants.items() if isinstance(v, Tensor)}}
     state: dict[str, Tensor] = {}
     for name, value in dense.items():
         part = value.detach()
-        for dim, indices in ledger.kept.get(name, {}).items():
-            if whole.get(name) != dim:
-                part = part.index_select(dim, torch.tensor(indices, dtype=torch.long))
+        for dim, indices in (kept or {}).get(name, ledger.kept.get(name, {})).items():
+            part = part.index_select(dim, torch.tensor(indices, dtype=torch.long))
         own = held.get(name)
         state[name] = part if own is None or own.shape != part.shape else own.detach()
     return state | {there: held[name].detach() for name, there in biases.items()}

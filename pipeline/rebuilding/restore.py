@@ -62,7 +62,7 @@ def values(
     program: ExportedProgram, ledger: Ledger, folded: Mapping[str, Tensor], structure: Structure
 ) -> dict[str, Tensor]:
     """Every tensor of the smaller module by the names of the model that was captured; see `rebuild.state_of`."""
-    return state_of(program, ledger, folded, structure.biases, structure.whole)
+    return state_of(program, ledger, folded, structure.biases, structure.kept)
 
 
 def within(structure: Structure, state: Mapping[str, Tensor], prefix: str) -> tuple[Structure, dict[str, Tensor]]:

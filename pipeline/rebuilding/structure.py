@@ -24,8 +24,8 @@ class Structure(BaseModel):
     it is the program. `why`: what was measured, or why not. `model`, `classes`, `input_size`, `seed`: how the dense
     model is built, as the recipe names it. `kind`: the class, as a dotted path. `shapes`: tensor -> its shape, where
     that is another one than in the dense model; a bias that was put in is among them. `biases`: the program's name of
-    such a bias -> its name here. `whole`: tensor -> a dimension that keeps its zeros, since the class computes what it
-    reads at full width. `numbers`: attributes that `forward` reads, and what they become.
+    such a bias -> its name here. `kept`: tensor -> dimension -> what it has left, where that is more than in the
+    program, since the class cannot do without. `numbers`: attributes that `forward` reads, and what they become.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,7 +40,7 @@ class Structure(BaseModel):
     seed: int = 0
     shapes: dict[str, tuple[int, ...]] = {}
     biases: dict[str, str] = {}
-    whole: dict[str, int] = {}
+    kept: dict[str, dict[int, tuple[int, ...]]] = {}
     numbers: tuple[tuple[Place, Setting], ...] = ()
 
     def write(self, folder: Path) -> None:
@@ -67,7 +67,7 @@ class Structure(BaseModel):
         return self.model_copy(
             update={
                 "shapes": {inner(name): shape for name, shape in self.shapes.items()},
-                "whole": {inner(name): dim for name, dim in self.whole.items()},
+                "kept": {inner(name): left for name, left in self.kept.items()},
                 "biases": {name: inner(there) for name, there in self.biases.items()},
                 "numbers": tuple(((inner(str(name)), *rest), value) for (name, *rest), value in self.numbers),
             }

@@ -72,12 +72,10 @@ def at_pruned_size(
         return None, "no whole channel is masked"
     if shrunk.ledger.folds:  # biases that training would move along with the constants in them
         return None, "constants of dead channels are in its biases"
-    made, structure = rebuild(dense, captured, shrunk)
+    made, structure = rebuild(dense, captured, analysis, live.dead, shrunk)
     if made is None:
         return None, structure.why
-    if structure.whole:
-        return None, f"{next(iter(structure.whole))} keeps channels that are masked"
-    kept = shrunk.ledger.kept
+    kept = {**shrunk.ledger.kept, **structure.kept}
     inner = {name: _part(mask, kept.get(name, {})) for name, mask in masks.items()}
     before, after = (sum(p.numel() for p in one.parameters()) for one in (dense, made))
     left = {name: mask for name, mask in inner.items() if not bool(mask.all())}

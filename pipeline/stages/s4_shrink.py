@@ -44,7 +44,7 @@ def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: 
     feeds = [channels.small(captured, seed=cfg.seed), data.sample("calibration", REAL_SAMPLES)]
     proof = prove(captured, small, feeds)
     archive.write(small.program, out / Shrunk.PROGRAM)
-    _, structure = rebuild(model, captured, small)
+    _, structure = rebuild(model, captured, analysis, live.dead, small)
     facts = {"model": source.spec, "classes": source.num_classes, "input_size": source.input_size, "seed": source.seed}
     structure.model_copy(update=facts).write(out)
     (out / Shrunk.LEDGER).write_text(small.ledger.to_json() + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ def made(model: nn.Module, *inputs: Tensor, going: Any = None, policy: Policy | 
     removed = {c.name: (going or (lambda n: np.arange(n) < n // 2))(c.size) for c in analysis.clusters}
     folded = captured.fold(analysis.masks(removed))
     shrunk = shrink(folded, analysis, removed)
-    return *rebuild(model, folded, shrunk), folded, shrunk
+    return *rebuild(model, folded, analysis, removed, shrunk), folded, shrunk
 
 
 def check(model: nn.Module, *inputs: Tensor, **options: Any) -> Any:
@@ -45,7 +45,7 @@ def check(model: nn.Module, *inputs: Tensor, **options: Any) -> Any:
     again = restore.restructured(
         copy.deepcopy(model),
         structure,
-        state_of(shrunk.program, shrunk.ledger, folded.state, structure.biases, structure.whole),
+        state_of(shrunk.program, shrunk.ledger, folded.state, structure.biases, structure.kept),
     )
     assert torch.equal(again(*inputs), rebuilt(*inputs))
     stored = type(structure).model_validate_json(structure.model_dump_json())
@@ -215,14 +215,14 @@ def test_a_bias_is_put_in_where_constants_went() -> None:
     live = liveness(analysis, captured.state)
     shrunk = shrink(captured, analysis, live.dead, refused=live.refusals)
     assert any(fold.created for fold in shrunk.ledger.folds)
-    rebuilt, structure = rebuild(model, captured, shrunk)
+    rebuilt, structure = rebuild(model, captured, analysis, live.dead, shrunk)
     assert structure.original, structure.why
     assert rebuilt.b.bias is not None and model.b.bias is None
     torch.testing.assert_close(rebuilt(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
     again = restore.restructured(
         copy.deepcopy(model),
         structure,
-        state_of(shrunk.program, shrunk.ledger, captured.state, structure.biases, structure.whole),
+        state_of(shrunk.program, shrunk.ledger, captured.state, structure.biases, structure.kept),
     )
     assert torch.equal(again(IMAGES), rebuilt(IMAGES))
 
@@ -303,28 +303,60 @@ def test_calculated_numbers() -> None:
     assert (rebuilt.width, rebuilt.radix) == (4, 2)
 
 
-class Positions(nn.Module):
-    """Adds what a layer makes of a table that the class computes from its own widths."""
+class Block(nn.Module):
+    """A part that cannot do with fewer heads, and one that can do with fewer neurons."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.from_table, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 4, 1)
+        self.attention = FromTheInput()
+        self.mlp = nn.Sequential(nn.Linear(12, 96), nn.ReLU(), nn.Linear(96, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+
+def test_a_module_that_cannot_keeps_its_channels_as_zeros_which_training_leaves() -> None:
+    model = nn.Sequential(Block(), Block(), nn.Linear(12, 4))
+    rebuilt = check(model, SEQUENCES, policy=Policy(head_positions=False))
+    assert rebuilt[0].mlp[0].out_features == 48
+    assert rebuilt[0].attention.heads == 4
+    zero = {name: value == 0 for name, value in rebuilt.named_parameters()}
+    assert sum(int(flags.sum()) for name, flags in zero.items() if "attention" in name) > 100
+    optimizer = torch.optim.AdamW(rebuilt.train().parameters(), 0.01, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        rebuilt(SEQUENCES).square().mean().backward()
+        optimizer.step()
+    for name, value in rebuilt.named_parameters():
+        assert torch.equal(value == 0, zero[name]), name
+
+
+def test_a_class_that_would_be_hardly_smaller_is_not_made() -> None:
+    model = nn.Sequential(FromTheInput(), FromTheInput(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    rebuilt, structure, *_ = made(model, SEQUENCES, policy=Policy(head_positions=False))
+    assert rebuilt is None
+    assert "invalid for input of size" in structure.why
+
+
+class Positions(nn.Module):
+    """Makes something of a table that it computes from its own widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.from_table = nn.Conv2d(6, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         table = torch.arange(6.0).sin().view(1, 6, 1, 1).expand(1, 6, *x.shape[2:])
-        return self.b((self.a(x) + self.from_table(table)).relu()).mean((2, 3))
+        return x + self.from_table(table)
 
 
 def test_a_layer_that_reads_a_computed_table_keeps_its_columns() -> None:
-    model = Positions()
-    randomise(model, 0)
-    captured = capture(model.eval(), (IMAGES,))
-    analysis = analyse(captured)
-    removed = {c.name: np.arange(c.size) < c.size // 2 for c in analysis.clusters}
-    shrunk = shrink(folded := captured.fold(analysis.masks(removed)), analysis, removed)
-    rebuilt, structure = rebuild(model, folded, shrunk)
-    assert structure.original, structure.why
-    torch.testing.assert_close(rebuilt(IMAGES), folded(IMAGES), rtol=1e-4, atol=1e-5)
+    rebuilt = check(
+        nn.Sequential(nn.Conv2d(3, 8, 1), Positions(), nn.ReLU(), nn.Conv2d(8, 32, 1), nn.ReLU(), nn.Conv2d(32, 4, 1)),
+        IMAGES,
+    )
+    assert rebuilt[1].from_table.in_channels == 6
 
 
 def test_one_number_cannot_be_two() -> None:
