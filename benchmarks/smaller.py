@@ -1,4 +1,4 @@
-"""Whether a model, pruned as by default, comes back as its own class: `make smaller MODELS=models.json [ARGS=NAME ...]`.
+"""Whether a pruned model comes back as its own class: `make smaller MODELS=models.json [ARGS="NAME ..."]`.
 
 MODELS: a list of {"model": SPEC, "input": [C, H, W]}, as for `make zoo`. Weights and norm statistics are random, which
 hides no mistake; half of the groups of every layer go. One row each, then the counts.
@@ -7,7 +7,6 @@ hides no mistake; half of the groups of every layer go. One row each, then the c
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings

@@ -24,7 +24,7 @@ from pipeline.channels.ledger import Ledger, Rewrite
 from pipeline.channels.program.capture import Captured, small
 from pipeline.channels.removal.rewrite import Shrunk
 from pipeline.channels.removal.verify import FAR, TOLERANCE_FLOAT32, TOLERANCE_FLOAT64, difference
-from pipeline.models.at_home import own_class
+from pipeline.models.at_home import at_home, own_class
 from pipeline.rebuilding.fit import fit
 from pipeline.rebuilding.numbers import Use, module_of, put, uses
 from pipeline.rebuilding.structure import Place, Setting, Structure
@@ -47,7 +47,7 @@ def rebuild(
     stay, as the zeros that they are, and everything else is as small as in the program. Zeros on both sides of a
     channel get no gradient, so training leaves them zero, and what is trained is the program all the same.
     """
-    kind = own_class(model)
+    kind = own_class(at_home(model)[0])
     called = f"{kind.__module__}.{kind.__qualname__}"
     going = dict(removed)
     base, first, why = shrunk, "", ""

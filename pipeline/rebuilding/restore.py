@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -14,7 +16,7 @@ from pipeline.artifacts import archive
 from pipeline.channels.ledger import Ledger
 from pipeline.channels.removal.recover import Trainable
 from pipeline.models import find
-from pipeline.models.at_home import at_home
+from pipeline.models.at_home import at_home, own_class
 from pipeline.models.source import build_module
 from pipeline.rebuilding.fit import fit
 from pipeline.rebuilding.numbers import put
@@ -108,9 +110,45 @@ def save_smaller(module: nn.Module, folder: Path | str) -> Path:
     structure.write(folder)
     if isinstance(module, Trainable):
         archive.write(module.exported(), folder / PROGRAM)
-    elif callable(save := getattr(getattr(module, "config", None), "save_pretrained", None)):
-        save(folder)
+    elif callable(getattr(module, "save_pretrained", None)):
+        config: Any = _telling(module, structure) or module.config
+        config.save_pretrained(folder)
     return folder
+
+
+def _telling(module: Any, structure: Structure) -> Any:
+    """A transformers config that says the smaller sizes all by itself, so that `from_pretrained` reads the folder; None
+    where no config can (heads that went while the stream stayed, layers of different widths).
+    """
+    import transformers
+
+    config = copy.deepcopy(module.config)
+    kind = own_class(module)
+    dense: nn.Module = kind(copy.deepcopy(module.config))
+    before = dict(dense.named_parameters())
+    sizes: dict[int, set[int]] = {}
+    for name, shape in structure.shapes.items():
+        for old, new in zip(before[name].shape if name in before else (), shape, strict=False):
+            if old != new:
+                sizes.setdefault(old, set()).add(new)
+    for name, value in vars(module.config).items():
+        if type(value) is int and len(sizes.get(value, ())) == 1:
+            setattr(config, name, *sizes[value])
+            try:
+                made: nn.Module = kind(config)
+            except (ValueError, RuntimeError, ZeroDivisionError):
+                made = dense
+            if _same_sizes(made, module) and not structure.numbers:
+                config.architectures = [kind.__name__]
+                config.transformers_version = transformers.__version__
+                return config
+            setattr(config, name, value)
+    return None
+
+
+def _same_sizes(a: nn.Module, b: nn.Module) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return one.keys() == other.keys() and all(one[name].shape == other[name].shape for name in one)
 
 
 def load_smaller(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
