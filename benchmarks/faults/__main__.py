@@ -5,6 +5,7 @@ a half version, a wrong yes, a traceback, something run or written that should n
 below the table, with the seed that repeats it.
 
 kills      SIGKILL during deploy, promote and rollback: nothing half, nothing lost, log and pointer agree afterwards
+processes  SIGKILL of one of two processes that train together: one line, an end; the next run has the same weights
 versions   a stored version changed, copied or added to, its hashes made right again or not: verify and promote say no
 models     a model file that computes something else in one place: check says no; the same model rewritten: yes
 mistakes   recipes and options of nonsense: one line, exit code 2, nothing written
@@ -26,11 +27,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.faults import archives, images, load, mistakes, models, store
+from benchmarks.faults import archives, images, load, mistakes, models, processes, store
 from benchmarks.faults.outcome import Outcome
 
 CAMPAIGNS = {
     "kills": (store.kills, 30),
+    "processes": (processes.kills, 10),
     "versions": (store.versions, 300),
     "readers": (store.readers, 300),
     "models": (models.run, 40),
