@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from foundation.errors import CaptureError, RefusedError, first_line
+from foundation.errors import RefusedError, first_line
 from pipeline import channels
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.dead.liveness import liveness
 from pipeline.channels.operators.trace import Policy
-from pipeline.models.graph import graph_of
-from pipeline.models.source import ModelSource
+from pipeline.channels.program.capture import Captured
 from pipeline.rebuilding.rebuild import rebuild
 from pipeline.training import masks as masking
 from pipeline.training.masks import Masks
@@ -53,20 +52,20 @@ class PrunedSize:
 
 
 def at_pruned_size(
-    masked: nn.Module, source: ModelSource, masks: Masks, policy: Policy
+    masked: nn.Module, dense: nn.Module, captured: Captured, masks: Masks, policy: Policy
 ) -> tuple[PrunedSize | None, str]:
     """(the smaller model to train in place of `masked`, in words how small) or (None, why the masked one is trained).
 
-    `masked`: built from `source`, with `masks` on; it stays as it is.
+    `masked`: with `masks` on; it stays as it is. `dense`: the same model without them, plain, with any values; it gets
+    those of `masked`. `captured`: its graph.
     """
-    dense = source.build()
     dense.load_state_dict(masking.originals(masked))
+    captured = captured.with_state(dense.state_dict()).fold(masks)
     try:
-        captured = graph_of(dense, source).fold(masks)
         analysis = analyse(captured, policy)
         live = liveness(analysis, captured.state)
         shrunk = channels.shrink(captured, analysis, live.dead, refused=live.refusals)
-    except (CaptureError, RefusedError) as error:
+    except RefusedError as error:
         return None, first_line(error)
     if not shrunk.ledger.kept:
         return None, "no whole channel is masked"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from foundation.errors import first_line
 from foundation.files import save_tensors
 from pipeline.artifacts.base import write_table
 from pipeline.artifacts.eager import FITTED, Baseline, Finetuned, Pruned, Rung
+from pipeline.channels.program.capture import Captured
 from pipeline.data.parts import Data, Inputs
 from pipeline.drawing.plots import history_plot
 from pipeline.models.graph import graph_of
@@ -60,6 +62,7 @@ def run(
     teacher = source.build()
     teacher.load_state_dict(baseline.weights())
     teacher.eval()
+    graph = functools.cache(lambda: graph_of(teacher, source))
     dense, now = ladder.standing(teacher, data, task), ladder.standing(model, data, task)
     rungs = [Rung(name="pruned", score=now.score, seconds=0.0, kept=True, why="the masks alone")]
     fitted = False
@@ -71,7 +74,7 @@ def run(
             data,
             task,
             now,
-            lambda: _closed_form(cfg, out, source, inputs, data.counted(inputs), teacher, model, chosen, progress),
+            lambda: _closed_form(cfg, out, inputs, data.counted(inputs), graph(), model, chosen, progress),
         )
         fitted = made.kept
         if not fitted:
@@ -91,7 +94,7 @@ def run(
     taught_by = teacher if settings.distill_weight > 0 else None
     small: PrunedSize | None = None
     if not _no_training(cfg, settings, ladder.near(now, dense)):
-        small, words = at_pruned_size(model, source, chosen, policy_of(pruned.kinds))
+        small, words = at_pruned_size(model, source.build(), graph(), chosen, policy_of(pruned.kinds))
         progress.say(f"  training at the pruned size: {words}" if small else f"  training under masks: {words}")
         if cfg.seconds is not None and cfg.loop is None:
             each = loop.seconds_per_epoch(small.model if small else model, data, task, settings, taught_by)
@@ -179,16 +182,14 @@ def _no_training(cfg: FinetuneSection, settings: TrainSettings, near: bool) -> s
 def _closed_form(
     cfg: FinetuneSection,
     out: Path,
-    source: ModelSource,
     inputs: Inputs,
     counted: Tensor | None,
-    teacher: nn.Module,
+    captured: Captured,
     model: nn.Module,
     chosen: masks.Masks,
     progress: Progress,
 ) -> str:
     """Fit the weights of `model` in place, and say how many."""
-    captured = graph_of(teacher, source)
     if len(inputs[0]) < closed_form.LEAST:
         return f"{len(inputs[0])} samples are too few to fit weights to"
     start = masks.originals(model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import data
-from pipeline.channels import Policy, analyse
+from pipeline.channels import Captured, Policy, analyse
 from pipeline.models import find
 from pipeline.models.graph import graph_of
 from pipeline.models.source import ModelSource
@@ -21,6 +21,11 @@ from pipeline.training import masks as masking
 from tests.pipeline.tiny import TinyNet
 
 SETTINGS = TrainSettings(epochs=2, lr=0.02, optimizer="sgd", weight_decay=0.01, augment=False)
+
+
+def plain(source: ModelSource) -> tuple[nn.Module, Captured]:
+    model = source.build()
+    return model, graph_of(model, source)
 
 
 def masked(source: ModelSource, single: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -43,7 +48,7 @@ def trained_both_ways(net: nn.Module, single: bool = False) -> tuple[nn.Module, 
     digits = data.load("digits", input_size=(3, 16, 16)).some("train", 192).some("calibration", 64)
     large, masks = masked(source, single)
     written = copy.deepcopy(large)
-    small, words = at_pruned_size(large, source, masks, Policy())
+    small, words = at_pruned_size(large, *plain(source), masks, Policy())
     assert small is not None, words
     assert bool(small.masks) == single
     assert sum(p.numel() for p in small.model.parameters()) < 0.6 * sum(p.numel() for p in large.parameters())
@@ -99,7 +104,7 @@ class Dropping(nn.Module):
 def test_a_class_that_fails_in_training_is_trained_under_its_masks() -> None:
     source = find.load(Auxiliary(), input_size=(3, 16, 16), seed=0)
     model, masks = masked(source)
-    small, words = at_pruned_size(model, source, masks, Policy())
+    small, words = at_pruned_size(model, *plain(source), masks, Policy())
     assert small is None
     assert "training mode" in words
 
@@ -107,7 +112,7 @@ def test_a_class_that_fails_in_training_is_trained_under_its_masks() -> None:
 def test_what_a_class_does_in_training_alone_is_done() -> None:
     source = find.load(Dropping(), input_size=(3, 16, 16), seed=0)
     model, masks = masked(source)
-    small, words = at_pruned_size(model, source, masks, Policy())
+    small, words = at_pruned_size(model, *plain(source), masks, Policy())
     assert small is not None, words
     before = small.model.dropped
     for _ in range(20):
@@ -120,4 +125,4 @@ def test_single_weights_alone_give_nothing_smaller() -> None:
     model = source.build()
     masks = {"head.weight": torch.rand(10, 16) > 0.5}
     masking.apply(model, masks)
-    assert at_pruned_size(model, source, masks, Policy()) == (None, "no whole channel is masked")
+    assert at_pruned_size(model, *plain(source), masks, Policy()) == (None, "no whole channel is masked")
