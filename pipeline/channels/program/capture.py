@@ -115,13 +115,26 @@ def capture(
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused operator hides q, k and v
     try:
-        with torch.no_grad(), _silent(), warnings.catch_warnings():
+        with torch.no_grad(), _silent(), _as_it_was(model), warnings.catch_warnings():
             # Recurrent layers keep their weights in a list besides; nothing hangs on it.
             warnings.filterwarnings("ignore", message=".*were assigned during export.*")
             return _export(model, example, dynamic_batch, free)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         model.train(was_training)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """A forward may keep what it made (anchors, a table of positions); what it keeps of a capture are stand-ins."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, held in before:
+            for name in set(vars(module)) - set(held):
+                del vars(module)[name]
+            vars(module).update(held)
 
 
 @contextmanager

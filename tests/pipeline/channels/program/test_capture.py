@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,3 +42,25 @@ def test_a_model_that_fails_by_itself_is_not_told_of_control_flow() -> None:
     assert "control flow" not in str(refused.value)
     with pytest.raises(CaptureError, match="control flow"):
         capture(Branching(), (torch.randn(2, 3),))
+
+
+class Caching(nn.Module):
+    """Keeps a table of positions from call to call, anew for another size: so do detectors with their anchors."""
+
+    size = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.size != x.shape[1]:
+            self.size, self.positions = x.shape[1], torch.arange(x.shape[1]).float()
+        return x * self.positions
+
+
+def test_what_a_forward_keeps_from_call_to_call_is_not_that_of_the_capture() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Caching())
+    capture(model, (torch.randn(2, 3),))
+    assert not hasattr(model[1], "positions")
+    copy.deepcopy(model)(torch.randn(2, 3))
+    model(torch.randn(5, 3))
+    kept = model[1].positions
+    assert torch.isfinite(capture(model, (torch.randn(2, 3),)).program.module()(torch.randn(3, 3))).all()
+    assert model[1].positions is kept
