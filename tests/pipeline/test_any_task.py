@@ -73,6 +73,7 @@ def shipped(version: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(version / "6-optimize" / made["ships"])
 
 
+@pytest.mark.examples
 def test_a_forecaster_is_trained_on_numbers_and_its_lstm_becomes_smaller(jobs, tmp_path):
     words = ["--set", "baseline.train={epochs=12, lr=0.01}", "--set", "finetune.epochs=2"]
     said(tmp_path, "deploy", f"{jobs}:LastStep", "--data", f"{jobs}:waves", *QUICK, *words)
@@ -86,6 +87,7 @@ def test_a_forecaster_is_trained_on_numbers_and_its_lstm_becomes_smaller(jobs, t
     assert figures["params_after"] < 0.4 * figures["params_before"]
 
 
+@pytest.mark.examples
 def test_a_text_encoder_without_labels_keeps_its_weights_and_takes_any_length(jobs, tmp_path):
     text = said(tmp_path, "deploy", f"{jobs}:Tokens", "--data", f"{jobs}:texts", *QUICK,
                 "--set", "finetune.recover=closed-form", "--set", "gate.min_cosine=0.5")  # fmt: skip
@@ -104,6 +106,7 @@ def test_a_text_encoder_without_labels_keeps_its_weights_and_takes_any_length(jo
         assert found.shape == (2, 16)
 
 
+@pytest.mark.examples
 def test_a_checkpoint_that_was_pruned_elsewhere_is_shrunk_without_data(jobs, tmp_path):
     script = tmp_path / "prune.py"
     script.write_text(f"{JOBS}\n{PRUNING}")

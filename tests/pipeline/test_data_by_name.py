@@ -30,6 +30,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.examples
 @pytest.mark.slow
 def test_a_table_goes_the_whole_way_and_its_bundle_takes_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -37,6 +37,7 @@ def shipped(folder: Path) -> tuple[Path, onnxruntime.InferenceSession]:
     return version, onnxruntime.InferenceSession(made / figures(version, "6-optimize")["ships"])
 
 
+@pytest.mark.examples
 def test_an_onnx_file_is_pruned_and_shipped(tmp_path, file):
     text = said(tmp_path, "deploy", f"onnx:{file}", *QUICK, "--set", "prune.ratio=0.3")
     assert "weights: those of digits.onnx; the net read from it gives what onnxruntime gives on the file" in text
@@ -51,6 +52,7 @@ def test_an_onnx_file_is_pruned_and_shipped(tmp_path, file):
         assert session.run(None, {"picture": np.zeros((batch, *SIZE), np.float32)})[0].shape == (batch, 10)
 
 
+@pytest.mark.examples
 def test_an_onnx_file_is_recovered_on_images_without_labels(tmp_path, file, unlabelled_digits):
     words = ["--data", f"npz:{unlabelled_digits}", "--set", "finetune.recover=closed-form"]
     words += ["--set", "gate.min_agreement=0.6", "--set", "prune.ratio=0.25"]

@@ -162,6 +162,7 @@ def exported(net: nn.Module, sample: tuple[Tensor, ...], path: Path, *, opset: i
 WAYS = [(True, 18), (True, 23), (False, 11), (False, 17)]
 
 
+@pytest.mark.examples
 @pytest.mark.slow
 @pytest.mark.parametrize("case", NETS)
 @pytest.mark.parametrize(("dynamo", "opset"), WAYS)

@@ -96,6 +96,7 @@ def shrink(source, digits, dense: Baseline, criterion: str, folders: list[Path])
     return s4_shrink.run(ShrinkSection(), folders[3], source, digits, pruned, folded).save()
 
 
+@pytest.mark.examples
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("criterion", ["l2", "taylor"])
 @pytest.mark.parametrize("kind", list(MODELS))
@@ -151,6 +152,7 @@ class Recurrent(nn.Module):
         return self.o(self.l(self.i(rows).relu())[0][:, -1])
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("hook", [None, parametrizations.weight_norm])
 def test_recurrent_layers_are_shrunk_too(hook, digits, tmp_path):
     def make() -> nn.Module:
