@@ -36,12 +36,19 @@ WORTH = 0.5
 
 
 def rebuild(
-    model: nn.Module, captured: Captured, analysis: Analysis, removed: Removed, shrunk: Shrunk
+    model: nn.Module,
+    captured: Captured,
+    analysis: Analysis,
+    removed: Removed,
+    shrunk: Shrunk,
+    *,
+    precise: bool = True,
 ) -> tuple[nn.Module | None, Structure]:
     """(`model` at the shrunk sizes, how it came to them), or (None, why its class cannot be the shrunk program).
 
     `model`: the dense model, plain weights, that `captured` is a capture of; it stays as it is. `captured`, `analysis`,
-    `removed`: what `shrunk` was made of, the values folded.
+    `removed`: what `shrunk` was made of, the values folded. `precise`: compare in float64 as well, several times the
+    work; without it, for what is compared again later.
 
     Where a kind of module fails on fewer channels (it takes the width of a head from its input, say), its channels
     stay, as the zeros that they are, and everything else is as small as in the program. Zeros on both sides of a
@@ -57,7 +64,7 @@ def rebuild(
         made = None
         try:
             made, biases, numbers = _made(model, captured, base)
-            worst, scale = compare(made, captured, shrunk)
+            worst, scale = compare(made, captured, shrunk, precise=precise)
             _try_training(made, captured)
             break
         except (RefusedError, ValueError) as error:
@@ -345,7 +352,9 @@ class _Eager:
         return self.model(*inputs)
 
 
-def compare(model: nn.Module, captured: Captured, shrunk: Callable[..., Any]) -> tuple[float, float]:
+def compare(
+    model: nn.Module, captured: Captured, shrunk: Callable[..., Any], *, precise: bool = True
+) -> tuple[float, float]:
     """(largest difference, largest output) of a rebuilt module and the shrunk program on random inputs.
 
     Raises RefusedError where the two are not the same function up to rounding, or the module does not run.
@@ -356,14 +365,16 @@ def compare(model: nn.Module, captured: Captured, shrunk: Callable[..., Any]) ->
     usual = worst <= allowance(TOLERANCE_FLOAT32, scale)
     if not compared or not (usual or worst <= allowance(_rounding(shrunk, feeds), scale)):
         raise RefusedError(f"its outputs differ by {worst:.2g}, of at most {scale:.3g}", "")
+    if not precise:
+        return worst, scale
     rounded = getattr(getattr(shrunk, "ledger", None), "rounded", False)
     try:
-        precise = difference(shrunk, _Eager(copy.deepcopy(model).double()), [feeds[0], far], torch.float64)
+        exact = difference(shrunk, _Eager(copy.deepcopy(model).double()), [feeds[0], far], torch.float64)
     except RefusedError:  # it makes float32 numbers of its own, so that float32 is all that can be compared
         return worst, scale
     limit = TOLERANCE_FLOAT32 if rounded else TOLERANCE_FLOAT64
-    if not precise[0] <= allowance(limit, precise[1]):
-        raise RefusedError(f"its outputs differ by {precise[0]:.2g} in float64, of at most {precise[1]:.3g}", "")
+    if not exact[0] <= allowance(limit, exact[1]):
+        raise RefusedError(f"its outputs differ by {exact[0]:.2g} in float64, of at most {exact[1]:.3g}", "")
     return worst, scale
 
 
