@@ -179,7 +179,8 @@ def received(source: ModelSource, data: Data) -> Job | None:
 
 def _made(sketch: _Sketch, source: ModelSource) -> nn.Module:
     """The module of a sketch, with the first process's weights."""
-    found = next((m for m in (source.build(), source.build_as_given()) if _digest(m) == sketch.digest), None)
+    builds = (build() for build in (source.build, source.build_as_given))
+    found = next((one for one in builds if _digest(one) == sketch.digest), None)
     if not all(_all(found is not None)):
         (carried, adapted), reason = _told(None), None
         if carried is not None:
