@@ -61,9 +61,9 @@ def results(
     observes = criteria.find(criterion).observes
     seen = Evidence(
         state,
-        samples=calibration[:CURVE_SAMPLES],
+        samples=(calibration[:CURVE_SAMPLES],),
         scales=norm_scales(captured),
-        readers=observe_readers(captured, analysis.clusters, calibration[:SAMPLES], grams=True) if observes else {},
+        readers=observe_readers(captured, analysis.clusters, (calibration[:SAMPLES],), grams=True) if observes else {},
     )
     maskable = masks.maskable(dense)
     worth = choose.measured(analysis, seen, cfg, maskable)
