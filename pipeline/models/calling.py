@@ -27,6 +27,10 @@ ONLY = "output"
 """Name of an output that has none, and is the only one."""
 
 
+class OtherInTrainingError(ModelError):
+    """A module that gives other outputs in training mode, as detectors do."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """How `forward` is called: the tree of (arguments, keyword arguments) that a flat row of tensors is put into.
@@ -166,6 +170,12 @@ def adapted(call: Call, model: nn.Module) -> nn.Module:
         if isinstance(out, Tensor) and call.outputs is None:
             return out
         found = named(out)
+        wanted = call.outputs or call.keep or ()
+        if self.training and (len(wanted) != len(found) if call.outputs else not found.keys() >= set(wanted)):
+            raise OtherInTrainingError(
+                f"In training mode {kind.__name__} returns {', '.join(found)}, in eval mode {', '.join(wanted)}.",
+                'Train it by a loop of your own, which sees it as it is: train = "file.py:fit" (docs/training.md).',
+            )
         if call.outputs is not None:
             found = dict(zip(call.outputs, found.values(), strict=True))
         return found if call.keep is None else {name: found[name] for name in call.keep}

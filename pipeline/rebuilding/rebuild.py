@@ -25,6 +25,7 @@ from pipeline.channels.program.capture import Captured, small
 from pipeline.channels.removal.rewrite import Shrunk
 from pipeline.channels.removal.verify import FAR, TOLERANCE_FLOAT32, TOLERANCE_FLOAT64, difference
 from pipeline.models.at_home import at_home, own_class
+from pipeline.models.calling import OtherInTrainingError
 from pipeline.rebuilding.fit import fit
 from pipeline.rebuilding.numbers import Use, module_of, put, uses
 from pipeline.rebuilding.structure import Place, Setting, Structure
@@ -384,6 +385,8 @@ def _try_training(model: nn.Module, captured: Captured) -> None:
     try:
         with torch.no_grad():
             twin(*small(captured))
+    except OtherInTrainingError:  # it ran
+        return
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise RefusedError(f"in training mode it fails ({first_line(error)})", "") from error
 

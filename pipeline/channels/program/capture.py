@@ -116,8 +116,8 @@ def capture(
     torch.backends.mha.set_fastpath_enabled(False)  # its fused operator hides q, k and v
     try:
         with torch.no_grad(), _silent(), _as_it_was(model), warnings.catch_warnings():
-            # Recurrent layers keep their weights in a list besides; nothing hangs on it.
-            warnings.filterwarnings("ignore", message=".*were assigned during export.*")
+            # Recurrent layers keep their weights in a list besides, others what they made; nothing hangs on it.
+            warnings.filterwarnings("ignore", message=".*(was|were) assigned during export.*")
             return _export(model, example, dynamic_batch, free)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -2,17 +2,20 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from foundation.errors import ConfigError, ModelError
 from pipeline import models, runner
+from pipeline.channels import analyse, shrink
 from pipeline.channels.program.capture import capture
 from pipeline.channels.program.macs import count_macs
 from pipeline.data import find
 from pipeline.models.graph import graph_of
 from pipeline.models.source import example
+from pipeline.rebuilding.rebuild import rebuild
 from pipeline.recipe.config import Config
 from pipeline.recipe.data import DataSection
 from pipeline.recipe.task import TaskSection
@@ -193,3 +196,30 @@ def test_a_task_taught_by_the_dense_model_sets_labels_aside():
     assert (task.taught, data.labelled) == (True, False)
     with pytest.raises(ConfigError, match="cannot be trained"):
         runner.sources("resnet18", "digits", Config(task=TaskSection(name="distil")))
+
+
+class OtherInTraining(nn.Module):
+    """Answers in eval mode, and what its own loss wants in training mode: so do detectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor] | tuple[Tensor, dict[str, Tensor]]:
+        raw = {"raw": self.b(self.a(x).relu())}
+        return raw if self.training else (raw["raw"].sigmoid(), raw)
+
+
+def test_other_outputs_in_training_mode_are_no_hindrance_to_the_original_class_and_are_named_to_our_loop():
+    samples = [(torch.randn(4), n % 3) for n in range(60)]
+    source, _, _ = met(OtherInTraining(), samples, TaskSection(output="output_0", keep_outputs=False))
+    model = source.build()
+    with pytest.raises(ModelError, match="In training mode OtherInTraining returns raw, in eval mode output_0"):
+        model.train()(torch.randn(2, 4))
+    captured = graph_of(model.eval(), source)
+    analysis = analyse(captured)
+    removed = {one.name: np.arange(one.size) < one.size // 2 for one in analysis.clusters}
+    folded = captured.fold(analysis.masks(removed))
+    made, structure = rebuild(model, folded, analysis, removed, shrink(folded, analysis, removed))
+    assert structure.original, structure.why
+    assert made.a.out_features == 4
