@@ -270,3 +270,83 @@ def test_an_opset_that_the_exporter_cannot_write_is_a_failed_stage_in_one_line(t
     assert result.exit_code == 3
     assert "opset 99" in result.output
     assert "Traceback" not in result.output
+
+
+# A loop of one's own: a good one, and each way of going wrong that the command line has to tell of.
+LOOPS = """
+import os
+import torch
+
+
+def good(model, data, report):
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    for images, labels in data.loader("train", 128):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+
+def nan(model, data, report):
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+
+
+def swaps(model, data, report):
+    return torch.nn.Linear(2, 2)
+
+
+def raises(model, data, report):
+    for step, _ in enumerate(data.loader("train", 128)):
+        report(step, 9)
+        if step == 2:
+            raise KeyError("learning_rate")
+
+
+def leaves(model, data, report):
+    raise SystemExit(0)
+"""
+
+
+@pytest.fixture
+def loops(tmp_path):
+    path = tmp_path / "loops.py"
+    path.write_text(LOOPS)
+    return path
+
+
+@pytest.mark.parametrize("section", ["baseline", "finetune"])
+def test_a_loop_that_is_not_there_is_refused_before_anything_is_written(tmp_path, loops, section):
+    for named, says in ((f"{tmp_path / 'missing.py'}:fit", "missing.py"), (f"{loops}:nope", "nope"), ("loops.py", "")):
+        assert says in refused(tmp_path, TINY, *SMALL, "--set", f"{section}.train={named}")
+    odd = tmp_path / "odd.py"
+    odd.write_text("fit = 3\n")
+    assert "fit" in refused(tmp_path, TINY, *SMALL, "--set", f"{section}.train={odd}:fit")
+
+
+def run_with_loop(tmp_path: Path, words: list[str], code: int) -> str:
+    quick = ["--set", "baseline.seconds=0.1", "--set", "finetune.epochs=1", "--set", "finetune.samples=64"]
+    given = ["deploy", TINY, *SMALL, *quick, "--name", "tiny", "--out", str(tmp_path / "a"), "--until", "finetune"]
+    result = CliRunner().invoke(main, [*given, *words])
+    assert result.exit_code == code, result.output
+    assert len([line for line in result.output.splitlines() if line.startswith("error:")]) == (code != 0)
+    assert "Traceback" not in result.output
+    return result.output
+
+
+@pytest.mark.parametrize(
+    ("loop", "says"),
+    [("nan", "not finite"), ("swaps", "another model"), ("raises", "learning_rate"), ("leaves", "SystemExit")],
+)
+def test_a_loop_that_fails_is_a_failed_stage_in_one_line_and_the_next_run_goes_on(tmp_path, loops, loop, says):
+    sections = ["--set", f"baseline.train={loops}:good"]
+    said = run_with_loop(tmp_path, ["--set", f"baseline.train={loops}:{loop}"], 3)
+    assert says in said
+    assert not list((tmp_path / "a" / "tiny").glob("v*"))
+    said = run_with_loop(tmp_path, [*sections, "--set", f"finetune.train={loops}:{loop}"], 3)
+    assert says in said
+    assert f"{loops}:{loop}" in said
+    done = {path.parent.name for path in (tmp_path / "a" / "tiny" / ".partial").glob("*/stage.json")}
+    assert done == {"0-baseline", "1-prune"}
+    said = run_with_loop(tmp_path, [*sections, "--set", f"finetune.train={loops}:good"], 0)
+    assert "0-baseline: reused" in said or "baseline: reused" in said
+    assert f"training: by {loops}:good" in said
