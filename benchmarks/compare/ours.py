@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from benchmarks.compare.problems import ALIGN, Problem, accuracy, train
 from pipeline.channels.coupling.analyse import analyse
-from pipeline.channels.program.capture import capture
+from pipeline.channels.operators.trace import Policy
+from pipeline.channels.program.capture import Captured, capture
 from pipeline.recipe.prune import PruneSection
 from pipeline.recovery import closed_form
+from pipeline.recovery.pruned_size import at_pruned_size
 from pipeline.selection import choose, criteria, curves
 from pipeline.selection.activations import norm_scales, observe_readers
 from pipeline.selection.allocation import Budget, Removed, allocate
@@ -27,8 +29,10 @@ CURVE_SAMPLES = 64
 STEPS = 12
 FLOOR = 0.1
 """Of a layer's channels, what curves leave at the least."""
-GENTLE = 5e-5
-"""Learning rate after a fit."""
+AFTER_FIT = 5e-4
+"""Learning rate after a fit, half of what a pruned model takes: of ResNet-18 at 0.15, seed 0, four epochs made 96.8 % of
+96.6 at 2e-4, 97.1 at 5e-4 and 97.0 at 1e-3 (dense 97.5).
+"""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def results(
         yield share, "closed form", Result(accuracy(fitted, problem), left, choosing, made.seconds)
         if train_seconds:
             began = time.perf_counter()
-            got = _trained(dense, problem, made.state, chosen, train_seconds)
+            got = _trained(dense, problem, captured, made.state, chosen, train_seconds)
             yield (
                 share,
                 "closed form, trained",
@@ -112,13 +116,23 @@ def _bisected(choose_at: Callable[[float], Removed], left: Callable[[Removed], f
 
 
 def _trained(
-    dense: nn.Module, problem: Problem, state: dict[str, Tensor], chosen: masks.Masks, seconds: float
+    dense: nn.Module,
+    problem: Problem,
+    captured: Captured,
+    state: dict[str, Tensor],
+    chosen: masks.Masks,
+    seconds: float,
 ) -> float:
-    """Test accuracy after gentle distillation, kept only where the calibration part does not say it is worse."""
+    """Test accuracy after distillation at the pruned size, kept only where the calibration part does not say it is
+    worse; making the smaller model is counted in `seconds`.
+    """
+    began = time.perf_counter()
     model = problem.build().eval()
     model.load_state_dict(state, strict=False)
     masks.apply(model, chosen)
+    small, _ = at_pruned_size(model, problem.build(), captured, chosen, Policy())
+    model = small.model if small else model
     before = accuracy(model, problem, "calibration"), accuracy(model, problem)
     x, y = problem.part("train")
-    train(model, x, y, lr=GENTLE, seconds=seconds, teacher=dense)
+    train(model, x, y, lr=AFTER_FIT, seconds=seconds - (time.perf_counter() - began), teacher=dense)
     return accuracy(model, problem) if accuracy(model, problem, "calibration") >= before[0] else before[1]
