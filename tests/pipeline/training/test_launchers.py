@@ -86,7 +86,7 @@ def test_the_recipe_for_imagenet_is_one_and_its_batch_feeds_sixteen_gpus():
     assert recipe.finetune.train.batch_size % 16 == 0
 
 
-@pytest.mark.slow
+@pytest.mark.examples
 @pytest.mark.parametrize("line", of("training.md"), ids=launcher)
 def test_a_launch_of_the_docs_trains_with_two_processes(tmp_path, line):
     done = run(line, tmp_path / "made", "--until", "baseline")
@@ -129,7 +129,7 @@ def test_the_slurm_file_starts_one_launcher_per_node(tmp_path, photos):
     assert (tmp_path / "made" / "tiny" / ".partial" / "2-finetune" / "history.csv").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.examples
 def test_a_process_killed_under_torchrun_ends_the_run_with_our_line(tmp_path):
     words = [*words_of(LINES[0][1]), *SMALL, "--set", "baseline.train={epochs=500}", "--until", "baseline"]
     words += ["--out", str(tmp_path)]
