@@ -33,7 +33,7 @@ from pipeline.models.at_home import at_home, own_class
 from pipeline.models.from_code import load_callable, user_code
 from pipeline.progress import Bar, Progress
 from pipeline.seeding import seeded
-from pipeline.training import devices
+from pipeline.training import launched
 from pipeline.training import masks as masking
 from pipeline.training.masks import Masks
 
@@ -156,9 +156,10 @@ def check(*specs: str | None) -> None:
         if spec is None:
             continue
         load_callable(spec, ConfigError)
-        if devices.count() > 1:
+        place = launched.place()
+        if place is not None:
             raise ConfigError(
-                f"{spec} is a loop of your own, and {devices.count()} processes were started.",
+                f"{spec} is a loop of your own, and {place.count} processes were started.",
                 "Start one: the loop itself starts what it needs.",
             )
 

@@ -133,3 +133,10 @@ def test_train_in_a_recipe_may_name_a_loop_and_its_file_counts(tmp_path: Path) -
     assert (given.finetune.code(), given.baseline.code()) != before
     with pytest.raises(ConfigError, match="no callable named 'fti'"):
         own.check(f"{file}:fti")
+
+
+def test_processes_of_a_launcher_are_refused_before_anything_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="2 processes were started"):
+        own.check(f"{LOOPS}:plain")
