@@ -30,10 +30,12 @@ from pipeline.training.history import Epoch, history_csv
 
 TAUGHT = 0.5
 """Share of the loss that the dense model teaches, where the recipe says nothing; without labels it teaches all."""
-GENTLE = 0.1
+GENTLE = 0.5
 """Of the learning rate that a pruned model takes: after a fit that came near, a careless epoch loses more than it
-gains. From one that is still far off, so small steps do not arrive: a detector that had 0.558 of 0.757 after the fit
-came to 0.668 in twelve epochs at this rate, and to 0.735 at the whole one.
+gains, and one that is too timid gains nothing (ResNet-18 at 0.15 of its MACs on MNIST, 96.6 % after the fit, four
+epochs: 96.8 at a fifth, 97.1 at a half, 97.0 at the whole rate). From a fit that is still far off small steps do not
+arrive: a detector that had 0.558 of 0.757 after the fit came to 0.668 in twelve epochs at a tenth, and to 0.735 at the
+whole rate.
 """
 
 

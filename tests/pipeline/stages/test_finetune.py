@@ -139,7 +139,7 @@ def test_training_learns_from_the_fit_gently_and_its_samples_decide_nothing(stag
     )
     stage(halved(), epochs=1)
     stage(halved(), recover="train", epochs=1, train={"lr": 0.5})
-    assert seen[0].lr == pytest.approx(1e-4)
+    assert seen[0].lr == pytest.approx(5e-4)
     assert seen[1].lr == 0.5
 
 
