@@ -27,6 +27,8 @@ from pipeline.models.plain import copied
 from pipeline.models.source import Origin, Shape, image_input
 
 _OURS = Path(__file__).resolve().parents[1]
+_read: dict[str, str] = {}
+"""Module of a file of the user's -> hash of that file as it was executed."""
 
 
 def origin_of_object(model: nn.Module, input_size: Shape | None) -> Origin:
@@ -98,8 +100,12 @@ def _module_from_file(place: str, spec: str, error: type[UserError]) -> ModuleTy
     path = Path(place).expanduser().resolve()
     if not path.is_file():
         raise error(f"{place}: no such file.", "Give the path of a Python file, then a colon and the callable.")
-    # One name per path: reading the file again, after an edit, replaces the earlier module.
+    # One name per path, and read once: a class that a model and a loop of the same file are both to know, and that a
+    # pickle finds again, must be one. Reading the file after an edit replaces the earlier module.
     name = f"leanort_user_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    digest = sha256(path)
+    if name in sys.modules and _read.get(name) == digest:
+        return sys.modules[name]
     loader = importlib.util.spec_from_file_location(name, path)
     if loader is None or loader.loader is None:
         raise error(f"{place} cannot be imported.", "Give the path of a Python file.")
@@ -114,6 +120,7 @@ def _module_from_file(place: str, spec: str, error: type[UserError]) -> ModuleTy
         raise
     finally:
         sys.path.remove(str(path.parent))
+    _read[name] = digest
     return module
 
 

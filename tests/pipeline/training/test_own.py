@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foundation.errors import ConfigError, LeanortError, TrainingError
-from pipeline import data
+from pipeline import data, models
 from pipeline.progress import Progress
 from pipeline.recipe import config
 from pipeline.training import masks as masking
@@ -54,6 +54,40 @@ def test_a_loop_trains_and_what_is_masked_stays(loop: str, masked: bool) -> None
         assert not torch.equal(after[name][mask], before[name][mask])
     masking.check_held(net, masks)
     assert bool(progress.notes) == (loop == "plain")
+
+
+ONE_FILE = """
+import pickle
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(768, 10)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+def model():
+    return Net()
+
+def fit(model, data, report):
+    assert isinstance(model, Net), "another class of that name"
+    model.head.bias.data += 1
+    return pickle.loads(pickle.dumps(model))
+"""
+
+
+def test_model_and_loop_of_one_file_know_one_class(tmp_path: Path) -> None:
+    file = tmp_path / "both.py"
+    file.write_text(ONE_FILE)
+    net = models.load(f"{file}:model", num_classes=10, input_size=(3, 16, 16)).build()
+    own.train(f"{file}:fit", net, DIGITS)
+    file.write_text(ONE_FILE.replace("+= 1", "+= 2"))
+    again = models.load(f"{file}:model", num_classes=10, input_size=(3, 16, 16)).build()
+    before = again.head.bias.clone()
+    own.train(f"{file}:fit", again, DIGITS)
+    torch.testing.assert_close(again.head.bias, before + 2)
 
 
 def test_the_same_loop_gives_the_same_weights_twice() -> None:
