@@ -67,6 +67,11 @@ def weight_of(node: fx.Node) -> fx.Node | None:
     return found if isinstance(found, fx.Node) else None
 
 
+def whole_channels(kept: Tensor) -> bool:
+    """Whether whole rows and columns of a mask (groups, outputs, columns) are gone, and no single weights."""
+    return torch.equal(kept, kept.any(2, keepdim=True) & kept.any(1, keepdim=True))
+
+
 _MATRICES = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 _CONVOLUTIONS = (
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,

@@ -9,8 +9,9 @@ from torch import nn
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.operators.trace import Policy
 from pipeline.channels.program.capture import capture
-from pipeline.recovery import closed_form
+from pipeline.recovery import shelf
 from pipeline.recovery.closed_form import recover
+from pipeline.recovery.walk import Walk
 
 WIDTH, HEADS, SIZE = 24, 3, 8
 
@@ -341,16 +342,17 @@ def test_where_the_scores_come_no_nearer_the_layers_stay_as_they_were_fitted(mon
 
 @pytest.mark.parametrize("name", ["operator", "packed", "grouped inside"])
 def test_in_memory_and_on_disk_the_same_and_what_is_counted_is_what_is_held(name, monkeypatch, tmp_path):
-    monkeypatch.setattr(closed_form, "LARGE", 1)
-    original, held = closed_form._Walk._node, []
+    monkeypatch.setattr(shelf, "LARGE", 1)
+    original, held = Walk.visit, []
 
-    def watched(walk, node, values, fixed):
-        original(walk, node, values, fixed)
+    def watched(walk, node):
+        original(walk, node)
+        values, counts = walk.networks.values, walk.networks.shelf
         alive = {id(v): v for sides in values.values() for side in sides for v in side if isinstance(v, torch.Tensor)}
-        counted = sum(v.numel() * v.element_size() for key, v in alive.items() if key in walk.shelf.counted)
-        held.append((walk.shelf.held, counted))
+        counted = sum(v.numel() * v.element_size() for key, v in alive.items() if key in counts.counted)
+        held.append((counts.held, counted))
 
-    monkeypatch.setattr(closed_form._Walk, "_node", watched)
+    monkeypatch.setattr(Walk, "visit", watched)
     model, x = built(name), sequences(65)
     captured = capture(model, (x[:3],))
     masks = masks_of(model, torch.arange(SIZE) < 6)

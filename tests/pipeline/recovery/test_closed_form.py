@@ -8,8 +8,9 @@ from torch import nn
 
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.program.capture import capture
-from pipeline.recovery import closed_form
-from pipeline.recovery.closed_form import recover
+from pipeline.recovery import fitted, shelf, tied
+from pipeline.recovery.closed_form import LEAST, recover
+from pipeline.recovery.walk import Walk
 
 
 class Residual(nn.Module):
@@ -251,7 +252,7 @@ def test_it_comes_nearer_and_touches_nothing_else(name):
 
 @pytest.mark.parametrize("name", NETS)
 def test_two_runs_agree_bit_for_bit_in_memory_and_on_disk(name, monkeypatch, tmp_path):
-    monkeypatch.setattr(closed_form, "LARGE", 1)
+    monkeypatch.setattr(shelf, "LARGE", 1)
     captured, inputs = built(name)
     masks = cut(captured)
     runs = [
@@ -267,7 +268,7 @@ def test_two_runs_agree_bit_for_bit_in_memory_and_on_disk(name, monkeypatch, tmp
 
 
 def test_no_file_is_left_behind_by_an_exception(monkeypatch, tmp_path):
-    monkeypatch.setattr(closed_form, "LARGE", 1)
+    monkeypatch.setattr(shelf, "LARGE", 1)
     captured, inputs = built("plain")
 
     def stop(done, note):
@@ -282,25 +283,26 @@ def test_no_file_is_left_behind_by_an_exception(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["in place", "plain", "odd", "attention"])
 def test_what_is_counted_is_what_is_held(name, monkeypatch):
     """At every node the bytes counted are those of the tensors alive, whoever writes in place; at the end, none."""
-    monkeypatch.setattr(closed_form, "LARGE", 1)
+    monkeypatch.setattr(shelf, "LARGE", 1)
     shelves = []
-    original = closed_form._Walk._node
+    original = Walk.visit
 
-    def watched(walk, node, values, fixed):
-        original(walk, node, values, fixed)
+    def watched(walk, node):
+        original(walk, node)
+        values, counts = walk.networks.values, walk.networks.shelf
         alive = {
             id(v): v for sides in values.values() for column in sides for v in column if isinstance(v, torch.Tensor)
         }
-        held = sum(v.numel() * v.element_size() for key, v in alive.items() if key in walk.shelf.counted)
-        assert walk.shelf.held == held
+        held = sum(v.numel() * v.element_size() for key, v in alive.items() if key in counts.counted)
+        assert counts.held == held
         assert (
             not {k for k, v in alive.items() if not v._is_view()}
-            - set(walk.shelf.counted)
-            - {id(x) for chunk in walk.chunks for x in chunk}
+            - set(counts.counted)
+            - {id(x) for chunk in walk.samples.chunks for x in chunk}
         )
-        shelves.append(walk.shelf)
+        shelves.append(counts)
 
-    monkeypatch.setattr(closed_form._Walk, "_node", watched)
+    monkeypatch.setattr(Walk, "visit", watched)
     captured, inputs = built(name)
     recover(captured, cut(captured), inputs)
     assert shelves[-1].held <= 2 * 4 * 5 * 65 + 16  # the outputs of both networks, which nothing reads
@@ -435,7 +437,7 @@ def test_a_weight_of_several_readers_is_fitted_to_all_of_them(name, monkeypatch)
     assert all(torch.equal(v, before[n]) for n, v in captured.state.items())
     again = recover(captured, masks, (x,))
     assert all(torch.equal(v, again.state[n]) for n, v in made.state.items())
-    monkeypatch.setattr(closed_form.tied, "uses", lambda nodes, weight: ((), torch.empty(0), "left out"))
+    monkeypatch.setattr(tied, "uses", lambda nodes, weight: ((), torch.empty(0), "left out"))
     without = recover(captured, masks, (x,))
     # Every row of the embedding is looked up, so that the head cannot have it all its way.
     enough = 1.0 if name == "embedding and head" else 0.9
@@ -498,7 +500,7 @@ def test_what_is_left_of_single_masked_weights_makes_up_for_them(name):
 
 
 def test_single_masked_weights_of_too_large_a_layer_stay_and_say_why(monkeypatch):
-    monkeypatch.setattr(closed_form, "LARGEST_SPARSE", 24 * 6 * 6)
+    monkeypatch.setattr(fitted, "LARGEST_SPARSE", 24 * 6 * 6)
     captured, inputs = built("mlp")
     draw = torch.Generator().manual_seed(0)
     masks = {n: torch.rand(captured.state[n].shape, generator=draw) > 0.5 for n in ("0.weight", "2.weight")}
@@ -539,7 +541,7 @@ def test_samples_that_are_no_good_are_refused_in_one_line():
     captured, (x,) = built("plain")
     masks = cut(captured)
     with pytest.raises(ValueError, match="too few"):
-        recover(captured, masks, (x[: closed_form.LEAST - 1],))
+        recover(captured, masks, (x[: LEAST - 1],))
     for bad in (float("nan"), float("inf")):
         spoilt = x.clone()
         spoilt[7, 0, 0, 0] = bad

@@ -1,0 +1,113 @@
+"""The samples that weights are fitted on: their chunks, those held back, and which rows of each weight are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from pipeline.channels.program.capture import Captured
+from pipeline.recovery import regression
+from pipeline.recovery.contractions import Contraction
+from pipeline.recovery.recurrent import Drawn
+from pipeline.recovery.sampling import batches, chunked, rows_wanted, seed_of
+from pipeline.recovery.shelf import Shelf
+
+
+class Samples:
+    """All samples in `chunks` that the program takes; `counted`: by chunk, which places hold something.
+
+    `held_back`: bool, the samples that judge a fit, and choose its strength; `choosing`: others, that choose the
+    strength where a fit is judged as a whole.
+    """
+
+    def __init__(self, captured: Captured, inputs: Sequence[Tensor], counted: Tensor | None, seed: int) -> None:
+        self.captured, self.seed = captured, seed
+        self.chunks = chunked(captured, inputs)
+        self.counted = None if counted is None else list(batches(captured, counted))
+        sizes = [len(chunk[0]) for chunk in self.chunks]
+        self.starts = [sum(sizes[:at]) for at in range(len(sizes))]
+        # The samples held back lie anywhere in the data: it may be sorted by class.
+        draw = torch.Generator().manual_seed(seed)
+        self.held_back = torch.zeros(sum(sizes), dtype=torch.bool)
+        self.held_back[torch.randperm(sum(sizes), generator=draw)[: sum(sizes) // regression.HELD_BACK]] = True
+        learn = (~self.held_back).nonzero().flatten()
+        self.choosing = torch.zeros_like(self.held_back)
+        self.choosing[learn[torch.randperm(len(learn), generator=draw)[: len(learn) // regression.HELD_BACK]]] = True
+
+    def of(self, at: int, entries: int) -> Tensor:
+        """Of which sample each entry of the chunk `at` is: windows and frames lie beside each other, several of one."""
+        return self.starts[at] + torch.arange(entries) * len(self.chunks[at][0]) // entries
+
+    def held(self, at: int, entries: int) -> Tensor:
+        """Which entries of the chunk `at` are held back."""
+        return self.held_back[self.of(at, entries)]
+
+    def axis(self, node: fx.Node) -> int:
+        """The dimension of the samples in what a matrix multiplies; 0 where none shows."""
+        value, fixed = node.meta.get("val"), -1 if self.captured.dynamic_batch else len(self.chunks[0][0])
+        if isinstance(value, Tensor):
+            for axis, size in enumerate(value.shape[:-1]):
+                if size == fixed if isinstance(size, int) else self.captured.of_batch(size):
+                    return axis
+        return 0
+
+    def rows(
+        self,
+        node: fx.Node,
+        found: Contraction,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        matrix: Tensor,
+        shelf: Shelf,
+        share: int = 1,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (rows, groups, columns), targets (rows, groups, outputs), of which sample each row is.
+
+        One in `share` of the rows that a weight is fitted on, of several readers that have to do with these together.
+        `shelf`: where `inputs` and `outputs` lie.
+        """
+        axis = self.axis(found.x)
+        if axis and found.matrix:
+            inputs, outputs = ([v.movedim(axis, 0) for v in side] for side in (inputs, outputs))
+        count = found.count(outputs[0])
+        wanted = rows_wanted(matrix.shape[0], matrix.shape[2]) // share
+        counted = self.counted if found.matrix and not axis else None
+        if counted is not None and any(y.shape[:-1] != held.shape for y, held in zip(outputs, counted, strict=True)):
+            counted = None
+        elif counted is not None:  # enough of them when those that hold nothing are left out
+            wanted = round(
+                wanted * sum(held.numel() for held in counted) / max(1, sum(int(held.sum()) for held in counted))
+            )
+        each = min(count, -(-wanted // sum(len(x) for x in inputs)))
+        draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(node.name))
+        xs, ys, of = [], [], []
+        for at, (x, y) in enumerate(zip(inputs, outputs, strict=True)):
+            # The same places of every sample of a chunk, others in the next.
+            places = torch.randperm(count, generator=draw)[:each]
+            held = slice(None) if counted is None else counted[at][:, places].flatten()
+            xs.append(found.rows(x, places).flatten(0, 1)[held].float())
+            ys.append(found.targets(y, places).flatten(0, 1)[held].float())
+            shelf.rest(x)
+            shelf.rest(y)
+            of.append(self.of(at, len(x)).repeat_interleave(each)[held])
+        return torch.cat(xs), torch.cat(ys), torch.cat(of)
+
+    def sequences(self, name: str, inputs: Sequence[Tensor], columns: int) -> Drawn | None:
+        """Steps of a recurrent layer to look at, and sequences to hold back; None where too few can be.
+
+        `inputs`: (steps, batch, ...) by chunk; `columns`: of the matrices, `name` that of the first.
+        """
+        wanted = -(-rows_wanted(1, columns) // sum(x.shape[1] for x in inputs))
+        draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(name))
+        steps, judges, chooses = [], [], []
+        for at, x in enumerate(inputs):
+            steps.append(torch.randperm(len(x), generator=draw)[: min(len(x), wanted)])
+            of = self.of(at, x.shape[1])
+            judges.append(self.held_back[of])
+            chooses.append(self.choosing[of])
+        judging, choosing = torch.cat(judges), torch.cat(chooses)
+        if not bool(judging.any()) or not bool(choosing.any()) or bool((judging | choosing).all()):
+            return None
+        return Drawn(steps, chooses, judges)
