@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
@@ -29,6 +30,14 @@ def commands(example: Path) -> list[list[str]]:
     text = ast.get_docstring(ast.parse(example.read_text())) or ""
     lines = text.replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines if line.startswith(tuple(f"{name} " for name in PROGRAMS))]
+
+
+def lacks(example: Path) -> str:
+    """The first package that an example imports and that is not installed; "" where all are."""
+    body = ast.parse(example.read_text()).body
+    named = [one.name for node in body if isinstance(node, ast.Import) for one in node.names]
+    named += [node.module or "" for node in body if isinstance(node, ast.ImportFrom)]
+    return next((name for name in (one.partition(".")[0] for one in named) if find_spec(name) is None), "")
 
 
 def run(example: Path, folder: Path) -> tuple[Path, float]:
@@ -88,6 +97,9 @@ def main() -> None:
     print("| example | task | score | latency | file | seconds |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name in given.names or EXAMPLES:
+            if missing := lacks(EXAMPLES[name]):
+                print(f"| {name} | not run: it needs {missing} (docs/examples.md) | | | | |", flush=True)
+                continue
             print(row(name, *run(EXAMPLES[name], (given.out or Path(scratch)) / name)), flush=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from benchmarks.examples import EXAMPLES, commands
+from benchmarks.examples import EXAMPLES, commands, lacks
 from pipeline.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +34,10 @@ TOLD = {
     "forecast": (300, 4, "regression", "R2"),
     "image_classes": (400, 3, "classification", "accuracy"),
     "keywords": (180, 3, "classification", "accuracy"),
+    "loop_lightning": (400, 8, "regression", "R2"),
+    "loop_plain": (400, 6, "classification", "accuracy"),
+    "loop_trainer": (400, 6, "classification", "accuracy"),
+    "loop_yolo": (200, 12, "task", "found"),
     "multilabel": (300, 3, "multilabel", "macro F1"),
     "reader": (240, 6, "ctc", "1 - CER"),
     "segmentation": (100, 10, "segmentation", "mean IoU"),
@@ -73,9 +77,12 @@ def test_an_example_is_short_and_knows_nothing_of_leanort(name):
 @pytest.mark.examples
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_goes_the_whole_way(name, tmp_path, monkeypatch):
+    if missing := lacks(EXAMPLES[name]):
+        pytest.skip(f"{missing} is not installed")
     samples, epochs, task, score = TOLD[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAMPLES", str(samples))
+    monkeypatch.setenv("EPOCHS", str(epochs))
     Path("examples").symlink_to(ROOT / "examples")
     *before, (_, *words) = commands(EXAMPLES[name])
     for program, *rest in before:
@@ -83,7 +90,8 @@ def test_an_example_goes_the_whole_way(name, tmp_path, monkeypatch):
         subprocess.run([sys.executable, *rest], check=True, timeout=200)
     batch, rate = (8, 0.002) if name in MAPS else (16, 0.005)
     train = f"baseline.train={{epochs={epochs}, batch_size={batch}, lr={rate}}}"
-    more = ["--set", train] if epochs else []
+    by_loop = any(word.startswith("baseline.train=examples/") for word in words)
+    more = ["--set", train] if epochs and not by_loop else []
     int8 = ["--set", "optimize.int8=true"] if name == INT8 else []
     done = CliRunner().invoke(main, [*words, *SMALL, *more, *int8])
     assert done.exit_code == 0, done.output
@@ -92,6 +100,9 @@ def test_an_example_goes_the_whole_way(name, tmp_path, monkeypatch):
     assert verdict["task"] == task
     assert verdict["scores"][0]["name"] == score
     assert verdict["outcome"] == "pass", verdict["reasons"]
+    if by_loop:
+        rungs = json.loads((version / "2-finetune" / "artifact.json").read_text())["rungs"]
+        assert f"by examples/{name}.py:fit" in rungs[-1]["why"]
     made = json.loads((version / "6-optimize" / "artifact.json").read_text())
     assert any("int8" in one["name"] for one in made["candidates"]) == (name == INT8)
     checked = subprocess.run(
