@@ -4,6 +4,7 @@ Models that would take minutes are stood in for by a tiny one: a version of it, 
 """
 
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -65,6 +66,12 @@ def lines(text: str) -> Iterator[str]:
             yield command
 
 
+def block(language: str, *words: str) -> str:
+    """The one block of a language that has all these words in it."""
+    (found,) = [body for body in blocks(language) if all(word in body for word in words)]
+    return found
+
+
 COMMANDS = list(dict.fromkeys(line for text in TEXT.values() for line in lines(text)))
 LEANORT = [line for line in COMMANDS if line.startswith("leanort ")]
 MAKE = [line for line in COMMANDS if line.startswith("make ")]
@@ -80,7 +87,7 @@ def deployed(tmp_path_factory) -> Path:
     """A folder with everything that the pages' commands name; two versions of the tiny net, both passed."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copy(TINY, folder / "mynet.py")
-    (folder / "mytask.py").write_text(next(body for body in blocks("python") if "def task():" in body))
+    (folder / "mytask.py").write_text(block("python", "def task():"))
     quick = [word for word in QUICK if word not in ("--name", "tiny")]
     for ratio in ("5.0", "4.0"):
         words = ["deploy", "mynet.py:build", *quick, "--name", "resnet50", "--set", f"gate.max_latency_ratio={ratio}"]
@@ -103,7 +110,7 @@ def deployed(tmp_path_factory) -> Path:
         for number in range(8):
             pixels = draw.integers(0, 256, (16, 16, 3), np.uint8)
             Image.fromarray(pixels).save(folder / "photos" / str(label) / f"{number}.png")
-    policy, recipe = blocks("toml")
+    policy, recipe = block("toml", 'score_by = "interval"'), block("toml", 'model = "resnet50"')
     for told, stand_in in {"resnet50": "mynet.py:build", "layer4.*": "blocks.2.*", "conv1": "stem.0"}.items():
         recipe = recipe.replace(f'"{told}"', f'"{stand_in}"')
     (folder / "recipe.toml").write_text(recipe)
@@ -186,11 +193,11 @@ def test_every_make_command_has_its_target_and_runs_what_is_there(line, here):
 def test_the_pages_show_commands_at_all():
     assert len(LEANORT) > 30
     assert len(MAKE) > 20
-    assert len(blocks("python")) == 5
+    assert len(blocks("python")) == 7
 
 
 def test_python_that_deploys(deployed, monkeypatch):
-    (code,) = [body for body in blocks("python") if "pipeline.deploy(" in body]
+    code = block("python", "pipeline.deploy(")
     signature = inspect.signature(pipeline.deploy)
 
     def answered(*args: object, **kwargs: object) -> pipeline.Release:
@@ -210,13 +217,13 @@ def test_python_that_deploys(deployed, monkeypatch):
 
 
 def test_python_that_compares_two_files(here, capsys):
-    (code,) = [body for body in blocks("python") if "random_feeds" in body]
+    code = block("python", "random_feeds")
     exec(code, {})
     assert capsys.readouterr().out.startswith("True ")
 
 
 def test_python_that_shrinks_what_somebody_else_pruned(here):
-    (code,) = [body for body in blocks("python") if "Ledger.from_json" in body]
+    code = block("python", "Ledger.from_json")
     names: dict[str, object] = {}
     exec((here / "mynet.py").read_text(), names)
     model = names["TinyNet"]().eval()
@@ -229,12 +236,34 @@ def test_python_that_shrinks_what_somebody_else_pruned(here):
     assert names["dense"]["blocks.0.conv1.weight"].shape[0] == 32
 
 
+def test_python_that_trains_the_smaller_module_elsewhere(here):
+    code = block("python", "pipeline.smaller(")
+    names = {"pipeline": pipeline, "torch": torch, "example": torch.randn(2, 3, 16, 16)}
+    names["release"] = pipeline.open_release(here / "artifacts" / "resnet50" / "v0001")
+    exec(code, names)
+    assert Path("mine.onnx").is_file()
+    assert {path.name for path in Path("small").iterdir()} == {"model.safetensors", "structure.json"}
+    assert type(names["again"]) is type(names["small"])
+    assert torch.equal(names["again"](names["example"]), names["small"](names["example"]))
+
+
+def test_a_loop_of_ones_own_as_the_page_shows_it_trains(here):
+    (here / "own_loop.py").write_text(block("python", "def fit("))
+    (here / "own.toml").write_text('model = "mynet.py:build"\n' + block("toml", "own_loop.py:fit"))
+    first = QUICK.index("--set")
+    words = ["--name", "own", "--input-size", "3,16,16", *QUICK[first : first + 4], "--set", "finetune.epochs=1"]
+    assert invoke(here, ["deploy", "own.toml", *words, "--until", "finetune"]) == 0
+    (made,) = (here / "artifacts" / "own").rglob("2-finetune/artifact.json")
+    assert json.loads(made.read_text())["rungs"][-1]["why"].startswith("by own_loop.py:fit; ")
+
+
 def test_a_block_of_python_is_the_server_which_the_bundles_tests_run():
     assert SERVER in blocks("python")
 
 
 def test_recipes_and_policies_are_valid(tmp_path):
-    policy, recipe = blocks("toml")
+    policy, recipe = block("toml", 'score_by = "interval"'), block("toml", 'model = "resnet50"')
+    assert len(blocks("toml")) == 3  # and that of an own loop, which is run
     (tmp_path / "recipe.toml").write_text(recipe)
     assert config.load(tmp_path / "recipe.toml").prune.overrides == {"layer4.*": 0.6, "conv1": 0.0}
     (tmp_path / "policy.toml").write_text(policy)
