@@ -16,7 +16,7 @@ pickles of the module as well. `fit` trains in place and returns nothing, or ret
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -192,6 +192,7 @@ def train(
     if masks:
         home.register_forward_pre_hook(Held(masks))
     before = {name: value.detach().clone() for name, value in home.state_dict().items()}
+    learnt = [name for name, _ in home.named_parameters() if name in before]
     taught = _alone(teacher)
     given = TrainingData(data, taught, bool(within), seed)
     with seeded(seed), ExitStack() as stack, torch.enable_grad(), user_code(spec, TrainingError):
@@ -202,7 +203,7 @@ def train(
             f"{spec} handed back a module that was trained without its masks.",
             "Train the model that you were given, or a copy or a pickle of it, which hold them; not a new one.",
         )
-    _check_state(spec, before, after)
+    _check_state(spec, before, after, learnt)
     known = masking.originals(model)
     trained = {f"{within}.{name}" if within else name: value for name, value in after.items()}
     masking.load_originals(model, {name: _under(known[name], trained[name], masks, name, within) for name in known})
@@ -260,7 +261,9 @@ def _state(spec: str, made: object, before: Mapping[str, Tensor]) -> dict[str, T
     return {name: value.to(before[name].dtype) for name, value in found.items()}
 
 
-def _check_state(spec: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+def _check_state(
+    spec: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor], parameters: Collection[str]
+) -> None:
     for name, value in after.items():
         if (
             value.is_floating_point()
@@ -270,7 +273,7 @@ def _check_state(spec: str, before: Mapping[str, Tensor], after: Mapping[str, Te
             raise TrainingError(
                 f"{spec} left {name!r} with values that are not finite.", "Lower the learning rate, or clip gradients."
             )
-    if all(torch.equal(value, before[name]) for name, value in after.items()):
+    if all(torch.equal(after[name], before[name]) for name in parameters):  # statistics change by themselves
         raise TrainingError(
             f"{spec} trained nothing: every weight is as it was.",
             "Is the optimizer given model.parameters(), and are they not frozen?",

@@ -55,6 +55,13 @@ def freezes(model, data, report):
     model.requires_grad_(False)
 
 
+def forgets_to_go_back(model, data, report):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for images, labels in data.loader("train", 64):
+        F.cross_entropy(model(images), labels)
+        optimizer.step()
+
+
 def explodes(model, data, report):
     with torch.no_grad():
         next(model.parameters()).mul_(float("nan"))

@@ -102,7 +102,8 @@ def test_the_same_loop_gives_the_same_weights_twice() -> None:
 @pytest.mark.parametrize(
     ("loop", "says"),
     [
-        ("swaps", "another model"), ("freezes", "trained nothing"), ("explodes", "not finite"),
+        ("swaps", "another model"), ("freezes", "trained nothing"), ("forgets_to_go_back", "trained nothing"),
+        ("explodes", "not finite"),
         ("forgets_the_masks", "without its masks"), ("leaves", "SystemExit"), ("returns_a_number", "returned int"),
         ("looks_at_the_test_part", "the part 'test'"),
     ],
