@@ -91,7 +91,7 @@ alarms: $(STAMP) ## [GATES=200]: how often the latency gate raises a false alarm
 test: $(STAMP) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not examples"
 
-test-examples: $(STAMP) ## every task, kind of model and example the whole way, in a small form
+test-examples: $(STAMP) ## every task, kind of model, example and documented command the whole way
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m examples
 
 test-long: $(STAMP) ## [NETWORKS=2000]: many random networks, new ones each time, folded = shrunk

@@ -170,6 +170,7 @@ def run(folder: Path, words: list[str]) -> None:
     invoke(folder, [name, *rest])
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("line", LEANORT)
 def test_every_leanort_command_runs(line, here):
     known = {option for one in command(line.split()[1]) for option in one.opts} | {"--help"}
@@ -177,6 +178,7 @@ def test_every_leanort_command_runs(line, here):
     run(here, words_of(line)[1:])
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("line", MAKE)
 def test_every_make_command_has_its_target_and_runs_what_is_there(line, here):
     words = [word for word in words_of(line) if word not in ("-C", "leanort")]

@@ -109,10 +109,10 @@ def two(changes, options):
     [
         ({}, {}),
         ({"optimizer": "adamw", "lr": 1e-3, "batch_size": 91}, {"masked": True}),
-        ({"distill_weight": 0.5, "accumulate": 3}, {"taught": True}),
-        ({}, {"gradual": True}),
-        ({"epochs": 1}, {"make": smaller, "masked": True}),
-        ({"epochs": 1}, {"on": answered}),
+        pytest.param({"distill_weight": 0.5, "accumulate": 3}, {"taught": True}, marks=pytest.mark.examples),
+        pytest.param({}, {"gradual": True}, marks=pytest.mark.examples),
+        pytest.param({"epochs": 1}, {"make": smaller, "masked": True}, marks=pytest.mark.examples),
+        pytest.param({"epochs": 1}, {"on": answered}, marks=pytest.mark.examples),
     ],
     ids=["plain", "masked, odd batch", "taught, accumulated", "gradual masks", "smaller", "answered"],
 )
@@ -130,6 +130,7 @@ def test_two_processes_compute_what_one_does(tmp_path, changes, options):
         assert abs(a.train_score - b.train_score) < 0.005
 
 
+@pytest.mark.examples
 def test_targets_that_a_dense_model_gives_are_the_same_model_s_on_both(tmp_path):
     """Its loss is measured against the targets of a process's own rows, so that it is alike, not equal."""
     torch.set_num_threads(1)

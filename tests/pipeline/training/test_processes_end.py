@@ -47,7 +47,7 @@ def test_a_killed_process_ends_training_and_the_next_one_resumes_to_the_same_wei
     assert all(torch.equal(resumed.state[name], value) for name, value in undisturbed.state.items())
 
 
-@pytest.mark.slow
+@pytest.mark.examples
 def test_a_run_of_two_that_was_killed_goes_on_and_ends_with_the_digest_of_an_undisturbed_one(tmp_path):
     baselines = [tmp_path / name / "tiny" / ".partial" / "0-baseline" for name in ("undisturbed", "killed")]
     said, checkpoint = tmp_path / "said", baselines[1].with_name("0-baseline.building") / "training.pt"
