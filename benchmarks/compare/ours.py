@@ -134,5 +134,6 @@ def _trained(
     model = small.model if small else model
     before = accuracy(model, problem, "calibration"), accuracy(model, problem)
     x, y = problem.part("train")
-    train(model, x, y, lr=AFTER_FIT, seconds=seconds - (time.perf_counter() - began), teacher=dense)
+    left = max(seconds - (time.perf_counter() - began), 1e-3)
+    train(model, x, y, lr=AFTER_FIT, seconds=left, teacher=dense)
     return accuracy(model, problem) if accuracy(model, problem, "calibration") >= before[0] else before[1]
