@@ -143,7 +143,7 @@ def _failing(made: nn.Module, captured: Captured, model: nn.Module) -> tuple[str
         with torch.no_grad():
             made(*small(captured))
         return None
-    except (RuntimeError, ValueError, AssertionError, IndexError):
+    except Exception:
         written = [name for name in running if not type(made.get_submodule(name)).__module__.startswith("torch.nn.")]
         named = [name for name in (running[-1:] if running and _attends(made, running[-1]) else written[-1:]) if name]
         return (named[0], model.get_submodule(named[0])) if named else None
@@ -350,7 +350,10 @@ class _Eager:
 
     def __call__(self, *inputs: Any, dtype: torch.dtype | None = None) -> Any:
         inputs = tuple(x.to(dtype) if dtype and isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-        return self.model(*inputs)
+        try:
+            return self.model(*inputs)
+        except Exception as error:  # of whatever class: it is the user's own code, given what it never was given
+            raise RuntimeError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def compare(
@@ -387,7 +390,7 @@ def _try_training(model: nn.Module, captured: Captured) -> None:
             twin(*small(captured))
     except OtherInTrainingError:  # it ran
         return
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+    except Exception as error:
         raise RefusedError(f"in training mode it fails ({first_line(error)})", "") from error
 
 

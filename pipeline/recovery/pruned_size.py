@@ -63,7 +63,9 @@ def at_pruned_size(
     captured = captured.with_state(dense.state_dict()).fold(masks)
     try:
         analysis = analyse(captured, policy)
-        live = liveness(analysis, captured.state)
+        # What the masks remove, and not what happens to be zero now: that may still learn.
+        alive = {name: torch.ones_like(captured.state[name]) for name in captured.program.graph_signature.parameters}
+        live = liveness(analysis, captured.with_state(alive).fold(masks).state)
         shrunk = channels.shrink(captured, analysis, live.dead, refused=live.refusals)
     except RefusedError as error:
         return None, first_line(error)

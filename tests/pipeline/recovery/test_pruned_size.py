@@ -126,3 +126,17 @@ def test_single_weights_alone_give_nothing_smaller() -> None:
     masks = {"head.weight": torch.rand(10, 16) > 0.5}
     masking.apply(model, masks)
     assert at_pruned_size(model, *plain(source), masks, Policy()) == (None, "no whole channel is masked")
+
+
+def test_what_is_zero_without_a_mask_stays_and_learns() -> None:
+    source = find.load(TinyNet(), input_size=(3, 16, 16), seed=0)
+    model, masks = masked(source)
+    with torch.no_grad():
+        masking.parameters(model)["head.weight"].zero_()
+    small, words = at_pruned_size(model, *plain(source), masks, Policy())
+    assert small is not None, words
+    expected, _ = at_pruned_size(masked(source)[0], *plain(source), masks, Policy())
+    assert expected is not None
+    assert {n: v.shape for n, v in small.model.state_dict().items()} == {
+        n: v.shape for n, v in expected.model.state_dict().items()
+    }
