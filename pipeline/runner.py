@@ -14,7 +14,6 @@ from torch import nn
 
 from foundation.errors import CaptureError, ConfigError, UserError, nearest
 from foundation.files import sha256
-from pipeline.artifacts import archive
 from pipeline.artifacts.base import Artifact
 from pipeline.artifacts.eager import Baseline
 from pipeline.artifacts.program import Exported, Shrunk
@@ -393,18 +392,6 @@ def _trained_on(cfg: Section) -> dict[str, Any]:
     return {"trained on": devices.facts(settings if isinstance(settings, TrainSettings) else TrainSettings())}
 
 
-def _intact(stage_folder: Path) -> bool:
-    """Whether a stage's files are as they were written, and hold nothing that reading them would run."""
-    record = records.read_stage(stage_folder)
-    program = stage_folder / Shrunk.PROGRAM
-    return (
-        record is not None
-        and records.record_files(stage_folder) == record.files
-        and not store.strays_in(stage_folder)
-        and not (program.exists() and archive.faults(program))
-    )
-
-
 def _stage(
     stage: ModuleType,
     config: Config,
@@ -420,7 +407,7 @@ def _stage(
     wanted = _fingerprint(stage, config, digests)
     assert wanted is not None, f"{name} runs before a stage that it needs"
     found = None if forced else next((p for p in candidates(folder, name) if matches(p, wanted)), None)
-    if found is not None and not _intact(found):
+    if found is not None and not checks.intact(found):
         progress.say(f"  {found} was changed since it was written; running the stage again.")
         found = None
     if found is None:

@@ -10,6 +10,11 @@ import numpy as np
 import torch
 
 
+def of_epoch(seed: int, epoch: int) -> int:
+    """The seed of one pass over the data, the first being 1: those of near seeds never meet."""
+    return seed * 1_000_003 + epoch
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Run the block with Python's, NumPy's and torch's CPU generators seeded, and restore all three afterwards.

@@ -296,9 +296,12 @@ class Data:
 
     def some(self, part: Part, count: int) -> Data:
         """The same data with at most `count` samples of `part`, evenly spaced."""
-        split = self.split(part)
-        chosen = torch.linspace(0, len(split) - 1, min(count, len(split))).long()
-        made: Data = replace(self, **{part: picked(split, chosen)})  # type: ignore[arg-type]
+        most = len(self.split(part))
+        return self.only(part, torch.linspace(0, most - 1, min(count, most)).long())
+
+    def only(self, part: Part, chosen: Tensor) -> Data:
+        """The same data with the samples of `part` at the positions `chosen`."""
+        made: Data = replace(self, **{part: picked(self.split(part), chosen)})  # type: ignore[arg-type]
         return made
 
 

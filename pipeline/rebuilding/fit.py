@@ -32,10 +32,14 @@ def fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                     changed = True
         if changed:
             _tell_widths(module)
-    known = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
-    lost = [name for name in state if name not in known]
+    lost = state.keys() - tensors(model).keys()
     if lost:
-        raise ValueError(f"there is no place for {lost[0]}")
+        raise ValueError(f"there is no place for {min(lost)}")
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, shared ones by every name."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _like(old: Tensor, value: Tensor) -> Tensor:

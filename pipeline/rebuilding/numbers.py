@@ -8,10 +8,10 @@ which attribute that is, whatever it is called.
 from __future__ import annotations
 
 import copy
-import itertools
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,6 @@ class Use:
 
     module: str
     function: str
-    call: int
     position: tuple[int | str | None, ...]
     number: Number
 
@@ -101,25 +100,37 @@ def uses(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Use, ...]:
             if attribute.startswith("_") and not isinstance(value, int):
                 continue
             vars(module)[attribute] = _tagged((name, attribute), value)
-    watching = _Watching()
-    handles = [
-        handle
-        for name, module in tagged.named_modules()
-        for handle in (
-            module.register_forward_pre_hook(lambda _m, _i, name=name: watching.running.append(name)),
-            module.register_forward_hook(lambda _m, _i, _o: watching.left()),
-        )
-    ]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # as in the capture, whose calls these are compared with
     try:
-        with torch.no_grad(), watching:
+        with torch.no_grad(), running_in(tagged) as running, _Watching(running) as watching:
             tagged(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+    return tuple(watching.found)
+
+
+@contextmanager
+def running_in(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the modules whose `forward` is running, the innermost last; one that fails is not taken off."""
+    running: list[str] = []
+
+    def ended(*_: object) -> None:
+        running.pop()
+
+    handles = [
+        handle
+        for name, module in model.named_modules()
+        for handle in (
+            module.register_forward_pre_hook(lambda _m, _i, name=name: running.append(name)),
+            module.register_forward_hook(ended),
+        )
+    ]
+    try:
+        yield running
+    finally:
         for handle in handles:
             handle.remove()
-    return tuple(watching.found)
 
 
 def _tagged(place: Place, value: Any, depth: int = 0) -> Any:
@@ -143,24 +154,18 @@ def _tagged(place: Place, value: Any, depth: int = 0) -> Any:
 class _Watching(TorchFunctionMode):
     """Notes the numbers in the arguments of every call, and hands on plain ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, running: list[str]) -> None:
         super().__init__()
-        self.running: list[str] = []
+        self.running = running
         self.found: list[Use] = []
-        self.calls = itertools.count()
-
-    def left(self) -> None:
-        """A `forward` has ended."""
-        self.running.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves, tree = pytree.tree_flatten_with_path((args, kwargs))
-        call = next(self.calls)
         for path, leaf in leaves:
             for inner, number in _numbers(leaf):
                 position = (*(getattr(key, "idx", getattr(key, "key", None)) for key in path), *inner)
-                self.found.append(Use(self.running[-1] if self.running else "", func.__name__, call, position, number))
+                self.found.append(Use(self.running[-1] if self.running else "", func.__name__, position, number))
         plain, kwargs = pytree.tree_unflatten([_plain(leaf) for _, leaf in leaves], tree)
         return func(*plain, **kwargs)
 

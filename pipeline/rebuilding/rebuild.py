@@ -8,9 +8,9 @@ measured: in float32 and float64, at several batch sizes, near and far from the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,11 +23,18 @@ from pipeline.channels.coupling.groups import Analysis, Removed
 from pipeline.channels.ledger import Ledger, Rewrite
 from pipeline.channels.program.capture import Captured, small
 from pipeline.channels.removal.rewrite import Shrunk
-from pipeline.channels.removal.verify import FAR, TOLERANCE_FLOAT32, TOLERANCE_FLOAT64, difference
+from pipeline.channels.removal.verify import (
+    FAR,
+    ROUNDING_MARGIN,
+    TOLERANCE_FLOAT32,
+    TOLERANCE_FLOAT64,
+    difference,
+    float32_error,
+)
 from pipeline.models.at_home import at_home, own_class
 from pipeline.models.calling import OtherInTrainingError
-from pipeline.rebuilding.fit import fit
-from pipeline.rebuilding.numbers import Use, module_of, put, uses
+from pipeline.rebuilding.fit import fit, tensors
+from pipeline.rebuilding.numbers import Use, module_of, put, running_in, uses
 from pipeline.rebuilding.structure import Place, Setting, Structure
 
 TRIES = 8
@@ -58,7 +65,7 @@ def rebuild(
     kind = own_class(at_home(model)[0])
     called = f"{kind.__module__}.{kind.__qualname__}"
     going = dict(removed)
-    base, first, why = shrunk, "", ""
+    base, first = shrunk, ""
     kept_whole: list[str] = []
     made: nn.Module | None
     for _ in range(TRIES):
@@ -69,26 +76,24 @@ def rebuild(
             _try_training(made, captured)
             break
         except (RefusedError, ValueError) as error:
-            why = first_line(error)
-            first = first or why
-        failing = None if shrunk.ledger.folds or made is None else _failing(made, captured, model)
-        affected = _clusters_within(analysis, model, failing, going) if failing is not None else set()
-        if not affected or failing is None:
+            first = first or first_line(error)
+        failing = None if shrunk.ledger.folds or made is None else _failing(made, captured)
+        part = type(model.get_submodule(failing)) if failing else None
+        affected = _clusters_within(analysis, model, part, going) if part is not None else set()
+        if part is None or not affected:
             return None, _refused(kind, called, first)
-        kept_whole.append(type(failing[1]).__name__)
+        kept_whole.append(part.__name__)
         going = {name: flags for name, flags in going.items() if name not in affected}
         base = channels.shrink(captured, analysis, going)
     else:
         return None, _refused(kind, called, first)
-    dense, least, now = (
-        sum(p.numel() for p in _unique(one)) for one in (captured.program, shrunk.program, base.program)
-    )
+    dense, least, now = (_parameters(one) for one in (captured.program, shrunk.program, base.program))
     if dense - now < WORTH * (dense - least):
         return None, _refused(kind, called, first)
-    before = dict(_tensors(model))
+    before = tensors(model)
     shapes = {
         name: tuple(value.shape)
-        for name, value in _tensors(made)
+        for name, value in tensors(made).items()
         if name not in before or before[name].shape != value.shape
     }
     own = base.ledger.kept
@@ -110,8 +115,9 @@ def _refused(kind: type, called: str, reason: str) -> Structure:
     return Structure(original=False, why=why, kind=called)
 
 
-def _unique(program: ExportedProgram) -> Iterable[Tensor]:
-    return {id(value): value for value in program.parameters()}.values()
+def _parameters(program: ExportedProgram) -> int:
+    """Parameter elements, shared ones once."""
+    return sum(value.numel() for value in {id(one): one for one in program.parameters()}.values())
 
 
 def _made(
@@ -126,51 +132,32 @@ def _made(
     return made, biases, numbers
 
 
-def _failing(made: nn.Module, captured: Captured, model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The module whose `forward` fails, innermost of those that the user or a library wrote (torch's own layers only
-    say that what they were given is wrong), and its name; None where none fails.
+def _failing(made: nn.Module, captured: Captured) -> str | None:
+    """Name of the module whose `forward` fails, innermost of those that the user or a library wrote (torch's own layers
+    only say that what they were given is wrong, but for its attention, which keeps all heads or none); None where none
+    fails, or only the model itself.
     """
-    running: list[str] = []
-    handles = [
-        handle
-        for name, module in made.named_modules()
-        for handle in (
-            module.register_forward_pre_hook(lambda _m, _i, name=name: running.append(name)),
-            module.register_forward_hook(lambda _m, _i, _o: running.pop() and None),
-        )
-    ]
-    try:
-        with torch.no_grad():
+
+    def decides(name: str) -> bool:
+        module = made.get_submodule(name)
+        return isinstance(module, nn.MultiheadAttention) or not type(module).__module__.startswith("torch.nn.")
+
+    with torch.no_grad(), running_in(made) as running:
+        try:
             made(*small(captured))
-        return None
-    except Exception:
-        written = [name for name in running if not type(made.get_submodule(name)).__module__.startswith("torch.nn.")]
-        named = [name for name in (running[-1:] if running and _attends(made, running[-1]) else written[-1:]) if name]
-        return (named[0], model.get_submodule(named[0])) if named else None
-    finally:
-        for handle in handles:
-            handle.remove()
+        except Exception:  # which one is told by the comparison
+            return next(filter(decides, reversed(running)), None) or None
+    return None
 
 
-def _attends(made: nn.Module, name: str) -> bool:
-    """torch's own attention keeps all its heads or none."""
-    return isinstance(made.get_submodule(name), nn.MultiheadAttention)
-
-
-def _clusters_within(analysis: Analysis, model: nn.Module, failing: tuple[str, nn.Module], going: Removed) -> set[str]:
-    """Clusters that are to go and lie in any module of the failing one's kind."""
-    kind = type(failing[1])
+def _clusters_within(analysis: Analysis, model: nn.Module, kind: type[nn.Module], going: Removed) -> set[str]:
+    """Clusters that are to go and lie in any module of a kind."""
     paths = tuple(f"{name}." for name, module in model.named_modules() if type(module) is kind)
     classes: set[int] = set()
     for slot in analysis.slots:
         if slot.name.startswith(paths):
             classes |= set(analysis.solution.class_of[slot.atoms].tolist())
     return {name for name, flags in going.items() if flags.any() and classes & set(analysis.members[name].tolist())}
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 def state_of(
@@ -267,9 +254,14 @@ def _solve(use: Use, after: int, settings: dict[Place, Setting], read: Set[Place
     open_ = [place for place in use.number.places if place not in settings and place not in read]
     if len(open_) != 1:
         return
-    values = {place: settings.get(place, held) for place, held in use.number.values.items()}
-    for candidate in range(1, values[open_[0]] + 1):  # type: ignore[operator]
-        if use.number.compute({**values, open_[0]: candidate}) == after:  # type: ignore[dict-item]
+    values: dict[Place, int] = {}
+    for place, held in use.number.values.items():
+        now = settings.get(place, held)
+        if not _whole(now):  # sizes of their own each, which nothing is calculated with
+            return
+        values[place] = now
+    for candidate in range(1, values[open_[0]] + 1):
+        if use.number.compute({**values, open_[0]: candidate}) == after:
             settings[open_[0]] = candidate
             return
 
@@ -331,11 +323,11 @@ def _parts(rewrite: Rewrite, before: fx.Node, after: fx.Node | None, path: str) 
             if _whole(one) and one != other:
                 yield _Change(path, "split", at, one, other)
     elif _whole(size):
-        parts = sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
-        yield _Change(path, "split", None, size, parts)  # type: ignore[arg-type]
+        parts = tuple(one for one in sizes if _whole(one))
+        yield _Change(path, "split", None, size, parts[0] if len(set(parts)) == 1 else parts)
 
 
-def _whole(value: object) -> bool:
+def _whole(value: object) -> TypeGuard[int]:
     return type(value) is int
 
 
@@ -367,7 +359,7 @@ def compare(
     far = tuple(FAR * x if isinstance(x, Tensor) and x.is_floating_point() else x for x in feeds[0])
     worst, scale, compared = difference(shrunk, _Eager(model), feeds)
     usual = worst <= allowance(TOLERANCE_FLOAT32, scale)
-    if not compared or not (usual or worst <= allowance(_rounding(shrunk, feeds), scale)):
+    if not compared or not (usual or worst <= ROUNDING_MARGIN * float32_error(shrunk, feeds)):
         raise RefusedError(f"its outputs differ by {worst:.2g}, of at most {scale:.3g}", "")
     if not precise:
         return worst, scale
@@ -392,17 +384,3 @@ def _try_training(model: nn.Module, captured: Captured) -> None:
         return
     except Exception as error:
         raise RefusedError(f"in training mode it fails ({first_line(error)})", "") from error
-
-
-MARGIN = 4.0
-"""Both sides round, each in another order of summation."""
-
-
-def _rounding(shrunk: Callable[..., Any], feeds: Sequence[tuple[Any, ...]]) -> float:
-    """What float32 may differ by, of the outputs' scale: the usual, or what the program itself is off in float32."""
-
-    def widened(*inputs: Any, dtype: torch.dtype | None = None) -> Any:
-        return shrunk(*inputs, dtype=torch.float64)
-
-    worst, scale, _ = difference(widened, shrunk, feeds)
-    return max(TOLERANCE_FLOAT32, MARGIN * worst / max(1.0, scale))

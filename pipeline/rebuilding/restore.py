@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from foundation.errors import ModelError, StoreError, UserError, first_line
 from foundation.files import read_tensors, save_tensors
 from pipeline.artifacts import archive
-from pipeline.channels.ledger import Ledger
 from pipeline.channels.removal.recover import Trainable
 from pipeline.models import find
 from pipeline.models.at_home import at_home, own_class
 from pipeline.models.source import build_module
-from pipeline.rebuilding.fit import fit
+from pipeline.rebuilding.fit import fit, tensors
 from pipeline.rebuilding.numbers import put
-from pipeline.rebuilding.rebuild import state_of
 from pipeline.rebuilding.structure import FILE, Structure
 
 WEIGHTS = "model.safetensors"
@@ -36,8 +34,8 @@ def restructured(dense: nn.Module, structure: Structure, state: Mapping[str, Ten
     Raises ModelError where it is no instance of the class that the structure is of.
     """
     called = f"{type(dense).__module__}.{type(dense).__qualname__}"
-    known = {*dict(dense.named_parameters(remove_duplicate=False)), *dict(dense.named_buffers(remove_duplicate=False))}
-    lost = [name for name in structure.shapes if name not in known and name not in structure.biases.values()]
+    known = {*tensors(dense), *structure.biases.values()}
+    lost = [name for name in structure.shapes if name not in known]
     if lost:
         raise ModelError(
             f"The model is a {called} without {lost[0]!r}, and what was pruned is a {structure.kind} that has it.",
@@ -58,13 +56,6 @@ def marked(module: nn.Module, structure: Structure) -> nn.Module:
     """`module`, which knows from now on how it was made."""
     setattr(module, STRUCTURE, structure)
     return module
-
-
-def values(
-    program: ExportedProgram, ledger: Ledger, folded: Mapping[str, Tensor], structure: Structure
-) -> dict[str, Tensor]:
-    """Every tensor of the smaller module by the names of the model that was captured; see `rebuild.state_of`."""
-    return state_of(program, ledger, folded, structure.biases, structure.kept)
 
 
 def within(structure: Structure, state: Mapping[str, Tensor], prefix: str) -> tuple[Structure, dict[str, Tensor]]:
@@ -122,27 +113,25 @@ def _telling(module: Any, structure: Structure) -> Any:
     """
     import transformers
 
-    config = copy.deepcopy(module.config)
+    if structure.numbers:  # which no config would set
+        return None
     kind = own_class(module)
-    dense: nn.Module = kind(copy.deepcopy(module.config))
-    before = dict(dense.named_parameters())
+    before = dict(kind(copy.deepcopy(module.config)).named_parameters())
     sizes: dict[int, set[int]] = {}
     for name, shape in structure.shapes.items():
         for old, new in zip(before[name].shape if name in before else (), shape, strict=False):
             if old != new:
                 sizes.setdefault(old, set()).add(new)
     for name, value in vars(module.config).items():
-        if type(value) is int and len(sizes.get(value, ())) == 1:
-            setattr(config, name, *sizes[value])
-            try:
-                made: nn.Module = kind(config)
-            except (ValueError, RuntimeError, ZeroDivisionError):
-                made = dense
-            if _same_sizes(made, module) and not structure.numbers:
+        if type(value) is not int or len(sizes.get(value, ())) != 1:
+            continue
+        config = copy.deepcopy(module.config)
+        setattr(config, name, *sizes[value])
+        with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):  # what it says of numbers that clash
+            if _same_sizes(kind(config), module):
                 config.architectures = [kind.__name__]
                 config.transformers_version = transformers.__version__
                 return config
-            setattr(config, name, value)
     return None
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Literal
 
 from pydantic import AliasChoices, ConfigDict, Field, field_validator, model_validator
 
 from foundation.errors import brief
-from foundation.files import sha256
-from pipeline.recipe.section import BatchSize, Seconds, Section, Seed, Threads
+from pipeline.recipe.section import BatchSize, Seconds, Section, Seed, Threads, file_digests
 
 RATIOS = ("latency", "latency_p99", "file_size", "session_load", "peak_memory", "cold_first_inference", "parameters")
 
@@ -92,5 +90,4 @@ class GateSection(Policy):
 
     def code(self) -> dict[str, str]:
         """The files of the user's own metrics -> their sha256."""
-        files = (Path(name.rpartition(":")[0]) for name in self.metrics if ":" in name)
-        return {str(file): sha256(file) for file in files if file.is_file()}
+        return file_digests(*self.metrics)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from foundation.files import sha256
 
 # Far more than any machine has or any run takes: what is beyond is a slip, and would break something deep inside.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -31,6 +34,12 @@ class Section(BaseModel):
     def code(self) -> dict[str, str]:
         """The user's own files that this section names -> their sha256, since they decide the result, too."""
         return {}
+
+
+def file_digests(*specs: str | None) -> dict[str, str]:
+    """Of each `file.py:callable` that is a file: the file -> its sha256."""
+    files = (Path(spec.rpartition(":")[0]) for spec in specs if spec is not None and ":" in spec)
+    return {str(file): sha256(file) for file in files if file.is_file()}
 
 
 def readable(value: Any) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import Field, field_validator, model_validator
 
 from foundation import checkpoints
-from pipeline.recipe.section import Seconds, Section, Seed, Threads
-from pipeline.recipe.train import Loop, Training, own_loop, own_loop_code
+from pipeline.recipe.section import Seconds, Section, Seed, Threads, file_digests
+from pipeline.recipe.train import Loop, Training, own_loop
 
 
 class BaselineSection(Section):
@@ -27,7 +27,7 @@ class BaselineSection(Section):
         dense model.
         """
         if self.weights in ("auto", "train", "pretrained"):
-            return own_loop_code(self.loop)
+            return file_digests(self.loop)
         return checkpoints.digests(self.weights)
 
     _own_loop = model_validator(mode="before")(own_loop)

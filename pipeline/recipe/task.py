@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field
 
-from foundation.files import sha256
-from pipeline.recipe.section import Section
+from pipeline.recipe.section import Section, file_digests
 
 
 class TaskSection(Section):
@@ -23,5 +20,4 @@ class TaskSection(Section):
 
     def code(self) -> dict[str, str]:
         """The file of the user's own task -> its sha256."""
-        file = Path(self.name.rpartition(":")[0])
-        return {str(file): sha256(file)} if ":" in self.name and file.is_file() else {}
+        return file_digests(self.name)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
-from foundation.files import sha256
-from pipeline.recipe.section import BatchSize, Seconds, Section, Seed
+from pipeline.recipe.section import BatchSize, Seconds, Section, Seed, file_digests
 
 
 class TrainSettings(BaseModel):
@@ -69,12 +67,6 @@ def own_loop(values: Any) -> Any:
     return values
 
 
-def own_loop_code(loop: str | None) -> dict[str, str]:
-    """The file of the user's own loop -> its sha256."""
-    file = Path((loop or "").rpartition(":")[0])
-    return {str(file): sha256(file)} if loop and file.is_file() else {}
-
-
 class FinetuneSection(Section):
     """Stage 2: recovery under the masks."""
 
@@ -103,4 +95,4 @@ class FinetuneSection(Section):
 
     def code(self) -> dict[str, str]:
         """The file of an own loop -> its sha256."""
-        return own_loop_code(self.loop)
+        return file_digests(self.loop)

@@ -24,6 +24,7 @@ from pipeline.release.records import (
     read,
     read_stage,
     recipe_digest,
+    record_files,
     seal_of,
 )
 
@@ -70,6 +71,18 @@ def faults(version: Path) -> list[str]:
     if RECIPE in manifest.files and manifest.files[RECIPE].sha256 != manifest.recipe:
         found.append(f"{RECIPE} is not the recipe that was run")
     return found
+
+
+def intact(stage_folder: Path) -> bool:
+    """Whether a stage's files are as they were written, and hold nothing that reading them would run."""
+    record = read_stage(stage_folder)
+    program = stage_folder / Shrunk.PROGRAM
+    return (
+        record is not None
+        and record_files(stage_folder) == record.files
+        and not store.strays_in(stage_folder)
+        and not (program.exists() and archive.faults(program))
+    )
 
 
 def _identity_faults(version: Path, manifest: Manifest) -> list[str]:

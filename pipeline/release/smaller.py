@@ -9,7 +9,7 @@ from foundation.errors import StoreError
 from pipeline.artifacts.eager import Folded
 from pipeline.artifacts.program import Shrunk
 from pipeline.channels.ledger import Ledger
-from pipeline.release import records
+from pipeline.release import checks, records
 from pipeline.release.opening import Release
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def smaller(version: Release | Path | str, model: nn.Module | None = None) -> nn
     """
     from pipeline.channels.removal.recover import Trainable
     from pipeline.rebuilding import restore
+    from pipeline.rebuilding.rebuild import state_of
     from pipeline.rebuilding.structure import Structure
 
     folder = version.folder if isinstance(version, Release) else Path(version).resolve()
@@ -43,14 +44,14 @@ def smaller(version: Release | Path | str, model: nn.Module | None = None) -> nn
     within = ""
     if model is None:
         model, within = restore.dense_instance(structure)
-    state = restore.values(program, ledger, Folded.load(folder / Folded.STAGE).weights(), structure)
+    folded = Folded.load(folder / Folded.STAGE).weights()
+    state = state_of(program, ledger, folded, structure.biases, structure.kept)
     return restore.restructured(model, *restore.within(structure, state, within))
 
 
 def _check(stage: Path) -> None:
-    """Raise StoreError unless every file of a stage is as it was when it was written."""
-    record = records.read_stage(stage)
-    if record is None:
+    """Raise StoreError unless a stage is there, and as it was when it was written."""
+    if records.read_stage(stage) is None:
         raise StoreError(f"{stage} is no stage of a version.", "Give a folder such as artifacts/resnet50/current.")
-    if records.record_files(stage) != record.files:
+    if not checks.intact(stage):
         raise StoreError(f"{stage} is not as it was written.", "See `leanort verify`; deploy again, or roll back.")

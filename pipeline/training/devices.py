@@ -48,6 +48,22 @@ def rank() -> int:
     return dist.get_rank() if count() > 1 else 0
 
 
+def told(value: T) -> T:
+    """What the first process has, on every one."""
+    carried = [value]
+    if count() > 1:
+        dist.broadcast_object_list(carried, src=0, device=CPU)
+    return carried[0]
+
+
+def everybodys(value: T) -> list[T]:
+    """What each process has, in the order of their ranks, on every one."""
+    every = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(every, value)
+    return every
+
+
 def resolved(wanted: str) -> torch.device:
     """The device of a recipe's word, of this process among those on this machine: "auto" is a GPU where there is one.
 
@@ -258,29 +274,12 @@ class Devices:
 
     def told(self, value: T) -> T:
         """What the first process has, on every one."""
-        if self.count == 1:
-            return value
-        carried = [value]
-        dist.broadcast_object_list(carried, src=0, device=CPU)
-        return carried[0]
+        return told(value)
 
     def gathered(self, own: list[T]) -> list[T]:
         """Lists of all processes in one: the first entry of each, in order, then the second ones, ..."""
-        if self.count == 1:
-            return own
-        lists: list[list[T]] = [[] for _ in range(self.count)]
-        dist.all_gather_object(lists, own)
+        lists = everybodys(own)
         return [one for row in zip_longest(*lists, fillvalue=_NOTHING) for one in row if one is not _NOTHING]
-
-    def equalled(self, tensors: list[Tensor]) -> None:
-        """Fill tensors with the first process's values, in place."""
-        if self.count > 1:
-            with torch.no_grad():
-                for one in tensors:
-                    sent = one.detach().to(CPU).contiguous()
-                    dist.broadcast(sent, src=0)
-                    if self.rank:
-                        one.copy_(sent)
 
     def close(self, *modules: nn.Module) -> None:
         """Bring modules back to the CPU, and leave Accelerate's state as it was found."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from foundation.errors import ModelError, TrainingError, first_line
 from pipeline.data.parts import AnsweredBy, Data, Part
-from pipeline.models.calling import ADAPTED
+from pipeline.models.at_home import own_class
 from pipeline.models.dense import Answering
 from pipeline.models.source import ModelSource
 from pipeline.recipe.train import TrainSettings
@@ -90,20 +90,18 @@ def handed_out(
     modules = (model, teacher if settings.distill_weight > 0 else None, answering)
     labels = {part: data.split(part).labels for part in _PARTS} if not data.labelled and answering is None else {}
     sketches = tuple(None if one is None else _sketch(one) for one in modules)
-    _told(_Header(kind, settings, guided, sketches, labels, _agreeing(data)))
-    refusals = [one for one in _all(None) if one]
-    if refusals:
-        raise TrainingError(refusals[0], "All processes must be given the same model and data.")
+    devices.told(_Header(kind, settings, guided, sketches, labels, _agreeing(data)))
+    if refusal := _refusal(""):
+        raise TrainingError(refusal, "All processes must be given the same model and data.")
     for module in modules:
         if module is None:
             continue
-        if not all(_all(True)):
+        if not all(devices.everybodys(True)):
             carried, reason = _pickled(module)
-            _told((carried, _is_adapted(module)))
-            refusals = [one for one in _all(None if carried is not None else reason) if one]
-            if refusals:
+            devices.told((carried, own_class(module) is not type(module)))
+            if refusal := _refusal(reason):
                 raise ModelError(
-                    f"The model cannot be handed to the other processes: {refusals[0]}.",
+                    f"The model cannot be handed to the other processes: {refusal}.",
                     "Train with one process, or define its classes at the top of an importable module.",
                 )
         _alike(module)
@@ -125,19 +123,13 @@ def _digest(module: nn.Module) -> str:
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    """Whether its class was made here, from the user's (`calling.adapted`): a pickle knows the user's alone."""
-    return ADAPTED in type(module).__dict__
-
-
 def _pickled(module: nn.Module) -> tuple[bytes | None, str]:
     """The module without its masks, and "", or None and the reason."""
     plain = copy.deepcopy(module)
     state = masking.originals(module)
     masking.fold(plain)
     plain.load_state_dict(state)
-    if _is_adapted(plain):
-        plain.__class__ = type(plain).__bases__[0]
+    plain.__class__ = own_class(plain)  # a pickle knows the user's alone
     into = io.BytesIO()
     try:
         torch.save(plain, into)
@@ -158,14 +150,13 @@ def received(source: ModelSource, data: Data) -> Job | None:
 
     Raises TrainingError where this process cannot take part; the first one is told.
     """
-    header = _told(None)
+    header = _heard()
     if header is None:
         return None
     assert isinstance(header, _Header)
     other = header.labels == {} and header.data != _agreeing(data)
-    refusals = [one for one in _all(f"Process {devices.rank()} has other data." if other else None) if one]
-    if refusals:
-        raise TrainingError(refusals[0])
+    if refusal := _refusal(f"Process {devices.rank()} has other data." if other else ""):
+        raise TrainingError(refusal)
     made = [None if sketch is None else _made(sketch, source) for sketch in header.modules]
     model, teacher, answering = made
     assert model is not None
@@ -181,8 +172,8 @@ def _made(sketch: _Sketch, source: ModelSource) -> nn.Module:
     """The module of a sketch, with the first process's weights."""
     builds = (build() for build in (source.build, source.build_as_given))
     found = next((one for one in builds if _digest(one) == sketch.digest), None)
-    if not all(_all(found is not None)):
-        (carried, adapted), reason = _told(None), None
+    if not all(devices.everybodys(found is not None)):
+        (carried, adapted), reason = _heard(), ""
         if carried is not None:
             try:
                 found = torch.load(io.BytesIO(carried), weights_only=False)  # from this run's own first process
@@ -190,8 +181,7 @@ def _made(sketch: _Sketch, source: ModelSource) -> nn.Module:
                     found = source.adapt(found)
             except Exception as error:
                 reason = f"{type(error).__name__}: {first_line(error)}"
-        refusals = [one for one in _all(reason) if one]
-        if refusals or found is None:
+        if _refusal(reason) or found is None:
             raise TrainingError("No model to train.")
     assert found is not None
     for name, value in masking.parameters(found).items():
@@ -213,16 +203,14 @@ def _alike(module: nn.Module) -> None:
 def over() -> None:
     """Tell the others that there is no more to do."""
     if devices.count() > 1 and devices.rank() == 0:
-        _told(None)
+        devices.told(None)
 
 
-def _told(value: Any) -> Any:
-    carried = [value]
-    dist.broadcast_object_list(carried, src=0, device=devices.CPU)
-    return carried[0]
+def _heard() -> Any:
+    """What the first process tells."""
+    return devices.told(None)
 
 
-def _all(value: Any) -> list[Any]:
-    every: list[Any] = [None] * devices.count()
-    dist.all_gather_object(every, value)
-    return every
+def _refusal(own: str) -> str:
+    """The first reason against a job that any process has; "" where none has one."""
+    return next(filter(None, devices.everybodys(own)), "")

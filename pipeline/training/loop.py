@@ -32,7 +32,7 @@ from pipeline.data.samples import sliced
 from pipeline.models.calling import named
 from pipeline.progress import Progress
 from pipeline.recipe.train import TrainSettings
-from pipeline.seeding import seeded
+from pipeline.seeding import of_epoch, seeded
 from pipeline.tasks.evaluation import Evaluation, evaluate, judged, seen_by
 from pipeline.tasks.task import Task
 from pipeline.training import jobs, trackers
@@ -337,7 +337,7 @@ class _Run:
         """Train one pass, judge it, and remember it if it is the best."""
         began = time.perf_counter()
         devices = self.devices
-        seed = self.settings.seed * 1_000_003 + epoch
+        seed = of_epoch(self.settings.seed, epoch)
         lost, seen, rate = 0.0, 0.0, 0.0
         score = self.task.score
         called = score.name if self.data.labelled or self.task.taught else "agreement"

@@ -16,9 +16,9 @@ pickles of the module as well. `fit` trains in place and returns nothing, or ret
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,11 +28,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from foundation.errors import ConfigError, TrainingError, nearest
-from pipeline.data.parts import Data, Inputs, Part, picked
-from pipeline.models.at_home import at_home, own_class
+from pipeline.data.parts import Data, Inputs, Part
+from pipeline.models.at_home import as_written
 from pipeline.models.from_code import load_callable, user_code
 from pipeline.progress import Bar, Progress
-from pipeline.seeding import seeded
+from pipeline.seeding import of_epoch, seeded
 from pipeline.training import launched
 from pipeline.training import masks as masking
 from pipeline.training.masks import Masks
@@ -111,7 +111,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         self.passes += 1
-        seed = self.of.seed * 1_000_003 + self.passes
+        seed = of_epoch(self.of.seed, self.passes)
         data = self.of.data
         for inputs, target in data.batches(self.part, self.batch_size, self.shuffle, seed, augment=self.augment):
             yield self.of.given(inputs), target
@@ -129,9 +129,8 @@ class Samples(Dataset[tuple[Any, Any]]):
     def __getitem__(self, number: int) -> tuple[Any, Any]:
         if not -len(self) <= number < len(self):
             raise IndexError(number)
-        one = picked(self.of.data.split(self.part), torch.tensor([number % len(self)]))
-        data: Data = replace(self.of.data, **{self.part: one})  # type: ignore[arg-type]
-        inputs, target = next(iter(data.batches(self.part, 1)))
+        data = self.of.data.only(self.part, torch.tensor([number % len(self)]))
+        inputs, target = next(data.batches(self.part, 1))
         alone = [value[0] for value in inputs]
         return self.of.given(tuple(alone)), pytree.tree_map(lambda x: x[0] if isinstance(x, Tensor) else x, target)
 
@@ -183,8 +182,7 @@ def train(
     fit, _ = load_callable(spec, ConfigError)
     plain = copy.deepcopy(model)
     masking.fold(plain)
-    home, within = at_home(plain)
-    home.__class__ = own_class(home)
+    home, within = as_written(plain)
     masks = {name.removeprefix(f"{within}."): mask for name, mask in (masks or {}).items()}
     for name, parameter in home.named_parameters(remove_duplicate=False):
         if name in masks:  # so that no optimizer collects, and no limit on gradients counts, what is not there
@@ -231,9 +229,7 @@ def _holds(made: nn.Module) -> bool:
 def _alone(teacher: nn.Module | None) -> nn.Module | None:
     if teacher is None:
         return None
-    home, _ = at_home(copy.deepcopy(teacher))
-    home.__class__ = own_class(home)
-    return home.eval()
+    return as_written(copy.deepcopy(teacher))[0].eval()
 
 
 def _under(held: Tensor, trained: Tensor, masks: Masks, name: str, within: str) -> Tensor:
@@ -278,7 +274,3 @@ def _check_state(
             f"{spec} trained nothing: every weight is as it was.",
             "Is the optimizer given model.parameters(), and are they not frozen?",
         )
-
-
-Fit = Callable[[nn.Module, TrainingData, Report], nn.Module | None]
-"""What `file.py:callable` has to be."""

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from foundation.errors import ConfigError, LeanortError
-from pipeline.training import launched
+from pipeline.training import devices, launched
 from pipeline.training.launched import Place
 
 T = TypeVar("T")
@@ -68,8 +68,7 @@ class Group:
             told = dict(same(made)) if same is not None else {}
         except LeanortError as error:
             problem = error
-        every: list[Any] = [None] * self.place.count
-        dist.all_gather_object(every, ((problem.message, problem.hint) if problem else None, told))
+        every: list[Any] = devices.everybodys(((problem.message, problem.hint) if problem else None, told))
         wrong = next((rank for rank, (said, _) in enumerate(every) if said is not None), None)
         apart = [
             (name, rank)
@@ -144,20 +143,17 @@ class _Watch:
     def __init__(self, place: Place) -> None:
         self.place = place
         self.over = threading.Event()
-        self.code: int | None = None
         self.links: dict[int, socket.socket] = {}
-        carried: list[Any] = [None]
         if place.rank == 0:
             server = _server(place.address)
             token = secrets.token_hex(16)
-            carried = [(server.getsockname()[1], token)]
-            dist.broadcast_object_list(carried, src=0, device=torch.device("cpu"))
+            devices.told((server.getsockname()[1], token))
             with server:
                 while len(self.links) < place.count - 1:
                     self._accept(server, token)
         else:
-            dist.broadcast_object_list(carried, src=0, device=torch.device("cpu"))
-            port, token = carried[0]
+            heard: Any = devices.told(None)
+            port, token = heard
             link = socket.create_connection((place.address, port), timeout=60)
             link.sendall(json.dumps({"token": token, "rank": place.rank}).encode() + b"\n")
             self.links[0] = link

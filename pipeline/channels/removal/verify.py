@@ -193,7 +193,7 @@ def prove(
             far_diff, far_scale, _ = difference(folded, shrunk, far, torch.float64)
             precise = max(precise, allowance(scaled(far_diff, far_scale), scale))
             if worst > tolerance and precise <= tolerance_precise:
-                tolerance = max(tolerance, ROUNDING_MARGIN * _float32_error(folded, inputs))
+                tolerance = max(tolerance, ROUNDING_MARGIN * float32_error(folded, inputs))
     if not worst <= tolerance or (precise is not None and not precise <= tolerance_precise):
         drawn = _random(folded)
         if drawn is not None:
@@ -210,7 +210,7 @@ def prove(
     return Proof(worst, scale, tolerance, precise, tolerance_precise, len(inputs), compared)
 
 
-def _float32_error(model: Any, inputs: Sequence[tuple[Any, ...]]) -> float:
+def float32_error(model: Any, inputs: Sequence[tuple[Any, ...]]) -> float:
     """How far a model's float32 outputs are from its float64 ones, at most."""
     worst = 0.0
     for feed in inputs:

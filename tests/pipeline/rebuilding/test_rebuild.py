@@ -121,6 +121,27 @@ def test_equal_parts_become_unequal_ones() -> None:
     assert sorted(rebuilt.sizes) == [1, 2, 3]
 
 
+class SplitAndCounted(nn.Module):
+    """A size that would become a list of sizes, in a product besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size, self.count = 4, 3
+        self.first, self.last = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.first(x).relu(), self.size, 1)
+        x = torch.cat([part.tanh() for part in parts], 1)
+        return self.last(x.reshape(len(x), self.size * self.count, *x.shape[2:])).mean((2, 3))
+
+
+def test_a_list_of_sizes_in_a_product_is_no_crash() -> None:
+    counts = iter((1, 2, 3))
+    rebuilt, structure, *_ = made(SplitAndCounted(), IMAGES, going=lambda n: np.arange(n) < next(counts))
+    assert rebuilt is None
+    assert "SplitAndCounted does not compute" in structure.why
+
+
 class Depthwise(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +191,10 @@ class Configured(nn.Module):
 
 def test_a_config_that_layers_share_differs_afterwards() -> None:
     counts = iter((1, 2))
-    going = lambda n: np.arange(n) < (next(counts) if n == 4 else 0)  # noqa: E731
+
+    def going(size: int) -> Any:
+        return np.arange(size) < (next(counts) if size == 4 else 0)
+
     rebuilt = check(Configured(), SEQUENCES, policy=Policy(head_positions=False), going=going)
     assert sorted((rebuilt.one.settings.heads, rebuilt.two.settings.heads)) == [2, 3]
 

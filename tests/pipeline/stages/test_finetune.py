@@ -129,28 +129,27 @@ def test_a_rung_that_makes_it_worse_is_taken_back(stage, monkeypatch):
     assert made.calibration_score > 0.85
 
 
-def test_training_learns_from_the_fit_gently_and_its_samples_decide_nothing(stage, digits, monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """Settings of each training, as it begins."""
+    found = []
     real = loop.train
     monkeypatch.setattr(
         loop,
         "train",
-        lambda model, own, task, settings, **o: seen.append(settings) or real(model, own, task, settings, **o),
+        lambda model, own, task, settings, **o: found.append(settings) or real(model, own, task, settings, **o),
     )
+    return found
+
+
+def test_training_learns_from_the_fit_gently_and_its_samples_decide_nothing(stage, seen):
     stage(halved(), epochs=1)
     stage(halved(), recover="train", epochs=1, train={"lr": 0.5})
     assert seen[0].lr == pytest.approx(5e-4)
     assert seen[1].lr == 0.5
 
 
-def test_training_is_not_gentle_with_a_fit_that_is_far_from_the_dense_model(stage, monkeypatch):
-    seen = []
-    real = loop.train
-    monkeypatch.setattr(
-        loop,
-        "train",
-        lambda model, own, task, settings, **o: seen.append(settings) or real(model, own, task, settings, **o),
-    )
+def test_training_is_not_gentle_with_a_fit_that_is_far_from_the_dense_model(stage, seen):
     made = stage(halved(every=12), epochs=1)
     assert [rung.kept for rung in made.rungs[:2]] == [True, True]
     assert made.rungs[1].score < 0.85
