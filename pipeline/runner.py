@@ -14,6 +14,7 @@ from torch import nn
 
 from foundation.errors import CaptureError, ConfigError, UserError, nearest
 from foundation.files import sha256
+from pipeline import measurements
 from pipeline.artifacts.base import Artifact
 from pipeline.artifacts.eager import Baseline
 from pipeline.artifacts.program import Exported, Shrunk
@@ -24,6 +25,7 @@ from pipeline.data import made_up
 from pipeline.data.parts import Data
 from pipeline.data.samples import Reading
 from pipeline.gate import measuring
+from pipeline.measurements import Measurements
 from pipeline.models import find as models
 from pipeline.models.dense import dense
 from pipeline.models.source import ModelSource
@@ -39,7 +41,7 @@ from pipeline.release.opening import Release, open_release
 from pipeline.release.records import Manifest, StageRecord
 from pipeline.release.reuse import candidates, compared_with, folder_name, make_current, matches
 from pipeline.report import pages as report
-from pipeline.selection import criteria, schedules
+from pipeline.selection import criteria, schedules, targets
 from pipeline.selection.choose import check_overrides
 from pipeline.stages.order import STAGES
 from pipeline.tasks import find as tasks
@@ -75,13 +77,15 @@ def run(
         first, last = _range(start, until)
         check(config)
         found = sources(model, data, config)
-        _check_against(config, found)
+        _check_against(config, found, _measurements(model, config), progress)
         return _build(model, config, found, first, last, promote, request, progress)
     try:
         with processes.joined(place) as group:
             first, last = group.agreed(lambda: _checked(start, until, config), lambda _: _versions())
             found = group.agreed(lambda: sources(model, data, config), _fingerprints)
-            group.agreed(lambda: _check_against(config, found))
+            # A target is measured by one process alone, the others would take its cores.
+            measured = _measurements(model, config) if group.leads else None
+            group.agreed(lambda: _check_against(config, found, measured, progress))
             if not group.leads:
                 follow(*found)
                 return None
@@ -97,12 +101,24 @@ def _checked(start: str | None, until: str | None, config: Config) -> tuple[int,
     return _range(start, until)
 
 
-def _check_against(config: Config, found: tuple[ModelSource, Data, Task]) -> None:
-    """What of a recipe shows itself wrong only beside the model and the data, before anything is spent on them."""
+def _measurements(model: object, config: Config) -> Measurements:
+    """Where what is measured of a model is kept for all its versions."""
+    return Measurements(config.artifacts / (config.name or folder_name(model)) / measurements.FOLDER)
+
+
+def _check_against(
+    config: Config, found: tuple[ModelSource, Data, Task], kept: Measurements | None, progress: Progress
+) -> None:
+    """What of a recipe shows itself wrong only beside the model and the data, before anything is spent on them.
+
+    `kept`: None where another process of the run looks whether a target can be met.
+    """
     source, dataset, _ = found
     check_overrides(config.prune, source)
     for settings in _trainings(config):
         devices.check_rows(len(dataset.train), settings)
+    if config.prune.target.amounts and kept is not None:
+        targets.check_before(config.prune, source, kept, progress)
 
 
 def _trainings(config: Config) -> tuple[TrainSettings, ...]:
@@ -140,7 +156,13 @@ def _build(
             with journal.locked(folder.parent):  # a pointer that is just being moved is none of what a kill left
                 store.tidy(folder)
         partial = store.open_partial(folder)
-        wires: dict[type, Any] = {ModelSource: source, Data: dataset, Task: task, Progress: progress}
+        wires: dict[type, Any] = {
+            ModelSource: source,
+            Data: dataset,
+            Task: task,
+            Progress: progress,
+            Measurements: Measurements(folder / measurements.FOLDER),
+        }
         digests = {"model": source.fingerprint, "data": dataset.fingerprint, "task": _task_digest(task)}
         done: list[tuple[StageRecord, str]] = []
         try:

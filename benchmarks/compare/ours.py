@@ -17,7 +17,7 @@ from pipeline.channels.program.capture import Captured, capture
 from pipeline.recipe.prune import PruneSection
 from pipeline.recovery import closed_form
 from pipeline.recovery.pruned_size import at_pruned_size
-from pipeline.selection import choose, criteria, curves
+from pipeline.selection import choose, criteria, widths
 from pipeline.selection.activations import norm_scales, observe_readers
 from pipeline.selection.allocation import Budget, Removed, allocate
 from pipeline.selection.criteria import Evidence
@@ -80,7 +80,7 @@ def results(
         budget = Budget(ratio=ratio, align=ALIGN, floor=cfg.floor)
         if worth is None:
             return whole | allocate(clusters, scores, budget)
-        return whole | curves.choose(analysis, clusters, scores, worth.curves, budget)
+        return whole | widths.choose(analysis, clusters, scores, worth.curves, budget)
 
     measuring = time.perf_counter() - began
     for share in wanted:

@@ -103,8 +103,10 @@ class Baseline(Weighted):
         return self.folder / "dense.onnx"
 
 
-SCORES, CURVES, PRICES = "scores.csv", "curves.csv", "prices.csv"
-"""In the folder of stage 1 where whole groups went: how they rank; where curves decided, these and prices of widths."""
+SCORES, CURVES, PRICES, LATENCY = "scores.csv", "curves.csv", "prices.csv", "latency.csv"
+"""In the folder of stage 1 where whole groups went: how they rank; where curves decided, these and prices of widths;
+where a latency was asked for, what its table predicts and what was measured.
+"""
 
 
 class CurveFacts(BaseModel):
@@ -116,6 +118,36 @@ class CurveFacts(BaseModel):
     samples: int
     refit: bool
     seconds: float
+
+
+class Aim(BaseModel):
+    """A target, and how the choice of widths stands to it before anything is trained.
+
+    `goal`, `predicted` (by the table, first), `expected`: shares of what the `dense` model has, in `unit`. `measured`:
+    whether the last is of a whole model that was timed, after so many `attempts`. `error`: a standard deviation of the
+    table's predictions, relative, from models left out of it; 0 where nothing is predicted.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    unit: str
+    dense: float
+    goal: float
+    predicted: float
+    expected: float
+    measured: bool
+    attempts: int
+    error: float
+
+    @property
+    def words(self) -> str:
+        """One line for people."""
+        how = "timed as a whole model" if self.measured else "counted" if not self.error else "by the table"
+        return (
+            f"target {self.name}: {self.goal:.3f} of dense ({self.goal * self.dense:.3g} {self.unit}), chosen widths "
+            f"have {self.expected:.3f} ({self.expected * self.dense:.3g} {self.unit}), {how}"
+        )
 
 
 class Pruned(Weighted):
@@ -142,6 +174,8 @@ class Pruned(Weighted):
     widths: tuple[WidthChange, ...]
     curves: CurveFacts | None = None
     """None where no curves were measured."""
+    aims: tuple[Aim, ...] = ()
+    """What the recipe asked the widths to come to."""
 
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> bool tensor of its shape, True = kept."""

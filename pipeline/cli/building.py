@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pipeline.recipe.config import Config
 
 
-def _recipe_options(command: Any) -> Any:  # decorates any click command
+def recipe_options(command: Any) -> Any:  # decorates any click command
+    """The options of every command that takes a model or a recipe; `recipe_of` reads them."""
     for option in reversed(
         [
             click.argument("model", metavar="MODEL|RECIPE.toml", required=False),
@@ -39,6 +40,13 @@ def _recipe_options(command: Any) -> Any:  # decorates any click command
                 "--task", help="What it is for: segmentation, regression, ..., file.py:callable (docs/tasks.md)."
             ),
             click.option("--ratio", type=float, help="Share of channels to remove, in [0, 1)."),
+            click.option("--latency", help="What it may take, of dense (0.4) or in time (3.5ms); docs/latency.md."),
+            click.option("--macs", help="What multiply-accumulates may be left, of dense (0.4) or counted (600M)."),
+            click.option("--params", help="What parameters may be left, of dense (0.4) or counted (5M)."),
+            click.option("--size", help="What the file may have, of dense (0.4) or in bytes (10MB)."),
+            click.option(
+                "--device", help="device.json of a kit (`leanort profile --kit`): --latency is that device's."
+            ),
             click.option("--input-size", help="C,H,W of one sample, such as 3,224,224."),
             click.option("--name", help="Folder under the artifacts folder; made from the model when left out."),
             click.option("--out", type=click.Path(path_type=Path), help="The artifacts folder (default: artifacts)."),
@@ -52,13 +60,18 @@ def _recipe_options(command: Any) -> Any:  # decorates any click command
     return command
 
 
-def _config(
+def recipe_of(
     model: str | None,
     recipe: Path | None,
     data: str | None,
     weights: str | None,
     task: str | None,
     ratio: float | None,
+    latency: str | None,
+    macs: str | None,
+    params: str | None,
+    size: str | None,
+    device: str | None,
     input_size: str | None,
     name: str | None,
     out: Path | None,
@@ -68,6 +81,12 @@ def _config(
     """Recipe file, then options, then --set."""
     from pipeline.recipe import config
 
+    aims = {"latency": latency, "macs": macs, "params": params, "size": size}
+    if ratio is not None and any(aims.values()):
+        asked = next(name for name, value in aims.items() if value is not None)
+        raise ConfigError(
+            f"Both --ratio and --{asked} were given, and the second decides the first.", "Give one of the two."
+        )
     if model is not None and model.endswith(".toml"):
         if recipe is not None:
             raise ConfigError("Two recipes were given.", f"Give either {model} or --recipe {recipe}.")
@@ -78,7 +97,9 @@ def _config(
         "baseline.weights": weights,
         "task.name": task,
         "prune.ratio": ratio,
-        "data.input_size": size(input_size),
+        **{f"prune.target.{name}": value for name, value in aims.items()},
+        "prune.target.device": device,
+        "data.input_size": image_size(input_size),
         "name": name,
         "artifacts": out,
         "seed": seed,
@@ -90,7 +111,7 @@ def _config(
     return made
 
 
-def size(text: str | None) -> tuple[int, int, int] | None:
+def image_size(text: str | None) -> tuple[int, int, int] | None:
     """`C,H,W` as numbers. Raises ConfigError."""
     if text is None:
         return None
@@ -102,7 +123,7 @@ def size(text: str | None) -> tuple[int, int, int] | None:
 
 
 @main.command()
-@_recipe_options
+@recipe_options
 @click.option("--from", "start", metavar="STAGE", help="Run again from this stage on, reusing only what is before it.")
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 @click.option("--policy", type=click.Path(path_type=Path), help="A TOML file with limits, in place of the recipe's.")
@@ -123,7 +144,7 @@ def deploy(
     leanort deploy timm:resnet18 --data imagefolder:photos --weights model.safetensors --input-size 3,224,224
     leanort deploy mynet.py:build --set prune.scope=global --set gate.max_latency_ratio=0.5
     """
-    config = _config(**options)
+    config = recipe_of(**options)
     from pipeline import deployment
     from pipeline.artifacts.verdict import Validated
     from pipeline.progress import Progress, TerminalProgress
@@ -192,6 +213,11 @@ def shrink(
         weights=dense or checkpoint,
         task=None,
         ratio=None,
+        latency=None,
+        macs=None,
+        params=None,
+        size=None,
+        device=None,
         seed=None,
         start=None,
         until=None,
@@ -205,7 +231,7 @@ def shrink(
 
 
 @main.command()
-@_recipe_options
+@recipe_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Draw every layer's width into this file.")
 def plan(as_json: bool, svg: Path | None, **options: Any) -> None:
@@ -222,7 +248,7 @@ def plan(as_json: bool, svg: Path | None, **options: Any) -> None:
     leanort plan resnet50 --ratio 0.7
     leanort plan mynet.py:build --weights model.safetensors --set prune.scope=curves --set prune.criterion=wanda
     """
-    config = _config(**options)
+    config = recipe_of(**options)
     from pipeline.inquiry import planning
     from pipeline.progress import TerminalProgress
 
@@ -294,7 +320,7 @@ def _expected(made: Plan) -> Table:
 
 
 @main.command()
-@_recipe_options
+@recipe_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves: FILE.svg, FILE.png.")
 def sensitivity(as_json: bool, picture: Path | None, **options: Any) -> None:
@@ -312,7 +338,7 @@ def sensitivity(as_json: bool, picture: Path | None, **options: Any) -> None:
     leanort sensitivity resnet50 --set prune.criterion=wanda --set prune.seconds=60
     leanort sensitivity resnet50 --set prune.refit=true
     """
-    config = _config(**options)
+    config = recipe_of(**options)
     from pipeline.inquiry import sensitivity as inquiry
     from pipeline.progress import TerminalProgress
 

@@ -173,7 +173,7 @@ def _judge_files(
     answers_only: bool = False,
 ) -> int:
     """Measure files and judge them; `answers_only`: by what they answer to the data, if there is any, and no cost."""
-    from pipeline.cli.building import size
+    from pipeline.cli.building import image_size
     from pipeline.data import find as datasets
     from pipeline.data.samples import Reading
     from pipeline.gate import foreign, measuring
@@ -200,7 +200,7 @@ def _judge_files(
         seed=options["seed"],
     )
     measuring.metrics(cfg)
-    wanted = size(options["input_size"])
+    wanted = image_size(options["input_size"])
     section = TaskSection(name=options["task"])
     tasks.check(section)
     reading = Reading(targets=tasks.targets_of(section), pad=tasks.pad_of(section), tokenizer=options["tokenizer"])

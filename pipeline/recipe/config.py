@@ -23,6 +23,7 @@ from pipeline.recipe.race import OptimizeSection
 from pipeline.recipe.removal import FoldSection, ShrinkSection
 from pipeline.recipe.section import Section, Seed, readable
 from pipeline.recipe.source import BaselineSection
+from pipeline.recipe.target import QUANTITIES, TargetSection
 from pipeline.recipe.task import TaskSection
 from pipeline.recipe.train import FinetuneSection
 
@@ -95,19 +96,47 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _choose_by_curves(cls, values: Any) -> Any:
-        """Where nothing is trained, what goes is chosen by measured curves unless the recipe names a scope: no epoch
-        mends a bad choice, and nothing else is worth as much there (docs/comparison.md).
+        """Where nothing is trained, or a target is to be met, what goes is chosen by measured curves unless the recipe
+        names a scope: no epoch mends a bad choice, nothing else is worth as much there (docs/comparison.md), and what
+        a width costs is held against what it is worth.
         """
         if not isinstance(values, dict):
             return values
         finetune, prune = values.get("finetune"), values.get("prune", {})
         recover = finetune.get("recover") if isinstance(finetune, dict) else getattr(finetune, "recover", None)
-        if recover != "closed-form" or not isinstance(prune, dict) or "scope" in prune:
+        if not isinstance(prune, dict) or "scope" in prune or not (recover == "closed-form" or _aimed(prune)):
             return values
         if prune.get("method", "structured") != "structured":
             return values
         criterion = {} if {"criterion", "norm"} & prune.keys() else {"criterion": "reconstruction"}
         return {**values, "prune": {"seconds": CURVE_SECONDS, **criterion, **prune, "scope": "curves"}}
+
+    @model_validator(mode="after")
+    def _measure_as_judged(self) -> Config:
+        target = self.prune.target
+        filled = self.as_judged(target)
+        if target.latency is None or filled == target:
+            return self
+        return self.model_copy(update={"prune": self.prune.model_copy(update={"target": filled})})
+
+    def as_judged(self, target: TargetSection) -> TargetSection:
+        """`target` with the gate's threads and batch size, and the format and opset of the file that ships, where it
+        names none of its own: the latency is then the one that is judged.
+        """
+        return target.model_copy(
+            update={
+                "threads": target.threads or (self.gate.threads,),
+                "batch_sizes": target.batch_sizes or (self.gate.batch_size,),
+                "int8": self.optimize.int8 if target.int8 is None else target.int8,
+                "opset": target.opset or self.export.opset,
+            }
+        )
+
+
+def _aimed(prune: Mapping[str, Any]) -> bool:
+    target = prune.get("target")
+    given = target if isinstance(target, dict) else {} if target is None else target.model_dump()
+    return any(given.get(quantity) is not None for quantity in QUANTITIES)
 
 
 def load(recipe: Path | None = None, settings: Mapping[str, Any] | None = None) -> Config:

@@ -9,6 +9,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from foundation import checkpoints
 from pipeline.recipe.removal import GroupSwitches
 from pipeline.recipe.section import Seconds, Section, Seed
+from pipeline.recipe.target import TargetSection
 from pipeline.recipe.train import Training
 
 
@@ -28,6 +29,7 @@ class PruneSection(Section):
         validation_alias=AliasChoices("criterion", "norm"),
         description="how much a group matters: l2, taylor, fisher, wanda, ...; those that matter least go",
     )
+    target: TargetSection = TargetSection()
     scope: Literal["layer", "global", "curves"] = Field(
         "layer", description="rank inside each layer, over the whole model, or by measured loss per operation saved"
     )
@@ -64,8 +66,8 @@ class PruneSection(Section):
         return value
 
     def code(self) -> dict[str, str]:
-        """Each file of the pruned checkpoint -> its sha256."""
-        return {} if self.weights is None else checkpoints.digests(self.weights)
+        """Each file of the pruned checkpoint, and the file of a device -> its sha256."""
+        return self.target.code() | ({} if self.weights is None else checkpoints.digests(self.weights))
 
     @model_validator(mode="after")
     def _given(self) -> PruneSection:
@@ -77,4 +79,16 @@ class PruneSection(Section):
     def _curves(self) -> PruneSection:
         if self.scope == "curves" and self.method not in ("structured", "given", "none"):
             raise ValueError(f"scope 'curves' is for method 'structured', not {self.method!r}: use layer or global")
+        return self
+
+    @model_validator(mode="after")
+    def _aimed(self) -> PruneSection:
+        asked = self.target.amounts
+        if asked and self.method != "structured":
+            raise ValueError(
+                f"a target ({', '.join(asked)}) is met by removing channels: it goes with method 'structured', "
+                f"not with {self.method!r}"
+            )
+        if asked and not self.ratio:
+            raise ValueError("ratio is 0, and there is a target: leave the ratio out, the target decides")
         return self

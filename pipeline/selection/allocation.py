@@ -58,10 +58,14 @@ def aligned_count(wanted: float, size: int, step: int) -> int:
 
 
 def widths_allowed(cluster: Cluster, budget: Budget) -> list[int]:
-    """The counts of groups that may stay, from all of them down: aligned as `allocate` does, never below the floor."""
+    """The counts of groups that may stay, from all of them down: aligned as `allocate` does, never below the floor. Of
+    a layer no wider than the alignment, multiples of a quarter of that.
+    """
     step = _step(cluster, budget)
     least = max(1, math.ceil(cluster.size * budget.floor))
-    if step <= 1 or cluster.size <= step:
+    if cluster.size <= step:
+        step //= 4
+    if step <= 1:
         return list(range(cluster.size, least - 1, -1))
     return [cluster.size, *(n for n in range((cluster.size - 1) // step * step, 0, -step) if n >= least)]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,15 +14,18 @@ from torch import Tensor, nn
 from exporters.host import vector_block
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.measurements import Measurements
 from pipeline.models.graph import graph_of
 from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
-from pipeline.selection import criteria, curves, weights
+from pipeline.selection import criteria, curves, weights, widths
 from pipeline.selection.allocation import Budget, Removed, allocate, overridden
-from pipeline.selection.criteria import Evidence, Observation, Ranked
-from pipeline.selection.curves import Apart, Measured, Price
+from pipeline.selection.cost import Cost, excess
+from pipeline.selection.criteria import Evidence, Observation, Ranked, Scores
+from pipeline.selection.curves import Apart, Measured
 from pipeline.selection.kinds import policy_of
+from pipeline.selection.widths import Price
 from pipeline.tasks.task import Task
 from pipeline.training import masks
 from pipeline.training.masks import Masks
@@ -94,23 +99,38 @@ def measured(
     maskable: frozenset[str],
     apart: Apart | None = None,
     progress: Progress | None = None,
+    kept: Measurements | None = None,
 ) -> Measured | None:
-    """The curves of all clusters that may be cut, by the recipe's criterion; None where its scope asks for none."""
+    """The curves of all clusters that may be cut, by the recipe's criterion; None where its scope asks for none. As
+    they were `kept` where the same was measured before.
+    """
     if not _by_curves(cfg) or seen.samples is None:
         return None
-    clusters = _choosable(analysis, maskable)
+    clusters = choosable(analysis, maskable)
     scores = {c.name: criteria.rank(cfg.criterion, c, seen).scores for c in clusters}
-    return curves.measure(
-        analysis,
-        clusters,
-        scores,
-        seen.samples,
-        seen.weights,
-        readers=seen.readers if cfg.refit else None,
-        seconds=cfg.seconds,
-        apart=apart,
-        progress=progress,
-    )
+
+    def measure() -> Measured:
+        return curves.measure(
+            analysis,
+            clusters,
+            scores,
+            seen.samples or (),
+            seen.weights,
+            readers=seen.readers if cfg.refit else None,
+            seconds=cfg.seconds,
+            apart=apart,
+            progress=progress,
+        )
+
+    if kept is None or kept.folder is None:
+        return measure()
+    key = {
+        "tensors": curves.digest([*seen.samples, *seen.weights.values()], list(scores.values())),
+        "names": [*seen.weights, *scores],
+        "how": [cfg.criterion, cfg.refit, cfg.seconds, apart is None],
+        "code": hashlib.sha256(Path(curves.__file__).read_bytes()).hexdigest(),
+    }
+    return curves.from_json(kept.kept("curves", key, lambda: curves.to_json(measure())))
 
 
 def choose_groups(
@@ -120,29 +140,67 @@ def choose_groups(
     ratio: float,
     maskable: frozenset[str],
     worth: Measured | None = None,
+    costs: Sequence[Cost] = (),
 ) -> Weighed:
     """Which groups go at `ratio`, by cluster: those with the lowest scores of the recipe's criterion; and why these.
 
-    `worth`: curves as `measured` gives them, by which the widths follow then. A cluster with a parameter outside
+    `worth`: curves as `measured` gives them, by which the widths follow then. `costs`: with them, as few go as meet
+    their goals, and `ratio` over the recipe's says how much of the way there. A cluster with a parameter outside
     `maskable` stays whole, and is not ranked.
     """
-    clusters = _choosable(analysis, maskable)
+    clusters = choosable(analysis, maskable)
     ranked = {c.name: criteria.rank(cfg.criterion, c, seen) for c in clusters}
     scores = {name: one.scores for name, one in ranked.items()}
     share = ratio / cfg.ratio if cfg.ratio else 0.0  # how far a schedule has come; overrides grow with it
-    budget = Budget(
+    budget = budget_of(cfg, ratio, share)
+    whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
+    costs = [cost.towards(share) for cost in costs]
+    if worth is None:
+        if costs:
+            return Weighed(whole | _by_ratio(clusters, scores, budget, whole, costs), ranked)
+        return Weighed(whole | allocate(clusters, scores, budget), ranked)
+    exact = cfg.allocation == "exact"
+    chosen = whole | widths.choose(analysis, clusters, scores, worth.curves, budget, costs, exact=exact)
+    prices = widths.prices(analysis, clusters, worth.curves, budget, chosen, costs[0] if costs else None)
+    return Weighed(chosen, ranked, worth, prices)
+
+
+def budget_of(cfg: PruneSection, ratio: float, share: float = 1.0) -> Budget:
+    """What a recipe lets go at `ratio`, `share` of the way there."""
+    return Budget(
         ratio=ratio,
         scope="global" if cfg.scope == "global" else "layer",
-        align=vector_block() if cfg.align == "auto" else cfg.align,
+        align=alignment(cfg),
         floor=cfg.floor,
         overrides={glob: share * final for glob, final in cfg.overrides.items()},
     )
-    whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
-    if worth is None:
-        return Weighed(whole | allocate(clusters, scores, budget), ranked)
-    chosen = curves.choose(analysis, clusters, scores, worth.curves, budget, exact=cfg.allocation == "exact")
-    prices = curves.prices(analysis, clusters, scores, worth.curves, budget, whole | chosen)
-    return Weighed(whole | chosen, ranked, worth, prices)
+
+
+def alignment(cfg: PruneSection) -> int:
+    """What counts of channels are multiples of."""
+    return vector_block() if cfg.align == "auto" else cfg.align
+
+
+HALVINGS = 14
+"""Of the ratio, in a search for the one that meets a target: beyond, no width would change."""
+
+
+def _by_ratio(
+    clusters: Sequence[Cluster], scores: Mapping[str, Scores], budget: Budget, whole: Removed, costs: Sequence[Cost]
+) -> Removed:
+    """The choice at the smallest ratio, of all layers alike or of the whole model, that meets every goal; the most that
+    may go where none does.
+    """
+    low, high = 0.0, 1.0
+    best = allocate(clusters, scores, replace(budget, ratio=high))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        chosen = allocate(clusters, scores, replace(budget, ratio=middle))
+        if excess(costs, whole | chosen):
+            low = middle
+        else:
+            high, best = middle, chosen
+    return best
 
 
 def outputs_apart(task: Task, source: ModelSource) -> Apart | None:
@@ -167,14 +225,14 @@ def check_overrides(cfg: PruneSection, source: ModelSource) -> None:
         overridden([*names, *(name.rpartition(".")[0] for name in names)], cfg.overrides)
     else:
         analysis = analyse(graph_of(model, source), policy_of(cfg.groups))
-        overridden([c.name for c in _choosable(analysis, masks.maskable(model))], cfg.overrides)
+        overridden([c.name for c in choosable(analysis, masks.maskable(model))], cfg.overrides)
 
 
 class Chooser:
     """The method of a recipe, asked once or in every round: `choose(seen, ratio)` gives masks.
 
     Curves are measured once, on the weights of the first time, however many rounds follow. `weighed`: what the last
-    choice of whole groups was made from.
+    choice of whole groups was made from. `costs`: what the choice has to meet.
     """
 
     def __init__(
@@ -184,8 +242,11 @@ class Chooser:
         model: nn.Module,
         apart: Apart | None = None,
         progress: Progress | None = None,
+        costs: Sequence[Cost] = (),
+        kept: Measurements | None = None,
     ) -> None:
         self.cfg, self.analysis, self.apart, self.progress = cfg, analysis, apart, progress
+        self.costs, self.kept = costs, kept or Measurements()
         self.maskable = masks.maskable(model)
         self.names = tuple(weights.prunable(model))
         self.weighed: Weighed | None = None
@@ -208,8 +269,10 @@ class Chooser:
 
     def _groups(self, seen: Evidence, ratio: float) -> Masks:
         if self._measured is None:
-            self._measured = measured(self.analysis, seen, self.cfg, self.maskable, self.apart, self.progress)
-        self.weighed = choose_groups(self.analysis, seen, self.cfg, ratio, self.maskable, self._measured)
+            self._measured = measured(
+                self.analysis, seen, self.cfg, self.maskable, self.apart, self.progress, self.kept
+            )
+        self.weighed = choose_groups(self.analysis, seen, self.cfg, ratio, self.maskable, self._measured, self.costs)
         return {
             name: torch.from_numpy(mask)
             for name, mask in self.analysis.masks(self.weighed.removed).items()
@@ -221,7 +284,7 @@ def _by_curves(cfg: PruneSection) -> bool:
     return cfg.method == "structured" and cfg.scope == "curves"
 
 
-def _choosable(analysis: Analysis, maskable: frozenset[str]) -> list[Cluster]:
+def choosable(analysis: Analysis, maskable: frozenset[str]) -> list[Cluster]:
     """The clusters of which every parameter can be masked."""
     parameters = set(analysis.parameter_names)
     return [c for c in analysis.clusters if all(n in maskable for n, _ in c.labels if n in parameters)]

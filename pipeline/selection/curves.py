@@ -1,18 +1,17 @@
 """What each layer's width is worth, measured: the divergence of the outputs from the dense ones as groups go.
 
 For every cluster the network is run with the lowest eighth, quarter, half, ... of its groups masked; the divergence of
-Kullback and Leibler to the dense outputs on unlabelled samples, made convex, is the cluster's curve. Widths then follow
-greedily: the block that costs the least divergence per multiply-accumulate saved goes next. Forward passes only.
+Kullback and Leibler to the dense outputs on unlabelled samples, made convex, is the cluster's curve. Widths follow from
+the curves in `widths`. Forward passes only.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
+import hashlib
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from pipeline.channels.program.execute import feeds_of, last_uses
 from pipeline.progress import Progress
 from pipeline.recovery.sampling import chunked
 from pipeline.selection.activations import ReaderInput
-from pipeline.selection.allocation import Budget, Removed, allocate, lowest, overridden, widths_allowed
+from pipeline.selection.allocation import lowest
 from pipeline.selection.criteria import Scores
 from pipeline.selection.refit import refitted
 
@@ -35,10 +34,6 @@ SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 9 / 10)
 """Of a cluster's groups, where its curve is measured."""
 WORST = 1e3
 """Nats; what an output that is not finite counts as."""
-ROUNDS = 16
-"""How often what a block saves is counted anew on the way: it depends on the other widths."""
-NODES = 10_000
-"""Of the search tree of an integer program; at the limit the best solution so far is taken."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +126,37 @@ def measure(
         refit=readers is not None,
         seconds=time.perf_counter() - began,
     )
+
+
+def to_json(measured: Measured) -> dict[str, Any]:
+    """Plain values, which `from_json` reads back to the same."""
+    return {**asdict(measured), "curves": {name: asdict(curve) for name, curve in measured.curves.items()}}
+
+
+def from_json(value: Mapping[str, Any]) -> Measured:
+    """What `to_json` gave."""
+    curves = {
+        name: Curve(tuple(curve["removed"]), tuple(curve["divergence"])) for name, curve in value["curves"].items()
+    }
+    return Measured(
+        curves=curves,
+        sizes=dict(value["sizes"]),
+        shares=tuple(value["shares"]),
+        samples=int(value["samples"]),
+        refit=bool(value["refit"]),
+        seconds=float(value["seconds"]),
+    )
+
+
+def digest(tensors: Sequence[Tensor], arrays: Sequence[np.ndarray[Any, Any]]) -> str:
+    """Of values in order, whatever their names."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 PLANS = ((SHARES, 1), ((1 / 4, 1 / 2, 9 / 10), 1), ((1 / 4, 1 / 2, 9 / 10), 2), ((1 / 2,), 2), ((1 / 2,), 8))
@@ -344,253 +370,3 @@ def _log_shares(output: Tensor) -> Tensor:
     if value.dim() < 2:
         value = value.reshape(1, -1)
     return value.movedim(1 if value.dim() != 3 else 2, -1).flatten(0, -2).log_softmax(-1)
-
-
-# ── choosing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-Level = Mapping[str, int]
-"""Cluster -> how many blocks of it go: an index into the widths that it may have, from all of its groups down."""
-
-
-def choose(
-    analysis: Analysis,
-    clusters: Sequence[Cluster],
-    scores: Mapping[str, Scores],
-    curves: Mapping[str, Curve],
-    budget: Budget,
-    *,
-    exact: bool = False,
-) -> Removed:
-    """Cluster name -> True = goes: as few multiply-accumulates as `budget` would leave layer by layer, spread by the
-    curves.
-
-    Greedily, the cheapest block per multiply-accumulate first; `exact` improves on that by integer programming, as long
-    as the curves promise a smaller loss for no more multiply-accumulates. Alignment and floors hold in every cluster; a
-    cluster that `budget` overrides, or whose groups cost nothing, is cut as it would be layer by layer.
-    """
-    widths = _Widths(analysis, clusters, scores, curves, budget)
-    level = _greedy(widths)
-    return widths.removed(_improved(widths, level) if exact else level)
-
-
-class _Widths:
-    """What may be chosen, what it saves and what it loses."""
-
-    def __init__(
-        self,
-        analysis: Analysis,
-        clusters: Sequence[Cluster],
-        scores: Mapping[str, Scores],
-        curves: Mapping[str, Curve],
-        budget: Budget,
-    ) -> None:
-        self.analysis, self.scores, self.curves = analysis, scores, curves
-        self.by_layer = allocate(clusters, scores, budget)
-        self.goal = analysis.estimate(self.by_layer).macs
-        fixed = overridden([c.name for c in clusters], budget.overrides)
-        self.allowed = {c.name: widths_allowed(c, budget) for c in clusters if c.name not in fixed}
-        self.free = [c for c in clusters if c.name in self.allowed and len(self.allowed[c.name]) > 1]
-        self.last = {c.name: len(self.allowed[c.name]) - 1 for c in self.free}
-        start = dict.fromkeys(self.last, 0)
-        self.whole = self.macs(start)
-        self.free = [c for c in self.free if self.macs({**start, c.name: self.last[c.name]}) < self.whole]
-
-    def removed(self, level: Level) -> Removed:
-        """The groups that go."""
-        gone = {c.name: lowest(self.scores[c.name], self._gone(c, level[c.name])) for c in self.free}
-        return self.by_layer | gone
-
-    def macs(self, level: Level) -> int:
-        """What is left."""
-        return self.analysis.estimate(self.removed(level)).macs
-
-    def lost(self, level: Level) -> float:
-        """The divergences that the curves promise, added up."""
-        return sum(self._divergence(c, level[c.name]) for c in self.free)
-
-    def regained(self, cluster: Cluster, at: int) -> float:
-        """By how much the divergence falls when the block number `at`, counted from 1, comes back."""
-        return self._divergence(cluster, at) - self._divergence(cluster, at - 1)
-
-    def steps(self, cluster: Cluster, level: Level, macs: int, first: int, last: int) -> Steps:
-        """The blocks from level `first` to `last`; each group saves what it does beside `level`, which has `macs`."""
-        at, width = level[cluster.name], self.allowed[cluster.name]
-        beside = at + 1 if at < self.last[cluster.name] else at - 1
-        each = abs(macs - self.macs({**level, cluster.name: beside})) / abs(width[at] - width[beside])
-        blocks = range(first, last)
-        return Steps(
-            saved=tuple(each * (width[n] - width[n + 1]) for n in blocks),
-            lost=tuple(self.regained(cluster, n + 1) for n in blocks),
-        )
-
-    def _gone(self, cluster: Cluster, at: int) -> int:
-        return cluster.size - self.allowed[cluster.name][at]
-
-    def _divergence(self, cluster: Cluster, at: int) -> float:
-        return self.curves[cluster.name].at(self._gone(cluster, at))
-
-
-def _greedy(widths: _Widths) -> dict[str, int]:
-    now = {c.name: 0 for c in widths.free}
-    # What is still lacking after the last round goes in further ones: every block saves less the more have gone.
-    for left in itertools.chain(range(ROUNDS, 0, -1), itertools.repeat(1)):
-        macs = widths.macs(now)
-        waiting = [c for c in widths.free if now[c.name] < widths.last[c.name]]
-        if macs <= widths.goal or not waiting:
-            break
-        steps = [widths.steps(c, now, macs, now[c.name], widths.last[c.name]) for c in waiting]
-        taken = cheapest(steps, (macs - widths.goal) / left)
-        now |= {c.name: now[c.name] + n for c, n in zip(waiting, taken, strict=True)}
-    # The last block may have saved more than was wanted: what fits again comes back, the dearest first.
-    back = [(-widths.regained(c, now[c.name]), at) for at, c in enumerate(widths.free) if now[c.name]]
-    heapq.heapify(back)
-    while back and widths.goal < widths.whole:
-        _, at = heapq.heappop(back)
-        c = widths.free[at]
-        fewer = {**now, c.name: now[c.name] - 1}
-        if widths.macs(fewer) <= widths.goal:  # else it never will: the more comes back, the more a block costs
-            now = fewer
-            if now[c.name]:
-                heapq.heappush(back, (-widths.regained(c, now[c.name]), at))
-    return now
-
-
-def _improved(widths: _Widths, level: dict[str, int]) -> dict[str, int]:
-    """`level`, or one that loses less and leaves no more multiply-accumulates than the goal.
-
-    What a block saves depends on the other widths, so that the integer program holds near a level only: it may move
-    each cluster by as many blocks as `reach` says, half as many whenever that did not help.
-    """
-    best, lost = level, widths.lost(level)
-    reach = max(widths.last.values(), default=0)
-    margin = 0.0
-    for _ in range(ROUNDS):
-        if not reach or widths.goal >= widths.whole:
-            break
-        macs = widths.macs(best)
-        ends = {
-            c.name: (max(0, best[c.name] - reach), min(widths.last[c.name], best[c.name] + reach)) for c in widths.free
-        }
-        steps = [widths.steps(c, best, macs, *ends[c.name]) for c in widths.free]
-        saved_now = sum(
-            sum(own.saved[: best[c.name] - ends[c.name][0]]) for c, own in zip(widths.free, steps, strict=True)
-        )
-        taken = exactly(steps, saved_now + macs - widths.goal + margin)
-        new = {c.name: ends[c.name][0] + n for c, n in zip(widths.free, taken, strict=True)}
-        over = widths.macs(new) - widths.goal
-        if over <= 0 and widths.lost(new) < lost * (1 - 1e-9):
-            best, lost, margin = new, widths.lost(new), 0.0
-        else:  # as much more has to be saved as the straight line was wrong by
-            margin = margin + over if over > 0 else 0.0
-            reach //= 2
-    return best
-
-
-@dataclass(frozen=True)
-class Price:
-    """What a cluster's width costs: `gone` groups for `divergence` (nats, as its curve has it).
-
-    `last`: of the last block of groups that went, `next`: of the block that would go next, both in nats per million
-    multiply-accumulates that it saves; None where there is none.
-    """
-
-    cluster: str
-    gone: int
-    divergence: float
-    last: float | None
-    next: float | None
-
-
-def prices(
-    analysis: Analysis,
-    clusters: Sequence[Cluster],
-    scores: Mapping[str, Scores],
-    curves: Mapping[str, Curve],
-    budget: Budget,
-    removed: Removed,
-) -> list[Price]:
-    """What each cluster's part of a choice costs, each beside the others as chosen."""
-    macs, made = analysis.estimate(removed).macs, []
-    for cluster in clusters:
-        allowed, curve = widths_allowed(cluster, budget), curves[cluster.name]
-        gone = int(removed[cluster.name].sum())
-
-        def price(to: int | None, cluster: Cluster = cluster, curve: Curve = curve, gone: int = gone) -> float | None:
-            if to is None:
-                return None
-            other = {**removed, cluster.name: lowest(scores[cluster.name], to)}
-            saved = abs(analysis.estimate(other).macs - macs) / 1e6
-            return abs(curve.at(to) - curve.at(gone)) / saved if saved else None
-
-        more = [cluster.size - width for width in allowed if cluster.size - width > gone]
-        fewer = [cluster.size - width for width in allowed if cluster.size - width < gone]
-        last, following = price(fewer[-1] if fewer else None), price(more[0] if more else None)
-        made.append(Price(cluster.name, gone, curve.at(gone), last, following))
-    return made
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What a cluster can give up, block after block: `saved` of each, and what is `lost` by it (never falling per
-    unit saved).
-    """
-
-    saved: tuple[float, ...]
-    lost: tuple[float, ...]
-
-
-def cheapest(steps: Sequence[Steps], wanted: float) -> list[int]:
-    """How many steps of each to take so that `wanted` is saved: always the one that loses the least per unit saved.
-
-    Optimal among all choices that save as much as this one does, since no later step is cheaper than an earlier one.
-    Ties go to the first; where all steps together save less, all are taken.
-    """
-    taken = [0] * len(steps)
-    waiting = [(_price(own, 0), at) for at, own in enumerate(steps) if own.saved]
-    heapq.heapify(waiting)
-    saved = 0.0
-    while saved < wanted and waiting:
-        _, at = heapq.heappop(waiting)
-        saved += steps[at].saved[taken[at]]
-        taken[at] += 1
-        if taken[at] < len(steps[at].saved):
-            heapq.heappush(waiting, (_price(steps[at], taken[at]), at))
-    return taken
-
-
-def exactly(steps: Sequence[Steps], wanted: float) -> list[int]:
-    """How many steps of each to take so that `wanted` is saved and as little as possible is lost, by scipy's `milp`.
-
-    A step is taken only after those before it. Where all steps together save less, all are taken.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array, vstack
-
-    saved = np.array([value for own in steps for value in own.saved])
-    lost = np.array([value for own in steps for value in own.lost])
-    if wanted <= 0 or saved.sum() <= wanted:
-        return [len(own.saved) if wanted > 0 else 0 for own in steps]
-    ends = np.cumsum([len(own.saved) for own in steps])
-    after = np.array([at for at in range(1, len(saved)) if at not in set(ends.tolist())], dtype=int)
-    rows = np.arange(len(after))
-    order = csr_array(
-        (np.repeat([1.0, -1.0], len(after)), (np.tile(rows, 2), np.concatenate([after - 1, after]))),
-        shape=(len(after), len(saved)),
-    )
-    scale = wanted, max(float(lost.max()), 1e-30)
-    found = milp(
-        lost / scale[1],
-        constraints=LinearConstraint(
-            vstack([csr_array(saved[None] / scale[0]), order]), np.concatenate([[1 - 1e-12], np.zeros(len(after))])
-        ),
-        integrality=np.ones(len(saved)),
-        bounds=Bounds(0, 1),
-        options={"node_limit": NODES},
-    )
-    if found.x is None:
-        return cheapest(steps, wanted)
-    return [int(part.round().sum()) for part in np.split(found.x, ends[:-1])]
-
-
-def _price(own: Steps, at: int) -> float:
-    return own.lost[at] / own.saved[at] if own.saved[at] > 0 else math.inf

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +12,24 @@ from torch import nn
 from foundation.errors import WeightsError
 from foundation.files import save_tensors
 from pipeline.artifacts.base import WidthChange, write_json, write_table
-from pipeline.artifacts.eager import CURVES, PRICES, SCORES, Baseline, CurveFacts, Pruned
+from pipeline.artifacts.eager import CURVES, LATENCY, PRICES, SCORES, Aim, Baseline, CurveFacts, Pruned
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.data.parts import Data
+from pipeline.drawing.latency import plot
 from pipeline.drawing.plots import sparsity_plot
+from pipeline.measurements import Measurements
 from pipeline.models.graph import graph_of
 from pipeline.models.source import ModelSource
 from pipeline.models.weights import load_weights
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
-from pipeline.selection import schedules, weights
+from pipeline.selection import schedules, targets, weights
+from pipeline.selection.aiming import Attempt, take_aim
 from pipeline.selection.allocation import Removed
 from pipeline.selection.choose import Chooser, chosen_by, observed, outputs_apart, rows
+from pipeline.selection.cost import Cost, Timed
+from pipeline.selection.criteria import Evidence
 from pipeline.selection.curves import Measured, points
 from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
@@ -36,11 +43,19 @@ from pipeline.training.masks import Masks
 
 
 def run(
-    cfg: PruneSection, out: Path, source: ModelSource, data: Data, baseline: Baseline, task: Task, progress: Progress
+    cfg: PruneSection,
+    out: Path,
+    source: ModelSource,
+    data: Data,
+    baseline: Baseline,
+    task: Task,
+    kept: Measurements,
+    progress: Progress,
 ) -> Pruned:
     """Mask once, in rounds with recovery between them, or gradually during training.
 
-    Raises ConfigError when an override names no layer; CaptureError where torch.export cannot follow the model.
+    Raises ConfigError when an override names no layer, or a target cannot be met; CaptureError where torch.export
+    cannot follow the model.
     """
     model = source.build()
     model.load_state_dict(baseline.weights())
@@ -56,7 +71,23 @@ def run(
         return made.masks
 
     given = _given(cfg, model, progress) if cfg.weights is not None else None
-    chooser = Chooser(cfg, analysis, model, outputs_apart(task, source), progress)
+    goals = targets.costs(cfg, analysis, source, masks.maskable(model), kept, progress)
+    chooser = Chooser(cfg, analysis, model, outputs_apart(task, source), progress, goals, kept)
+
+    def see() -> Evidence:
+        return observe(model, data, task, wanted, analysis, cfg.samples, seed=cfg.seed)
+
+    first = see() if goals else None
+    attempts = (
+        take_aim(cfg, chooser, analysis, source, first, masks.originals(model), progress) if first is not None else ()
+    )
+
+    def look() -> Evidence:
+        """What was seen for the aim serves the first round as well."""
+        nonlocal first
+        found, first = first or see(), None
+        return found
+
     chosen = (
         given
         if given is not None
@@ -67,7 +98,7 @@ def run(
                 steps=cfg.steps,
                 epochs=settings.epochs,
                 choose=chooser.choose,
-                see=lambda: observe(model, data, task, wanted, analysis, cfg.samples, seed=cfg.seed),
+                see=look,
                 recover=recover,
                 progress=progress,
             )
@@ -95,6 +126,10 @@ def run(
     if weighed is not None and weighed.measured is not None:
         write_table(out / CURVES, points(weighed.measured))
         write_table(out / PRICES, weighed.prices)
+    aims = _aims(goals, chooser, attempts, removed)
+    for aim in aims:
+        progress.say(f"  {aim.words}")
+    _predictions(goals, attempts, out)
     zeros = sum(layer.zeros for layer in layers)
     return Pruned(
         folder=out,
@@ -113,6 +148,7 @@ def run(
         layers=layers,
         widths=widths,
         curves=_facts(weighed.measured) if weighed is not None and weighed.measured is not None else None,
+        aims=aims,
     )
 
 
@@ -134,6 +170,54 @@ def _given(cfg: PruneSection, model: nn.Module, progress: Progress) -> Masks:
     progress.say(f"  {loaded}; {count:,} zeros in {len(chosen)} weights are taken as its masks")
     masks.apply(model, chosen)
     return chosen
+
+
+def _aims(goals: Sequence[Cost], chooser: Chooser, attempts: Sequence[Attempt], removed: Removed) -> tuple[Aim, ...]:
+    """What was asked for, what is expected of the choice, and what a whole model of it took before training."""
+    made = []
+    for number, (goal, cost) in enumerate(zip(goals, chooser.costs, strict=True)):
+        trial = attempts[-1].measured[number] if attempts else None
+        unit, dense = goal.unit
+        made.append(
+            Aim(
+                name=goal.name,
+                unit=unit,
+                dense=dense,
+                goal=goal.goal,
+                predicted=attempts[0].predicted[number] if attempts else cost.of(removed),
+                expected=trial.ratio.value if trial is not None else cost.of(removed),
+                measured=trial is not None,
+                attempts=len(attempts),
+                error=goal.fit.error if isinstance(goal, Timed) else 0.0,
+            )
+        )
+    return tuple(made)
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """A row of the table of predictions: of a model `left out` of the latency table, or of an `attempt` at a choice."""
+
+    cost: str
+    of: str
+    predicted: float
+    measured: float
+
+
+def _predictions(goals: Sequence[Cost], attempts: Sequence[Attempt], out: Path) -> None:
+    """What latency tables predicted and what was measured, as a table, and of the first as a plot."""
+    rows: list[_Prediction] = []
+    for number, goal in enumerate(goals):
+        if not isinstance(goal, Timed):
+            continue
+        tried = [(one.predicted[number], one.measured[number]) for one in attempts]
+        timed = [(predicted, trial.ratio.value) for predicted, trial in tried if trial is not None]
+        if not rows:
+            plot(goal.fit.checked, timed, goal.goal, goal.name, out / "latency.svg")
+        rows += [_Prediction(goal.name, "left out", *pair) for pair in goal.fit.checked]
+        rows += [_Prediction(goal.name, f"attempt {at}", *pair) for at, pair in enumerate(timed, start=1)]
+    if rows:
+        write_table(out / LATENCY, rows)
 
 
 def _facts(measured: Measured) -> CurveFacts:

@@ -16,12 +16,13 @@ from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.program.capture import capture
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
-from pipeline.selection import curves
+from pipeline.selection import curves, widths
 from pipeline.selection.activations import observe_readers
 from pipeline.selection.allocation import Budget, allocate, lowest, widths_allowed
 from pipeline.selection.criteria import RIDGE, Evidence, find
-from pipeline.selection.curves import Curve, Steps, cheapest, convex, exactly
+from pipeline.selection.curves import Curve, convex
 from pipeline.selection.refit import refitted
+from pipeline.selection.widths import Steps, cheapest, exactly
 
 # ── greedy and exact ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -136,10 +137,10 @@ def test_a_curve_goes_on_as_it_ended():
     size=st.integers(1, 200), unit=st.sampled_from([1, 4, 64]), align=st.sampled_from([1, 8, 16]), floor=st.floats(0, 1)
 )
 def test_allowed_widths_are_aligned_and_above_the_floor(size, unit, align, floor):
-    widths = widths_allowed(SimpleNamespace(name="a", size=size, unit=unit), Budget(0.5, align=align, floor=floor))
-    assert widths[0] == size and widths == sorted(set(widths), reverse=True)
+    allowed = widths_allowed(SimpleNamespace(name="a", size=size, unit=unit), Budget(0.5, align=align, floor=floor))
+    assert allowed[0] == size and allowed == sorted(set(allowed), reverse=True)
     step = align // np.gcd(align, unit)
-    for n in widths[1:]:
+    for n in allowed[1:]:
         assert n >= max(1, floor * size - 1e-9)
         assert n % step == 0 or size <= step
 
@@ -213,7 +214,7 @@ def kept(removed):
 def test_the_useless_layer_goes_first(net):
     analysis, scores, _, measured = net
     budget = Budget(0.1, align=4, floor=0.125)
-    left = kept(curves.choose(analysis, analysis.clusters, scores, measured, budget))
+    left = kept(widths.choose(analysis, analysis.clusters, scores, measured, budget))
     assert left["branches.useless.0"] < 32
     assert all(left[c.name] == c.size for c in analysis.clusters if c.name != "branches.useless.0")
 
@@ -229,7 +230,7 @@ def test_the_exact_choice_is_aligned_above_the_floor_within_the_operations_and_n
     budget = Budget(ratio, align=align, floor=0.2, overrides={"branches.useful.*": 0.25})
     by_layer = allocate(analysis.clusters, scores, budget)
     greedy, best = (
-        curves.choose(analysis, analysis.clusters, scores, measured, budget, exact=exact) for exact in (False, True)
+        widths.choose(analysis, analysis.clusters, scores, measured, budget, exact=exact) for exact in (False, True)
     )
     assert analysis.estimate(best).macs <= analysis.estimate(by_layer).macs
     assert promised(measured, best) <= promised(measured, greedy) + 1e-12
@@ -248,13 +249,13 @@ def test_the_exact_choice_finds_what_trying_all_of_them_finds(net):
     for ratio in (0.15, 0.3, 0.45):
         budget = Budget(ratio, align=8)
         goal = analysis.estimate(allocate(analysis.clusters, scores, budget)).macs
-        widths = [widths_allowed(c, budget) for c in analysis.clusters]
+        allowed = [widths_allowed(c, budget) for c in analysis.clusters]
         all_ = [
             {c.name: lowest(scores[c.name], c.size - n) for c, n in zip(analysis.clusters, chosen, strict=True)}
-            for chosen in itertools.product(*widths)
+            for chosen in itertools.product(*allowed)
         ]
         least = min(promised(made, one) for one in all_ if analysis.estimate(one).macs <= goal)
-        found = curves.choose(analysis, analysis.clusters, scores, made, budget, exact=True)
+        found = widths.choose(analysis, analysis.clusters, scores, made, budget, exact=True)
         assert promised(made, found) == pytest.approx(least)
 
 
@@ -264,7 +265,7 @@ def test_as_many_operations_go_as_layer_by_layer(net, ratio, align):
     analysis, scores, _, measured = net
     budget = Budget(ratio, align=align, floor=0.1)
     by_layer = analysis.estimate(allocate(analysis.clusters, scores, budget)).macs
-    chosen = curves.choose(analysis, analysis.clusters, scores, measured, budget)
+    chosen = widths.choose(analysis, analysis.clusters, scores, measured, budget)
     assert analysis.estimate(chosen).macs <= by_layer
     for c in analysis.clusters:
         n = kept(chosen)[c.name]
@@ -289,14 +290,14 @@ def test_the_goal_is_reached_in_a_deep_network_too_where_every_block_saves_less_
         made = {c.name: convex([8, 16, 24, 29], np.cumsum(draw.random(4))) for c in analysis.clusters}
         budget = Budget(ratio, align=align, floor=0.1)
         goal = analysis.estimate(allocate(analysis.clusters, scores, budget)).macs
-        chosen = curves.choose(analysis, analysis.clusters, scores, made, budget, exact=exact)
+        chosen = widths.choose(analysis, analysis.clusters, scores, made, budget, exact=exact)
         assert analysis.estimate(chosen).macs <= goal, (align, ratio)
 
 
 def test_overrides_hold(net):
     analysis, scores, _, measured = net
     budget = Budget(0.5, align=4, overrides={"branches.useless.*": 0.0, "branches.useful.*": 0.75})
-    left = kept(curves.choose(analysis, analysis.clusters, scores, measured, budget))
+    left = kept(widths.choose(analysis, analysis.clusters, scores, measured, budget))
     assert left["branches.useless.0"] == 32 and left["branches.useful.0"] == 8
 
 
@@ -408,8 +409,8 @@ def test_it_says_how_far_it_is(net):
 def test_a_price_is_what_a_block_loses_per_million_operations_beside_the_others(net):
     analysis, scores, _, measured = net
     budget = Budget(0.5, align=4)
-    removed = curves.choose(analysis, analysis.clusters, scores, measured, budget)
-    found = {p.cluster: p for p in curves.prices(analysis, analysis.clusters, scores, measured, budget, removed)}
+    removed = widths.choose(analysis, analysis.clusters, scores, measured, budget)
+    found = {p.cluster: p for p in widths.prices(analysis, analysis.clusters, measured, budget, removed)}
     for cluster in analysis.clusters:
         n, one = int(removed[cluster.name].sum()), found[cluster.name]
         curve = measured[cluster.name]

@@ -1,0 +1,90 @@
+"""A latency table for a device that has no torch: a kit that needs onnxruntime and numpy, and writes `device.json`."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from foundation.files import replacing, sha256
+from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.latency import device, probes, profile
+from pipeline.latency.probes import Setting
+from pipeline.models.source import ModelSource
+from pipeline.progress import Progress
+
+SCRIPT = "measure.py"
+FOLDER = "latency-kit"
+REFERENCE = "dense.onnx"
+"""In float32, whatever the others are in."""
+PERIOD = 1021
+"""Weights repeat after so many values, a prime: no time hangs on them, and a file of them packs to next to nothing."""
+SMALLEST = 4096
+"""Of a tensor's elements, to be worth it."""
+
+
+def write(
+    analysis: Analysis,
+    source: ModelSource,
+    setting: Setting,
+    clusters: Sequence[Cluster],
+    path: Path,
+    progress: Progress,
+) -> int:
+    """Write the kit to `path` (.tar.gz), whole or not at all; returns its bytes. Nothing in it is of the model's
+    weights. Raises RefusedError, ExportError, StoreError.
+    """
+    what = profile.description(analysis, source, setting, clusters)
+    choices = probes.drawn(clusters, setting.align, len(what["kept"]), profile.SEED)
+    with tempfile.TemporaryDirectory() as made, progress.bar("kit", len(choices)) as bar:
+        folder = Path(made)
+        feed = profile.dense_file(analysis, source, setting, folder / REFERENCE)
+        np.savez(folder / device.FEED, **feed)
+        models = []
+        for number, choice in enumerate(choices):
+            name = f"model-{number:02d}.onnx"
+            probes.write(analysis, choice, source, setting, folder / name, feed)
+            repeat_weights(folder / name)
+            models.append(name)
+            bar(number + 1, name)
+        repeat_weights(folder / REFERENCE)
+        files = {name: sha256(folder / name) for name in (REFERENCE, device.FEED, *models)}
+        described = {**what, "reference": REFERENCE, "models": models, "files": files}
+        (folder / device.KIT).write_text(json.dumps(described, indent=1), encoding="utf-8")
+        (folder / SCRIPT).write_bytes(Path(device.__file__).read_bytes())
+        with replacing(path) as part:
+            _pack(folder, [SCRIPT, device.KIT, device.FEED, REFERENCE, *models], part)
+    return path.stat().st_size
+
+
+def repeat_weights(path: Path) -> None:
+    """Replace the large tensors of a model by a short part of themselves, again and again."""
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        if value.size >= SMALLEST:
+            repeated = np.resize(value.reshape(-1)[:PERIOD], value.shape)
+            tensor.CopyFrom(numpy_helper.from_array(repeated, tensor.name))
+    onnx.save(model, path)
+
+
+def _pack(folder: Path, names: Sequence[str], path: Path) -> None:
+    """The same files give the same bytes: no times and no users in it."""
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as packed,
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
+        for name in names:
+            content = (folder / name).read_bytes()
+            entry = tarfile.TarInfo(f"{FOLDER}/{name}")
+            entry.size, entry.mode = len(content), 0o644
+            archive.addfile(entry, io.BytesIO(content))

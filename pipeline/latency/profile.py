@@ -1,0 +1,202 @@
+"""What was measured of one model at one setting: made here, kept from before, or read from a device's file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporters import host
+from foundation.errors import ConfigError, first_line
+from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.latency import device, fitting, probes
+from pipeline.latency.fitting import Fit, Operator, Sample
+from pipeline.latency.probes import Setting
+from pipeline.latency.sizes import sizes_of
+from pipeline.measurements import Measurements
+from pipeline.models.source import ModelSource
+from pipeline.progress import Progress
+from validators.feeds import random_feeds
+from validators.runners import OrtRunner
+
+SECONDS = 1.5
+"""For each model, at least; the median of its turns is within a per cent then on an idle machine."""
+SEED = 0
+MOST_BYTES = 64 << 20
+"""Of a device's file."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured times of models of one structure, `what` they are of (a kit's description without its files), on which
+    `machine`; the first is the dense one.
+    """
+
+    what: Mapping[str, Any]
+    machine: Mapping[str, str]
+    samples: tuple[Sample, ...]
+    dense_ms: float
+
+    def fit(self, analysis: Analysis) -> Fit:
+        """What predicts any other choice of widths of `analysis`, the structure that was measured."""
+        align = int(self.what["setting"]["align"])
+        return fitting.fit(self.samples, sizes_of(analysis), sorted({1, align, 2 * align, 4 * align}))
+
+
+def description(
+    analysis: Analysis, source: ModelSource, setting: Setting, clusters: Sequence[Cluster]
+) -> dict[str, Any]:
+    """What a measurement is of: the structure, the setting, and how many groups each measured model keeps."""
+    choices = probes.drawn(clusters, setting.align, probes.PROBES + 1, SEED)
+    return {
+        "format": device.FORMAT,
+        "model": source.spec,
+        "structure": structure(analysis, source),
+        "setting": {**vars(setting)},
+        "threads": setting.threads,
+        "seconds": SECONDS,
+        "kept": [{name: int((~gone).sum()) for name, gone in choice.items()} for choice in choices],
+    }
+
+
+def structure(analysis: Analysis, source: ModelSource) -> str:
+    """Digest of the graph, of every tensor's shape and of the inputs: two models of one digest take the same time."""
+    captured = analysis.captured
+    shapes = sorted((name, tuple(value.shape), str(value.dtype)) for name, value in captured.state.items())
+    told = [str(captured.program.graph), repr(shapes), repr([(i.name, i.shape, i.kind) for i in source.inputs])]
+    return hashlib.sha256("\n".join([*told, repr(sorted(source.usual.items()))]).encode()).hexdigest()[:16]
+
+
+def feed_of(path: Path, source: ModelSource, batch: int) -> dict[str, Any]:
+    """Random inputs for the model at `path`."""
+    inputs = OrtRunner(path, threads=1).inputs
+    made = random_feeds(inputs, seed=SEED, batches=(batch,), sizes=source.usual, ranges=source.ranges)
+    return dict(made[0].arrays)
+
+
+def dense_file(analysis: Analysis, source: ModelSource, setting: Setting, path: Path) -> dict[str, Any]:
+    """Write the dense model in float32, which all times are shares of; returns inputs for it and all others."""
+    plain = Setting(setting.threads, setting.batch, int8=False, opset=setting.opset, align=setting.align)
+    probes.export(analysis.captured.program, source, plain, path, {})
+    return feed_of(path, source, setting.batch)
+
+
+def measure(
+    analysis: Analysis,
+    source: ModelSource,
+    setting: Setting,
+    clusters: Sequence[Cluster],
+    kept: Measurements,
+    progress: Progress,
+) -> Profile:
+    """The profile at `setting`: as it was `kept` where it was measured before, on this machine, with these tools. What
+    a broken run had measured is not measured again. Raises RefusedError, ExportError.
+    """
+    what = description(analysis, source, setting, clusters)
+    machine = device.facts()
+    key = {"what": what, "machine": machine, "isa": host.isa(), "code": _code(), "tools": _tools()}
+    measured: list[dict[str, Any]] = kept.read(NAME, key) or []
+    choices = probes.drawn(clusters, setting.align, len(what["kept"]), SEED)
+    if len(measured) < len(choices):
+        with tempfile.TemporaryDirectory() as folder, progress.bar("latency table", len(choices)) as bar:
+            bar(len(measured), "dense model")
+            dense = Path(folder) / "dense.onnx"
+            feed = dense_file(analysis, source, setting, dense)
+            reference = device.session(dense, setting.threads)
+            for number, choice in enumerate(choices[len(measured) :], start=len(measured)):
+                path = Path(folder) / "probe.onnx"
+                probes.write(analysis, choice, source, setting, path, feed)
+                measured.append(device.measure(reference, path, feed, setting.threads, SECONDS))
+                bar(number + 1, f"{measured[-1]['ratio']:.2f} of dense")
+                kept.write(NAME, key, measured)
+    return _profile(what, machine, measured)
+
+
+NAME = "latency"
+"""Of the files that tables are kept in."""
+
+
+def _code() -> str:
+    """Digest of how models are made and measured: another way gives other times."""
+    files = [Path(device.__file__), Path(probes.__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _tools() -> dict[str, str]:
+    """The versions of what makes the files."""
+    return {name: metadata.version(name) for name in ("torch", "onnxscript", "onnx")}
+
+
+def _profile(what: Mapping[str, Any], machine: Mapping[str, str], measured: Sequence[Mapping[str, Any]]) -> Profile:
+    samples = tuple(
+        Sample(
+            kept=kept,
+            ratio=float(one["ratio"]),
+            operators=tuple(
+                Operator(str(name), str(kind), _shapes(inputs), _shapes(outputs), float(share))
+                for name, kind, inputs, outputs, share in one["operators"]
+            ),
+        )
+        for kept, one in zip(what["kept"], measured, strict=True)
+    )
+    return Profile(what, machine, samples, float(np.median([one["dense_ms"] for one in measured])))
+
+
+def _shapes(given: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(n) for n in shape) for shape in given)
+
+
+def read(path: Path, analysis: Analysis, source: ModelSource, setting: Setting, clusters: Sequence[Cluster]) -> Profile:
+    """The profile in a file that a kit wrote on another device.
+
+    Raises ConfigError for a file that is none, was edited, is not complete, or is of another model or setting.
+    """
+    again = f"Write a kit for it: leanort profile {source.spec} --kit kit.tar.gz, and run it on the device."
+    content = checked(path, again)
+    kit = content["kit"]
+    what = description(analysis, source, setting, clusters)
+    if kit.get("structure") != what["structure"]:
+        raise ConfigError(f"{path} was measured for another model ({kit.get('model')}), not for {source.spec}.", again)
+    for key, value in what["setting"].items():
+        other = kit["setting"].get(key)
+        if other != value:
+            raise ConfigError(f"{path} was measured with {key} = {other}, and {key} = {value} is asked for.", again)
+    if kit["kept"] != what["kept"]:
+        raise ConfigError(f"{path} was measured for other widths, by another version of leanort.", again)
+    if len(content["measured"]) < len(what["kept"]):
+        done, all_ = len(content["measured"]), len(what["kept"])
+        raise ConfigError(
+            f"{path} is not complete: {done} of {all_} models were measured.",
+            "Run the kit again: it goes on from there.",
+        )
+    return _profile(kit, content["device"], content["measured"])
+
+
+def checked(path: Path, hint: str) -> dict[str, Any]:
+    """The content of a device's file, whole and unedited. Raises ConfigError."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"{path} is no file of a device: it is larger than {MOST_BYTES >> 20} MB.", hint)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        stated = content.pop("digest")
+        measured = content["measured"]
+        kit, machine = content["kit"], content["device"]
+        known = content["format"] == device.FORMAT and isinstance(kit["setting"], dict) and isinstance(measured, list)
+        known &= isinstance(machine, dict) and isinstance(kit["kept"], list)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}).", hint) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is no file of a device ({first_line(error)}).", hint) from None
+    if not known:
+        raise ConfigError(f"{path} is no file of a device, or of another version of leanort.", hint)
+    if stated != device.digest(content):
+        raise ConfigError(f"{path} was edited after it was measured: its digest does not fit.", hint)
+    found: dict[str, Any] = content
+    return found

@@ -1,0 +1,147 @@
+"""What a choice of widths comes to, and the goal that it has to meet: counted on the graph, or measured in time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+
+from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.latency.fitting import Fit
+from pipeline.selection.allocation import Removed
+
+EXACT = 1e-9
+"""Shares that differ by less count as equal."""
+
+
+class Cost(Protocol):
+    """Something that a model pays for its widths, as a share of what the dense one pays."""
+
+    @property
+    def name(self) -> str:
+        """In words: "latency (1 thread, batch 1)"."""
+
+    @property
+    def goal(self) -> float:
+        """The share that is to be left, above 0."""
+
+    @property
+    def unit(self) -> tuple[str, float]:
+        """What one is told in, and how many of these the dense model pays: ("ms", 97.0)."""
+
+    def of(self, removed: Removed) -> float:
+        """What is left."""
+
+    def along(self, removed: Removed, cluster: Cluster, kept: Sequence[int]) -> list[float]:
+        """What is left when `cluster` keeps each of these counts of groups, all else as in `removed`."""
+
+    def towards(self, share: float) -> Cost:
+        """The same with a goal that lies `share` of the way from dense to this one's."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Multiply-accumulates or parameters of the graph; a file's size goes with the latter."""
+
+    analysis: Analysis
+    what: Literal["macs", "params", "size"]
+    goal: float
+    dense: float
+    """In the unit's own terms: millions, or megabytes."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return {"macs": "multiply-accumulates", "params": "parameters", "size": "file size"}[self.what]
+
+    @property
+    def unit(self) -> tuple[str, float]:
+        """What one is told in."""
+        return {"macs": "million MACs", "params": "million parameters", "size": "MB"}[self.what], self.dense
+
+    def of(self, removed: Removed) -> float:
+        """What is left."""
+        size = self.analysis.estimate(removed)
+        return size.macs / max(self.analysis.macs, 1) if self.what == "macs" else size.params / self.analysis.params
+
+    def along(self, removed: Removed, cluster: Cluster, kept: Sequence[int]) -> list[float]:
+        """What is left, on a straight line through the present width and the one beside it: what one group saves
+        hardly depends on the other groups of its cluster, and each count costs a walk over the graph.
+        """
+        now = cluster.size - int(removed[cluster.name].sum())
+        beside = min((n for n in kept if n != now), key=lambda n: abs(n - now), default=now)
+        here = self.of(removed)
+        each = 0.0
+        if beside != now:
+            each = (here - self.of({**removed, cluster.name: first_gone(cluster, beside)})) / (now - beside)
+        return [here + each * (n - now) for n in kept]
+
+    def towards(self, share: float) -> Counted:
+        """The same with a goal on the way to this one's."""
+        return replace(self, goal=1 - share * (1 - self.goal))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Latency by a table measured on the runtime. `correction`: what a whole model of this very kind took, over what
+    the table said of it.
+    """
+
+    fit: Fit
+    goal: float
+    dense_ms: float
+    threads: int
+    batch: int
+    correction: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"latency ({self.threads} {'thread' if self.threads == 1 else 'threads'}, batch {self.batch})"
+
+    @property
+    def unit(self) -> tuple[str, float]:
+        """Milliseconds."""
+        return "ms", self.dense_ms
+
+    def _row(self, removed: Removed) -> dict[str, int]:
+        sizes = dict(zip(self.fit.sizes.clusters, self.fit.sizes.whole, strict=True))
+        return {name: int(sizes[name]) - int(gone.sum()) for name, gone in removed.items()}
+
+    def of(self, removed: Removed) -> float:
+        """What is left."""
+        kept = self.fit.sizes.kept(self._row(removed))
+        return self.correction * float(self.fit.ratio(kept[None])[0])
+
+    def along(self, removed: Removed, cluster: Cluster, kept: Sequence[int]) -> list[float]:
+        """What is left at each count."""
+        rows = np.repeat(self.fit.sizes.kept(self._row(removed))[None], len(kept), axis=0)
+        rows[:, self.fit.sizes.clusters.index(cluster.name)] = kept
+        return [self.correction * float(value) for value in self.fit.ratio(rows)]
+
+    def towards(self, share: float) -> Timed:
+        """The same with a goal on the way to this one's."""
+        return replace(self, goal=1 - share * (1 - self.goal))
+
+
+def first_gone(cluster: Cluster, kept: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Flags of a cluster of which `kept` groups stay; which of them plays no part in what it costs."""
+    return np.arange(cluster.size) >= kept
+
+
+def excess(costs: Sequence[Cost], removed: Removed) -> float:
+    """By how much all goals together are missed, each relative to itself; 0 where all are met."""
+    return sum(max(0.0, over(cost.of(removed), cost.goal)) for cost in costs)
+
+
+def over(left: float, goal: float) -> float:
+    """By how much of itself a goal is missed; below 0 where it is more than met."""
+    found = left / goal - 1
+    return 0.0 if abs(found) < EXACT else found
+
+
+def told(costs: Sequence[Cost], removed: Removed) -> Mapping[str, float]:
+    """Each cost by name, as a share of dense."""
+    return {cost.name: cost.of(removed) for cost in costs}

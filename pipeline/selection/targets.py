@@ -1,0 +1,161 @@
+"""From what a recipe asks for to the costs that a choice has to meet; and whether they can be met at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foundation.errors import ConfigError
+from pipeline.channels.coupling.analyse import analyse
+from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.latency import profile
+from pipeline.latency.probes import Setting
+from pipeline.latency.profile import Profile
+from pipeline.measurements import Measurements
+from pipeline.models.graph import graph_of
+from pipeline.models.source import ModelSource
+from pipeline.progress import Progress
+from pipeline.recipe.prune import PruneSection
+from pipeline.recipe.target import Amount, Quantity
+from pipeline.selection.allocation import Removed
+from pipeline.selection.choose import Chooser, alignment, budget_of, choosable
+from pipeline.selection.cost import Cost, Counted, Timed, excess, over
+from pipeline.selection.kinds import policy_of
+from pipeline.selection.widths import least
+from pipeline.training import masks
+
+PARAMETER_BYTES, INT8_BYTES = 4, 1
+
+
+def costs(
+    cfg: PruneSection,
+    analysis: Analysis,
+    source: ModelSource,
+    maskable: frozenset[str],
+    kept: Measurements,
+    progress: Progress,
+) -> tuple[Cost, ...]:
+    """What the recipe's target asks for, latency first; () where it asks for nothing.
+
+    A latency is measured here, or kept from before, or read from a device's file. Raises ConfigError for a target that
+    the dense model meets already, that nothing meets, or whose device's file is of something else.
+    """
+    amounts = cfg.target.amounts
+    if not amounts:
+        return ()
+    clusters = choosable(analysis, maskable)
+    made: list[Cost] = []
+    if "latency" in amounts:
+        for setting in settings(cfg):
+            measured = profiled(cfg, analysis, source, setting, clusters, kept, progress)
+            goal = _goal("latency", amounts["latency"], measured.dense_ms)
+            made.append(Timed(measured.fit(analysis), goal, measured.dense_ms, setting.threads, setting.batch))
+    if "macs" in amounts:
+        goal = _goal("macs", amounts["macs"], analysis.macs)
+        made.append(Counted(analysis, "macs", goal, analysis.macs / 1e6))
+    if "params" in amounts:
+        goal = _goal("params", amounts["params"], analysis.params)
+        made.append(Counted(analysis, "params", goal, analysis.params / 1e6))
+    if "size" in amounts:
+        each = INT8_BYTES if cfg.target.int8 else PARAMETER_BYTES
+        size = analysis.params * PARAMETER_BYTES
+        goal = _goal("size", amounts["size"], size) * PARAMETER_BYTES / each
+        if goal < 1:
+            made.append(Counted(analysis, "size", goal, size / 1e6))
+    check(cfg, analysis, clusters, made)
+    return tuple(made)
+
+
+def check_before(cfg: PruneSection, source: ModelSource, kept: Measurements, progress: Progress) -> None:
+    """Raise ConfigError for a target that cannot be met, or is met already, before anything is spent on weights, which
+    no latency hangs on. What is measured for it is kept.
+    """
+    model = source.build()
+    costs(cfg, analyse(graph_of(model, source), policy_of(cfg.groups)), source, masks.maskable(model), kept, progress)
+
+
+def settings(cfg: PruneSection) -> list[Setting]:
+    """Every setting at which the latency has to be met."""
+    target = cfg.target
+    return [
+        Setting(threads, batch, bool(target.int8), target.opset or 23, alignment(cfg))
+        for threads in target.threads or (1,)
+        for batch in target.batch_sizes or (1,)
+    ]
+
+
+def profiled(
+    cfg: PruneSection,
+    analysis: Analysis,
+    source: ModelSource,
+    setting: Setting,
+    clusters: Sequence[Cluster],
+    kept: Measurements,
+    progress: Progress,
+) -> Profile:
+    """The latency table: from the recipe's device file, or of this machine."""
+    if cfg.target.device is not None:
+        return profile.read(Path(cfg.target.device), analysis, source, setting, clusters)
+    return profile.measure(analysis, source, setting, clusters, kept, progress)
+
+
+def _goal(quantity: Quantity, wanted: Amount, dense: float) -> float:
+    goal = wanted.of(dense)
+    if goal >= 1:
+        has = {
+            "latency": f"the dense model takes {dense:.3g} ms",
+            "macs": f"the dense model has {dense / 1e6:,.4g} million",
+            "params": f"the dense model has {dense / 1e6:,.4g} million",
+            "size": f"the dense model's weights have {dense / 1e6:.4g} MB",
+        }[quantity]
+        raise ConfigError(
+            f"The target {quantity} is met without pruning: {has}.",
+            "Ask for less, or ship it as it is: --set prune.method=none",
+        )
+    return goal
+
+
+def check(cfg: PruneSection, analysis: Analysis, clusters: Sequence[Cluster], costs: Sequence[Cost]) -> None:
+    """Raise ConfigError where even the narrowest widths that the recipe allows do not meet every goal, saying what is
+    the least that can be had, and what stands in the way.
+    """
+    if not costs:
+        return
+    scores = {c.name: _plain(c) for c in clusters}
+    narrowest = least(clusters, scores, budget_of(cfg, cfg.ratio))
+    if not excess(costs, narrowest):
+        return
+    left = [(cost, cost.of(narrowest)) for cost in costs]
+    missed = "; ".join(
+        f"{cost.name} {cost.goal:.3g} of dense, the least is {value:.3g}"
+        for cost, value in left
+        if over(value, cost.goal) > 0
+    )
+    blocked = sorted(analysis.blocked, key=lambda one: -one.params)[:2]
+    why = [f"{one.op} at {one.node} keeps {one.params:,} parameters ({one.reason})" for one in blocked if one.params]
+    why += [f"every layer keeps prune.floor = {cfg.floor:g} of its channels"] if cfg.floor else []
+    held = f" What is in the way: {'; '.join(why)}." if why else ""
+    raise ConfigError(f"The target cannot be reached: {missed}.{held}", "Ask for more, or lower prune.floor.")
+
+
+def check_met(cfg: PruneSection, chooser: Chooser, analysis: Analysis) -> None:
+    """`check` for the costs of a chooser, after what was measured corrected them."""
+    check(cfg, analysis, choosable(analysis, chooser.maskable), chooser.costs)
+
+
+def _plain(cluster: Cluster) -> Any:
+    return np.arange(cluster.size, dtype=float)
+
+
+def aimed(made: Sequence[Cost], removed: Removed, measured: Mapping[int, float]) -> tuple[Cost, ...]:
+    """The costs corrected by what a whole model of this choice took: number of the cost -> measured share of dense."""
+    corrected: list[Cost] = []
+    for number, cost in enumerate(made):
+        if isinstance(cost, Timed) and number in measured:
+            cost = replace(cost, correction=cost.correction * measured[number] / cost.of(removed))
+        corrected.append(cost)
+    return tuple(corrected)

@@ -1,0 +1,352 @@
+"""How wide every layer stays: the least loss, by the curves, for which all goals are met.
+
+A multiple-choice knapsack (Kellerer, Pferschy and Pisinger 2004, chapter 11): each cluster has one of its widths, a
+width loses what its curve says and saves what it does beside the widths of the others. Since that changes as they do,
+it is solved again and again on the way, greedily or by an integer program.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.selection.allocation import Budget, Removed, allocate, lowest, overridden, widths_allowed
+from pipeline.selection.cost import Cost, Counted, over
+from pipeline.selection.criteria import Scores
+from pipeline.selection.curves import Curve
+
+ROUNDS = 16
+"""How often what a block saves is counted anew on the way: it depends on the other widths."""
+NODES = 10_000
+"""Of the search tree of an integer program; at the limit the best solution so far is taken."""
+
+Level = Mapping[str, int]
+"""Cluster -> how many blocks of it go: an index into the widths that it may have, from all of its groups down."""
+
+
+def choose(
+    analysis: Analysis,
+    clusters: Sequence[Cluster],
+    scores: Mapping[str, Scores],
+    curves: Mapping[str, Curve],
+    budget: Budget,
+    costs: Sequence[Cost] = (),
+    *,
+    exact: bool = False,
+) -> Removed:
+    """Cluster name -> True = goes: the goals of all `costs` are met, spread by the curves. Without costs, as few
+    multiply-accumulates are left as `budget` would leave layer by layer.
+
+    Greedily, the cheapest block per saved share first; `exact` improves on that by integer programming, as long as the
+    curves promise a smaller loss. Alignment and floors hold in every cluster; a cluster that `budget` overrides is cut
+    as it would be layer by layer, one whose groups cost nothing as well where there are no `costs`. Where even the
+    least widths do not meet the goals, these are what comes back.
+    """
+    widths = _Widths(analysis, clusters, scores, curves, budget, costs)
+    level = _greedy(widths)
+    return widths.removed(_improved(widths, level) if exact else level)
+
+
+def least(clusters: Sequence[Cluster], scores: Mapping[str, Scores], budget: Budget) -> Removed:
+    """The narrowest choice that `budget` allows: what cannot be met with it cannot be met."""
+    fixed = overridden([c.name for c in clusters], budget.overrides)
+    by_layer = allocate(clusters, scores, budget)
+    free = {c.name: lowest(scores[c.name], c.size - widths_allowed(c, budget)[-1]) for c in clusters}
+    return free | {name: by_layer[name] for name in fixed}
+
+
+class _Widths:
+    """What may be chosen, what it saves and what it loses."""
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        clusters: Sequence[Cluster],
+        scores: Mapping[str, Scores],
+        curves: Mapping[str, Curve],
+        budget: Budget,
+        costs: Sequence[Cost],
+    ) -> None:
+        self.scores, self.curves = scores, curves
+        self.by_layer = allocate(clusters, scores, budget)
+        fixed = overridden([c.name for c in clusters], budget.overrides)
+        if costs:  # nothing else is asked for, so that nothing goes which saves nothing
+            self.costs: Sequence[Cost] = costs
+            self.by_layer |= {c.name: np.zeros(c.size, np.bool_) for c in clusters if c.name not in fixed}
+        else:
+            goal = analysis.estimate(self.by_layer).macs / max(analysis.macs, 1)
+            self.costs = (Counted(analysis, "macs", max(goal, 1e-12), analysis.macs / 1e6),)
+        self.allowed = {c.name: widths_allowed(c, budget) for c in clusters if c.name not in fixed}
+        self.free = [c for c in clusters if c.name in self.allowed and len(self.allowed[c.name]) > 1]
+        self.last = {c.name: len(self.allowed[c.name]) - 1 for c in self.free}
+        start = dict.fromkeys(self.last, 0)
+        self.dense = self.left(start)
+        self.free = [
+            c
+            for c in self.free
+            if any(a < b for a, b in zip(self.left({**start, c.name: self.last[c.name]}), self.dense, strict=True))
+        ]
+
+    def removed(self, level: Level) -> Removed:
+        """The groups that go."""
+        gone = {c.name: lowest(self.scores[c.name], self._gone(c, level[c.name])) for c in self.free}
+        return self.by_layer | gone
+
+    def left(self, level: Level) -> list[float]:
+        """Of each cost."""
+        removed = self.removed(level)
+        return [cost.of(removed) for cost in self.costs]
+
+    def missed(self, left: Sequence[float]) -> float:
+        """By how much all goals together are missed; 0 where they are met."""
+        return sum(max(0.0, over(value, cost.goal)) for value, cost in zip(left, self.costs, strict=True))
+
+    def lost(self, level: Level) -> float:
+        """The divergences that the curves promise, added up."""
+        return sum(self._divergence(c, level[c.name]) for c in self.free)
+
+    def regained(self, cluster: Cluster, at: int) -> float:
+        """By how much the divergence falls when the block number `at`, counted from 1, comes back."""
+        return self._divergence(cluster, at) - self._divergence(cluster, at - 1)
+
+    def saved(self, cluster: Cluster, level: Level, first: int, last: int) -> list[list[float]]:
+        """Per cost, what each block from level `first` to `last` saves beside `level`, relative to the goal."""
+        removed, kept = self.removed(level), self.allowed[cluster.name][first : last + 1]
+        found = []
+        for cost in self.costs:
+            left = cost.along(removed, cluster, kept)
+            found.append([(a - b) / cost.goal for a, b in itertools.pairwise(left)])
+        return found
+
+    def steps(self, cluster: Cluster, level: Level, first: int, last: int, unmet: Sequence[bool]) -> Steps:
+        """The blocks from level `first` to `last`: what they save together of the goals that are `unmet`."""
+        saved = self.saved(cluster, level, first, last)
+        together = [sum(s for s, open_ in zip(one, unmet, strict=True) if open_) for one in zip(*saved, strict=True)]
+        return Steps(tuple(together), tuple(self.regained(cluster, n + 1) for n in range(first, last)))
+
+    def _gone(self, cluster: Cluster, at: int) -> int:
+        return cluster.size - self.allowed[cluster.name][at]
+
+    def _divergence(self, cluster: Cluster, at: int) -> float:
+        return self.curves[cluster.name].at(self._gone(cluster, at))
+
+
+def _greedy(widths: _Widths) -> dict[str, int]:
+    now = {c.name: 0 for c in widths.free}
+    # What is still lacking after the last round goes in further ones: every block saves less the more have gone.
+    for rounds in itertools.chain(range(ROUNDS, 0, -1), itertools.repeat(1)):
+        left = widths.left(now)
+        missed = widths.missed(left)
+        waiting = [c for c in widths.free if now[c.name] < widths.last[c.name]]
+        if not missed or not waiting:
+            break
+        unmet = [over(value, cost.goal) > 0 for value, cost in zip(left, widths.costs, strict=True)]
+        steps = [widths.steps(c, now, now[c.name], widths.last[c.name], unmet) for c in waiting]
+        taken = cheapest(steps, missed / rounds)
+        if not any(taken):  # nothing that is left saves anything
+            break
+        now |= {c.name: now[c.name] + n for c, n in zip(waiting, taken, strict=True)}
+    # The last block may have saved more than was wanted: what fits again comes back, the dearest first.
+    back = [(-widths.regained(c, now[c.name]), at) for at, c in enumerate(widths.free) if now[c.name]]
+    heapq.heapify(back)
+    while back:
+        _, at = heapq.heappop(back)
+        c = widths.free[at]
+        fewer = {**now, c.name: now[c.name] - 1}
+        if not widths.missed(widths.left(fewer)):  # else it never will: the more comes back, the more a block costs
+            now = fewer
+            if now[c.name]:
+                heapq.heappush(back, (-widths.regained(c, now[c.name]), at))
+    return now
+
+
+def _improved(widths: _Widths, level: dict[str, int]) -> dict[str, int]:
+    """`level`, or one that loses less and meets the goals as well.
+
+    What a block saves depends on the other widths, so that the integer program holds near a level only: it may move
+    each cluster by as many blocks as `reach` says, half as many whenever that did not help.
+    """
+    best, lost = level, widths.lost(level)
+    if not widths.free or widths.missed(widths.left(best)) or not widths.missed(widths.dense):
+        return best
+    reach = max(widths.last.values(), default=0)
+    margin = np.zeros(len(widths.costs))
+    for _ in range(ROUNDS):
+        if not reach:
+            break
+        ends = {
+            c.name: (max(0, best[c.name] - reach), min(widths.last[c.name], best[c.name] + reach)) for c in widths.free
+        }
+        saved = [widths.saved(c, best, *ends[c.name]) for c in widths.free]
+        steps = [
+            Steps(
+                tuple(one[0]),
+                tuple(widths.regained(c, n + 1) for n in range(*ends[c.name])),
+                tuple(tuple(further) for further in one[1:]),
+            )
+            for c, one in zip(widths.free, saved, strict=True)
+        ]
+        left = widths.left(best)
+        wanted = []
+        for number, cost in enumerate(widths.costs):
+            now = sum(
+                sum(one[number][: best[c.name] - ends[c.name][0]]) for c, one in zip(widths.free, saved, strict=True)
+            )
+            wanted.append(now + left[number] / cost.goal - 1 + float(margin[number]))
+        taken = exactly(steps, wanted[0], wanted[1:])
+        new = {c.name: ends[c.name][0] + n for c, n in zip(widths.free, taken, strict=True)}
+        missing = np.array([over(v, cost.goal) for v, cost in zip(widths.left(new), widths.costs, strict=True)])
+        if (missing <= 0).all() and widths.lost(new) < lost * (1 - 1e-9):
+            best, lost = new, widths.lost(new)
+            margin[:] = 0
+        else:  # as much more has to be saved as the straight line was wrong by
+            margin = margin + np.maximum(missing, 0) if (missing > 0).any() else np.zeros(len(widths.costs))
+            reach //= 2
+    return best
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a cluster's width costs: `gone` groups for `divergence` (nats, as its curve has it).
+
+    `last`: of the last block of groups that went, `next`: of the block that would go next, both in nats per `unit` that
+    it saves; None where there is none.
+    """
+
+    cluster: str
+    gone: int
+    divergence: float
+    last: float | None
+    next: float | None
+    unit: str = "million MACs"
+
+
+def prices(
+    analysis: Analysis,
+    clusters: Sequence[Cluster],
+    curves: Mapping[str, Curve],
+    budget: Budget,
+    removed: Removed,
+    cost: Cost | None = None,
+) -> list[Price]:
+    """What each cluster's part of a choice costs, each beside the others as chosen: by `cost`, else by
+    multiply-accumulates.
+    """
+    cost = cost or Counted(analysis, "macs", 1.0, analysis.macs / 1e6)
+    (unit, dense), made = cost.unit, []
+    for cluster in clusters:
+        allowed, curve = widths_allowed(cluster, budget), curves[cluster.name]
+        gone = int(removed[cluster.name].sum())
+        now = cluster.size - gone
+
+        def price(
+            to: int | None, cluster: Cluster = cluster, curve: Curve = curve, gone: int = gone, now: int = now
+        ) -> float | None:
+            if to is None:
+                return None
+            here, there = cost.along(removed, cluster, (now, cluster.size - to))
+            saved = abs(here - there) * dense
+            return abs(curve.at(to) - curve.at(gone)) / saved if saved else None
+
+        more = [cluster.size - width for width in allowed if cluster.size - width > gone]
+        fewer = [cluster.size - width for width in allowed if cluster.size - width < gone]
+        last, following = price(fewer[-1] if fewer else None), price(more[0] if more else None)
+        made.append(Price(cluster.name, gone, curve.at(gone), last, following, unit))
+    return made
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a cluster can give up, block after block: `saved` of each, and what is `lost` by it. `further`: what it
+    saves of further costs.
+    """
+
+    saved: tuple[float, ...]
+    lost: tuple[float, ...]
+    further: tuple[tuple[float, ...], ...] = ()
+
+
+def cheapest(steps: Sequence[Steps], wanted: float) -> list[int]:
+    """How many steps of each to take so that `wanted` is saved: always those that lose the least per unit saved.
+
+    Steps go together where a later one is cheaper (a width that saves nothing until the next one does), so that no
+    later bunch is cheaper than an earlier one: optimal among all choices that save as much as this one does. Ties go to
+    the first; where all steps together save less, all that save anything are taken.
+    """
+    bunches = [_bunched(own) for own in steps]
+    taken = [0] * len(steps)
+    at = [0] * len(steps)
+    waiting = [(bunch[0][2], number) for number, bunch in enumerate(bunches) if bunch]
+    heapq.heapify(waiting)
+    saved = 0.0
+    while saved < wanted and waiting:
+        _, number = heapq.heappop(waiting)
+        count, gain, _ = bunches[number][at[number]]
+        saved += gain
+        taken[number] += count
+        at[number] += 1
+        if at[number] < len(bunches[number]):
+            heapq.heappush(waiting, (bunches[number][at[number]][2], number))
+    return taken
+
+
+def _bunched(own: Steps) -> list[tuple[int, float, float]]:
+    """(steps, saved, lost per saved) of each bunch, dearer and dearer: the lower convex hull of what is saved and lost
+    by any number of steps.
+    """
+    made: list[tuple[int, float, float]] = []  # steps, saved, lost
+    waiting = (0, 0.0, 0.0)
+    for saved, lost in zip(own.saved, own.lost, strict=True):
+        waiting = (waiting[0] + 1, waiting[1] + saved, waiting[2] + lost)
+        if waiting[1] <= 0:
+            continue
+        made.append(waiting)
+        waiting = (0, 0.0, 0.0)
+        while len(made) > 1 and made[-1][2] * made[-2][1] < made[-2][2] * made[-1][1]:
+            later, earlier = made.pop(), made.pop()
+            made.append((earlier[0] + later[0], earlier[1] + later[1], earlier[2] + later[2]))
+    return [(count, saved, lost / saved) for count, saved, lost in made]
+
+
+def exactly(steps: Sequence[Steps], wanted: float, further: Sequence[float] = ()) -> list[int]:
+    """How many steps of each to take so that `wanted` is saved, and of further costs what `further` says, and as little
+    as possible is lost, by scipy's `milp`.
+
+    A step is taken only after those before it. Where all steps together save less, all are taken.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array, vstack
+
+    rows = [np.array([value for own in steps for value in own.saved])]
+    rows += [np.array([value for own in steps for value in own.further[n]]) for n in range(len(further))]
+    lost = np.array([value for own in steps for value in own.lost])
+    needs = [(row, need) for row, need in zip(rows, (wanted, *further), strict=True) if need > 0]
+    if not needs:
+        return [0 for _ in steps]
+    if any(row.sum() <= need for row, need in needs):
+        return [len(own.saved) for own in steps]
+    ends = np.cumsum([len(own.saved) for own in steps])
+    after = np.array([at for at in range(1, len(lost)) if at not in set(ends.tolist())], dtype=int)
+    index = np.arange(len(after))
+    order = csr_array(
+        (np.repeat([1.0, -1.0], len(after)), (np.tile(index, 2), np.concatenate([after - 1, after]))),
+        shape=(len(after), len(lost)),
+    )
+    found = milp(
+        lost / max(float(lost.max()), 1e-30),
+        constraints=LinearConstraint(
+            vstack([*(csr_array(row[None] / need) for row, need in needs), order]),
+            np.concatenate([np.full(len(needs), 1 - 1e-12), np.zeros(len(after))]),
+        ),
+        integrality=np.ones(len(lost)),
+        bounds=Bounds(0, 1),
+        options={"node_limit": NODES},
+    )
+    if found.x is None:
+        return cheapest(steps, wanted) if not further else [len(own.saved) for own in steps]
+    return [int(part.round().sum()) for part in np.split(found.x, ends[:-1])]
