@@ -117,7 +117,7 @@ def _check_against(
     check_overrides(config.prune, source)
     for settings in _trainings(config):
         devices.check_rows(len(dataset.train), settings)
-    if config.prune.target.amounts and kept is not None:
+    if kept is not None:
         targets.check_before(config.prune, source, kept, progress)
 
 

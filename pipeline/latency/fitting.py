@@ -55,7 +55,7 @@ def work(kind: str, inputs: Shapes, outputs: Shapes, block: int) -> tuple[Hashab
         key = (kind, *weight[2:], *_fixed(first[2:]), *_fixed(out[2:]), sum(len(one) == len(first) for one in inputs))
         if _always(per_group, 1) and not _always(first[1], 1):
             return ("depthwise", *key), [1.0, whole_out]
-        both = whole_out * (_up(per_group, block) if not _always(per_group, 1) else 1)
+        both = whole_out * (_up(per_group, block) if np.array_equal(per_group, first[1]) else per_group)
         odd = np.asarray(first[1]) % block != 0  # such an input is not read in blocks
         plain = out[1] * np.asarray(per_group)
         return key, [1.0, both, plain, whole_in, whole_out, odd * plain, odd * out[1]]
@@ -185,18 +185,33 @@ def _sum(placed: Sequence[_Placed], terms: Mapping[Hashable, Numbers], block: in
 def _levelled(samples: Sequence[Sample]) -> list[Sample]:
     """Samples whose operators add up to what the whole model took when nothing was written down beside.
 
-    Writing down costs about the same for every operator; the rest of the difference is what the machine did meanwhile.
+    Writing down costs about the same for every operator; where a model takes longer than its operators, that is the
+    runtime's own work. The rest of the difference is what the machine did meanwhile.
     """
     sums = np.array([sum(o.share for o in one.operators) for one in samples])
     counts = np.array([max(1, len(one.operators)) for one in samples])
-    each = max(0.0, float(np.median((sums - [one.ratio for one in samples]) / counts)))
+    ratios = np.array([one.ratio for one in samples])
+    around = float(np.median(ratios - sums))
+    each = max(0.0, float(np.median((sums - ratios) / counts)))
     made = []
     for one in samples:
         shares = np.array([max(o.share - each, o.share * LEFT) for o in one.operators])
-        scale = one.ratio / max(float(shares.sum()), 1e-12)
-        operators = (replace(o, share=float(s) * scale) for o, s in zip(one.operators, shares, strict=True))
-        made.append(replace(one, operators=tuple(operators)))
+        own = max(one.ratio - max(0.0, around), one.ratio * LEFT)
+        scale = own / max(float(shares.sum()), 1e-12)
+        operators = [replace(o, share=float(s) * scale) for o, s in zip(one.operators, shares, strict=True)]
+        made.append(replace(one, operators=_named(operators)))
     return made
+
+
+def _named(operators: Sequence[Operator]) -> tuple[Operator, ...]:
+    """Operators that the runtime put in named after the one before them: it numbers its own anew in each session."""
+    made: list[Operator] = []
+    before = ""
+    for one in operators:
+        own = one.name == one.kind or one.name.startswith(f"{one.kind}_token_")
+        before = f"{before}>{one.kind}" if own else one.name
+        made.append(replace(one, name=before))
+    return tuple(made)
 
 
 def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int]) -> Fit:

@@ -100,8 +100,6 @@ class TargetSection(Section):
 
     @model_validator(mode="after")
     def _asked(self) -> TargetSection:
-        if self.device is not None and self.latency is None:
-            raise ValueError("device goes with a latency, which is measured there")
         if self.device is not None and len(self.threads) * len(self.batch_sizes) > 1:
             raise ValueError("device holds one number of threads and one batch size: give one of each")
         return self

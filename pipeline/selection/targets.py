@@ -74,6 +74,10 @@ def check_before(cfg: PruneSection, source: ModelSource, kept: Measurements, pro
     """Raise ConfigError for a target that cannot be met, or is met already, before anything is spent on weights, which
     no latency hangs on. What is measured for it is kept.
     """
+    if cfg.target.device is not None and "latency" not in cfg.target.amounts:
+        raise ConfigError("A device was given, and no latency that is to be met on it.", "Add --latency 0.4, say.")
+    if not cfg.target.amounts:
+        return
     model = source.build()
     costs(cfg, analyse(graph_of(model, source), policy_of(cfg.groups)), source, masks.maskable(model), kept, progress)
 

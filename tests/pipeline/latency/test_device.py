@@ -1,0 +1,214 @@
+"""The script that runs where nothing but onnxruntime and numpy is: what it measures, refuses, and goes on from."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from foundation.errors import ConfigError
+from pipeline.channels import analyse
+from pipeline.latency import device, kit, probes, profile
+from pipeline.latency.probes import Setting
+from pipeline.measurements import Measurements
+from pipeline.models.find import load
+from pipeline.models.graph import graph_of
+from pipeline.progress import Progress
+
+SETTING = Setting(threads=1, batch=1, int8=False, opset=23, align=8)
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(self.b(self.a(x).relu()).relu().mean((2, 3)))
+
+
+class Other(Small):
+    def __init__(self):
+        super().__init__()
+        self.b = nn.Conv2d(32, 64, 5, padding=2)
+
+
+def subject(build):
+    torch.manual_seed(0)
+    source = load(build(), input_size=(3, 16, 16), seed=0)
+    return analyse(graph_of(source.build(), source)), source
+
+
+@pytest.fixture(scope="module")
+def small():
+    return subject(Small)
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Three models and short turns are enough to see the ways that a measurement goes."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(probes, "PROBES", 3)
+    patch.setattr(profile, "SECONDS", 0.05)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def packed(few, small, tmp_path_factory):
+    analysis, source = small
+    path = tmp_path_factory.mktemp("kit") / "kit.tar.gz"
+    kit.write(analysis, source, SETTING, analysis.clusters, path, Progress())
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(packed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("device")
+    with tarfile.open(packed) as archive:
+        archive.extractall(folder, filter="data")
+    done = run(folder / kit.FOLDER)
+    assert done.returncode == 0, done.stderr
+    return folder / kit.FOLDER
+
+
+def run(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The kit in a process that sees none of this project."""
+    return subprocess.run(
+        [sys.executable, "-P", folder / kit.SCRIPT],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_kit_holds_no_weights_of_the_model_and_is_the_same_each_time(packed, small, few, tmp_path):
+    analysis, source = small
+    again = tmp_path / "again.tar.gz"
+    kit.write(analysis, source, SETTING, analysis.clusters, again, Progress())
+    assert again.read_bytes() == packed.read_bytes()
+    with tarfile.open(packed) as archive:
+        names = archive.getnames()
+        model = archive.extractfile(f"{kit.FOLDER}/model-00.onnx").read()
+    assert len(names) == len(set(names)) == 8
+    assert analysis.captured.state["b.weight"].detach().numpy().tobytes()[8000:16000] not in model
+
+
+def test_a_kit_imports_nothing_but_onnxruntime_and_numpy():
+    source = Path(device.__file__).read_text()
+    imported = {
+        line.split()[1].partition(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))
+    }
+    assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+
+
+def test_what_a_device_measured_is_read_as_what_this_machine_measures(measured, small, few):
+    analysis, source = small
+    there = profile.read(measured / device.RESULT, analysis, source, SETTING, analysis.clusters)
+    here = profile.measure(analysis, source, SETTING, analysis.clusters, Measurements(), Progress())
+    assert [s.kept for s in there.samples] == [s.kept for s in here.samples]
+    assert [[o.kind for o in s.operators] for s in there.samples] == [
+        [o.kind for o in s.operators] for s in here.samples
+    ]
+    assert there.samples[0].ratio == pytest.approx(1, abs=0.5)
+    fit = there.fit(analysis)
+    narrow, whole = fit.sizes.kept({"a": 8, "b": 8}), fit.sizes.kept({})
+    assert fit.ratio(np.stack([narrow, whole])).argmin() == 0
+
+
+def test_a_kit_that_was_broken_off_goes_on(measured, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(measured, folder)
+    before = json.loads((folder / device.RESULT).read_text())
+    content = {**before, "measured": before["measured"][:2]}
+    del content["digest"]
+    (folder / device.RESULT).write_text(json.dumps({**content, "digest": device.digest(content)}))
+    done = run(folder)
+    assert done.returncode == 0 and "3/4" in done.stdout and "2/4" not in done.stdout
+    after = json.loads((folder / device.RESULT).read_text())
+    assert after["measured"][:2] == before["measured"][:2] and len(after["measured"]) == 4
+
+
+def test_a_kit_with_another_file_in_it_measures_nothing(measured, tmp_path):
+    folder = tmp_path / "changed"
+    shutil.copytree(measured, folder)
+    (folder / device.RESULT).unlink()
+    shutil.copyfile(folder / "model-01.onnx", folder / "model-02.onnx")
+    done = run(folder)
+    assert done.returncode == 1 and "model-02.onnx was changed" in done.stderr
+    assert not (folder / device.RESULT).exists()
+
+
+def refused(path, analysis, source, setting=SETTING):
+    with pytest.raises(ConfigError) as caught:
+        profile.read(path, analysis, source, setting, analysis.clusters)
+    assert "kit" in caught.value.hint
+    return caught.value.message
+
+
+def written(path, content, *, sealed=True):
+    content = {key: value for key, value in content.items() if key != "digest"}
+    path.write_text(json.dumps({**content, "digest": device.digest(content) if sealed else "0"}))
+    return path
+
+
+def test_files_that_are_not_this_models_measurement_are_refused_in_a_line(measured, small, few, tmp_path):
+    analysis, source = small
+    good = json.loads((measured / device.RESULT).read_text())
+    path = tmp_path / "device.json"
+    other, other_source = subject(Other)
+    assert "another model" in refused(measured / device.RESULT, other, other_source)
+    assert "threads = 1" in refused(measured / device.RESULT, analysis, source, Setting(2, 1, False, 23, 8))
+    assert "int8 = False" in refused(measured / device.RESULT, analysis, source, Setting(1, 1, True, 23, 8))
+    faster = json.loads(json.dumps(good))
+    faster["measured"][1]["ratio"] *= 0.5
+    path.write_text(json.dumps(faster))
+    assert "edited" in refused(path, analysis, source)
+    assert "not complete" in refused(written(path, {**good, "measured": good["measured"][:2]}), analysis, source)
+    assert "another version" in refused(written(path, {**good, "format": 99}), analysis, source)
+    for text in ("", "[]", "{}", '{"digest": 1}', "[" * 100_000, "null"):
+        path.write_text(text)
+        assert "no file of a device" in refused(path, analysis, source)
+    assert "cannot be read" in refused(tmp_path / "missing.json", analysis, source)
+
+
+def test_what_was_measured_is_kept_and_a_broken_run_goes_on(small, few, tmp_path, monkeypatch):
+    analysis, source = small
+    kept, real, calls = Measurements(tmp_path / "measured"), device.measure, []
+
+    def counting(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(device, "measure", counting)
+    with pytest.raises(KeyboardInterrupt):
+        profile.measure(analysis, source, SETTING, analysis.clusters, kept, Progress())
+    first = profile.measure(analysis, source, SETTING, analysis.clusters, kept, Progress())
+    assert len(calls) == 3 + 2
+    again = profile.measure(analysis, source, SETTING, analysis.clusters, kept, Progress())
+    assert again == first and len(calls) == 5
+    profile.measure(analysis, source, Setting(1, 2, False, 23, 8), analysis.clusters, kept, Progress())
+    assert len(calls) == 9  # of another batch size
+
+
+def test_operators_of_a_profile_count_once_a_run_the_first_of_a_turn_left_out():
+    def event(name, dur):
+        return {"cat": "Node", "name": f"{name}_kernel_time", "dur": dur, "args": {
+            "op_name": "Conv", "input_type_shape": [{"float": [1, 3]}], "output_type_shape": [{"float": [1, 5]}]}}  # fmt: skip
+
+    spent = [900] * device.WARM + [500, 100, 500, 200, 500, 300]  # each turn: one that does not count, one that does
+    events = [event("conv", dur) for dur in spent] + [{"cat": "Session", "name": "x"}]
+    (row,) = device.operators(events, np.array([1e-3, 1e-3, 1e-3]))
+    assert row == ["conv", "Conv", [[1, 3]], [[1, 5]], pytest.approx(0.2)]
+    looped = [event("conv", dur) for dur in spent for _ in range(4)]
+    assert device.operators(looped, np.array([1e-3, 1e-3, 1e-3]))[0][-1] == pytest.approx(0.8)

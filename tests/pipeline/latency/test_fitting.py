@@ -1,0 +1,130 @@
+"""Known costs are found again: made-up operators whose times are sums of the terms, seen at a few widths."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.latency.fitting import Operator, Sample, fit, work
+from pipeline.latency.sizes import Sizes
+
+SIZES = Sizes(
+    clusters=("a", "b"), whole=np.array([64.0, 32.0]), base=np.array([64.0, 32.0]), each=np.array([[1.0, 0], [0, 1.0]])
+)
+
+
+def conv(name, ins, outs, *, block, space=14):
+    """A convolution as onnxruntime blocks it; a microsecond and something for each block of products."""
+    up_in, up_out = (-(-n // block) * block for n in (ins, outs))
+    share = 0.002 + 1.5e-4 * up_in * up_out + 2e-4 * up_out
+    return Operator(name, "Conv", ((1, ins, space, space), (outs, ins, 3, 3)), ((1, outs, space, space),), share)
+
+
+def linear(name, ins, outs, rows=1):
+    return Operator(name, "Gemm", ((rows, ins), (outs,)), ((rows, outs),), 0.001 + 2e-5 * ins * outs)
+
+
+def sample(a, b, *, block=8, extra=(), fixed=0.01, noise=1.0):
+    operators = (
+        conv("first", 3, a, block=block, space=28), conv("second", a, b, block=block),
+        conv("third", b, a, block=block), linear("head", a, 10), *extra,
+    )  # fmt: skip
+    return Sample({"a": a, "b": b}, fixed + noise * sum(o.share for o in operators), operators)
+
+
+def drawn(count, seed, step=8, **more):
+    draw = np.random.default_rng(seed)
+    pairs = [(64, 32), *((int(draw.integers(1, 64 // step + 1)) * step, int(draw.integers(1, 32 // step + 1)) * step)
+                         for _ in range(count - 1))]  # fmt: skip
+    return [sample(a, b, **more) for a, b in pairs]
+
+
+def errors(made, samples):
+    kept = np.array([SIZES.kept(one.kept) for one in samples])
+    return np.abs(made.ratio(kept) / [one.ratio for one in samples] - 1)
+
+
+def test_times_of_widths_that_were_not_seen_are_found():
+    made = fit(drawn(14, 0), SIZES, (1, 8))
+    assert errors(made, drawn(40, 1)).max() < 0.01
+    assert made.error < 0.01 and len(made.checked) == 14
+
+
+def test_the_block_that_the_kernels_take_is_found_from_widths_off_it():
+    made = fit(drawn(24, 0, step=1, block=16), SIZES, (1, 8, 16, 32))
+    assert made.block == 16
+    assert errors(made, drawn(40, 1, step=1, block=16)).max() < 0.06
+
+
+def test_what_writing_down_costs_and_a_disturbed_profile_are_not_the_models_time():
+    plain = drawn(14, 0)
+    draw = np.random.default_rng(2)
+    told = [
+        replace(
+            one,
+            operators=tuple(replace(o, share=(o.share + 0.01) * disturbed) for o in one.operators),
+        )
+        for one, disturbed in zip(plain, 1 + 0.2 * draw.random(len(plain)), strict=True)
+    ]
+    assert errors(fit(told, SIZES, (8,)), drawn(40, 1)).max() < 0.06
+
+
+def test_where_the_graph_hangs_on_a_width_each_graph_has_operators_of_its_own():
+    def one(a, b):
+        if a == 64:
+            return sample(a, b)
+        operators = (
+            conv("first", 3, a, block=8, space=28), conv("x_second", a, b, block=8), conv("x_third", b, a, block=8),
+            Operator("x_reorder", "Reorder", ((1, a, 14, 14),), ((1, a, 14, 14),), 3e-4 * a), linear("x_head", a, 10),
+        )  # fmt: skip
+        return Sample({"a": a, "b": b}, 0.01 + sum(o.share for o in operators), operators)
+
+    draw = np.random.default_rng(0)
+    pairs = [(64, 32), *((int(draw.choice([64, 56, 40, 24, 8])), int(draw.integers(1, 5)) * 8) for _ in range(17))]
+    made = fit([one(a, b) for a, b in pairs], SIZES, (8,))
+    assert len(made.forms) == 2
+    test = [one(a, b) for a in (64, 48, 32, 16) for b in (8, 24)]
+    assert errors(made, test).max() < 0.02
+
+
+def test_operators_that_the_runtime_put_in_are_told_by_their_places_for_their_names_change():
+    def one(a, b, swapped):
+        names = ["Reorder_token_7", "Reorder"] if swapped else ["Reorder", "Reorder_token_7"]
+        put_in = [
+            Operator(name, "Reorder", ((1, n, 14, 14),), ((1, n, 14, 14),), 1e-3 * n)
+            for name, n in zip(names, (a, b), strict=True)
+        ]
+        first, second, third, head = sample(a, b).operators
+        operators = (first, put_in[0], second, put_in[1], third, head)
+        return Sample({"a": a, "b": b}, sum(o.share for o in operators), operators)
+
+    draw = np.random.default_rng(0)
+    pairs = [(int(draw.integers(1, 9)) * 8, int(draw.integers(1, 5)) * 8) for _ in range(40)]
+    made = fit([one(a, b, n % 2 == 1) for n, (a, b) in enumerate(pairs[:14])], SIZES, (8,))
+    assert errors(made, [one(a, b, False) for a, b in pairs[14:]]).max() < 0.02
+
+
+def test_a_wider_layer_is_never_said_to_be_free_of_cost():
+    made = fit(drawn(14, 0, noise=0.9), SIZES, (1, 8))
+    widths = np.array([[float(a), 16.0] for a in range(8, 65, 8)])
+    assert (np.diff(made.ratio(widths)) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "outputs", "want"),
+    [
+        ("Conv", [[1, 8, 14, 14], [8, 1, 3, 3]], [[1, 8, 14, 14]], "depthwise"),
+        ("Conv", [[1, 8, 28, 28], [8, 1, 3, 3]], [[1, 8, 14, 14]], "depthwise"),
+        ("MatMul", [[1, 16, 32]], [[1, 16, 64]], "MatMul"),
+        ("LSTM", [[10, 1, 8], [1, 64, 8]], [[10, 1, 1, 16]], "LSTM"),
+        ("Softmax", [[1, 3, 16, 16]], [[1, 3, 16, 16]], "Softmax"),
+    ],
+)
+def test_each_kind_of_work_has_terms(kind, inputs, outputs, want):
+    key, terms = work(kind, inputs, outputs, 8)
+    assert key[0] == want and len(terms) > 1 and all(np.isfinite(terms))
+
+
+def test_a_stride_makes_another_kind_of_work():
+    keys = {work("Conv", [[1, 8, n, n], [8, 1, 3, 3]], [[1, 8, 14, 14]], 8)[0] for n in (14, 28)}
+    assert len(keys) == 2
