@@ -100,6 +100,6 @@ class TargetSection(Section):
 
     @model_validator(mode="after")
     def _asked(self) -> TargetSection:
-        if self.device is not None and len(self.threads) * len(self.batch_sizes) > 1:
+        if self.device is not None and max(len(self.threads), len(self.batch_sizes)) > 1:
             raise ValueError("device holds one number of threads and one batch size: give one of each")
         return self

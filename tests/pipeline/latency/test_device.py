@@ -202,9 +202,10 @@ def test_what_was_measured_is_kept_and_a_broken_run_goes_on(small, few, tmp_path
 
 
 def test_operators_of_a_profile_count_once_a_run_the_first_of_a_turn_left_out():
+    shapes = {"input_type_shape": [{"float": [1, 3]}], "output_type_shape": [{"float": [1, 5]}]}
+
     def event(name, dur):
-        return {"cat": "Node", "name": f"{name}_kernel_time", "dur": dur, "args": {
-            "op_name": "Conv", "input_type_shape": [{"float": [1, 3]}], "output_type_shape": [{"float": [1, 5]}]}}  # fmt: skip
+        return {"cat": "Node", "name": f"{name}_kernel_time", "dur": dur, "args": {"op_name": "Conv", **shapes}}
 
     spent = [900] * device.WARM + [500, 100, 500, 200, 500, 300]  # each turn: one that does not count, one that does
     events = [event("conv", dur) for dur in spent] + [{"cat": "Session", "name": "x"}]

@@ -1,0 +1,90 @@
+"""What a target may be, in whose units, and that a recipe's latency is the one that the gate judges."""
+
+import pytest
+
+from foundation.errors import ConfigError
+from pipeline.recipe.config import load, to_toml
+from pipeline.recipe.target import Amount, amount
+
+
+@pytest.mark.parametrize(
+    ("quantity", "text", "want"),
+    [
+        ("latency", 0.4, Amount(share=0.4)),
+        ("latency", "0.4", Amount(share=0.4)),
+        ("latency", "3.5ms", Amount(absolute=3.5)),
+        ("latency", "900 us", Amount(absolute=0.9)),
+        ("latency", "900\u00b5s", Amount(absolute=0.9)),
+        ("latency", "1.5s", Amount(absolute=1500.0)),
+        ("macs", "1.2G", Amount(absolute=1.2e9)),
+        ("macs", "600m", Amount(absolute=6e8)),
+        ("params", "5M", Amount(absolute=5e6)),
+        ("size", "10MB", Amount(absolute=1e7)),
+        ("size", ".5", Amount(share=0.5)),
+    ],
+)
+def test_a_share_or_a_number_with_its_unit(quantity, text, want):
+    found = amount(quantity, text)
+    assert found.share == want.share
+    assert found.absolute == (None if want.absolute is None else pytest.approx(want.absolute))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("0", "above 0"), (0, "above 0"), (1, "not below dense"), ("1.4", "not below dense"),
+        ("-0.3", "share of dense"), ("fast", "share of dense"), ("3xs", "us, ms, s"), ("3 5ms", "share of dense"),
+        ("nan", "share of dense"),
+        ("inf", "share of dense"), ("1e999", "above 0"), ("0ms", "above 0"), (True, "true or false"),
+        ("", "share of dense"),
+    ],
+)  # fmt: skip
+def test_anything_else_is_refused_with_the_key(value, words):
+    with pytest.raises(ConfigError) as caught:
+        load(settings={"model": "resnet18", "prune.target.latency": value})
+    assert words in caught.value.message and "prune.target" in caught.value.message
+
+
+def test_the_latency_is_that_of_the_gate_unless_the_target_says_otherwise():
+    made = load(
+        settings={
+            "prune.target.latency": 0.4,
+            "gate.threads": 4,
+            "gate.batch_size": 8,
+            "optimize.int8": True,
+            "export.opset": 20,
+        }
+    )
+    target = made.prune.target
+    assert (target.threads, target.batch_sizes, target.int8, target.opset) == ((4,), (8,), True, 20)
+    own = load(settings={"prune.target": {"latency": 0.4, "threads": [1, 2], "int8": False}, "gate.threads": 4})
+    assert (own.prune.target.threads, own.prune.target.int8) == ((1, 2), False)
+
+
+def test_with_a_target_the_widths_follow_measured_curves_unless_a_scope_is_named():
+    assert load(settings={"prune.target.macs": 0.4}).prune.scope == "curves"
+    assert load(settings={"prune.target.macs": 0.4}).prune.criterion == "reconstruction"
+    assert load(settings={"prune.target.macs": 0.4, "prune.scope": "layer"}).prune.scope == "layer"
+    assert load(settings={"model": "resnet18"}).prune.scope == "layer"
+
+
+def test_a_recipe_with_a_target_reads_back_to_itself(tmp_path):
+    made = load(settings={"model": "resnet18", "prune.target.latency": "3.5ms", "prune.target.size": 0.5})
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(made))
+    assert load(path) == made
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"prune.target.latency": 0.4, "prune.method": "unstructured"}, "removing channels"),
+        ({"prune.target.macs": 0.4, "prune.method": "none"}, "removing channels"),
+        ({"prune.target.macs": 0.4, "prune.ratio": 0}, "ratio is 0"),
+        ({"prune.target": {"latency": 0.4, "device": "d.json", "threads": [1, 2]}}, "one of each"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, words):
+    with pytest.raises(ConfigError) as caught:
+        load(settings=settings)
+    assert words in caught.value.message

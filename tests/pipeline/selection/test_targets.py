@@ -1,0 +1,284 @@
+"""Goals are met at the least loss: by one cost or several, greedily or exactly, and what cannot be met is refused."""
+
+import itertools
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from foundation.errors import ConfigError
+from pipeline.channels import analyse, capture
+from pipeline.latency.fitting import Fit
+from pipeline.latency.sizes import sizes_of
+from pipeline.latency.trial import Trial
+from pipeline.measurements import Measurements
+from pipeline.models.find import load
+from pipeline.models.graph import graph_of
+from pipeline.progress import Progress
+from pipeline.recipe.prune import PruneSection
+from pipeline.selection import aiming, targets
+from pipeline.selection.allocation import Budget, lowest, widths_allowed
+from pipeline.selection.choose import Chooser
+from pipeline.selection.cost import Counted, excess
+from pipeline.selection.criteria import Evidence
+from pipeline.selection.curves import convex
+from pipeline.selection.widths import Steps, cheapest, choose, exactly, least
+from pipeline.training import masks
+from validators.gates import Measured
+
+
+class Net(nn.Module):
+    """Three layers inside, whose widths nothing ties."""
+
+    def __init__(self, widths=(32, 48, 64)):
+        super().__init__()
+        sizes = (3, *widths)
+        self.layers = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise(sizes))
+        self.head = nn.Linear(widths[-1], 10)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    analysis = analyse(capture(Net().eval(), (torch.randn(2, 3, 8, 8),)))
+    draw = np.random.default_rng(0)
+    scores = {c.name: draw.random(c.size) for c in analysis.clusters}
+    curves = {
+        c.name: convex([c.size // 4, c.size // 2, c.size], np.cumsum(draw.random(3)) * (1 + 3 * at))
+        for at, c in enumerate(analysis.clusters)
+    }
+    return analysis, scores, curves
+
+
+@dataclass(frozen=True)
+class Stairs:
+    """A latency that falls only with whole blocks of a layer: another one than that of the operations."""
+
+    goal: float
+    block: int = 16
+    weights: tuple[float, ...] = (5.0, 1.0, 1.0)
+    name: str = "latency"
+    unit: tuple[str, float] = ("ms", 10.0)
+
+    def of(self, removed):
+        blocks = [-(-int((~gone).sum()) // self.block) for gone in removed.values()]
+        whole = [-(-gone.size // self.block) for gone in removed.values()]
+        paid = (w * b for w, b in zip(self.weights, blocks, strict=True))
+        return (1 + sum(paid)) / (1 + sum(w * n for w, n in zip(self.weights, whole, strict=True)))
+
+    def along(self, removed, cluster, kept):
+        return [self.of({**removed, cluster.name: np.arange(cluster.size) >= n}) for n in kept]
+
+    def towards(self, share):
+        return replace(self, goal=1 - share * (1 - self.goal))
+
+
+def promised(curves, removed):
+    return sum(curves[name].at(int(gone.sum())) for name, gone in removed.items())
+
+
+def every_choice(analysis, scores, budget):
+    allowed = [widths_allowed(c, budget) for c in analysis.clusters]
+    for widths in itertools.product(*allowed):
+        yield {c.name: lowest(scores[c.name], c.size - n) for c, n in zip(analysis.clusters, widths, strict=True)}
+
+
+@pytest.mark.parametrize("goal", [0.8, 0.65, 0.5])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_latency_in_steps_is_met_and_no_block_that_went_saves_nothing(net, goal, exact):
+    analysis, scores, curves = net
+    budget, cost = Budget(0.5, align=8), Stairs(goal)
+    chosen = choose(analysis, analysis.clusters, scores, curves, budget, [cost], exact=exact)
+    assert cost.of(chosen) <= goal
+    for c in analysis.clusters:
+        kept = int((~chosen[c.name]).sum())
+        wider = [n for n in widths_allowed(c, budget) if n > kept]
+        if wider:  # the next width up would miss the goal
+            more = {**chosen, c.name: lowest(scores[c.name], c.size - wider[-1])}
+            assert cost.of(more) > goal
+    if exact:
+        best = min(promised(curves, one) for one in every_choice(analysis, scores, budget) if cost.of(one) <= goal)
+        assert promised(curves, chosen) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_several_goals_are_met_together(net, exact):
+    analysis, scores, curves = net
+    budget = Budget(0.5, align=8)
+    costs = [Stairs(0.6), Counted(analysis, "macs", 0.4, 1.0), Counted(analysis, "params", 0.5, 1.0)]
+    chosen = choose(analysis, analysis.clusters, scores, curves, budget, costs, exact=exact)
+    assert excess(costs, chosen) == 0
+    for number in range(3):  # each of them binds somewhere: alone, it would lose no more
+        alone = choose(analysis, analysis.clusters, scores, curves, budget, [costs[number]], exact=True)
+        assert promised(curves, alone) <= promised(curves, chosen) + 1e-9
+
+
+def test_what_is_paid_for_decides_what_goes(net):
+    analysis, scores, curves = net
+    budget = Budget(0.5, align=8)
+    first, last = (
+        choose(analysis, analysis.clusters, scores, curves, budget, [Stairs(0.6, weights=weights)], exact=True)
+        for weights in ((9.0, 0.1, 0.1), (0.1, 0.1, 9.0))
+    )
+    name_first, *_, name_last = (c.name for c in analysis.clusters)
+    assert first[name_first].sum() > last[name_first].sum()
+    assert last[name_last].sum() > first[name_last].sum()
+
+
+def test_overrides_and_floors_hold_under_a_target_and_the_least_is_as_narrow_as_they_let_it(net):
+    analysis, scores, curves = net
+    named = analysis.clusters[0].name
+    budget = Budget(0.5, align=8, floor=0.5, overrides={named: 0.0})
+    narrow = least(analysis.clusters, scores, budget)
+    assert not narrow[named].any()
+    assert all(int((~narrow[c.name]).sum()) == c.size // 2 for c in analysis.clusters[1:])
+    cost = Stairs(0.01)
+    chosen = choose(analysis, analysis.clusters, scores, curves, budget, [cost])
+    assert cost.of(chosen) == cost.of(narrow) and not chosen[named].any()
+
+
+def test_a_step_that_saves_nothing_goes_with_the_next_that_does():
+    steps = [Steps(saved=(0.0, 2.0), lost=(1.0, 1.0)), Steps(saved=(1.0, 1.0), lost=(1.5, 1.5))]
+    assert cheapest(steps, 1.0) == [2, 0]
+    assert cheapest(steps, 3.0) == [2, 1]
+    assert exactly(steps, 1.0) in ([0, 1], [2, 0])
+
+
+def test_two_hundred_layers_are_allocated_within_a_second():
+    draw = np.random.default_rng(0)
+    steps = [
+        Steps(tuple(draw.random(16)), tuple(np.sort(draw.random(16))), (tuple(draw.random(16)),)) for _ in range(200)
+    ]
+    for solve in (lambda: cheapest(steps, 600.0), lambda: exactly(steps, 600.0, [500.0])):
+        began = time.process_time()
+        taken = solve()
+        assert time.process_time() - began < 1.0
+        assert sum(sum(s.saved[:n]) for s, n in zip(steps, taken, strict=True)) >= 600.0
+
+
+# ── from a recipe ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def source():
+    torch.manual_seed(0)
+    return load(Net(), input_size=(3, 8, 8), seed=0)
+
+
+def recipe(**target):
+    return PruneSection(target=target, align=8, scope="layer")
+
+
+def costs_of(source, **target):
+    model = source.build()
+    return targets.costs(
+        recipe(**target), analyse(graph_of(model, source)), source, masks.maskable(model), Measurements(), Progress()
+    )
+
+
+def test_counts_are_asked_for_as_shares_or_as_numbers(source):
+    model = source.build()
+    analysis = analyse(graph_of(model, source))
+    share, number = costs_of(source, macs=0.25), costs_of(source, macs=f"{analysis.macs / 4e6}M")
+    assert share[0].goal == pytest.approx(number[0].goal) == pytest.approx(0.25)
+    (size,) = costs_of(source, size=f"{2 * analysis.params / 1e6}MB")  # float32: four bytes each
+    assert size.goal == pytest.approx(0.5)
+    (int8,) = costs_of(source, size=0.125, int8=True)
+    assert int8.goal == pytest.approx(0.5)
+    assert costs_of(source, size=0.3, int8=True) == ()  # int8 alone does that
+
+
+@pytest.mark.parametrize("scope", ["layer", "global", "curves"])
+def test_a_target_is_met_whatever_the_scope(source, scope):
+    model = source.build()
+    analysis = analyse(graph_of(model, source))
+    cfg = PruneSection(target={"macs": 0.3, "params": 0.5}, align=1, scope=scope, criterion="l2")
+    goals = targets.costs(cfg, analysis, source, masks.maskable(model), Measurements(), Progress())
+    chooser = Chooser(cfg, analysis, model, costs=goals)
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    chooser.choose(Evidence(state, samples=(torch.randn(8, 3, 8, 8),)), cfg.ratio)
+    left = [goal.of(chooser.weighed.removed) for goal in goals]
+    assert excess(goals, chooser.weighed.removed) == 0
+    assert max(value / goal.goal for value, goal in zip(left, goals, strict=True)) > 0.9  # and not far below
+
+
+def test_what_cannot_be_met_is_refused_with_the_least_and_what_is_in_the_way(source):
+    with pytest.raises(ConfigError) as caught:
+        costs_of(source, macs=0.001)
+    assert "the least is" in caught.value.message and "prune.floor" in caught.value.message
+
+
+@pytest.mark.parametrize("target", [{"macs": "100G"}, {"params": "1G"}, {"size": "2GB"}])
+def test_what_dense_meets_already_is_refused_as_needing_no_pruning(source, target):
+    with pytest.raises(ConfigError) as caught:
+        costs_of(source, **target)
+    assert "without pruning" in caught.value.message and "prune.method=none" in caught.value.hint
+
+
+# ── the aim ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def aimed_at(source, monkeypatch, goal, took):
+    """Take aim where the table says that time goes with the share of groups that are kept, and whole models take
+    `took(share)`.
+    """
+    model = source.build()
+    analysis = analyse(graph_of(model, source))
+    cfg = PruneSection(target={"latency": goal}, align=1, scope="layer", criterion="l2")
+
+    def share(fit, kept):
+        return kept.sum(axis=1) / fit.sizes.whole.sum()
+
+    monkeypatch.setattr(Fit, "ratio", share)
+    table = Fit(sizes_of(analysis), (), {}, 1, (0.0, 1.0), error=0.02)
+    cost = targets.Timed(table, goal, 10.0, 1, 1)
+    chooser = Chooser(cfg, analysis, model, costs=(cost,))
+    seen = []
+
+    def tried(analysis, weights, removed, source, setting):
+        kept = sum(int((~gone).sum()) for gone in removed.values()) / sum(gone.size for gone in removed.values())
+        seen.append(kept)
+        value = took(kept)
+        return Trial(Measured(value=value, low=value, high=value), "exported")
+
+    monkeypatch.setattr(aiming, "tried", tried)
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    attempts = aiming.take_aim(cfg, chooser, analysis, source, Evidence(state), state, Progress())
+    chooser.choose(Evidence(state), cfg.ratio)
+    kept = sum(int((~g).sum()) for g in chooser.weighed.removed.values()) / table.sizes.whole.sum()
+    return attempts, seen, kept
+
+
+def test_a_first_choice_that_hits_is_not_made_again(source, monkeypatch):
+    attempts, seen, kept = aimed_at(source, monkeypatch, 0.5, lambda share: share)
+    assert len(attempts) == len(seen) == 1 and kept == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.25])
+def test_what_a_whole_model_took_corrects_the_table(source, monkeypatch, factor):
+    attempts, seen, kept = aimed_at(source, monkeypatch, 0.5, lambda share: factor * share)
+    assert 1 < len(attempts) <= aiming.ATTEMPTS
+    assert attempts[-1].measured[0].ratio.value == pytest.approx(0.5, rel=0.03)
+    assert kept == pytest.approx(0.5 / factor, rel=0.03)  # what is masked in the end is what was timed last
+    assert kept == pytest.approx(seen[-1])
+
+
+def test_of_noisy_attempts_the_nearest_is_taken(source, monkeypatch):
+    noise = iter([1.3, 1.04, 0.7, 1.2])
+    attempts, seen, kept = aimed_at(source, monkeypatch, 0.5, lambda share: next(noise) * 0.5)
+    assert attempts[-1].measured[0].ratio.value == pytest.approx(0.52)
+    assert kept == pytest.approx(seen[1])
+
+
+def test_a_goal_that_the_measured_model_puts_out_of_reach_is_refused(source, monkeypatch):
+    with pytest.raises(ConfigError) as caught:
+        aimed_at(source, monkeypatch, 0.12, lambda share: share + 2.0)
+    assert "cannot be reached" in caught.value.message
