@@ -10,7 +10,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan gate test test-examples test-long lint format zoo bench bench-huge bench-norms bench-recovery bench-training smaller race bundle-versions house faults alarms compare examples clean
+.PHONY: help setup deploy plan gate test test-examples test-long lint format zoo bench bench-huge bench-norms bench-latency bench-recovery bench-training smaller race bundle-versions house faults alarms compare examples clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,9 +26,10 @@ $(STAMP): pyproject.toml constraints.txt pipeline/models/torchvision_operators.p
 
 # ---- the product -------------------------------------------------------------------------------------------------
 DEPLOY := $(BIN)/leanort deploy $(MODEL) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(DATA),--data $(DATA)) \
-	$(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(TASK),--task $(TASK)) $(if $(RATIO),--ratio $(RATIO)) $(if $(RECOVER),--set finetune.recover=$(RECOVER)) $(ARGS)
+	$(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(TASK),--task $(TASK)) $(if $(RATIO),--ratio $(RATIO)) \
+	$(if $(LATENCY),--latency $(LATENCY)) $(if $(DEVICE),--device $(DEVICE)) $(if $(RECOVER),--set finetune.recover=$(RECOVER)) $(ARGS)
 
-deploy: $(STAMP) ## MODEL=resnet50 [DATA= WEIGHTS= TASK= RATIO= RECOVER= RECIPE= ARGS=]: the whole chain, into artifacts/
+deploy: $(STAMP) ## MODEL=resnet50 [DATA= WEIGHTS= TASK= RATIO= LATENCY= DEVICE= RECOVER= RECIPE= ARGS=]: the whole chain, into artifacts/
 	$(DEPLOY)
 
 plan: $(STAMP) ## MODEL=resnet50 [...]: what deploy would do, and which channels can go
@@ -49,6 +50,9 @@ bench-huge: $(STAMP) ## ViT-H/14: seconds and peak memory of analyse, mask and s
 
 bench-norms: $(STAMP) ## forms of a LayerNorm over removed channels in onnxruntime, alone and in whole models
 	$(BIN)/python benchmarks/norm_forms.py
+
+bench-latency: $(STAMP) ## [ARGS="resnet18 --tests 12 --verbose"]: latency tables against models that they have not seen
+	$(BIN)/python benchmarks/latency_table.py $(ARGS)
 
 bench-recovery: $(STAMP) ## seconds and memory of the closed-form fit: ResNet-50 at 32 and 224, a BERT [ARGS="small --profile"]
 	$(BIN)/python benchmarks/recovery.py $(ARGS)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from foundation.errors import LONGEST, ConfigError, brief, first_line, nearest
 from pipeline.recipe.data import DataSection
 from pipeline.recipe.export import ExportSection
-from pipeline.recipe.policy import GateSection, Policy
+from pipeline.recipe.policy import GateSection, Policy, Rule
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.race import OptimizeSection
 from pipeline.recipe.removal import FoldSection, ShrinkSection
@@ -114,10 +114,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _measure_as_judged(self) -> Config:
         target = self.prune.target
-        filled = self.as_judged(target)
-        if target.latency is None or filled == target:
+        if target.latency is None:
             return self
-        return self.model_copy(update={"prune": self.prune.model_copy(update={"target": filled})})
+        filled, limit = self.as_judged(target), _limit(target)
+        update: dict[str, Any] = {}
+        if filled != target:
+            update["prune"] = self.prune.model_copy(update={"target": filled})
+        if limit is not None and limit not in self.gate.limits:
+            update["gate"] = self.gate.model_copy(update={"limits": (*self.gate.limits, limit)})
+        return self.model_copy(update=update) if update else self
 
     def as_judged(self, target: TargetSection) -> TargetSection:
         """`target` with the gate's threads and batch size, and the format and opset of the file that ships, where it
@@ -131,6 +136,20 @@ class Config(Section):
                 "opset": target.opset or self.export.opset,
             }
         )
+
+
+OFF_TARGET = 0.03
+"""Of a latency target: what the shipped file may be above it before the verdict warns."""
+
+
+def _limit(target: TargetSection) -> Rule | None:
+    """The warning that goes with a latency target; None where it is another device's, which the gate cannot measure."""
+    wanted = target.amounts["latency"]
+    if target.device is not None:
+        return None
+    most = (wanted.share if wanted.share is not None else wanted.absolute or 0.0) * (1 + OFF_TARGET)
+    against = "dense" if wanted.share is not None else None
+    return Rule.model_validate({"metric": "latency", "against": against, "max": round(most, 6), "level": "warn"})
 
 
 def _aimed(prune: Mapping[str, Any]) -> bool:

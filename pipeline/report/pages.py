@@ -185,6 +185,7 @@ def _context(manifest: Manifest, artifacts: Sequence[Artifact]) -> dict[str, Any
         **_accuracy(named["validated"].folder),
         **_worse(named["validated"]),
         "scatter": _base64(named["validated"].folder / "predicted.png"),
+        "table_picture": _base64(named["pruned"].folder / "latency.svg"),
         "plots": _plots(finetuned.folder / HISTORY, finetuned.best_epoch, named["validated"]),
         "seconds": sum(record.seconds for record in manifest.stages if record.stage not in manifest.reused),
     }
