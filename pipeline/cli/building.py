@@ -141,6 +141,7 @@ def deploy(
 
     \b
     leanort deploy mobilenet_v2 --ratio 0.3
+    leanort deploy resnet50 --latency 0.25
     leanort deploy timm:resnet18 --data imagefolder:photos --weights model.safetensors --input-size 3,224,224
     leanort deploy mynet.py:build --set prune.scope=global --set gate.max_latency_ratio=0.5
     """
@@ -242,7 +243,7 @@ def plan(as_json: bool, svg: Path | None, **options: Any) -> None:
     from each layer is decided by prune.scope: layer, global, or curves. By curves, the network is run some five times
     for each layer, which is all that is spent, and the divergence to expect is shown.
 
-    Writes nothing but the drawing that --svg asks for.
+    Writes nothing but the drawing that --svg asks for, and, for a latency target, its table, which is kept.
 
     \b
     leanort plan resnet50 --ratio 0.7
@@ -310,12 +311,21 @@ def _expected(made: Plan) -> Table:
     curves = made.weighed.measured is not None
     if curves:
         table.add_column("divergence", justify="right")
+    timed = any(row.latency is not None for row in made.expectations)
+    if timed:
+        table.add_column("latency of dense", justify="right")
     dense = [f"{made.analysis.params:,}", f"{made.analysis.macs:,}", f"{made.megabytes:.3g} MB"]
-    table.add_row("dense", *dense, *(["0 nats"] if curves else []))
+    table.add_row("dense", *dense, *(["0 nats"] if curves else []), *(["1"] if timed else []))
     for at, row in enumerate(made.expectations):
-        ratio = f"[bold]{row.ratio:g}[/] (recipe)" if at == 0 else f"{row.ratio:g}"
+        name = "target" if row.ratio is None else f"{row.ratio:g}"
+        ratio = f"[bold]{name}[/] (recipe)" if at == 0 else name
         cells = [f"{row.params:,}", f"{row.macs:,}", f"{row.megabytes:.3g} MB"]
-        table.add_row(ratio, *cells, *([] if row.divergence is None else [f"{row.divergence:.3g} nats"]))
+        table.add_row(
+            ratio,
+            *cells,
+            *([] if row.divergence is None else [f"{row.divergence:.3g} nats"]),
+            *([] if row.latency is None else [f"{row.latency:.3f}"]),
+        )
     return table
 
 

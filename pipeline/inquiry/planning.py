@@ -9,19 +9,22 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from pipeline import runner
+from pipeline import measurements, runner
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Blocked, Cluster, Size
 from pipeline.channels.coupling.layers import Layer, layers
 from pipeline.drawing.widths import widths_svg
 from pipeline.inquiry.dense import dense_model
+from pipeline.measurements import Measurements
 from pipeline.models.graph import graph_of
 from pipeline.progress import Progress
 from pipeline.recipe.config import Config
 from pipeline.release.reuse import folder_name
 from pipeline.runner import Step
+from pipeline.selection import targets
 from pipeline.selection.allocation import Removed
 from pipeline.selection.choose import Weighed, choose_groups, measured, observed, outputs_apart
+from pipeline.selection.cost import Timed
 from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
 from pipeline.training import masks
@@ -31,23 +34,25 @@ RATIOS = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a ratio would leave. `megabytes`: the parameters' bytes / 10⁶; a file adds a few kilobytes of graph.
-    `divergence`: of the outputs from the dense ones, nats, by the curves of all clusters added up; None without curves.
+    """What a ratio would leave, or, where it is None, the recipe's target. `megabytes`: the parameters' bytes / 10⁶; a
+    file adds a few kilobytes of graph. `divergence`: of the outputs from the dense ones, nats, by the curves of all
+    clusters added up; None without curves. `latency`: of the dense model's, by the table; None without one.
     """
 
-    ratio: float
+    ratio: float | None
     params: int
     macs: int
     megabytes: float
     divergence: float | None = None
+    latency: float | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """Stages, channel groups, and what the recipe's ratio would leave.
 
-    `expectations`: the recipe's ratio first, then a few others for comparison. `megabytes`: of the dense parameters.
-    `weights`: where those come from that the widths follow, in words; "" for initial ones.
+    `expectations`: the recipe's target or ratio first, then a few others for comparison. `megabytes`: of the dense
+    parameters. `weights`: where those come from that the widths follow, in words; "" for initial ones.
     """
 
     steps: list[Step]
@@ -88,12 +93,9 @@ class Plan:
     def svg(self, title: str) -> str:
         """The network as a drawing, widths before and after."""
         first = self.expectations[0]
-        return widths_svg(
-            self.layers,
-            title,
-            f"at ratio {first.ratio:g}: parameters {self.analysis.params:,} → {first.params:,}, "
-            f"MACs {self.analysis.macs:,} → {first.macs:,}",
-        )
+        where = "for the target" if first.ratio is None else f"at ratio {first.ratio:g}"
+        params = f"parameters {self.analysis.params:,} → {first.params:,}"
+        return widths_svg(self.layers, title, f"{where}: {params}, MACs {self.analysis.macs:,} → {first.macs:,}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
@@ -126,7 +128,8 @@ class Plan:
 
 
 def plan(config: Config, progress: Progress | None = None) -> Plan:
-    """Analyse the model, and say what a deploy would do with it. Nothing is written.
+    """Analyse the model, and say what a deploy would do with it. Nothing is written but, for a latency target, the
+    table that it takes, which is kept for the deploy. Raises ConfigError for a target that cannot be met.
 
     As it is built where the recipe cuts layer by layer, since weights decide then which channels go, not how many; else
     on the weights that a deploy would prune, as far as they are known.
@@ -137,7 +140,7 @@ def plan(config: Config, progress: Progress | None = None) -> Plan:
     steps = runner.steps(config, folder, source, data, task)
     model, origin = source.build(), ""
     section = config.prune
-    if section.scope == "layer":
+    if section.scope == "layer" and not section.target.amounts:
         # How many go does not hang on the scores then, and nothing else is shown: the cheapest criterion will do.
         section = section.model_copy(update={"criterion": "l2"})
     elif section.method == "structured":
@@ -145,16 +148,22 @@ def plan(config: Config, progress: Progress | None = None) -> Plan:
     analysis = analyse(graph_of(model, source), policy_of(section.groups))
     seen = observe(model, data, task, observed(section), analysis, section.samples, seed=section.seed)
     maskable = masks.maskable(model)
-    worth = measured(analysis, seen, section, maskable, outputs_apart(task, source), progress)
+    kept = Measurements(folder / measurements.FOLDER) if section.target.amounts else Measurements()
+    goals = targets.costs(section, analysis, source, maskable, kept, progress or Progress())
+    worth = measured(analysis, seen, section, maskable, outputs_apart(task, source), progress, kept)
     elements = sum(p.numel() for p in model.parameters())
     width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(1, elements)  # bytes of one parameter
 
-    def at(ratio: float) -> tuple[Weighed, Size]:
-        at_ratio = section.model_copy(update={"ratio": ratio})
-        weighed = choose_groups(analysis, seen, at_ratio, ratio, maskable, worth)
+    def at(ratio: float | None) -> tuple[Weighed, Size]:
+        """What the ratio leaves, or, for None, the target."""
+        at_ratio = section if ratio is None else section.model_copy(update={"ratio": ratio})
+        costs = goals if ratio is None else ()
+        weighed = choose_groups(analysis, seen, at_ratio, at_ratio.ratio, maskable, worth, costs)
         return weighed, analysis.estimate(weighed.removed)
 
-    made = [(ratio, *at(ratio)) for ratio in dict.fromkeys((section.ratio, *RATIOS))]
+    asked = None if goals else section.ratio
+    made = [(ratio, *at(ratio)) for ratio in dict.fromkeys((asked, *RATIOS))]
+    timed = next((goal for goal in goals if isinstance(goal, Timed)), None)
     weighed, expected = made[0][1:]
     return Plan(
         steps=steps,
@@ -162,7 +171,14 @@ def plan(config: Config, progress: Progress | None = None) -> Plan:
         weighed=weighed,
         expected=expected,
         expectations=tuple(
-            Expectation(ratio, size.params, size.macs, size.params * width / 1e6, _promised(one))
+            Expectation(
+                ratio,
+                size.params,
+                size.macs,
+                size.params * width / 1e6,
+                _promised(one),
+                timed.of(one.removed) if timed is not None else None,
+            )
             for ratio, one, size in made
         ),
         megabytes=analysis.params * width / 1e6,

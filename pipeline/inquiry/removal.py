@@ -97,7 +97,10 @@ class Removal:
         groups = [
             {"score": float(row["score"]), "rank": int(row["rank"]), "gone": row["gone"] == "True"} for row in rows
         ]
-        price = {name: float(value) if value else None for name, value in self.prices.get(cluster, {}).items()}
+        told = self.prices.get(cluster, {})
+        price: dict[str, Any] = {
+            name: value if name == "unit" else float(value) if value else None for name, value in told.items()
+        }
         return {"criterion": rows[0]["criterion"], "reason": rows[0]["reason"], "groups": groups, "price": price}
 
     def _priced(self, cluster: str, one: Mapping[str, Any]) -> list[str]:
@@ -112,7 +115,9 @@ class Removal:
             f"its curve{how}: without {price['gone']:.0f} groups the outputs move by {price['divergence']:.3g} nats"
         ]
         if price["last"] is not None:
-            parts.append(f"the last block that went cost {price['last']:.3g} nats per million MACs")
+            parts.append(
+                f"the last block that went cost {price['last']:.3g} nats per {price.get('unit') or 'million MACs'}"
+            )
         if price["next"] is not None:
             parts.append(f"the next would cost {price['next']:.3g}")
         return [f"cluster {cluster}: {'; '.join(parts)}; the dearest that went anywhere cost {dearest:.3g}"]
