@@ -4,9 +4,12 @@ the choice is made again, all before anything is spent on weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.latency.probes import Setting
@@ -18,30 +21,21 @@ from pipeline.selection.allocation import Removed
 from pipeline.selection.choose import Chooser
 from pipeline.selection.cost import Cost, Timed
 from pipeline.selection.criteria import Evidence
-from pipeline.selection.targets import aimed, check_met, settings
+from pipeline.selection.targets import check_met, settings
 
 ATTEMPTS = 4
-"""Choices that are timed: the first by the table alone, each of the others corrected by what the one before took."""
+"""Choices that are timed: the first by the table alone, each of the others corrected by what those before took."""
 NEAR = 0.01
 """Of the target: nearer than that, the measurement does not tell."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One choice: what was predicted of it and what it took, per cost; None where that was not measured."""
+    """One choice: what the table alone says of it and what it took, per cost; None where that was not measured."""
 
+    removed: Removed
     predicted: tuple[float, ...]
     measured: tuple[Trial | None, ...]
-
-    def missed(self, costs: Sequence[Cost]) -> float:
-        """How far the worst cost is from its goal, relative to that; what is only counted is never too low."""
-        off = [0.0]
-        for cost, predicted, measured in zip(costs, self.predicted, self.measured, strict=True):
-            if measured is not None:
-                off.append(abs(measured.ratio.value / cost.goal - 1))
-            else:
-                off.append(max(0.0, predicted / cost.goal - 1))
-        return max(off)
 
 
 def take_aim(
@@ -59,32 +53,63 @@ def take_aim(
     ConfigError where the corrected table says that a goal cannot be met.
     """
     goals = tuple(chooser.costs)
-    timed = (
-        [number for number, cost in enumerate(goals) if isinstance(cost, Timed)] if cfg.target.device is None else []
-    )
+    here = cfg.target.device is None
+    timed = [number for number, cost in enumerate(goals) if here and isinstance(cost, Timed)]
     places = dict(zip(timed, settings(cfg), strict=False))
-    attempts: list[tuple[Attempt, tuple[Cost, ...]]] = []
-    before: Removed | None = None
+    attempts: list[Attempt] = []
+    used: list[Sequence[Cost]] = []
     with progress.bar("aim", ATTEMPTS) as bar:
         for number in range(ATTEMPTS):
             chooser.choose(seen, cfg.ratio)
             assert chooser.weighed is not None, "a target goes with whole groups"
             removed = chooser.weighed.removed
-            if before is not None and all((removed[name] == before[name]).all() for name in removed):
+            if any(_same(removed, one.removed) for one in attempts):
                 break  # no width lies nearer
-            before = removed
-            costs = tuple(chooser.costs)
-            attempt = _attempt(costs, analysis, weights, removed, source, places)
-            attempts.append((attempt, costs))
-            bar(number + 1, _words(attempt))
-            if attempt.missed(goals) <= NEAR or not places:
+            used.append(chooser.costs)
+            attempts.append(_attempt(goals, analysis, weights, removed, source, places))
+            bar(number + 1, _words(attempts[-1]))
+            chooser.costs = corrected(goals, attempts)
+            if not places or _missed(goals, attempts)[-1] <= NEAR:
                 break
-            found = {at: one.ratio.value for at, one in enumerate(attempt.measured) if one is not None}
-            chooser.costs = aimed(costs, removed, found)
             check_met(cfg, chooser, analysis)
-    best, chooser.costs = min(attempts, key=lambda pair: pair[0].missed(goals))
-    others = [attempt for attempt, _ in attempts if attempt is not best]
-    return (*others, best)
+    missed = _missed(goals, attempts)
+    best = missed.index(min(missed))
+    chooser.costs = used[best]
+    return (*attempts[:best], *attempts[best + 1 :], attempts[best])
+
+
+def corrected(goals: Sequence[Cost], attempts: Sequence[Attempt]) -> tuple[Cost, ...]:
+    """The costs, each table scaled by what whole models took over what it says of them, the median of the attempts: a
+    busy machine disturbs one of them more than another.
+    """
+    made: list[Cost] = []
+    for number, cost in enumerate(goals):
+        found = [
+            trial.ratio.value / one.predicted[number] for one in attempts if (trial := one.measured[number]) is not None
+        ]
+        made.append(replace(cost, correction=float(np.median(found))) if found and isinstance(cost, Timed) else cost)
+    return tuple(made)
+
+
+def _missed(goals: Sequence[Cost], attempts: Sequence[Attempt]) -> list[float]:
+    """How far the worst cost of each attempt is from its goal, relative to that: between what it took and what the
+    table, corrected by all attempts, says of it. What is only counted is never too low.
+    """
+    scales = [cost.correction if isinstance(cost, Timed) else 1.0 for cost in corrected(goals, attempts)]
+    found = []
+    for one in attempts:
+        off = [0.0]
+        for goal, predicted, trial, scale in zip(goals, one.predicted, one.measured, scales, strict=True):
+            if trial is not None:
+                off.append(abs(math.sqrt(trial.ratio.value * predicted * scale) / goal.goal - 1))
+            else:
+                off.append(max(0.0, predicted / goal.goal - 1))
+        found.append(max(off))
+    return found
+
+
+def _same(one: Removed, other: Removed) -> bool:
+    return all((one[name] == other[name]).all() for name in one)
 
 
 def _attempt(
@@ -99,7 +124,7 @@ def _attempt(
         tried(analysis, weights, removed, source, places[number]) if number in places else None
         for number in range(len(costs))
     )
-    return Attempt(tuple(cost.of(removed) for cost in costs), measured)
+    return Attempt(removed, tuple(cost.of(removed) for cost in costs), measured)
 
 
 def _words(attempt: Attempt) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.target import Amount, Quantity
-from pipeline.selection.allocation import Removed
 from pipeline.selection.choose import Chooser, alignment, budget_of, choosable
 from pipeline.selection.cost import Cost, Counted, Timed, excess, over
 from pipeline.selection.kinds import policy_of
@@ -153,13 +151,3 @@ def check_met(cfg: PruneSection, chooser: Chooser, analysis: Analysis) -> None:
 
 def _plain(cluster: Cluster) -> Any:
     return np.arange(cluster.size, dtype=float)
-
-
-def aimed(made: Sequence[Cost], removed: Removed, measured: Mapping[int, float]) -> tuple[Cost, ...]:
-    """The costs corrected by what a whole model of this choice took: number of the cost -> measured share of dense."""
-    corrected: list[Cost] = []
-    for number, cost in enumerate(made):
-        if isinstance(cost, Timed) and number in measured:
-            cost = replace(cost, correction=cost.correction * measured[number] / cost.of(removed))
-        corrected.append(cost)
-    return tuple(corrected)
