@@ -16,6 +16,7 @@ from torch import nn
 
 from benchmarks.compare import ours, peers, tables
 from benchmarks.compare.problems import MODELS, Problem, accuracy, dense, load, reestimated, train
+from benchmarks.compare.timed import Clock
 
 MACS = (0.5, 0.3, 0.15, 0.08)
 PEER_RATE = 5e-4
@@ -50,19 +51,29 @@ class Rows:
 
 
 def compare(
-    problem: Problem, rows: Rows, wanted: tuple[float, ...], scopes: tuple[str, ...], others: str, seconds: float
+    problem: Problem,
+    rows: Rows,
+    wanted: tuple[float, ...],
+    scopes: tuple[str, ...],
+    others: str,
+    seconds: float,
+    by_latency: bool,
 ) -> None:
-    """Every method on one problem: ours by each of `scopes`, and the peers that `others` names the beginnings of."""
+    """Every method on one problem: ours by each of `scopes`, and the peers that `others` names the beginnings of.
+
+    `wanted`: shares of the dense MACs, or, `by_latency`, of its latency on onnxruntime.
+    """
     known = {"model": problem.model, "data": problem.data, "seed": problem.seed}
     model = dense(problem, rows.path.parent / "weights")
     rows.add(**known, method="dense", wanted=1.0, macs=1.0, accuracy=accuracy(model, problem), seconds=0.0)
+    clock = Clock(model, problem) if by_latency else None
     fit_seconds: dict[float, float] = {}
     for scope in scopes:
-        for share, kind, result in ours.results(model, problem, wanted, scope, seconds):
+        for share, kind, result in ours.results(model, problem, wanted, scope, seconds, clock):
             name = f"leanort, {scope.replace(':', ' by ')}, {kind}"
             rows.add(
                 **known, method=name, wanted=share, macs=result.macs, accuracy=result.accuracy,
-                seconds=result.seconds, choice_seconds=result.choice_seconds,
+                seconds=result.seconds, choice_seconds=result.choice_seconds, latency=result.latency,
             )  # fmt: skip
             if kind == "closed form":
                 fit_seconds[share] = max(fit_seconds.get(share, 1.0), result.seconds)
@@ -73,7 +84,9 @@ def compare(
             continue
         for share in wanted:
             try:
-                if uniform and share in ratios:
+                if clock is not None:
+                    made = peers.at_latency(model, peer(), share, problem, clock.of)
+                elif uniform and share in ratios:
                     made = peers.at_ratio(model, peer(), ratios[share], problem)
                 else:
                     made = peers.bisected(model, peer(), share, problem)
@@ -82,11 +95,14 @@ def compare(
                 for method, got, took in _recovered(
                     name, made.model, problem, fit_seconds.get(share, UNTIMED), seconds
                 ):
-                    rows.add(**known, method=method, wanted=share, macs=made.macs, accuracy=got, seconds=took)
+                    rows.add(
+                        **known, method=method, wanted=share, macs=made.macs, accuracy=got, seconds=took,
+                        latency=made.latency,
+                    )  # fmt: skip
             except Exception as error:  # whatever a peer raises is its result
                 rows.add(**known, method=name, wanted=share, failed=f"{type(error).__name__}: {str(error)[:200]}")
                 break
-    for share in wanted if ONNXSIM.startswith(chosen) else ():
+    for share in wanted if ONNXSIM.startswith(chosen) and clock is None else ():
         try:
             run, left = peers.onnxsim(model, share, problem)
         except Exception as error:
@@ -121,6 +137,11 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--macs", default=",".join(map(str, MACS)), help="shares of the dense MACs that are left")
     parser.add_argument(
+        "--latency",
+        default="",
+        help="shares of the dense latency on onnxruntime instead; with --scopes milliseconds:...",
+    )
+    parser.add_argument(
         "--scopes", default="layer:l2,curves:reconstruction", help="scope:criterion of ours; none: not run"
     )
     parser.add_argument("--peers", default="Torch-Pruning;torch-kirigami;onnxsim", help="beginnings of their names")
@@ -137,13 +158,13 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = Rows(options.out)
-    wanted = tuple(float(one) for one in options.macs.split(","))
+    wanted = tuple(float(one) for one in (options.latency or options.macs).split(","))
     for seed in map(int, options.seeds.split(",")):
         for model in options.models.split(","):
             problem = load(model, options.data, seed)
             if (model, problem.data, seed, ONNXSIM, wanted[-1]) not in rows.known:
                 scopes = tuple(one for one in options.scopes.split(",") if one != "none")
-                compare(problem, rows, wanted, scopes, options.peers, options.train_seconds)
+                compare(problem, rows, wanted, scopes, options.peers, options.train_seconds, bool(options.latency))
 
 
 if __name__ == "__main__":

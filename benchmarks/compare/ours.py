@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.compare.problems import ALIGN, Problem, accuracy, train
+from benchmarks.compare.timed import Clock, hit, table
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.operators.trace import Policy
 from pipeline.channels.program.capture import Captured, capture
+from pipeline.channels.removal.rewrite import shrink
 from pipeline.recipe.prune import PruneSection
 from pipeline.recovery import closed_form
 from pipeline.recovery.pruned_size import at_pruned_size
 from pipeline.selection import choose, criteria, widths
 from pipeline.selection.activations import norm_scales, observe_readers
 from pipeline.selection.allocation import Budget, Removed, allocate
+from pipeline.selection.cost import Timed
 from pipeline.selection.criteria import Evidence
 from pipeline.selection.kinds import policy_of
 from pipeline.training import masks
@@ -43,17 +46,27 @@ class Result:
     macs: float
     choice_seconds: float
     seconds: float
+    latency: float | None = None
 
 
 def results(
-    dense: nn.Module, problem: Problem, wanted: tuple[float, ...], choice: str, train_seconds: float = 0.0
+    dense: nn.Module,
+    problem: Problem,
+    wanted: tuple[float, ...],
+    choice: str,
+    train_seconds: float = 0.0,
+    clock: Clock | None = None,
 ) -> Iterator[tuple[float, str, Result]]:
     """For each share of MACs: ("closed form", its result) and, with seconds to train, ("closed form, trained", ...).
 
-    `choice`: a scope and a criterion of the recipe, such as "curves:l2"; a criterion that needs no labels.
+    `choice`: a scope and a criterion of the recipe, such as "curves:l2"; a criterion that needs no labels. With a
+    `clock`, shares are of latency: "milliseconds:l2" chooses by a latency table, other scopes by MACs, and either is
+    asked again until a whole model takes as long as wanted.
     """
     scope, _, criterion = choice.partition(":")
     captured = capture(dense, (problem.x[:2],))
+    by_table = scope == "milliseconds"
+    scope = "curves" if by_table else scope
     cfg = PruneSection(
         scope=scope, criterion=criterion, align=ALIGN, floor=0.0 if scope == "layer" else FLOOR, ratio=0.5
     )
@@ -82,23 +95,44 @@ def results(
             return whole | allocate(clusters, scores, budget)
         return whole | widths.choose(analysis, clusters, scores, worth.curves, budget)
 
+    fit = table(dense, problem, analysis, clusters, ALIGN) if by_table else None
+
+    def at_share(share: float) -> Removed:
+        """As much left as asked for, of latency by the table or of MACs."""
+        if fit is None:
+            return _bisected(removed_at, lambda gone: analysis.estimate(gone).macs / analysis.macs, share)
+        assert worth is not None
+        cost = Timed(fit, min(share, 0.999), 1.0, 1, 1)
+        return whole | widths.choose(
+            analysis, clusters, scores, worth.curves, Budget(ratio=0.5, align=ALIGN, floor=cfg.floor), [cost]
+        )
+
+    def took(removed: Removed) -> float:
+        assert clock is not None
+        folded = captured.fold(analysis.masks(removed))
+        return clock.of(shrink(folded, analysis, removed).program)
+
     measuring = time.perf_counter() - began
     for share in wanted:
         began = time.perf_counter()
-        removed = _bisected(removed_at, lambda gone: analysis.estimate(gone).macs / analysis.macs, share)
+        latency = None
+        if clock is None:
+            removed = at_share(share)
+        else:
+            removed, latency = hit(at_share, took, share)
         chosen = {n: torch.from_numpy(m) for n, m in analysis.masks(removed).items() if n in maskable}
         choosing = measuring + time.perf_counter() - began
         left = analysis.estimate(removed).macs / analysis.macs
         made = closed_form.recover(captured, chosen, (x[:SAMPLES],))
         fitted = captured.with_state(made.state).fold(chosen)
-        yield share, "closed form", Result(accuracy(fitted, problem), left, choosing, made.seconds)
+        yield share, "closed form", Result(accuracy(fitted, problem), left, choosing, made.seconds, latency)
         if train_seconds:
             began = time.perf_counter()
             got = _trained(dense, problem, captured, made.state, chosen, train_seconds)
             yield (
                 share,
                 "closed form, trained",
-                Result(got, left, choosing, made.seconds + time.perf_counter() - began),
+                Result(got, left, choosing, made.seconds + time.perf_counter() - began, latency),
             )
 
 

@@ -23,17 +23,33 @@ SEEN = 128
 
 @dataclass(frozen=True)
 class Pruned:
-    """A model, the share of MACs that is left, and the share of channels that went."""
+    """A model, the share of MACs that is left, the share of channels that went, and of latency where that was asked."""
 
     model: nn.Module
     macs: float
     ratio: float
+    latency: float | None = None
 
 
 def at_ratio(dense: nn.Module, make: Make, ratio: float, problem: Problem) -> Pruned:
     """The model that `make` gives at one ratio."""
     made = make(copy.deepcopy(dense), ratio)
     return Pruned(made, macs(made, problem.x) / macs(dense, problem.x), ratio)
+
+
+def at_latency(dense: nn.Module, make: Make, wanted: float, problem: Problem, took: Callable[[Any], float]) -> Pruned:
+    """The model whose latency `took` comes nearest to `wanted` of dense."""
+    low, high = 0.0, 0.98
+    best: Pruned | None = None
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        made = at_ratio(dense, make, middle, problem)
+        found = took(copy.deepcopy(made.model))
+        if best is None or abs(found - wanted) < abs((best.latency or 0.0) - wanted):
+            best = Pruned(made.model, made.macs, middle, found)
+        low, high = (middle, high) if found > wanted else (low, middle)
+    assert best is not None
+    return best
 
 
 def bisected(dense: nn.Module, make: Make, wanted: float, problem: Problem) -> Pruned:

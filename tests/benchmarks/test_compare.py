@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.compare import ours
+from benchmarks.compare import ours, peers, timed
 from benchmarks.compare.problems import Problem
+from benchmarks.compare.timed import hit
+from pipeline.latency import probes, profile
 from tests.pipeline.tiny import TinyNet
 
 
@@ -19,3 +21,32 @@ def test_a_share_is_reached_fitted_and_trained(choice, seconds, monkeypatch):
         assert share == 0.5
         assert 0.2 < result.macs <= 0.51
         assert 0 <= result.accuracy <= 100
+
+
+def test_a_latency_is_asked_for_until_a_whole_model_takes_as_long():
+    asked = []
+
+    def make(share):
+        asked.append(share)
+        return share
+
+    made, found = hit(make, lambda share: 0.8 * share, 0.4)
+    assert found == pytest.approx(0.4, rel=0.02) and made == pytest.approx(0.5, rel=0.02) and len(asked) == 2
+    never, far = hit(lambda share: share, lambda share: 0.9, 0.4, tries=3)
+    assert far == 0.9 and never == pytest.approx(0.4)
+
+
+def test_ours_is_chosen_by_milliseconds_and_by_operations_at_one_measured_latency(monkeypatch):
+    monkeypatch.setattr(ours, "CURVE_SAMPLES", 16)
+    for module, name, value in ((probes, "PROBES", 4), (profile, "SECONDS", 0.05), (timed, "ROUNDS", 3)):
+        monkeypatch.setattr(module, name, value)
+    torch.manual_seed(0)
+    problem = Problem("tiny", "noise", 0, torch.randn(300, 3, 16, 16), torch.arange(300) % 10, TinyNet)
+    dense = TinyNet().eval()
+    clock = timed.Clock(dense, problem)
+    for choice in ("milliseconds:l2", "curves:l2"):
+        ((_, _, result),) = ours.results(dense, problem, (0.9,), choice, clock=clock)
+        assert result.latency is not None and 0.1 < result.latency < 2
+    prune = lambda model, ratio: model  # noqa: E731  # a peer that cannot prune is as slow as dense
+    made = peers.at_latency(dense, prune, 0.5, problem, clock.of)
+    assert made.latency == pytest.approx(1, abs=0.5) and made.macs == 1
