@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from foundation.errors import WeightsError
@@ -58,6 +58,18 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """An addition that went because one side of it was zero: its `node`, the side that goes on (`kept`), the one that
+    was `zero`, and the tensors that nothing reads any more.
+    """
+
+    node: str
+    kept: str
+    zero: str
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Ledger:
     """One removal.
 
@@ -66,6 +78,8 @@ class Ledger:
     tensor would have become empty (half of a chunk, one input of a concatenation).
     `frozen`: tensors computed from parameters once, new name -> what they stand for.
     `folds`: constants of removed channels that went into biases.
+    `branches`: whole branches that added nothing; their tensors are among `dropped`, and `kept` says what of them is
+    not zero, for a class that cannot do without them.
     `dropped`: names of the dense state that the shrunk program no longer has. `rounded`: whether values that the
     dense graph computes on the fly (frozen weights, position tables) are stored, rounded to their own precision.
     """
@@ -80,6 +94,22 @@ class Ledger:
     dropped: tuple[str, ...] = ()
     rounded: bool = False
     spared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    branches: tuple[Branch, ...] = ()
+
+    def with_branches(self, whole: Ledger, branches: tuple[Branch, ...], inside: Mapping[str, int]) -> Ledger:
+        """This ledger of a program without `branches`, for the dense model; `whole`: that of the program with them.
+        `inside`: cluster -> groups, of those that went with the branches.
+        """
+        gone = {name for branch in branches for name in branch.tensors}
+        groups = {name: tuple(range(size)) for name, size in inside.items()}
+        return replace(
+            self,
+            shapes={**whole.shapes, **self.shapes},
+            kept={**self.kept, **{name: where for name, where in whole.kept.items() if name in gone}},
+            groups={**self.groups, **groups},
+            dropped=tuple(dict.fromkeys((*self.dropped, *whole.dropped, *sorted(gone)))),
+            branches=branches,
+        )
 
     def to_json(self) -> str:
         """JSON text, keys sorted, no code in it."""
@@ -106,6 +136,7 @@ class Ledger:
                 dropped=tuple(data["dropped"]),
                 rounded=bool(data["rounded"]),
                 spared={n: tuple(int(i) for i in g) for n, g in data.get("spared", {}).items()},
+                branches=tuple(Branch(**{**b, "tensors": tuple(b["tensors"])}) for b in data.get("branches", ())),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from pipeline.artifacts.program import Shrunk
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.coupling.layers import layers
-from pipeline.channels.dead.liveness import liveness
+from pipeline.channels.dead.branches import without_zero_branches
+from pipeline.channels.dead.liveness import Liveness, liveness
 from pipeline.channels.ledger import Ledger
+from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.macs import count_macs
 from pipeline.channels.removal.verify import prove
 from pipeline.data.parts import Data
@@ -38,13 +41,20 @@ def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: 
     model = source.build()
     model.load_state_dict(folded.weights())
     captured = graph_of(model, source)
-    analysis = analyse(captured, policy_of(pruned.kinds))
-    live = liveness(analysis, captured.state)
-    small = channels.shrink(captured, analysis, live.dead, refused=live.refusals)
+    whole = _cut(captured, pruned)
+    small = whole.small
+    left, branches = without_zero_branches(captured, policy_of(pruned.kinds))
+    if branches:
+        cut = _cut(left, pruned)
+        known = {c.name for c in cut.analysis.clusters}
+        inside = {c.name: c.size for c in whole.analysis.clusters if c.name not in known}
+        small = replace(cut.small, ledger=cut.small.ledger.with_branches(whole.small.ledger, branches, inside))
+    analysis, live = whole.analysis, whole.live
     feeds = [channels.small(captured, seed=cfg.seed), data.sample("calibration", REAL_SAMPLES)]
     proof = prove(captured, small, feeds)
     archive.write(small.program, out / Shrunk.PROGRAM)
-    _, structure = rebuild(model, captured, analysis, live.dead, small)
+    # A class runs every branch that it has: one that adds nothing stays in it, as narrow as can be.
+    _, structure = rebuild(model, captured, analysis, live.dead, whole.small)
     facts = {"model": source.spec, "classes": source.num_classes, "input_size": source.input_size, "seed": source.seed}
     structure.model_copy(update=facts).write(out)
     (out / Shrunk.LEDGER).write_text(small.ledger.to_json() + "\n", encoding="utf-8")
@@ -87,6 +97,20 @@ def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: 
     )
 
 
+@dataclass(frozen=True)
+class _Cut:
+    analysis: Analysis
+    live: Liveness
+    small: channels.Shrunk
+
+
+def _cut(captured: Captured, pruned: Pruned) -> _Cut:
+    """What is dead in a captured program, and the program without it."""
+    analysis = analyse(captured, policy_of(pruned.kinds))
+    live = liveness(analysis, captured.state)
+    return _Cut(analysis, live, channels.shrink(captured, analysis, live.dead, refused=live.refusals))
+
+
 def _drawing(analysis: Analysis, ledger: Ledger, title: str) -> str:
     """Every layer's width before and after, as SVG."""
     gone = {c.name: np.isin(np.arange(c.size), ledger.groups.get(c.name, ())) for c in analysis.clusters}
@@ -101,7 +125,10 @@ def _statement(pruned: Pruned, folded: Folded, params: int, ledger: Ledger) -> s
         folded_in = (
             f" {constants:,} constants of dead channels went into {len(ledger.folds):,} biases." if constants else ""
         )
-        return f"{groups:,} channel groups are gone: {folded.params:,} parameters became {params:,}.{folded_in}"
+        count = len(ledger.branches)
+        branches = f" and {count} whole {'branch' if count == 1 else 'branches'}" if count else ""
+        became = f"{folded.params:,} parameters became {params:,}"
+        return f"{groups:,} channel groups{branches} are gone: {became}.{folded_in}"
     if pruned.method in ("unstructured", "2:4"):
         return (
             f"Nothing was removed: {folded.sparsity:.1%} of the weights are zero, but no whole channel is, and "

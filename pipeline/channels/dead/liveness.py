@@ -54,7 +54,7 @@ def liveness(analysis: Analysis, state: Mapping[str, Tensor]) -> Liveness:
         own[classes] = True
     zero = np.zeros_like(own)  # dead because zero, or because nothing reads it
     while True:
-        slices = _zero_slices(analysis, captured.state, zero)
+        slices = zero_slices(analysis, captured.state, zero)
         settled = _settled(analysis, walk(captured, analysis.policy, slices)[0])
         found = own & _everywhere(analysis, settled) | zero
         if (found == zero).all():
@@ -79,7 +79,7 @@ def _with_constants(
     judged = [found.judge(contraction) for contraction in contractions]
     dead = zero
     while True:  # values stay as they are; what only read a constant's writer has one reader less each time
-        now, _ = walk(captured, analysis.policy, _zero_slices(analysis, captured.state, zero, dead))
+        now, _ = walk(captured, analysis.policy, zero_slices(analysis, captured.state, zero, dead))
         settled = [flags | able for flags, (able, _, _) in zip(_settled(analysis, now), judged, strict=True)]
         more = own & _everywhere(analysis, settled) | dead
         if (more == dead).all():
@@ -115,7 +115,7 @@ def _reading(analysis: Analysis) -> Flags:
     return read
 
 
-def _zero_slices(analysis: Analysis, state: Mapping[str, Tensor], zero: Flags, unread: Flags | None = None) -> Slices:
+def zero_slices(analysis: Analysis, state: Mapping[str, Tensor], zero: Flags, unread: Flags | None = None) -> Slices:
     """For every tensor and dimension, which slices are zero once classes of `zero` are left out.
 
     Classes of `unread` are left out as well where it is asked what a column reads for: they go, but are not zero.

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, prune
 from pipeline import data, models
 from pipeline.artifacts.eager import Baseline
 from pipeline.artifacts.program import Shrunk
+from pipeline.measurements import Measurements
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.removal import FoldSection, ShrinkSection
@@ -89,7 +90,7 @@ def shrink(source, digits, dense: Baseline, criterion: str, folders: list[Path])
     """Prune half of every width, recover, fold and shrink."""
     progress = Progress()
     chosen = PruneSection(ratio=0.5, align=1, criterion=criterion)
-    pruned = s1_prune.run(chosen, folders[0], source, digits, dense, TASK, progress).save()
+    pruned = s1_prune.run(chosen, folders[0], source, digits, dense, TASK, Measurements(), progress).save()
     cfg = FinetuneSection(train=TRAIN)
     tuned = s2_finetune.run(cfg, folders[1], source, digits, dense, pruned, TASK, progress).save()
     folded = s3_fold.run(FoldSection(), folders[2], source, digits, pruned, tuned).save()

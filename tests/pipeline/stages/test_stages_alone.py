@@ -9,6 +9,7 @@ from foundation.errors import MaskError
 from foundation.files import save_tensors
 from pipeline import data, models
 from pipeline.artifacts.eager import Baseline, Folded, Pruned
+from pipeline.measurements import Measurements
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.removal import FoldSection, ShrinkSection
@@ -20,7 +21,7 @@ from pipeline.tasks.evaluation import evaluate
 from pipeline.training import masks
 
 TINY = f"{Path(__file__).parents[1] / 'tiny.py'}:build"
-SILENT = Progress()
+SILENT, NOTHING = Progress(), Measurements()
 TASK = classification.task("classification", "output")
 
 
@@ -43,7 +44,7 @@ def baseline(source, digits, tmp_path_factory) -> Baseline:
 
 def prune(source, digits, baseline, out: Path, **settings) -> Pruned:
     out.mkdir()
-    return s1_prune.run(PruneSection(**settings), out, source, digits, baseline, TASK, SILENT).save()
+    return s1_prune.run(PruneSection(**settings), out, source, digits, baseline, TASK, NOTHING, SILENT).save()
 
 
 def finish(source, digits, baseline, pruned: Pruned, tmp_path: Path):
@@ -194,7 +195,7 @@ def test_a_foreign_pruned_checkpoint_is_shrunk_without_any_mask(source, digits, 
 
     for name in ("prune", "fold", "shrink"):
         (tmp_path / name).mkdir()
-    pruned = s1_prune.run(PruneSection(method="none"), tmp_path / "prune", source, digits, baseline, TASK, SILENT)
+    pruned = s1_prune.run(PruneSection(method="none"), tmp_path / "prune", source, digits, baseline, TASK, NOTHING, SILENT)
     save_tensors(state, tmp_path / "fold" / Folded.WEIGHTS)
     model = source.build()
     model.load_state_dict(state)
