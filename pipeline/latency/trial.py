@@ -14,7 +14,10 @@ from torch.export import ExportedProgram
 from exporters.candidates import NotApplicable, Source, make
 from foundation.errors import ExportError
 from pipeline.channels.centring.centre import centre
-from pipeline.channels.coupling.groups import Analysis, Removed
+from pipeline.channels.coupling.analyse import analyse
+from pipeline.channels.coupling.groups import Analysis
+from pipeline.channels.dead.branches import without_zero_branches
+from pipeline.channels.dead.liveness import liveness
 from pipeline.channels.removal.rewrite import shrink
 from pipeline.latency import probes
 from pipeline.latency.probes import RMS_OPSET, Setting
@@ -44,13 +47,14 @@ class Trial:
 
 
 def tried(
-    analysis: Analysis, weights: Mapping[str, Any], removed: Removed, source: ModelSource, setting: Setting
+    analysis: Analysis, weights: Mapping[str, Any], masks: Mapping[str, Any], source: ModelSource, setting: Setting
 ) -> Trial:
-    """Cut the groups flagged in `removed` out of the analysed program with these weights, export it, and time it
-    against the dense model. Raises RefusedError, ExportError.
+    """Cut what `masks` (name -> True = kept) leave dead out of the analysed program with these weights, export it, and
+    time it against the dense model. Raises RefusedError, ExportError.
     """
-    folded = analysis.captured.with_state(weights).fold(analysis.masks(removed))
-    program = shrink(folded, analysis, removed).program
+    folded, branches = without_zero_branches(analysis.captured.with_state(weights).fold(masks), analysis.policy)
+    left = analyse(folded, analysis.policy) if branches else analysis
+    program = shrink(folded, left, liveness(left, folded.state).dead).program
     if setting.opset >= RMS_OPSET:
         program = centre(program).program
     with tempfile.TemporaryDirectory() as name:

@@ -39,6 +39,7 @@ class PruneSection(Section):
     allocation: Literal["greedy", "exact"] = Field(
         "greedy", description="widths by curves: the cheapest block first, or an integer program on top of that"
     )
+    depth: bool = Field(True, description="with a target: residual branches may go as a whole, where that loses less")
     align: int | Literal["auto"] = Field("auto", description="kept channels are a multiple; auto = host vector block")
     floor: float = Field(0.1, ge=0.0, le=1.0, description="share of every layer's groups that always stays")
     overrides: dict[str, float] = Field(default_factory=dict, description="layer glob -> ratio")

@@ -60,13 +60,13 @@ def take_aim(
     used: list[Sequence[Cost]] = []
     with progress.bar("aim", ATTEMPTS) as bar:
         for number in range(ATTEMPTS):
-            chooser.choose(seen, cfg.ratio)
+            chosen = chooser.choose(seen, cfg.ratio)
             assert chooser.weighed is not None, "a target goes with whole groups"
             removed = chooser.weighed.removed
             if any(_same(removed, one.removed) for one in attempts):
                 break  # no width lies nearer
             used.append(chooser.costs)
-            attempts.append(_attempt(goals, analysis, weights, removed, source, places))
+            attempts.append(_attempt(goals, analysis, weights, removed, chosen, source, places))
             bar(number + 1, _words(attempts[-1]))
             chooser.costs = corrected(goals, attempts)
             if not places or _missed(goals, attempts)[-1] <= NEAR:
@@ -117,11 +117,12 @@ def _attempt(
     analysis: Analysis,
     weights: Mapping[str, Any],
     removed: Removed,
+    masks: Mapping[str, Any],
     source: ModelSource,
     places: Mapping[int, Setting],
 ) -> Attempt:
     measured = tuple(
-        tried(analysis, weights, removed, source, places[number]) if number in places else None
+        tried(analysis, weights, masks, source, places[number]) if number in places else None
         for number in range(len(costs))
     )
     return Attempt(removed, tuple(cost.of(removed) for cost in costs), measured)

@@ -21,6 +21,7 @@ from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.selection import criteria, curves, weights, widths
 from pipeline.selection.allocation import Budget, Removed, allocate, overridden
+from pipeline.selection.branches import Branch, removable
 from pipeline.selection.cost import Cost, excess
 from pipeline.selection.criteria import Evidence, Observation, Ranked, Scores
 from pipeline.selection.curves import Apart, Measured
@@ -41,6 +42,8 @@ class Weighed:
     ranked: Mapping[str, Ranked]
     measured: Measured | None = None
     prices: Sequence[Price] = ()
+    branches: tuple[Branch, ...] = ()
+    """Whole branches that go, all groups inside them with them."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +146,13 @@ def choose_groups(
     maskable: frozenset[str],
     worth: Measured | None = None,
     costs: Sequence[Cost] = (),
+    branches: Mapping[Branch, float] | None = None,
 ) -> Weighed:
     """Which groups go at `ratio`, by cluster: those with the lowest scores of the recipe's criterion; and why these.
 
     `worth`: curves as `measured` gives them, by which the widths follow then. `costs`: with them, as few go as meet
-    their goals, and `ratio` over the recipe's says how much of the way there. A cluster with a parameter outside
+    their goals, and `ratio` over the recipe's says how much of the way there; `branches` are those that may go as a
+    whole then, with the divergence that each costs. A cluster with a parameter outside
     `maskable` stays whole, and is not ranked.
     """
     clusters = choosable(analysis, maskable)
@@ -162,9 +167,12 @@ def choose_groups(
             return Weighed(whole | _by_ratio(clusters, scores, budget, whole, costs), ranked)
         return Weighed(whole | allocate(clusters, scores, budget), ranked)
     exact = cfg.allocation == "exact"
-    chosen = whole | widths.choose(analysis, clusters, scores, worth.curves, budget, costs, exact=exact)
+    known = {branch.node: branch for branch in branches or {}}
+    offered = {branch.node: (branch.inside, loss) for branch, loss in (branches or {}).items()}
+    removed, deep = widths.choose_depth(analysis, clusters, scores, worth.curves, budget, costs, offered, exact=exact)
+    chosen = whole | removed
     prices = widths.prices(analysis, clusters, worth.curves, budget, chosen, costs[0] if costs else None)
-    return Weighed(chosen, ranked, worth, prices)
+    return Weighed(chosen, ranked, worth, prices, tuple(known[name] for name in deep))
 
 
 def budget_of(cfg: PruneSection, ratio: float, share: float = 1.0) -> Budget:
@@ -253,6 +261,7 @@ class Chooser:
         self.names = tuple(weights.prunable(model))
         self.weighed: Weighed | None = None
         self._measured: Measured | None = None
+        self._branches: dict[Branch, float] = {}
 
     def choose(self, seen: Evidence, ratio: float) -> Masks:
         """Parameter name -> mask, for what is seen of the model as it is now."""
@@ -274,12 +283,31 @@ class Chooser:
             self._measured = measured(
                 self.analysis, seen, self.cfg, self.maskable, self.apart, self.progress, self.kept
             )
-        self.weighed = choose_groups(self.analysis, seen, self.cfg, ratio, self.maskable, self._measured, self.costs)
+            if self.costs and self.cfg.depth and self._measured is not None:
+                self._branches = branches_worth(self.analysis, seen, self.maskable, self.apart)
+        self.weighed = choose_groups(
+            self.analysis, seen, self.cfg, ratio, self.maskable, self._measured, self.costs, self._branches
+        )
+        masks = dict(self.analysis.masks(self.weighed.removed))
+        for branch in self.weighed.branches:
+            masks |= branch.masks(self.analysis.captured.state)
         return {
             name: torch.from_numpy(mask)
-            for name, mask in self.analysis.masks(self.weighed.removed).items()
+            for name, mask in masks.items()
             if name in self.maskable  # a buffer, such as a fixed position table, holds no weights
         }
+
+
+def branches_worth(
+    analysis: Analysis, seen: Evidence, maskable: frozenset[str], apart: Apart | None
+) -> dict[Branch, float]:
+    """Every residual branch that may go as a whole, with the divergence from the dense outputs when it does."""
+    found = removable(analysis, maskable)
+    if not found or seen.samples is None:
+        return {}
+    sets = {branch.node: branch.masks(analysis.captured.state) for branch in found}
+    lost = curves.masked(analysis, sets, seen.samples, seen.weights, apart)
+    return {branch: lost[branch.node] for branch in found}
 
 
 def _by_curves(cfg: PruneSection) -> bool:

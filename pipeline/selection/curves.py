@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -238,8 +238,55 @@ class _Trial:
     count: int
 
 
+@dataclass(frozen=True)
+class _Masked:
+    """Whole tensors are masked; `first` as in `_Trial`."""
+
+    first: int
+    name: str
+    masks: Mapping[str, np.ndarray[Any, Any]]
+
+
+_Tried = TypeVar("_Tried", _Trial, _Masked)
+
+
+def masked(
+    analysis: Analysis,
+    masks: Mapping[str, Mapping[str, np.ndarray[Any, Any]]],
+    samples: Sequence[Tensor],
+    state: Mapping[str, Tensor],
+    apart: Apart | None = None,
+) -> dict[str, float]:
+    """The divergence (nats) of the outputs on `samples` when masks (tensor -> False = goes) are on, each set of them
+    by its name, one after another.
+    """
+    captured = analysis.captured.with_state(state)
+    first = _first_changed(captured)
+    tried = sorted(
+        (_Masked(min(map(first, one), default=0), name, one) for name, one in masks.items()), key=lambda t: t.first
+    )
+    total: dict[str, float] = dict.fromkeys(masks, 0.0)
+    chunks = _chunks(captured, samples)
+    for chunk in chunks:
+        for trial, found in _divergences(
+            captured, chunk, tried, lambda trial: captured.fold(trial.masks), apart or class_shares
+        ):
+            total[trial.name] += found / len(chunks)
+    return total
+
+
 def _trials(analysis: Analysis, captured: Captured, clusters: Sequence[Cluster]) -> list[tuple[int, Cluster]]:
     """(the first node that changes when groups of a cluster go, cluster)."""
+    first, last = _first_changed(captured), len(list(captured.program.graph.nodes))
+    made = []
+    for cluster in clusters:
+        touched = analysis.masks({cluster.name: np.ones(cluster.size, dtype=bool)})
+        made.append((min(map(first, touched), default=last), cluster))
+    return made
+
+
+def _first_changed(captured: Captured) -> Callable[[str], int]:
+    """Name of a tensor -> number of the first node that reads it, under whatever name; behind the last where none."""
     nodes = list(captured.program.graph.nodes)
     users: dict[Hashable, int] = {}
     named = captured.targets
@@ -249,12 +296,7 @@ def _trials(analysis: Analysis, captured: Captured, clusters: Sequence[Cluster])
         if target is not None and target in captured.state and node.users:
             key = memory_of(target, captured.state[target])  # tied tensors change together
             users[key] = min(users.get(key, len(nodes)), *(places[user] for user in node.users), len(nodes))
-    made = []
-    for cluster in clusters:
-        touched = analysis.masks({cluster.name: np.ones(cluster.size, dtype=bool)})
-        first = (users.get(memory_of(name, captured.state[name]), len(nodes)) for name in touched)
-        made.append((min(first, default=len(nodes)), cluster))
-    return made
+    return lambda name: users.get(memory_of(name, captured.state[name]), len(nodes))
 
 
 def _start(
@@ -274,10 +316,10 @@ def _start(
 def _divergences(
     captured: Captured,
     samples: Sequence[Tensor],
-    tried: Sequence[_Trial],
-    changed: Callable[[_Trial], Captured],
+    tried: Sequence[_Tried],
+    changed: Callable[[_Tried], Captured],
     apart: Apart,
-) -> Iterator[tuple[_Trial, float]]:
+) -> Iterator[tuple[_Tried, float]]:
     """The divergence of each trial; they come in the order of the first node that they change."""
     nodes = list(captured.program.graph.nodes)
     named = captured.targets

@@ -25,6 +25,11 @@ ROUNDS = 16
 NODES = 10_000
 """Of the search tree of an integer program; at the limit the best solution so far is taken."""
 
+DOUBTS = 3
+"""Branches tried in vain, one after another, before no more are."""
+WORTH = 0.02
+"""Of what a choice loses, that a branch must save: within that, curves do not tell."""
+
 Level = Mapping[str, int]
 """Cluster -> how many blocks of it go: an index into the widths that it may have, from all of its groups down."""
 
@@ -39,17 +44,65 @@ def choose(
     *,
     exact: bool = False,
 ) -> Removed:
-    """Cluster name -> True = goes: the goals of all `costs` are met, spread by the curves. Without costs, as few
-    multiply-accumulates are left as `budget` would leave layer by layer.
+    """`choose_depth` where no branch may go as a whole: cluster name -> True = goes."""
+    return choose_depth(analysis, clusters, scores, curves, budget, costs, exact=exact)[0]
+
+
+def choose_depth(
+    analysis: Analysis,
+    clusters: Sequence[Cluster],
+    scores: Mapping[str, Scores],
+    curves: Mapping[str, Curve],
+    budget: Budget,
+    costs: Sequence[Cost] = (),
+    branches: Mapping[str, tuple[Sequence[str], float]] | None = None,
+    *,
+    exact: bool = False,
+) -> tuple[Removed, tuple[str, ...]]:
+    """(cluster name -> True = goes, branches that go as a whole): the goals of all `costs` are met, spread by the
+    curves. Without costs, as few multiply-accumulates are left as `budget` would leave layer by layer.
 
     Greedily, the cheapest block per saved share first; `exact` improves on that by integer programming, as long as the
     curves promise a smaller loss. Alignment and floors hold in every cluster; a cluster that `budget` overrides is cut
     as it would be layer by layer, one whose groups cost nothing as well where there are no `costs`. Where even the
     least widths do not meet the goals, these are what comes back.
+
+    `branches`: name -> (clusters inside, divergence when it goes as a whole). One goes, and with it all groups inside,
+    where the widths that are then enough elsewhere lose less by more than it costs; the one that loses the least for
+    what it saves is tried first, and the search ends when `DOUBTS` of them in a row did not help.
     """
-    widths = _Widths(analysis, clusters, scores, curves, budget, costs)
-    level = _greedy(widths)
-    return widths.removed(_improved(widths, level) if exact else level)
+    fixed = overridden([c.name for c in clusters], budget.overrides)
+
+    def solved(gone: Mapping[str, tuple[Sequence[str], float]]) -> tuple[float, bool, Removed]:
+        """What is lost, whether the goals are met, and the choice, once these branches are gone."""
+        widths = _Widths(analysis, clusters, scores, curves, budget, costs, gone)
+        level = _greedy(widths)
+        level = _improved(widths, level) if exact else level
+        return widths.lost(level), not widths.missed(widths.left(level)), widths.removed(level)
+
+    best = solved({})
+    chosen: dict[str, tuple[Sequence[str], float]] = {}
+    open_ = {n: b for n, b in (branches or {}).items() if costs and not set(b[0]) & fixed.keys()}
+    if not open_ or not any(gone.any() for gone in best[2].values()):
+        return best[2], ()
+    whole = {c.name: np.zeros(c.size, np.bool_) for c in clusters}
+    dense = sum(cost.of(whole) for cost in costs)
+    prices = {}
+    for name, (inside, divergence) in open_.items():
+        saved = dense - sum(cost.of({**whole, **{c: np.ones_like(whole[c]) for c in inside}}) for cost in costs)
+        if saved > 0:
+            prices[name] = divergence / saved
+    doubts = 0
+    for name in sorted(prices, key=lambda name: prices[name]):
+        tried = solved({**chosen, name: open_[name]})
+        # One that makes a goal possible at all comes first; then what loses least.
+        if (tried[1], -tried[0]) > (best[1], -best[0] * (1 - WORTH)):
+            best, chosen, doubts = tried, {**chosen, name: open_[name]}, 0
+        else:
+            doubts += 1
+            if doubts == DOUBTS:
+                break
+    return best[2], tuple(chosen)
 
 
 def least(clusters: Sequence[Cluster], scores: Mapping[str, Scores], budget: Budget) -> Removed:
@@ -71,8 +124,11 @@ class _Widths:
         curves: Mapping[str, Curve],
         budget: Budget,
         costs: Sequence[Cost],
+        gone: Mapping[str, tuple[Sequence[str], float]],
     ) -> None:
         self.scores, self.curves = scores, curves
+        self.lost_whole = sum(divergence for _, divergence in gone.values())
+        within = {name for inside, _ in gone.values() for name in inside}
         self.by_layer = allocate(clusters, scores, budget)
         fixed = overridden([c.name for c in clusters], budget.overrides)
         if costs:  # nothing else is asked for, so that nothing goes which saves nothing
@@ -81,7 +137,9 @@ class _Widths:
         else:
             goal = analysis.estimate(self.by_layer).macs / max(analysis.macs, 1)
             self.costs = (Counted(analysis, "macs", max(goal, 1e-12), analysis.macs / 1e6),)
-        self.allowed = {c.name: widths_allowed(c, budget) for c in clusters if c.name not in fixed}
+        self.by_layer |= {c.name: np.ones(c.size, np.bool_) for c in clusters if c.name in within}
+        left_open = [c for c in clusters if c.name not in fixed and c.name not in within]
+        self.allowed = {c.name: widths_allowed(c, budget) for c in left_open}
         self.free = [c for c in clusters if c.name in self.allowed and len(self.allowed[c.name]) > 1]
         self.last = {c.name: len(self.allowed[c.name]) - 1 for c in self.free}
         start = dict.fromkeys(self.last, 0)
@@ -108,7 +166,7 @@ class _Widths:
 
     def lost(self, level: Level) -> float:
         """The divergences that the curves promise, added up."""
-        return sum(self._divergence(c, level[c.name]) for c in self.free)
+        return self.lost_whole + sum(self._divergence(c, level[c.name]) for c in self.free)
 
     def regained(self, cluster: Cluster, at: int) -> float:
         """By how much the divergence falls when the block number `at`, counted from 1, comes back."""

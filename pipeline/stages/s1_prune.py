@@ -129,6 +129,8 @@ def run(
     aims = _aims(goals, chooser, attempts, removed)
     for aim in aims:
         progress.say(f"  {aim.words}")
+    if weighed is not None and weighed.branches:
+        progress.say(f"  whole branches go: {', '.join(branch.name for branch in weighed.branches)}")
     _predictions(goals, attempts, out)
     zeros = sum(layer.zeros for layer in layers)
     return Pruned(

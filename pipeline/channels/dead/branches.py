@@ -34,7 +34,7 @@ def without_zero_branches(captured: Captured, policy: Policy) -> tuple[Captured,
     """
     if not any(_all_zero(captured.state[name]) for name in captured.program.graph_signature.parameters):
         return captured, ()  # a branch ends in a layer or a norm that is zero as a whole
-    plain = _out_of_place(captured)
+    plain = out_of_place(captured)
     found = zero_sides(analyse(plain, policy))
     if not found:
         return captured, ()
@@ -63,7 +63,7 @@ def _all_zero(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and not bool(tensor.any())
 
 
-def _out_of_place(captured: Captured) -> Captured:
+def out_of_place(captured: Captured) -> Captured:
     """`x += y` as `x + y` wherever nothing but the addition reads x: the walk tells what a value is at the end, and
     what x was before it was written to is asked for.
     """

@@ -1,0 +1,161 @@
+"""Whole residual branches as a choice: which there are, what masks make them add nothing, and when one goes."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.channels import analyse, capture, liveness, shrink
+from pipeline.channels.dead.branches import without_zero_branches
+from pipeline.selection import curves
+from pipeline.selection.allocation import Budget
+from pipeline.selection.branches import removable
+from pipeline.selection.cost import Counted
+from pipeline.selection.curves import convex
+from pipeline.selection.widths import choose_depth
+from pipeline.training import masks
+
+
+class Block(nn.Module):
+    def __init__(self, width=8, inner=16):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(width, inner, 3, padding=1), nn.Conv2d(inner, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        y = self.norm(self.b(self.a(x).relu()))
+        y += x
+        return y.relu_()
+
+
+class Attention(nn.Module):
+    """A block of a transformer: attention and neurons, each on a residual stream."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 32), nn.Linear(32, width)
+
+    def forward(self, x):
+        y = self.norms[0](x)
+        q, k, v = (f(y).unflatten(-1, (4, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.out(y)
+        return x + self.down(self.up(self.norms[1](x)).relu())
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(Block(), Block(), Block())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x).relu()).mean((2, 3)))
+
+
+class Text(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layers, self.head = nn.Linear(6, 16), nn.Sequential(Attention(), Attention()), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.layers(self.stem(x)).mean(1))
+
+
+class Tied(Net):
+    """The last layer of one branch is another one's, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks[2].b = self.blocks[1].b
+
+
+def analysed(build, shape):
+    torch.manual_seed(0)
+    model = build().eval()
+    return model, analyse(capture(model, (torch.randn(shape),)))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "names"),
+    [
+        (Net, (2, 3, 8, 8), ["blocks.0", "blocks.1", "blocks.2"]),
+        (Text, (2, 7, 6), ["layers.0.out", "layers.0.down", "layers.1.out", "layers.1.down"]),
+        (Tied, (2, 3, 8, 8), ["blocks.0"]),
+    ],
+)
+def test_every_branch_that_may_go_is_found_and_its_masks_make_it_go(build, shape, names):
+    model, analysis = analysed(build, shape)
+    found = removable(analysis, masks.maskable(model))
+    assert [branch.name for branch in found] == names
+    for branch in found:
+        folded = analysis.captured.fold(branch.masks(analysis.captured.state))
+        left, gone = without_zero_branches(folded, analysis.policy)
+        assert [one.node for one in gone] == [branch.node]
+        again = analyse(left)
+        assert not {c.name for c in again.clusters} & set(branch.inside)
+        small = shrink(left, again, liveness(again, left.state).dead)
+        x = torch.randn(shape)
+        assert torch.allclose(folded(x), small(x), atol=1e-6)
+
+
+def test_what_cannot_be_masked_does_not_go():
+    model, analysis = analysed(Net, (2, 3, 8, 8))
+    maskable = frozenset(name for name in masks.maskable(model) if not name.startswith("blocks.1.norm"))
+    assert [branch.name for branch in removable(analysis, maskable)] == ["blocks.0", "blocks.2"]
+
+
+def test_what_a_branch_costs_is_how_far_the_outputs_move_without_it():
+    model, analysis = analysed(Net, (2, 3, 8, 8))
+    sets = {b.name: b.masks(analysis.captured.state) for b in removable(analysis, masks.maskable(model))}
+    x = torch.randn(16, 3, 8, 8)
+    lost = curves.masked(analysis, sets, (x,), analysis.captured.state)
+    for at in range(3):
+        kept, model.blocks[at].forward = model.blocks[at].forward, lambda x: x.relu()
+        other = model(x)
+        model.blocks[at].forward = kept
+        want = curves.class_shares((model(x),))((other,))
+        assert lost[f"blocks.{at}"] == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize(("loss", "gone"), [(0.01, ("blocks.1",)), (50.0, ())])
+def test_a_branch_goes_where_that_loses_less_than_width_elsewhere(loss, gone):
+    _, analysis = analysed(Net, (2, 3, 8, 8))
+    scores = {c.name: np.arange(c.size, dtype=float) for c in analysis.clusters}
+    made = {c.name: convex([c.size // 2, c.size], [1.0, 4.0]) for c in analysis.clusters}
+    inside = {f"blocks.{at}": [f"blocks.{at}.a"] for at in range(3)}
+    branches = {name: (clusters, loss if name == "blocks.1" else 90.0) for name, clusters in inside.items()}
+    cost = Counted(analysis, "macs", 0.6, 1.0)
+    removed, chosen = choose_depth(
+        analysis,
+        analysis.clusters,
+        scores,
+        made,
+        Budget(0.5, align=4, floor=0.1, overrides={"stem": 0.0}),
+        [cost],
+        branches,
+    )
+    assert chosen == gone
+    assert cost.of(removed) <= 0.6
+    assert removed["blocks.1.a"].all() == bool(gone)
+    if gone:  # the others keep more than they would without
+        alone, _ = choose_depth(
+            analysis, analysis.clusters, scores, made, Budget(0.5, align=4, floor=0.1, overrides={"stem": 0.0}), [cost]
+        )
+        assert sum(int(g.sum()) for n, g in removed.items() if n != "blocks.1.a") < sum(
+            int(g.sum()) for n, g in alone.items() if n != "blocks.1.a"
+        )
+
+
+def test_a_goal_that_width_alone_does_not_reach_is_reached_with_depth():
+    _, analysis = analysed(Net, (2, 3, 8, 8))
+    scores = {c.name: np.arange(c.size, dtype=float) for c in analysis.clusters}
+    made = {c.name: convex([c.size // 2, c.size], [1.0, 4.0]) for c in analysis.clusters}
+    branches = {f"blocks.{at}": ([f"blocks.{at}.a"], 30.0) for at in range(3)}
+    cost = Counted(analysis, "macs", 0.4, 1.0)
+    budget = Budget(0.5, align=4, floor=0.5, overrides={"stem": 0.0})
+    without, _ = choose_depth(analysis, analysis.clusters, scores, made, budget, [cost])
+    removed, chosen = choose_depth(analysis, analysis.clusters, scores, made, budget, [cost], branches)
+    assert cost.of(without) > 0.4 >= cost.of(removed) and chosen
