@@ -10,7 +10,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan gate test test-examples test-long lint format zoo bench bench-huge bench-norms bench-latency bench-recovery bench-training smaller race bundle-versions house faults alarms compare examples clean
+.PHONY: help setup deploy plan sweep gate test test-examples test-long lint format zoo bench bench-huge bench-norms bench-latency bench-recovery bench-training smaller race bundle-versions house faults alarms compare examples clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ deploy: $(STAMP) ## MODEL=resnet50 [DATA= WEIGHTS= TASK= RATIO= LATENCY= DEVICE=
 
 plan: $(STAMP) ## MODEL=resnet50 [...]: what deploy would do, and which channels can go
 	$(subst leanort deploy,leanort plan,$(DEPLOY))
+
+sweep: $(STAMP) ## MODEL=resnet50 LATENCY=0.2,0.4 [...]: a version for each, and one page of all of them
+	$(subst leanort deploy,leanort sweep,$(DEPLOY))
 
 gate: $(STAMP) ## MODEL=resnet50 [POLICY=policy.toml]: judge the newest version again; an error unless it passes
 	$(BIN)/leanort gate $(MODEL) $(if $(POLICY),--policy $(POLICY)) $(ARGS)

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "exporters", "validators", "foundation")
-EXTRAS = ("torchvision", "timm", "transformers")
+EXTRAS = ("torchvision", "timm", "transformers", "optuna")
 NET = """
 from torch import nn
 

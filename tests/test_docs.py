@@ -47,7 +47,7 @@ STANDS_FOR = {
     "layer3.1.conv2": "blocks.0.conv1",
 }  # fmt: skip
 MODELS = ("resnet50", "mobilenet_v2", "timm:resnet18", "mynet.py:build")
-JUDGING = ("deploy", "shrink", "gate", "check")  # exit codes 1 and 4 are verdicts
+JUDGING = ("deploy", "sweep", "shrink", "gate", "check")  # exit codes 1 and 4 are verdicts
 
 
 def blocks(language: str) -> list[str]:
@@ -165,7 +165,7 @@ def run(folder: Path, words: list[str]) -> None:
     A command without the arguments that it needs is only mentioned, not shown, and not run.
     """
     name, *rest = words
-    optional = ("deploy", "plan", "profile", "sensitivity")  # a recipe may stand for their model
+    optional = ("deploy", "plan", "profile", "sensitivity", "sweep")  # a recipe may stand for their model
     needs = name in optional or any(isinstance(p, click.Argument) and p.required for p in command(name))
     if needs and not rest:
         return
@@ -176,6 +176,9 @@ def run(folder: Path, words: list[str]) -> None:
         own_size = "--input-size" in rest or any(word.endswith(".toml") for word in rest)
         rest = ["mynet.py:build" if word in MODELS else word for word in rest]
         rest += ["--name", "resnet50", *([] if own_size else ["--input-size", "3,16,16"])]
+        if name == "sweep":  # one point: what a list gives is tested elsewhere
+            rest[rest.index("--latency") : rest.index("--latency") + 2] = ["--macs", "0.6"]
+            rest += [*QUICK[QUICK.index("--set") :], "--quiet"]
         for asked in ("--latency", "--size"):  # a tiny net hardly gets faster, and has less than a page asks for
             if asked in rest:
                 rest[rest.index(asked) + 1] = "0.97"

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from pipeline.recipe.config import Config
 
 
-def recipe_options(command: Any) -> Any:  # decorates any click command
-    """The options of every command that takes a model or a recipe; `recipe_of` reads them."""
+def recipe_options(command: Any, *, listed: bool = False) -> Any:  # decorates any click command
+    """The options of every command that takes a model or a recipe; `recipe_of` reads them.
+
+    `listed`: those that say how much goes may hold a list, and all of them are text.
+    """
+    several = " Or a list: 0.2,0.4." if listed else ""
     for option in reversed(
         [
             click.argument("model", metavar="MODEL|RECIPE.toml", required=False),
@@ -39,11 +43,17 @@ def recipe_options(command: Any) -> Any:  # decorates any click command
             click.option(
                 "--task", help="What it is for: segmentation, regression, ..., file.py:callable (docs/tasks.md)."
             ),
-            click.option("--ratio", type=float, help="Share of channels to remove, in [0, 1)."),
-            click.option("--latency", help="What it may take, of dense (0.4) or in time (3.5ms); docs/latency.md."),
-            click.option("--macs", help="What multiply-accumulates may be left, of dense (0.4) or counted (600M)."),
-            click.option("--params", help="What parameters may be left, of dense (0.4) or counted (5M)."),
-            click.option("--size", help="What the file may have, of dense (0.4) or in bytes (10MB)."),
+            click.option(
+                "--ratio", type=str if listed else float, help=f"Share of channels to remove, in [0, 1).{several}"
+            ),
+            click.option(
+                "--latency", help=f"What it may take, of dense (0.4) or in time (3.5ms); docs/latency.md.{several}"
+            ),
+            click.option(
+                "--macs", help=f"What multiply-accumulates may be left, of dense (0.4) or counted (600M).{several}"
+            ),
+            click.option("--params", help=f"What parameters may be left, of dense (0.4) or counted (5M).{several}"),
+            click.option("--size", help=f"What the file may have, of dense (0.4) or in bytes (10MB).{several}"),
             click.option(
                 "--device", help="device.json of a kit (`leanort profile --kit`): --latency is that device's."
             ),

@@ -129,6 +129,7 @@ def main() -> None:
     leanort sensitivity resnet50          which layers can least do without their channels
     leanort deploy resnet50               the whole chain on the embedded data
     leanort deploy resnet50 --ratio 0.3   the same, gentler
+    leanort sweep resnet50 --macs 0.2,0.4 a version for each, and one page of all of them
     leanort show resnet50                 the figures of the newest version
     leanort why resnet50 layer3.1.conv2   which of its channels went, and why
     leanort gate resnet50                 judge it again; also a file made elsewhere

@@ -20,7 +20,7 @@ from pipeline.release.records import digest
 ROOT = Path(__file__).resolve().parents[2]
 """Where the packages lie."""
 _PACKAGES = ("pipeline", "exporters", "validators", "foundation")
-_WORDS = ("pipeline/cli/", "pipeline/report/", "pipeline/inquiry/")
+_WORDS = ("pipeline/cli/", "pipeline/report/", "pipeline/inquiry/", "pipeline/sweep/")
 """Rooms that say what was found and decide nothing."""
 _TOOLS = (
     "accelerate",

@@ -1,0 +1,1 @@
+"""One model at several sizes: every point an ordinary version, all of them on one page."""
