@@ -195,7 +195,8 @@ def test_a_foreign_pruned_checkpoint_is_shrunk_without_any_mask(source, digits, 
 
     for name in ("prune", "fold", "shrink"):
         (tmp_path / name).mkdir()
-    pruned = s1_prune.run(PruneSection(method="none"), tmp_path / "prune", source, digits, baseline, TASK, NOTHING, SILENT)
+    settings = PruneSection(method="none")
+    pruned = s1_prune.run(settings, tmp_path / "prune", source, digits, baseline, TASK, NOTHING, SILENT)
     save_tensors(state, tmp_path / "fold" / Folded.WEIGHTS)
     model = source.build()
     model.load_state_dict(state)
