@@ -87,9 +87,9 @@ def measure(way: str, spec: str, samples: int) -> None:
     """Train one epoch and print what it took; the first steps of a process are warm-up, done before."""
     from pipeline import data, models
     from pipeline.recipe.train import TrainSettings
+    from pipeline.recovery.following import follow
     from pipeline.tasks import classification
     from pipeline.training import jobs, launched, loop, processes
-    from pipeline.training.following import follow
 
     source = models.load(spec, num_classes=10, input_size=(3, 32, 32), seed=0)
     task = classification.task("classification", "output")

@@ -36,6 +36,7 @@ from pipeline.recipe import config as recipes
 from pipeline.recipe.config import Config
 from pipeline.recipe.section import Section
 from pipeline.recipe.train import TrainSettings
+from pipeline.recovery.following import follow
 from pipeline.release import bundling, checks, fingerprint, journal, records, store
 from pipeline.release.opening import Release, open_release
 from pipeline.release.records import Manifest, StageRecord
@@ -48,7 +49,6 @@ from pipeline.tasks import find as tasks
 from pipeline.tasks.entry import meet
 from pipeline.tasks.task import Task
 from pipeline.training import devices, jobs, launched, own, processes
-from pipeline.training.following import follow
 
 
 @dataclass(frozen=True)

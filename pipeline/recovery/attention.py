@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from pipeline.channels.operators.table import bind
 from pipeline.recovery.contractions import weight_of
+from pipeline.training.devices import ALONE, Together
 
 aten = torch.ops.aten
 
@@ -177,6 +178,7 @@ def wanted(
     label: Sequence[Tensor],
     kept: Sequence[Tensor],
     learn: Sequence[Tensor],
+    together: Together = ALONE,
     *,
     centred: bool,
 ) -> list[Tensor]:
@@ -185,7 +187,7 @@ def wanted(
 
     `own`, `other`: those of the dense network, and what they are multiplied by; `reached`: what the pruned network has
     for `other`. `label`: the head of each matrix. `learn`: bool (matrices,), which are looked at. `centred`: whether
-    `other` are keys.
+    `other` are keys. `together`: the processes that each have some of the matrices, of every head.
     """
     count, size = 1 + max(int(one.max()) for one in label), own[0].shape[-1]
     moments, products = (torch.zeros(count, size, size, dtype=torch.float64) for _ in range(2))
@@ -197,6 +199,7 @@ def wanted(
             b, c = (v - v.mean(1, keepdim=True) for v in (b, c))
         moments.index_add_(0, which[use], c.mT @ c)
         products.index_add_(0, which[use], b.mT @ c)
+    moments, products = together.added(moments), together.added(products)
     turn = torch.zeros(count, size, size, dtype=torch.float64)
     for head in range(count):
         at = keep[head].nonzero().flatten()
@@ -210,7 +213,12 @@ def wanted(
     return [a @ turn[which] for a, which in zip(own, label, strict=True)]
 
 
-def lack(dense: Sequence[Sequence[Tensor]], pruned: Sequence[Sequence[Tensor]], judges: Sequence[Tensor]) -> float:
+def lack(
+    dense: Sequence[Sequence[Tensor]],
+    pruned: Sequence[Sequence[Tensor]],
+    judges: Sequence[Tensor],
+    together: Together = ALONE,
+) -> float:
     """Squares that scores lack over those of the dense ones, of the matrices that judge, about the mean of each query.
 
     `dense`, `pruned`: queries and keys, each (matrices, tokens, positions) by chunk.
@@ -220,4 +228,5 @@ def lack(dense: Sequence[Sequence[Tensor]], pruned: Sequence[Sequence[Tensor]], 
         one, two = (x[use] @ (y[use] - y[use].mean(1, keepdim=True)).mT for x, y in ((q, k), (a, b)))
         wrong += float((one - two).double().square().sum())
         total += float(one.double().square().sum())
+    wrong, total = together.sum(wrong, total)
     return wrong / (total or 1.0)

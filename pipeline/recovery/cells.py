@@ -84,6 +84,7 @@ def _fit_cell(
     same_input = all(map(same, dense.x, pruned.x)) and all(
         same(a, b) for old, new in zip(*starts, strict=True) for a, b in zip(old, new, strict=True)
     )
+    same_input = networks.samples.together.every(same_input)
     if same_input and all(map(same, dense.weights, pruned.weights)):
         given = recurrent.states(cell, dense)
         return (given, given), []
@@ -119,4 +120,4 @@ def _refit(
         return TOO_FEW
     units = dense.weights[0].shape[0]
     free = [at in cell.matrices or weights.is_own_shift(node, units) for at, node in enumerate(cell.nodes)]
-    return recurrent.fit(cell, dense, pruned, kept, free, drawn) or NOT_FINITE
+    return recurrent.fit(cell, dense, pruned, kept, free, drawn, networks.samples.together) or NOT_FINITE

@@ -24,9 +24,12 @@ from torch import Tensor
 from pipeline.channels.program.capture import Captured
 from pipeline.recovery.fitted import Fitted
 from pipeline.recovery.rows import Samples
+from pipeline.recovery.sampling import chunked
 from pipeline.recovery.shelf import ON_DISK, Shelf
 from pipeline.recovery.walk import Tick, Walk, Walked
 from pipeline.recovery.weights import Weights
+from pipeline.training.devices import ALONE, Elsewhere, Together
+from pipeline.training.devices import together as everybody
 
 WALKS = 3
 """Where a weight has several readers; else one is all there is to do."""
@@ -55,6 +58,7 @@ def recover(
     seed: int = 0,
     on_disk: int = ON_DISK,
     folder: Path | None = None,
+    together: Together = ALONE,
     tick: Tick = lambda done, note: None,
 ) -> ClosedForm:
     """Fit the kept weights under `masks` to what `captured` computes, which is the dense network.
@@ -70,13 +74,47 @@ def recover(
 
     A weight that several operators read is fitted to all of them at once (`tied`): on what they read in one walk, for
     the next, up to `WALKS` of them, as long as the outputs of the samples held back come nearer.
+
+    `together`: the processes that all fit the same, each on its part of the samples; every one gets all weights. What
+    one of them cannot do is a ValueError on all.
     """
+    try:
+        made = _recover(
+            captured, masks, inputs, start, counted, seed, on_disk // together.count, folder, together, tick
+        )
+        together.done()
+    except Elsewhere:
+        raise
+    except ValueError as error:
+        together.failed(str(error))
+        raise
+    return made
+
+
+def sharing(captured: Captured, inputs: Sequence[Tensor]) -> Together:
+    """All processes of the run where there is a batch of samples for each of them; else this one alone."""
+    every = everybody()
+    return every if len(chunked(captured, inputs)) >= every.count else ALONE
+
+
+def _recover(
+    captured: Captured,
+    masks: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    start: Mapping[str, Tensor] | None,
+    counted: Tensor | None,
+    seed: int,
+    on_disk: int,
+    folder: Path | None,
+    together: Together,
+    tick: Tick,
+) -> ClosedForm:
     began = time.perf_counter()
     _check(captured, inputs)
     # What counts is in `captured.state`; the program may hold older values of it.
     known: Mapping[str, Tensor] = {**captured.state, **(start or {})}
     spilt = 0
-    samples = Samples(captured, inputs, counted, seed)
+    samples = Samples(captured, inputs, counted, seed, together)
     best: Walked | None = None
     fitted: list[Fitted] = []
     settled: Mapping[Any, Fitted] = {}

@@ -97,10 +97,10 @@ class Networks:
             if dead in values and (whole or values[dead][0] is not values[dead][1])
         ]
         target: Any = node.target
-        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
-            # The same noise in both networks, and in every run.
-            torch.manual_seed(self.samples.seed + seed_of(node.name))
+        random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
         for chunk in range(len(self.samples.chunks)):
+            if random:  # the same noise in both networks, in every run, and whichever process has the chunk
+                torch.manual_seed(self.samples.seed + self.samples.first + chunk + seed_of(node.name))
             args = {s: values[s][side][chunk] if s in values else self.fixed[s][side] for s in node.all_input_nodes}
             value = self.call(node, args)
             made.append(self.shelf.put(value, move=not writes(node)))  # other nodes have what is written in place

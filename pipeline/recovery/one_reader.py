@@ -21,6 +21,7 @@ from pipeline.recovery.fitted import (
 )
 from pipeline.recovery.networks import Networks
 from pipeline.recovery.shifts import norm_follows
+from pipeline.training.devices import Together
 
 aten = torch.ops.aten
 
@@ -78,17 +79,17 @@ def _fit(
         return Fitted(name, reason=reason or NOTHING_KEPT)
     x, y, of = samples.rows(node, found, inputs, dense, matrix, networks.shelf)
     held_back = samples.held_back[of]
-    if not bool(held_back.any()) or bool(held_back.all()):
+    if not samples.usable(held_back):
         return Fitted(name, reason=TOO_FEW)
-    if not (regression.finite(x) and regression.finite(y)):
+    if not samples.finite(x, y):
         return Fitted(name, reason=NOT_FINITE)
     bias = found.bias
     own_bias = bias is not None and weights.is_own_shift(bias, matrix.shape[0] * matrix.shape[1])
     intercept = own_bias or norm_follows(node, weights)
     if whole_channels(kept):
-        new, made = _solve(x, y, matrix, outputs, columns, held_back, intercept)
+        new, made = _solve(x, y, matrix, outputs, columns, held_back, intercept, samples.together)
     else:
-        made = [regression.fit(x, y, matrix, held_back, intercept=intercept, kept=kept)]
+        made = [regression.fit(x, y, matrix, held_back, intercept=intercept, kept=kept, together=samples.together)]
         new, outputs = made[0].weight, torch.ones_like(outputs)
     networks.put_weight(held, found.from_matrix(new))
     if own_bias and bias is not None:
@@ -96,7 +97,7 @@ def _fit(
         new_bias = torch.cat([fit.bias.flatten() for fit in made if fit.bias is not None])
         whole[outputs.flatten()] = new_bias.to(whole.dtype)
         networks.put_weight(bias, whole)
-    return of_groups(name, len(x), columns, made)
+    return of_groups(name, int(samples.together.sum(len(x))[0]), columns, made)
 
 
 def _solve(
@@ -107,12 +108,15 @@ def _solve(
     columns: Tensor,
     held_back: Tensor,
     intercept: bool,
+    together: Together,
 ) -> tuple[Tensor, list[regression.Fit]]:
     """All groups at once where all of them keep all columns and outputs that they have, else one by one."""
     new = matrix.clone()
     alive = outputs.any(1)
     if bool(columns[alive].all()) and bool(outputs[alive].all()):
-        made = regression.fit(x[:, alive], y[:, alive], matrix[alive], held_back, intercept=intercept)
+        made = regression.fit(
+            x[:, alive], y[:, alive], matrix[alive], held_back, intercept=intercept, together=together
+        )
         new[alive] = made.weight
         return new, [made]
     fits = []
@@ -120,8 +124,9 @@ def _solve(
         rows, cols = outputs[group].nonzero().flatten(), columns[group].nonzero().flatten()
         part = matrix[group][rows][:, cols].unsqueeze(0)
         made = regression.fit(
-            x[:, group : group + 1, cols], y[:, group : group + 1, rows], part, held_back, intercept=intercept
-        )
+            x[:, group : group + 1, cols], y[:, group : group + 1, rows], part, held_back, intercept=intercept,
+            together=together,
+        )  # fmt: skip
         new[group, rows.unsqueeze(1), cols] = made.weight[0]
         fits.append(made)
     return new, fits

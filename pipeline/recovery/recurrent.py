@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from pipeline.recovery import regression
+from pipeline.training.devices import ALONE, Together
 
 aten = torch.ops.aten
 
@@ -115,9 +116,16 @@ def states(cell: Cell, side: Side) -> list[Tensor]:
 
 
 def fit(
-    cell: Cell, dense: Side, pruned: Side, kept: Sequence[Tensor], free: Sequence[bool], drawn: Drawn
+    cell: Cell,
+    dense: Side,
+    pruned: Side,
+    kept: Sequence[Tensor],
+    free: Sequence[bool],
+    drawn: Drawn,
+    together: Together = ALONE,
 ) -> CellFit | None:
-    """Fit the weights of a cell; `kept`: masks like its weights; `free`: which of the weights may change.
+    """Fit the weights of a cell; `kept`: masks like its weights; `free`: which of the weights may change; `together`:
+    the processes that each have a part of the sequences.
 
     None where something that is read or given is not finite. Raises ValueError where no sequence judges, chooses or is
     left to learn from.
@@ -126,21 +134,21 @@ def fit(
     first = states(cell, pruned)
     given = kept[-1 if cell.projection else 1].any(1)
     unit = given if cell.projection else given.reshape(GATES[cell.target], -1).any(0)
-    if not all(regression.finite(v) for v in (*wanted, *dense.x, *pruned.x)):
+    if not together.every(all(regression.finite(v) for v in (*wanted, *dense.x, *pruned.x))):
         return None
-    before = best = _lack(wanted, first, drawn.judges, unit)
+    before = best = _lack(wanted, first, drawn.judges, unit, together)
     weights, own, strength, rows = pruned.weights, first, 0.0, 0
     target = _fed(dense.weights, cell, *_seen(cell, dense, wanted, drawn))
     for turn in range(ROUNDS):
         if turn and not math.isfinite(best):
             break
         at = wanted if turn == 0 else own
-        made = _refitted(cell, pruned, weights, at, wanted, target, kept, free, drawn)
+        made = _refitted(cell, pruned, weights, at, wanted, target, kept, free, drawn, together)
         if made is None:
             break
         candidate, used, rows = made
         reached = states(cell, replace(pruned, weights=candidate))
-        left = _lack(wanted, reached, drawn.judges, unit)
+        left = _lack(wanted, reached, drawn.judges, unit, together)
         if left < best:
             best, weights, own, strength = left, candidate, reached, max(strength, used)
         elif turn:
@@ -151,18 +159,22 @@ def fit(
     return CellFit(weights, wanted, own, rows, columns, strength, before, best)
 
 
-def _lack(wanted: list[Tensor], reached: list[Tensor], judges: Sequence[Tensor], unit: Tensor) -> float:
+def _lack(
+    wanted: list[Tensor], reached: list[Tensor], judges: Sequence[Tensor], unit: Tensor, together: Together
+) -> float:
     """Squares that the states lack over those of the centred wanted ones; infinite where any state is no number."""
-    if not all(map(regression.finite, reached)):
+    if not together.every(all(map(regression.finite, reached))):
         return math.inf
     pairs = [(a[:, j][..., unit].double(), b[:, j][..., unit].double())
              for a, b, j in zip(wanted, reached, judges, strict=True)]  # fmt: skip
-    count = sum(a.shape[0] * a.shape[1] for a, _ in pairs)
+    count = together.sum(sum(a.shape[0] * a.shape[1] for a, _ in pairs))[0]
     if not count:
         raise ValueError("sequences have to be held back")
-    mean = sum((a.sum((0, 1)) for a, _ in pairs), torch.zeros(())) / count
-    total = sum(float((a - mean).square().sum()) for a, _ in pairs)
-    lack = sum(float((a - b).square().sum()) for a, b in pairs) / (total or 1.0)
+    mean = together.added(sum((a.sum((0, 1)) for a, _ in pairs), torch.zeros((), dtype=torch.float64))) / count
+    total, lack = together.sum(
+        sum(float((a - mean).square().sum()) for a, _ in pairs), sum(float((a - b).square().sum()) for a, b in pairs)
+    )
+    lack /= total or 1.0
     return lack if math.isfinite(lack) else math.inf
 
 
@@ -196,6 +208,7 @@ def _refitted(
     kept: Sequence[Tensor],
     free: Sequence[bool],
     drawn: Drawn,
+    together: Together,
 ) -> tuple[tuple[Tensor, ...], float, int] | None:
     """Weights fitted where the states are `at`, with the largest strength of all parts and the rows learnt from; None
     where numbers grow beyond what a float holds.
@@ -216,16 +229,16 @@ def _refitted(
             continue
         y = sum((fed[s][:, part] for s in sides), torch.zeros(()))
         # Inputs may be of another size than states, which are below one; the pull is one number for both.
-        sizes = [float(seen[s].double().square().mean().sqrt()) or 1.0 for s in sides]
+        sizes = [_size(seen[s], together) for s in sides]
         x = torch.cat([seen[s] / size for s, size in zip(sides, sizes, strict=True)], 1)
         matrix = torch.cat([old[s][part].float() * size for s, size in zip(sides, sizes, strict=True)], 1)
         shift = 2 + sides[0]  # of two biases that are summed, the first takes the mean
         intercept = cell.biases and free[shift]
         others = [2 + s for s in sides if cell.biases and not (intercept and 2 + s == shift)]
         y = y - sum((old[b][part].float() for b in others), torch.zeros(()))
-        if not all(map(regression.finite, (x, y, matrix))):
+        if not together.every(all(map(regression.finite, (x, y, matrix)))):
             return None
-        made, outputs = _solve(x, y, matrix, kept_here, chooses, intercept=intercept)
+        made, outputs = _solve(x, y, matrix, kept_here, chooses, together, intercept=intercept)
         strengths.append(made.strength)
         columns = torch.split(made.weight[0], [old[s].shape[1] for s in sides], 1)
         for s, size, value in zip(sides, sizes, columns, strict=True):
@@ -238,29 +251,41 @@ def _refitted(
         p = cell.projection
         x = torch.cat([v[s].flatten(0, 1) for v, s in zip(hidden, drawn.steps, strict=True)]).float()[learn]
         y = torch.cat([v[s].flatten(0, 1) for v, s in zip(wanted, drawn.steps, strict=True)]).float()[learn]
-        if not all(map(regression.finite, (x, y))):
+        if not together.every(all(map(regression.finite, (x, y)))):
             return None
-        made, _ = _solve(x, y, old[p].float(), kept[p], chooses, intercept=False)
+        made, _ = _solve(x, y, old[p].float(), kept[p], chooses, together, intercept=False)
         new[p] = made.weight[0].to(new[p].dtype)
         strengths.append(made.strength)
-    return tuple(new), max(strengths, default=0.0), int(learn.sum())
+    return tuple(new), max(strengths, default=0.0), int(together.sum(int(learn.sum()))[0])
+
+
+def _size(x: Tensor, together: Together) -> float:
+    """The root of the mean square; 1 where all is zero."""
+    squares, count = together.sum(float(x.double().square().sum()), x.numel())
+    return math.sqrt(squares / max(count, 1)) or 1.0
 
 
 def _solve(
-    x: Tensor, y: Tensor, matrix: Tensor, kept: Tensor, held: Tensor, *, intercept: bool
+    x: Tensor, y: Tensor, matrix: Tensor, kept: Tensor, held: Tensor, together: Together, *, intercept: bool
 ) -> tuple[regression.Fit, Tensor]:
     """The fit of a whole matrix, the same where it is masked, and which of its outputs (outputs,) are kept."""
     outputs, columns = kept.any(1), kept.any(0)
     if not torch.equal(kept, outputs.unsqueeze(1) & columns):
         return (
             regression.fit(
-                x.unsqueeze(1), y.unsqueeze(1), matrix.unsqueeze(0), held, intercept=intercept, kept=kept.unsqueeze(0)
+                x.unsqueeze(1),
+                y.unsqueeze(1),
+                matrix.unsqueeze(0),
+                held,
+                intercept=intercept,
+                kept=kept.unsqueeze(0),
+                together=together,
             ),
             torch.ones_like(outputs),
         )
     made = regression.fit(
         x[:, columns].unsqueeze(1), y[:, outputs].unsqueeze(1), matrix[outputs][:, columns].unsqueeze(0), held,
-        intercept=intercept,
+        intercept=intercept, together=together,
     )  # fmt: skip
     whole = matrix.clone()
     whole[outputs.nonzero(), columns.nonzero().flatten()] = made.weight[0]

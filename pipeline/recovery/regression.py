@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pipeline.training.devices import ALONE, Together
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean diagonal of the Gram matrix: from hardly any pull to as strong as the data."""
@@ -35,7 +38,16 @@ class Fit:
     error_after: float
 
 
-def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool, kept: Tensor | None = None) -> Fit:
+def fit(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    held: Tensor,
+    *,
+    intercept: bool,
+    kept: Tensor | None = None,
+    together: Together = ALONE,
+) -> Fit:
     """Weights W' that minimise ‖X W'ᵀ + b - Y‖² + s·d·‖W' - W‖² for each group, d the mean of the diagonal of XᵀX.
 
     `x`: (rows, groups, columns) float32, `y`: (rows, groups, outputs), `weight`: (groups, outputs, columns), `held`:
@@ -44,30 +56,38 @@ def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool, 
     float64, in the smaller of the two spaces (columns, or rows where there are fewer of them). Hoerl & Kennard 1970.
     `kept`: bool like `weight`, where single weights are zero and stay so, other ones in every output (as in SparseGPT,
     Frantar & Alistarh 2023, arXiv:2301.00774); `weight` has to be zero there.
+    `together`: the processes that each have a part of the rows; all that the fit needs of them are sums.
     Raises ValueError for values that are not finite, and where no row, or every one, is held back.
     """
-    if not bool(held.any()) or bool(held.all()):
+    rows, judges = (int(n) for n in together.sum(len(held), int(held.sum())))
+    if judges in (0, rows):
         raise ValueError("rows have to be held back, and not all of them")
-    if not all(finite(v) for v in (x, y, weight)):
+    if not together.every(all(finite(v) for v in (x, y, weight))):
         raise ValueError("what weights are fitted to has to be finite")
+    if kept is None and rows - judges < weight.shape[2]:  # solved in the space of the rows, of which few are there
+        x, y, held = (together.joined(v, 0) for v in (x, y, held))
+        together = ALONE
     x, y = x.movedim(1, 0), y.movedim(1, 0)  # groups first
     learn = ~held
     old = weight.float()
-    mean_x, mean_y = (v[:, learn].mean(1, keepdim=True, dtype=torch.float64).float() for v in (x, y))
+    mean_x, mean_y = (
+        (together.added(v[:, learn].sum(1, keepdim=True, dtype=torch.float64)) / (rows - judges)).float()
+        for v in (x, y)
+    )
     if not intercept:
         mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
     xs, ys = x - mean_x, y - mean_y
     # What is left of a constant column once its mean is gone is rounding, and no ground for a weight.
-    flat = xs.abs().amax(1, keepdim=True) <= FLAT * x.abs().amax(1, keepdim=True)
-    xs = xs.masked_fill(flat, 0.0)
+    most, largest = (together.largest(_largest(v)) for v in (xs, x))
+    xs = xs.masked_fill(most <= FLAT * largest, 0.0)
     rest = ys - xs @ old.mT  # what the old weights leave
-    scale = float(ys[:, held].double().square().sum()) or 1.0
-    before = float(rest[:, held].double().square().sum()) / scale
+    scale, before = together.sum(_squares(ys[:, held]), _squares(rest[:, held]))
+    scale = scale or 1.0
+    before /= scale
     best, strength = before, 0.0
-    solver = _Solver(xs[:, learn], rest[:, learn], kept)
-    for candidate in STRENGTHS:
-        change = solver.solve(candidate)
-        left = float((rest[:, held] - xs[:, held] @ change.float().mT).double().square().sum()) / scale
+    solver = _Solver(xs[:, learn], rest[:, learn], kept, together)
+    for candidate, change in zip(STRENGTHS, _solved(solver, weight, together), strict=True):
+        left = together.sum(_squares(rest[:, held] - xs[:, held] @ change.mT))[0] / scale
         if left < best:
             best, strength = left, candidate
     new = weight.double()
@@ -80,9 +100,26 @@ def fit(x: Tensor, y: Tensor, weight: Tensor, held: Tensor, *, intercept: bool, 
             best, strength = before, 0.0
     bias = None
     if intercept:
-        all_x, all_y = (v.mean(1, dtype=torch.float64) for v in (x, y))
+        all_x, all_y = (together.added(v.sum(1, dtype=torch.float64)) / rows for v in (x, y))
         bias = (all_y - (new @ all_x.unsqueeze(2)).squeeze(2)).to(weight.dtype)
     return Fit(new.to(weight.dtype), bias, strength, before, best)
+
+
+def _solved(solver: _Solver, weight: Tensor, together: Together) -> Iterator[Tensor]:
+    """The change of `weight` for each of `STRENGTHS`, which processes solve in turn, float32."""
+    turns = [at % together.count for at in range(len(STRENGTHS))]
+    own = {at: solver.solve(STRENGTHS[at]).float() for at, rank in enumerate(turns) if rank == together.rank}
+    for at, rank in enumerate(turns):
+        yield together.given(own.pop(at) if at in own else torch.empty(weight.shape), rank)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest value of each column, (groups, 1, columns); 0 where a process has no rows."""
+    return x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1, x.shape[2])
+
+
+def _squares(x: Tensor) -> float:
+    return float(x.double().square().sum())
 
 
 def finite(value: Tensor) -> bool:
@@ -91,16 +128,18 @@ def finite(value: Tensor) -> bool:
 
 
 class _Solver:
-    """ΔW = Rᵀ X (XᵀX + λ)⁻¹ for several λ, of one X and R; with `kept`, the best ΔW that is zero elsewhere."""
+    """ΔW = Rᵀ X (XᵀX + λ)⁻¹ for several λ, of one X and R; with `kept`, the best ΔW that is zero elsewhere.
 
-    def __init__(self, x: Tensor, rest: Tensor, kept: Tensor | None = None) -> None:
-        self.x, self.rest, self.kept = x, rest, kept
-        self.dual = kept is None and x.shape[1] < x.shape[2]
-        gram = x @ x.mT if self.dual else x.mT @ x
-        self.gram = gram.double()
+    In the space of the columns, X and R may lie in parts on several processes.
+    """
+
+    def __init__(self, x: Tensor, rest: Tensor, kept: Tensor | None = None, together: Together = ALONE) -> None:
+        self.x, self.rest, self.kept, self.together = x, rest, kept, together
+        self.dual = together.count == 1 and kept is None and x.shape[1] < x.shape[2]
+        self.gram = (x @ x.mT if self.dual else together.added(x.mT @ x)).double()
         traces = self.gram.diagonal(dim1=1, dim2=2).sum(1)  # the same in both spaces
         self.mean = (traces / x.shape[2]).clamp_min(1e-30)
-        self.product = None if self.dual else (x.mT @ rest).double()
+        self.product = None if self.dual else together.added(x.mT @ rest).double()
 
     def joined(self, x: Tensor, rest: Tensor, more: Tensor, *, centre: bool) -> _Solver:
         """The solver of all rows of `x` and `rest`, about their mean where `centre`; it knew those that are not `more`.
@@ -109,14 +148,15 @@ class _Solver:
         """
         if self.product is None:
             return _Solver(*((v - v.mean(1, keepdim=True) for v in (x, rest)) if centre else (x, rest)))
-        made = copy.copy(self)
+        made, added = copy.copy(self), self.together.added
         further, left = x[:, more], rest[:, more]
-        made.gram = self.gram + (further.mT @ further).double()
-        made.product = self.product + (further.mT @ left).double()
+        made.gram = self.gram + added(further.mT @ further).double()
+        made.product = self.product + added(further.mT @ left).double()
         if centre:
-            mean_x, mean_rest = (v.mean(1, keepdim=True, dtype=torch.float64) for v in (x, rest))
-            made.gram = made.gram - x.shape[1] * mean_x.mT @ mean_x
-            made.product = made.product - x.shape[1] * mean_x.mT @ mean_rest
+            rows = self.together.sum(x.shape[1])[0]
+            mean_x, mean_rest = (added(v.sum(1, keepdim=True, dtype=torch.float64)) / rows for v in (x, rest))
+            made.gram = made.gram - rows * mean_x.mT @ mean_x
+            made.product = made.product - rows * mean_x.mT @ mean_rest
         made.mean = made.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
         return made
 

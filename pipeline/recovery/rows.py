@@ -13,21 +13,40 @@ from pipeline.recovery.contractions import Contraction
 from pipeline.recovery.recurrent import Drawn
 from pipeline.recovery.sampling import batches, chunked, rows_wanted, seed_of
 from pipeline.recovery.shelf import Shelf
+from pipeline.training.devices import ALONE, Together
 
 
 class Samples:
-    """All samples in `chunks` that the program takes; `counted`: by chunk, which places hold something.
+    """Samples in `chunks` that the program takes, this process's part of all; `counted`: by chunk, which places hold
+    something.
 
     `held_back`: bool, the samples that judge a fit, and choose its strength; `choosing`: others, that choose the
-    strength where a fit is judged as a whole.
+    strength where a fit is judged as a whole. `first`: how many chunks lie before this part; what is drawn for a chunk
+    does not depend on who has it. `together`: the processes that have a part.
     """
 
-    def __init__(self, captured: Captured, inputs: Sequence[Tensor], counted: Tensor | None, seed: int) -> None:
-        self.captured, self.seed = captured, seed
-        self.chunks = chunked(captured, inputs)
-        self.counted = None if counted is None else list(batches(captured, counted))
-        sizes = [len(chunk[0]) for chunk in self.chunks]
-        self.starts = [sum(sizes[:at]) for at in range(len(sizes))]
+    def __init__(
+        self,
+        captured: Captured,
+        inputs: Sequence[Tensor],
+        counted: Tensor | None,
+        seed: int,
+        together: Together = ALONE,
+    ) -> None:
+        self.captured, self.seed, self.together = captured, seed, together
+        chunks = chunked(captured, inputs)
+        sizes = [len(chunk[0]) for chunk in chunks]
+        mine = together.mine(len(chunks))
+        if not mine:
+            raise ValueError(f"{len(chunks)} batches of samples do not feed {together.count} processes")
+        part = slice(mine.start, mine.stop)
+        self.first, self.chunks = mine.start, chunks[part]
+        self.starts = [sum(sizes[:at]) for at in mine]
+        every = None if counted is None else list(batches(captured, counted))
+        self.counted = None if every is None else every[part]
+        self._empty = 1.0  # places for each that holds something
+        if every is not None:
+            self._empty = sum(one.numel() for one in every) / max(1, sum(int(one.sum()) for one in every))
         # The samples held back lie anywhere in the data: it may be sorted by class.
         draw = torch.Generator().manual_seed(seed)
         self.held_back = torch.zeros(sum(sizes), dtype=torch.bool)
@@ -77,11 +96,9 @@ class Samples:
         if counted is not None and any(y.shape[:-1] != held.shape for y, held in zip(outputs, counted, strict=True)):
             counted = None
         elif counted is not None:  # enough of them when those that hold nothing are left out
-            wanted = round(
-                wanted * sum(held.numel() for held in counted) / max(1, sum(int(held.sum()) for held in counted))
-            )
-        each = min(count, -(-wanted // sum(len(x) for x in inputs)))
-        draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(node.name))
+            wanted = round(wanted * self._empty)
+        each = min(count, -(-wanted // self._entries(inputs)))
+        draw = self._drawing(node.name, count)
         xs, ys, of = [], [], []
         for at, (x, y) in enumerate(zip(inputs, outputs, strict=True)):
             # The same places of every sample of a chunk, others in the next.
@@ -99,8 +116,8 @@ class Samples:
 
         `inputs`: (steps, batch, ...) by chunk; `columns`: of the matrices, `name` that of the first.
         """
-        wanted = -(-rows_wanted(1, columns) // sum(x.shape[1] for x in inputs))
-        draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(name))
+        wanted = -(-rows_wanted(1, columns) // self._entries([x.transpose(0, 1) for x in inputs]))
+        draw = self._drawing(name, len(inputs[0]))
         steps, judges, chooses = [], [], []
         for at, x in enumerate(inputs):
             steps.append(torch.randperm(len(x), generator=draw)[: min(len(x), wanted)])
@@ -108,6 +125,27 @@ class Samples:
             judges.append(self.held_back[of])
             chooses.append(self.choosing[of])
         judging, choosing = torch.cat(judges), torch.cat(chooses)
-        if not bool(judging.any()) or not bool(choosing.any()) or bool((judging | choosing).all()):
+        kinds = (judging, choosing, ~(judging | choosing))
+        if 0 in self.together.sum(*(int(kind.sum()) for kind in kinds)):
             return None
         return Drawn(steps, chooses, judges)
+
+    def usable(self, held: Tensor) -> bool:
+        """Whether some entries of all processes are `held`, and not every one."""
+        count, some = self.together.sum(len(held), int(held.sum()))
+        return 0 < some < count
+
+    def finite(self, *values: Tensor) -> bool:
+        """Whether every number is finite, on all processes."""
+        return self.together.every(all(regression.finite(v) for v in values))
+
+    def _entries(self, inputs: Sequence[Tensor]) -> int:
+        """How many entries the chunks of all processes have."""
+        return int(self.together.sum(sum(len(x) for x in inputs))[0])
+
+    def _drawing(self, name: str, count: int) -> torch.Generator:
+        """Draws for the chunks of this process; those before it have had theirs, out of `count` each."""
+        draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(name))
+        for _ in range(self.first):
+            torch.randperm(count, generator=draw)
+        return draw

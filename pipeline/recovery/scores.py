@@ -140,9 +140,8 @@ def _task(one: attention.Scores, networks: Networks) -> _Task | None:
     learn = [~use for use in judges]
     if (
         all(bool((mask.all(1) | ~mask.any(1)).all()) for mask in kept)  # whole heads are gone at the most
-        or not any(bool(use.any()) for use in judges)
-        or not any(bool(use.any()) for use in learn)
-        or not all(regression.finite(v) for side in (queries, keys) for v in (*side.dense, *side.x))
+        or not networks.samples.usable(torch.cat(judges))
+        or not networks.samples.finite(*(v for side in (queries, keys) for v in (*side.dense, *side.x)))
     ):
         return None
     return _Task((queries, keys), kept, judges, learn)
@@ -152,23 +151,25 @@ def _in_turns(task: _Task, networks: Networks) -> _Best | None:
     """Fit the queries, then the keys, and so on; None where what they are now is not finite."""
     weights = {node: networks.fixed[node][1] for side in task.sides for node in (side.held, side.bias) if node}
     reached = [side.reached(weights) for side in task.sides]
-    if not all(regression.finite(v) for given in reached for v in given):
+    together = networks.samples.together
+    if not networks.samples.finite(*(v for given in reached for v in given)):
         return None
     wanted = [side.dense for side in task.sides]
-    before = best = attention.lack(wanted, reached, task.judges)
+    before = best = attention.lack(wanted, reached, task.judges, together)
     rows, strength = 0, 0.0
     for _ in range(attention.TURNS):
         for at, side in enumerate(task.sides):
             other = 1 - at
             targets = attention.wanted(
-                wanted[at], wanted[other], reached[other], side.label, task.kept, task.learn, centred=at == 0
+                wanted[at], wanted[other], reached[other], side.label, task.kept, task.learn, together, centred=at == 0
             )
             refit = _refit(side, targets, weights, networks)
             if refit is None:
                 continue
             changed, made, rows = refit
             given = side.reached(weights | changed)
-            left = attention.lack(wanted, [given, reached[1]] if at == 0 else [reached[0], given], task.judges)
+            now = [given, reached[1]] if at == 0 else [reached[0], given]
+            left = attention.lack(wanted, now, task.judges, together)
             if left < best:
                 best, reached[at], strength = left, given, max(strength, made)
                 weights |= changed
@@ -256,11 +257,11 @@ def _refit(
     x, y, of = samples.rows(side.path.start, side.found, side.x, ys, matrix, networks.shelf)
     learn = ~samples.held_back[of]
     chooses = samples.choosing[of][learn]
-    if not (regression.finite(x) and regression.finite(y)) or not bool(chooses.any()) or bool(chooses.all()):
+    if not samples.finite(x, y) or not samples.usable(chooses):
         return None
     made = regression.fit(
         x[learn][:, :, side.columns], y[learn][:, :, outputs], matrix[:, outputs][:, :, side.columns],
-        chooses, intercept=side.bias is not None,
+        chooses, intercept=side.bias is not None, together=samples.together,
     )  # fmt: skip
     new = matrix.clone()
     new[0, outputs.nonzero(), side.columns.nonzero().flatten()] = made.weight[0].to(new.dtype)
@@ -269,4 +270,4 @@ def _refit(
         bias = weights[side.bias].clone()
         bias[outputs] = made.bias[0].to(bias.dtype)
         changed[side.bias] = networks.weights.masked(side.bias, bias)
-    return changed, made.strength, int(learn.sum())
+    return changed, made.strength, int(samples.together.sum(int(learn.sum()))[0])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pipeline.recovery import regression, tied
+from pipeline.recovery import tied
 from pipeline.recovery.contractions import whole_channels
 from pipeline.recovery.fitted import NOT_FINITE, NOTHING_KEPT, TOO_FEW, Fitted, not_real, of_groups, without_samples
 from pipeline.recovery.networks import Networks
@@ -98,7 +98,7 @@ class SeveralReaders:
                 held = samples.held(at, len(tokens))
                 for row, places in enumerate((tokens[~held], tokens[held])):
                     counts[row] += torch.bincount(places.flatten(), minlength=counts.shape[1])
-            tie.lookups.append(counts)
+            tie.lookups.append(samples.together.added(counts))
             return ""
         weight = networks.fixed[found.weight][1]
         reason = not_real(inputs[0], dense[0], weight) or without_samples(use.node, inputs[0], weight)
@@ -106,17 +106,17 @@ class SeveralReaders:
             return reason
         matrix = found.to_matrix(weight)
         x, y, of = samples.rows(use.node, found, inputs, dense, matrix, networks.shelf, share=len(tie.uses))
-        if not (regression.finite(x) and regression.finite(y)):
+        if not samples.finite(x, y):
             return NOT_FINITE
         held_back = samples.held_back[of]
-        if not bool(held_back.any()) or bool(held_back.all()):
+        if not samples.usable(held_back):
             return TOO_FEW
         tie.rows.append((use, x, y, held_back))
         return ""
 
     def _settle(self, tie: _Tie, name: str, new: dict[fx.Node, Tensor]) -> Fitted:
         """Fit a weight to the rows of all its readers, and the biases that they alone read; put both into `new`."""
-        fixed, weights = self.networks.fixed, self.networks.weights
+        fixed, weights, together = self.networks.fixed, self.networks.weights, self.networks.samples.together
         dense, old = fixed[tie.held]
         kept = weights.kept(tie.held).flatten()[tie.order]
         if not whole_channels(kept):
@@ -138,7 +138,7 @@ class SeveralReaders:
                 tied.Lookups(learnt[outputs], held[outputs], wanted[group][outputs][:, columns])
                 for learnt, held in tie.lookups
             ]
-            made = tied.fit(parts, lookups, matrix[group][outputs][:, columns])
+            made = tied.fit(parts, lookups, matrix[group][outputs][:, columns], together)
             matrix[group, outputs.unsqueeze(1), columns] = made.weight
             for use, *_ in tie.rows:
                 bias = biases[use.node]
@@ -151,7 +151,8 @@ class SeveralReaders:
         for bias, shift in new_biases.items():
             shift = shift.flatten()
             new[bias] = weights.masked(bias, shift)
-        return of_groups(name, sum(len(x) for _, x, _, _ in tie.rows), kept.any(1), fits)
+        rows = int(together.sum(sum(len(x) for _, x, _, _ in tie.rows))[0])
+        return of_groups(name, rows, kept.any(1), fits)
 
     def _bias(self, tie: _Tie, use: tied.Use) -> fx.Node | None:
         """The bias of a reader where readers of the same weight alone read it, by its first node."""

@@ -43,7 +43,8 @@ def mend(node: fx.Node, networks: Networks) -> None:
         lack += (a - b).mean(rest, dtype=torch.float64) * len(a)
         networks.shelf.rest(a)
         networks.shelf.rest(b)
-    lack /= sum(len(a) for a in dense)
+    together = networks.samples.together
+    lack = together.added(lack) / together.sum(sum(len(a) for a in dense))[0]
     if not bool(lack.isfinite().all()):
         return
     lack[~weights.kept(shift)] = 0

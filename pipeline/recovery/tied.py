@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from pipeline.recovery.contractions import Contraction, contraction, weight_of
 from pipeline.recovery.regression import STRENGTHS, finite
+from pipeline.training.devices import ALONE, Together
 
 aten = torch.ops.aten
 
@@ -128,28 +129,30 @@ def turns(held: fx.Node) -> list[fx.Node]:
     return [*turns(held.all_input_nodes[0]), held] if held.target in TURNS else []
 
 
-def fit(parts: Sequence[Rows], lookups: Sequence[Lookups], weight: Tensor) -> TiedFit:
+def fit(parts: Sequence[Rows], lookups: Sequence[Lookups], weight: Tensor, together: Together = ALONE) -> TiedFit:
     """Fit `weight` (outputs, columns) to all readers; each counts alike, by the share of its targets' variance left.
 
     As in `regression.fit`, the strength of the pull is chosen on the rows held back, and the old weights stay where
-    none leaves less of them. Raises ValueError for values that are not finite, and where no row of a reader, or every
+    none leaves less of them. `together`: the processes that each have a part of the rows; `lookups` are those of all.
+    Raises ValueError for values that are not finite, and where no row of a reader, or every
     one, is held back.
     """
-    if any(not bool(part.held.any()) or bool(part.held.all()) for part in parts):
+    if any(judges in (0, rows) for rows, judges in (together.sum(len(p.held), int(p.held.sum())) for p in parts)):
         raise ValueError("rows have to be held back, and not all of them")
-    if not all(finite(v) for v in (weight, *(v for part in parts for v in (part.x, part.y)))):
+    if not together.every(all(finite(v) for v in (weight, *(v for part in parts for v in (part.x, part.y))))):
         raise ValueError("what weights are fitted to has to be finite")
     old = weight.double()
-    means = _means(parts)
+    means = _means(parts, together)
     whole = any(part.turned for part in parts)
     learn, held = _System.empty(old, whole=whole), _System.empty(old, whole=whole)
     for part in parts:
         mean_x, mean_y = means[part.shift] if part.shift is not None else (0.0, 0.0)
         x, y = part.x - mean_x, part.y - mean_y
         rest = y - x @ (weight if part.turned else weight.mT).to(x.dtype)
-        share = 1.0 / (float(y.double().square().sum()) or 1.0)
+        share = 1.0 / (together.sum(float(y.double().square().sum()))[0] or 1.0)
         for system, rows in ((learn, ~part.held), (held, part.held)):
             system.add(x[rows], y[rows], rest[rows], share, turned=part.turned)
+    learn, held = learn.added(together), held.added(together)
     for one in lookups:
         wanted = one.wanted.double()
         spread = (wanted - wanted.mean(0)).square().sum(1)
@@ -179,13 +182,13 @@ def fit(parts: Sequence[Rows], lookups: Sequence[Lookups], weight: Tensor) -> Ti
     return TiedFit(new.to(weight.dtype), shifts, strength, before, best)
 
 
-def _means(parts: Sequence[Rows]) -> dict[Hashable, tuple[Tensor, Tensor]]:
+def _means(parts: Sequence[Rows], together: Together) -> dict[Hashable, tuple[Tensor, Tensor]]:
     """Of what the readers with one shift see and should give, over all their rows."""
     made: dict[Hashable, tuple[Tensor, Tensor]] = {}
     for shift in {part.shift: None for part in parts if part.shift is not None}:
         same = [part for part in parts if part.shift == shift]
-        count = sum(len(part.x) for part in same)
-        sums = [sum((v.sum(0, dtype=torch.float64) for v in side), torch.zeros(())) / count
+        count = together.sum(sum(len(part.x) for part in same))[0]
+        sums = [together.added(sum((v.sum(0, dtype=torch.float64) for v in side), torch.zeros(()))) / count
                 for side in ([part.x for part in same], [part.y for part in same])]  # fmt: skip
         made[shift] = sums[0].float(), sums[1].float()
     return made
@@ -227,6 +230,11 @@ class _System:
         self.product += counts.unsqueeze(1) * lack
         self.rest += float(counts @ lack.square().sum(1))
         self.total += float(counts @ spread)
+
+    def added(self, together: Together) -> _System:
+        """The sums over the rows of all processes."""
+        straight, turned, product = (together.added(one) for one in (self.straight, self.turned, self.product))
+        return _System(straight, turned, product, *together.sum(self.rest, self.total))
 
     def joined(self, other: _System) -> _System:
         """The sums over the rows of both."""

@@ -122,6 +122,7 @@ class Walk:
                     held = self.samples.held(at, len(dense))
                     wrong += float((pruned[held].double() - dense[held].double()).square().sum())
                     total += float(dense[held].double().square().sum())
+            wrong, total = self.samples.together.sum(wrong, total)
             shares.append(wrong / (total or 1.0))
         mean = sum(shares) / max(len(shares), 1)
         return mean if math.isfinite(mean) else math.inf

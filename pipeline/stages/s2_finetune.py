@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from foundation.errors import first_line
 from foundation.files import save_tensors
@@ -24,7 +25,7 @@ from pipeline.recovery.statistics import reestimate
 from pipeline.selection.kinds import policy_of
 from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.task import Task
-from pipeline.training import loop, masks, own
+from pipeline.training import jobs, loop, masks, own
 from pipeline.training.defaults import default_settings, has_batch_norm
 from pipeline.training.history import Epoch, history_csv
 
@@ -76,7 +77,7 @@ def run(
             data,
             task,
             now,
-            lambda: _closed_form(cfg, out, inputs, data.counted(inputs), graph(), model, chosen, progress),
+            lambda: _closed_form(cfg, out, inputs, data, graph, model, teacher, chosen, progress),
         )
         fitted = made.kept
         if not fitted:
@@ -185,21 +186,33 @@ def _closed_form(
     cfg: FinetuneSection,
     out: Path,
     inputs: Inputs,
-    counted: Tensor | None,
-    captured: Captured,
+    data: Data,
+    graph: Callable[[], Captured],
     model: nn.Module,
+    teacher: nn.Module,
     chosen: masks.Masks,
     progress: Progress,
 ) -> str:
-    """Fit the weights of `model` in place, and say how many."""
+    """Fit the weights of `model` in place to what `teacher` gives, and say how many; `graph`: that of both."""
     if len(inputs[0]) < closed_form.LEAST:
         return f"{len(inputs[0])} samples are too few to fit weights to"
     start = masks.originals(model)
     try:
-        with progress.bar("closed form", len(list(captured.program.graph.nodes))) as bar:
-            made = closed_form.recover(
-                captured, chosen, inputs, start=start, counted=counted, seed=cfg.seed, folder=out, tick=bar
-            )
+        with jobs.handed_out(jobs.Fit(cfg.samples, cfg.seed), model, data, teacher):
+            captured = graph()
+            together, counted = closed_form.sharing(captured, inputs), data.counted(inputs)
+            with progress.bar("closed form", len(list(captured.program.graph.nodes))) as bar:
+                made = closed_form.recover(
+                    captured,
+                    chosen,
+                    inputs,
+                    start=start,
+                    counted=counted,
+                    seed=cfg.seed,
+                    folder=out,
+                    together=together,
+                    tick=bar,
+                )
     except ValueError as error:  # samples or a graph that nothing can be fitted with; the next rung has its turn
         return f"nothing fitted: {first_line(error)}"
     known = masks.originals(model)

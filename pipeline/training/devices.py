@@ -9,6 +9,7 @@ statistics of batch norms are those of the whole batch (`norms.py`). What differ
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from foundation.errors import ConfigError
+from foundation.errors import ConfigError, TrainingError
 from pipeline.data.parts import Share
 from pipeline.recipe.train import TrainSettings
 from pipeline.training import launched
@@ -149,6 +150,106 @@ def facts(settings: TrainSettings) -> dict[str, str]:
         return {"device": settings.device, "processes": str(count())}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": name, "processes": str(count())}
+
+
+# ── samples that each has a part of ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Elsewhere(ValueError):  # noqa: N818  # no error of this process: its neighbour has one
+    """Another process could not do its part; the message is its reason."""
+
+
+class Together:
+    """Sums over the samples of several processes, the same on each; by default one process has all of them.
+
+    All must ask for the same, in the same order, so that whatever they decide is decided by what they get here. One
+    that cannot go on says so by `failed`: the others then raise `Elsewhere` where they ask next, `done` at the latest.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1) -> None:
+        self.rank, self.count = rank, count
+
+    def mine(self, count: int) -> range:
+        """Which of `count` batches this process has: neighbours, those of the first process first."""
+        return range(count * self.rank // self.count, count * (self.rank + 1) // self.count)
+
+    def added(self, value: Tensor) -> Tensor:
+        """The sum of tensors of one shape; `value` may be changed."""
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The larger of tensors of one shape, number by number; `value` may be changed."""
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Sums of numbers, in float64."""
+        return values if self.count == 1 else tuple(self.added(torch.tensor(values, dtype=torch.float64)).tolist())
+
+    def every(self, flag: bool) -> bool:
+        """Whether it is so on every process."""
+        return flag if self.count == 1 else not any(self.sum(not flag))
+
+    def given(self, value: Tensor, rank: int) -> Tensor:
+        """What process `rank` has; `value` may be changed."""
+        if self.count > 1:
+            value = value.contiguous()
+            self._step(value.numel())
+            dist.broadcast(value, src=rank)
+        return value
+
+    def joined(self, value: Tensor, dim: int) -> Tensor:
+        """The parts of all processes as one tensor, in the order of `mine`."""
+        if self.count == 1:
+            return value
+        sizes = torch.zeros(self.count, dtype=torch.long)
+        sizes[self.rank] = value.shape[dim]
+        sizes = self.added(sizes)
+        own = value.movedim(dim, 0).contiguous()
+        own = own.to(torch.uint8) if value.dtype == torch.bool else own  # gloo knows no truth values
+        given = own.new_zeros(int(sizes.max()), *own.shape[1:])  # each gives as much as the largest part has
+        given[: len(own)] = own
+        parts = [torch.empty_like(given) for _ in range(self.count)]
+        self._step(given.numel())
+        dist.all_gather(parts, given)
+        whole = torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)])
+        return whole.to(value.dtype).movedim(0, dim)
+
+    def failed(self, reason: str) -> None:
+        """Tell the others that this process cannot go on."""
+        with contextlib.suppress(Elsewhere):
+            self._step(0, reason or "it could not go on")
+
+    def done(self) -> None:
+        """Wait until all have come to their end. Raises Elsewhere where one has not."""
+        self._step(0)
+
+    def _reduced(self, value: Tensor, how: Any) -> Tensor:
+        if self.count > 1:
+            value = value.contiguous()
+            self._step(value.numel())
+            dist.all_reduce(value, how)
+        return value
+
+    def _step(self, size: int, reason: str = "") -> None:
+        """Agree that all go on, with tensors of one size."""
+        if self.count == 1:
+            return
+        seen = torch.tensor([bool(reason), size, -size])
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        lost, most, least = seen.tolist()
+        if lost:
+            raise Elsewhere(next(filter(None, everybodys(reason))))
+        if most != -least:  # what follows would wait for ever, or add up what does not belong together
+            raise TrainingError("The processes have come apart in adding up what they saw.", "Run with one process.")
+
+
+ALONE = Together()
+"""One process has all samples."""
+
+
+def together() -> Together:
+    """All processes of the run."""
+    return Together(rank(), count())
 
 
 # ── one run on them ──────────────────────────────────────────────────────────────────────────────────────────────────

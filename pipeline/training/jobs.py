@@ -1,4 +1,4 @@
-"""Handing a training job from the first process to the others: which model, from which weights, how.
+"""Handing a job, training or a fit, from the first process to the others: which model, from which weights, how.
 
 What the others have of their own are model source, data and task, built from the same command line. A model that
 `source` builds is built there, too; another one (made smaller, say) travels whole, as a pickle within the run's own
@@ -13,7 +13,7 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,27 @@ from pipeline.recipe.train import TrainSettings
 from pipeline.training import devices
 from pipeline.training import masks as masking
 
-Kind = Literal["train", "time"]
 _PARTS: tuple[Part, ...] = ("train", "calibration")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Train by `settings`; `guided` where masks may change before any step, `timed` where a few steps are all."""
+
+    settings: TrainSettings
+    guided: bool = False
+    timed: bool = False
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fit what the model's masks have left to what the teacher gives, on so many `samples` of the training part."""
+
+    samples: int
+    seed: int
+
+
+Work = Training | Fit
 
 
 @dataclass(frozen=True)
@@ -44,9 +63,7 @@ class _Sketch:
 
 @dataclass(frozen=True)
 class _Header:
-    kind: Kind
-    settings: TrainSettings
-    guided: bool
+    work: Work
     modules: tuple[_Sketch | None, ...]
     """The model, its teacher, and the model whose answers are the data's targets."""
     labels: Mapping[Part, Tensor | None]
@@ -57,23 +74,19 @@ class _Header:
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to do: train as `kind` says, `guided` where masks may change before any step."""
+    """What a process is to do, and on what."""
 
-    kind: Kind
+    work: Work
     model: nn.Module
     teacher: nn.Module | None
     data: Data
-    settings: TrainSettings
-    guided: bool
 
 
 # ── the first process ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
-def handed_out(
-    kind: Kind, model: nn.Module, data: Data, settings: TrainSettings, teacher: nn.Module | None, guided: bool
-) -> Iterator[None]:
+def handed_out(work: Work, model: nn.Module, data: Data, teacher: nn.Module | None) -> Iterator[None]:
     """Hand a job to the other processes, if there are any, and do one's own part of it within the context.
 
     Raises ModelError where the model is none that they can build, nor one that can be pickled.
@@ -82,15 +95,16 @@ def handed_out(
         yield
         return
     answering = None
-    if data.answer is not None:
+    if data.answer is not None and isinstance(work, Training):
         by = data.answer.model if isinstance(data.answer, AnsweredBy) else None
         if not isinstance(by, Answering):
             raise TrainingError("The targets are made by a function that other processes have not.", "Train with one.")
         answering = by.model()
-    modules = (model, teacher if settings.distill_weight > 0 else None, answering)
-    labels = {part: data.split(part).labels for part in _PARTS} if not data.labelled and answering is None else {}
+    taught = isinstance(work, Fit) or work.settings.distill_weight > 0
+    modules = (model, teacher if taught else None, answering)
+    labels = {part: data.split(part).labels for part in _PARTS} if not data.labelled and data.answer is None else {}
     sketches = tuple(None if one is None else _sketch(one) for one in modules)
-    devices.told(_Header(kind, settings, guided, sketches, labels, _agreeing(data)))
+    devices.told(_Header(work, sketches, labels, _agreeing(data)))
     if refusal := _refusal(""):
         raise TrainingError(refusal, "All processes must be given the same model and data.")
     for module in modules:
@@ -165,7 +179,7 @@ def received(source: ModelSource, data: Data) -> Job | None:
         data = replace(data, train=train, calibration=calibration)
     if answering is not None:
         data = data.answered_by(Answering(lambda: answering))
-    return Job(header.kind, model, teacher, data, header.settings, header.guided)
+    return Job(header.work, model, teacher, data)
 
 
 def _made(sketch: _Sketch, source: ModelSource) -> nn.Module:

@@ -122,7 +122,10 @@ def train(
     progress = progress or Progress()
     if masks:
         masking.apply(model, masks)
-    with _threads(settings.threads), jobs.handed_out("train", model, data, settings, teacher, on_step is not None):
+    with (
+        _threads(settings.threads),
+        jobs.handed_out(jobs.Training(settings, on_step is not None), model, data, teacher),
+    ):
         return take_part(
             model, data, task, settings, teacher, on_epoch, on_step, on_step is not None, checkpoint, progress
         )
@@ -175,7 +178,7 @@ def seconds_per_epoch(
     The pass over the calibration part that ends an epoch is counted as a third of what its samples cost in training,
     since it has no backward pass.
     """
-    with _threads(settings.threads), jobs.handed_out("time", model, data, settings, teacher, False):
+    with _threads(settings.threads), jobs.handed_out(jobs.Training(settings, timed=True), model, data, teacher):
         return time_steps(model, data, task, settings, teacher)
 
 

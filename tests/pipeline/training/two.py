@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from pipeline.recovery.following import follow
 from pipeline.release import fingerprint
 from pipeline.training import jobs, launched, processes
-from pipeline.training.following import follow
 from tests.pipeline.chain import FORKS, _forked
 
 
