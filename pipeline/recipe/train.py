@@ -19,7 +19,9 @@ class TrainSettings(BaseModel):
     lr: float = Field(default=2e-3, gt=0, description="learning rate at the top of the schedule")
     optimizer: Literal["sgd", "adamw"] = Field(default="adamw", description="sgd has Nesterov momentum")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd; for adamw the first beta")
-    weight_decay: float = Field(default=0.05, ge=0, description="of matrices and kernels; never of norms and biases")
+    weight_decay: float = Field(
+        default=0.05, ge=0, description="of matrices and kernels; never of norms, biases and orthogonal weights"
+    )
     schedule: Literal["onecycle", "cosine", "constant"] = Field(default="onecycle", description="of the learning rate")
     warmup: float = Field(default=0.25, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)

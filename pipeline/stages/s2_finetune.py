@@ -172,14 +172,22 @@ def _settings(cfg: FinetuneSection, model: nn.Module, *, gentle: bool, labelled:
 
 
 def _no_training(cfg: FinetuneSection, settings: TrainSettings, near: bool) -> str:
-    """Why no epoch is trained; "" where one is."""
+    """Why nothing is trained, an own loop not called; "" where something is."""
+    why = _not_trained(cfg, settings, near)
+    return f"{why}; {cfg.loop} was not called" if why and cfg.loop is not None else why
+
+
+def _not_trained(cfg: FinetuneSection, settings: TrainSettings, near: bool) -> str:
     if cfg.recover != "train":
         return f"not asked for (recover = {cfg.recover!r})"
     if settings.epochs == 0:
         paid = cfg.seconds is not None and cfg.epochs != 0
         return f"{cfg.seconds:g} s do not pay for an epoch" if paid else "no epochs were asked for"
     asked = cfg.epochs is not None or (cfg.train is not None and "epochs" in cfg.train.model_fields_set)
-    return "" if asked or not near else "not needed: within noise of the dense model on the calibration part"
+    if asked or not near:
+        return ""
+    anyway = " (finetune.epochs=1 asks for it all the same)" if cfg.loop is not None else ""
+    return f"not needed: within noise of the dense model on the calibration part{anyway}"
 
 
 def _closed_form(

@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from pipeline.training.defaults import default_settings
 TASK = classification.task("classification", "output")
 
 SIZE = (3, 16, 16)
+LOOPS = Path(__file__).parents[1] / "training" / "loops.py"
 
 
 def net():
@@ -103,6 +105,19 @@ def test_what_is_within_noise_of_dense_is_not_climbed(stage):
     assert [(rung.name, rung.kept) for rung in made.rungs] == [("pruned", True), ("training", False)]
     assert "within noise of the dense model" in made.rungs[-1].why
     assert made.epochs == 0
+
+
+def test_an_own_loop_that_is_not_called_is_named_and_the_recipe_can_ask_for_it(stage, monkeypatch):
+    said = []
+    monkeypatch.setattr(Progress, "say", lambda self, text: said.append(text))
+    nothing, spec = {"0.bias": torch.ones(24, dtype=torch.bool)}, f"{LOOPS}:plain"
+    made = stage(nothing, train=spec)
+    why = made.rungs[-1].why
+    assert why.startswith("not needed: within noise of the dense model") and why.endswith(f"; {spec} was not called")
+    assert said == [f"  training: {why}"]
+    assert "finetune.epochs=1" in why
+    assert stage(nothing, train=spec, epochs=1).rungs[-1].why.startswith(f"by {spec}")
+    assert stage(nothing, train=spec, recover="none").rungs[-1].why.endswith(f"; {spec} was not called")
 
 
 def test_none_leaves_the_masked_model(stage, trained):

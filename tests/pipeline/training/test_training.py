@@ -134,6 +134,20 @@ def test_weight_decay_spares_norms_and_biases():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 6
 
 
+@pytest.mark.parametrize("size", [(512, 10), (10, 10)], ids=["reflections", "an exponential"])
+def test_weight_decay_leaves_orthogonal_weights_orthogonal(size):
+    """Torch keeps the signs of reflections in the parameter, and decay would make them, and with them the layer, 0."""
+    model = nn.Sequential(net(), nn.Linear(10, 10)) if size == (10, 10) else net()
+    layer = model[1] if size == (10, 10) else model.fc
+    nn.init.orthogonal_(layer.weight)
+    nn.utils.parametrizations.orthogonal(layer)
+    before = layer.weight.detach().clone()
+    training.train(model, DIGITS, TASK, TrainSettings(epochs=1, weight_decay=0.05))
+    rows = layer.weight.detach()
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(10), atol=1e-4, rtol=0)
+    assert not torch.equal(rows, before)
+
+
 def test_frozen_parameters_stay_as_they_are():
     model = net()
     model.conv.requires_grad_(False)
