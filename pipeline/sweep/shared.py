@@ -13,7 +13,7 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +53,9 @@ def opened(storage: str, sweep: Sweep) -> Shared:
     name = f"{sweep.folder.name} {sweep.axis} {','.join(point.value for point in sweep.points)}"
     try:
         with _quiet():
+            database = _database(storage)
             study = optuna.create_study(
-                storage=_database(storage),
+                storage=database,
                 study_name=f"{name[:400]} {sweep.digest()[:12]}",
                 direction="minimize",
                 load_if_exists=True,
@@ -64,7 +65,7 @@ def opened(storage: str, sweep: Sweep) -> Shared:
             f"The storage cannot be reached: {_without_password(first_line(error), storage)}.",
             "Write it like --storage sqlite:///sweep.db, or postgresql://HOST/NAME with the driver installed.",
         ) from None
-    return Shared(study, sweep)
+    return Shared(study, database, sweep)
 
 
 def _database(storage: str) -> optuna.storages.RDBStorage:
@@ -106,6 +107,7 @@ class Shared:
     """A study, and what this worker has done of it."""
 
     study: optuna.Study
+    database: optuna.storages.RDBStorage
     sweep: Sweep
     tried: set[int] = field(default_factory=set)
     """The points that this worker has begun: one that failed is not begun twice by one command."""
@@ -153,14 +155,17 @@ class Shared:
         import optuna
 
         fault: list[BaseException] = []
+        begun: dict[int, int] = {}
 
         def objective(trial: optuna.Trial) -> float:
             number = trial.user_attrs.get(_POINT)
             if number is None or number in self.tried or self._elsewhere(number, trial.number):
                 raise optuna.TrialPruned
+            self._first_heartbeat(trial.number)
             trial.set_user_attr(_WORKER, f"{platform.node()} {os.getpid()}")
             trial.suggest_categorical(self.sweep.axis, [point.value for point in self.sweep.points])
             self.tried.add(number)
+            begun[trial.number] = number
             try:
                 row = make(number)
             except BaseException as error:
@@ -171,7 +176,23 @@ class Shared:
             return found.value if found is not None else float("inf")
 
         with _quiet(), _reached(fault):
-            self.study.optimize(objective, n_trials=1)
+            try:
+                self.study.optimize(objective, n_trials=1)
+            except Exception:
+                if fault or not self._taken_away(begun):
+                    raise
+                self.tried -= set(begun.values())  # whoever takes it next may be this worker, which has the version
+
+    def _taken_away(self, begun: Mapping[int, int]) -> bool:
+        """Whether this worker was taken for lost, not having been heard for long, so that its trial is over."""
+        return any(trial.number in begun and trial.state.is_finished() for trial in self._trials())
+
+    def _first_heartbeat(self, number: int) -> None:
+        """Send one now: the thread that sends them may be slower than what kills this worker, and of one that never
+        sent any Optuna does not know that it is lost.
+        """
+        study = self.database.get_study_id_from_name(self.study.study_name)
+        self.database.record_heartbeat(self.database.get_trial_id_from_study_id_trial_number(study, number))
 
     def _elsewhere(self, number: int, mine: int) -> bool:
         """Whether a point is made already, or being made by who began it first: two workers that start at the same
@@ -205,7 +226,7 @@ class Shared:
 
     def _recover(self) -> None:
         """Put back what lost workers were at. Optuna knows of those that ever sent a heartbeat; one that was lost
-        between taking a trial and the first of them is known by having written nothing for as long.
+        between taking a trial and the first of them is known by not having put its name there for as long.
         """
         import optuna
         from optuna.trial import TrialState

@@ -6,7 +6,10 @@ import signal
 import time
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.storages._heartbeat import HeartbeatThread
+from sqlalchemy.exc import OperationalError
 
 from foundation.errors import DataError, StoreError
 from pipeline.progress import Progress
@@ -87,7 +90,7 @@ def worker(storage: str, folder: Path, name: str) -> None:
 
 
 def test_two_workers_that_start_together_share_the_points_and_both_know_all_of_them(storage, log):
-    both = [FORK.Process(target=worker, args=(storage, log, name)) for name in ("a", "b")]
+    both = [FORK.Process(target=worker, args=(storage, log, name), daemon=True) for name in ("a", "b")]
     for one in both:
         one.start()
     for one in both:
@@ -99,18 +102,61 @@ def test_two_workers_that_start_together_share_the_points_and_both_know_all_of_t
     assert set(told.pop().split()) == {"a", "b"}
 
 
+def test_a_point_that_two_workers_put_into_the_queue_is_made_once(storage, log):
+    known = work(storage, lambda number: made(number, log))
+    shared.opened(storage, sweep())._put(2)
+    assert work(storage, lambda number: made(number, log)) == known
+    assert times(log) == [1, 1, 1, 1]
+
+
+def test_tables_that_another_worker_makes_at_this_moment_are_looked_for_again(storage, log, monkeypatch):
+    begin, left = optuna.storages.RDBStorage.__init__, [Exception("table studies already exists")] * 3
+
+    def init(self: optuna.storages.RDBStorage, *args: object, **more: object) -> None:
+        if left:
+            raise OperationalError("", {}, left.pop())
+        begin(self, *args, **more)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "__init__", init)
+    assert all(work(storage, lambda number: made(number, log)))
+
+
 def killed(storage: str) -> None:
     work(storage, lambda number: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_what_a_lost_worker_was_at_is_taken_by_another_one(storage, log):
-    one = FORK.Process(target=killed, args=(storage,))
+    one = FORK.Process(target=killed, args=(storage,), daemon=True)
     one.start()
     one.join(60)
     assert one.exitcode == -signal.SIGKILL
     known = work(storage, lambda number: made(number, log))
     assert all(known)
     assert times(log) == [1, 1, 1, 1]
+    again = [trial.system_attrs.get("retry_history") for trial in shared.opened(storage, sweep()).study.trials]
+    assert again.count([0]) == 1  # Optuna put it back
+
+
+def test_not_even_its_first_heartbeat_may_come_too_late(storage, log, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(HeartbeatThread, "_record_heartbeat", lambda *_: None)
+        one = FORK.Process(target=killed, args=(storage,), daemon=True)
+        one.start()
+        one.join(60)
+    assert all(work(storage, lambda number: made(number, log)))
+    assert times(log) == [1, 1, 1, 1]
+
+
+def test_a_worker_that_was_taken_for_lost_goes_on(storage, log):
+    def make(number: int) -> Row:
+        if number == 1 and times(log)[1] == 0:  # as another one does after having heard nothing for long
+            other = shared.opened(storage, sweep())
+            other.study.tell(1, state=optuna.trial.TrialState.FAIL)
+            other._put(1)
+        return made(number, log)
+
+    assert all(work(storage, make))
+    assert times(log) == [1, 2, 1, 1]
 
 
 def test_a_worker_that_was_lost_before_its_first_heartbeat_leaves_its_point_as_well(storage, log):
@@ -128,7 +174,7 @@ def test_a_point_that_kills_its_workers_does_not_go_round_for_ever(storage, log,
         return os.kill(os.getpid(), signal.SIGKILL) if number == 0 else made(number, log)
 
     for _ in range(2):
-        one = FORK.Process(target=work, args=(storage, make))
+        one = FORK.Process(target=work, args=(storage, make), daemon=True)
         one.start()
         one.join(60)
         assert one.exitcode == -signal.SIGKILL
@@ -171,6 +217,7 @@ def test_what_is_wrong_with_every_point_ends_the_worker(storage):
         work(storage, make)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_storage_that_goes_away_is_one_line(storage, log, tmp_path):
     def make(number: int) -> Row:
         (tmp_path / "sweep.db").write_text("no database")

@@ -103,7 +103,7 @@ def test_a_whole_sweep_that_was_killed_goes_on_and_is_answered_when_it_is_asked_
     assert versions(artifacts) == [*before, *(point["version"] for point in found["points"][:2])]
     for point in found["points"][:2]:
         reused = json.loads((artifacts / "tiny" / point["version"] / "manifest.json").read_text())["reused"]
-        assert reused["0-baseline"] == "v0001"
+        assert {"0-baseline"} <= reused.keys()
         assert point["figures"]["aim"]["expected"] <= float(point["value"])
     assert (artifacts / "tiny" / "current").resolve().name == "v0001"
     again = leanort(artifacts, *words)
