@@ -92,6 +92,7 @@ def short_latency_tables() -> Iterator[None]:
         patch.setattr(probes, "PROBES", 3)
         patch.setattr(profile, "SECONDS", 0.05)
         patch.setattr(trial, "SECONDS", 0.2)
+        patch.setattr(trial, "RIVAL_SECONDS", 0.2)
         yield
 
 
