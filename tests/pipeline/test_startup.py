@@ -5,7 +5,18 @@ import sys
 
 import pytest
 
-HEAVY = ("accelerate", "torch", "torchvision", "timm", "transformers", "sklearn", "onnxruntime", "matplotlib", "scipy")
+HEAVY = (
+    "accelerate",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "sklearn",
+    "onnxruntime",
+    "matplotlib",
+    "scipy",
+    "optuna",
+)
 READING = {
     "list": ["list"],
     "log": ["list", "--log"],
@@ -41,8 +52,13 @@ def test_going_back_imports_nothing_heavy_even_where_there_is_nothing_to_go_back
     assert (code, found) == (2, set())
 
 
-def test_help_imports_nothing_heavy():
-    assert imported("deploy", "--help") == (0, set())
+@pytest.mark.parametrize("command", ["deploy", "sweep"])
+def test_help_imports_nothing_heavy(command):
+    assert imported(command, "--help") == (0, set())
+
+
+def test_the_commands_of_a_sweep_are_printed_without_any_of_it():
+    assert imported("sweep", "resnet50", "--latency", "0.2,0.4", "--print") == (0, set())
 
 
 def test_the_packages_themselves_import_nothing_heavy():
