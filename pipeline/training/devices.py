@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -112,12 +113,34 @@ def check(settings: TrainSettings) -> None:
             "it would be slower than float32.",
             'Write precision = "float32".',
         )
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
-            raise ConfigError(
-                f"The launcher asks for {name}, and masks need every weight whole on each process.",
-                "Launch without it: each process holds the model, and gradients are averaged (DDP).",
-            )
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError("The launcher asks for DeepSpeed, and masks need every weight whole on each process.", _WHOLE)
+    if _asked("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("The launcher asks for FSDP 1.", "Launch with --fsdp_version 2, or without --use_fsdp.")
+    if in_pieces() and settings.precision == "fp16":
+        raise ConfigError("precision is 'fp16', which FSDP was never tried with.", 'Write precision = "bf16".')
+
+
+_WHOLE = "Launch without it: each process holds the model, and gradients are averaged (DDP)."
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true")
+
+
+def in_pieces() -> bool:
+    """Whether the launcher asks for weights that lie in pieces, one on each process (FSDP 2)."""
+    return count() > 1 and _asked("ACCELERATE_USE_FSDP")
+
+
+def check_pieces(masked: bool) -> None:
+    """Raise ConfigError where weights are to lie in pieces although masks are on them, or may come."""
+    if masked and in_pieces():
+        raise ConfigError(
+            "The launcher asks for FSDP, and masks need every weight whole on each process: this model cannot be "
+            "trained at its pruned size.",
+            f"{_WHOLE} The stages before this one are kept.",
+        )
 
 
 def check_rows(samples: int, settings: TrainSettings) -> None:
@@ -267,6 +290,7 @@ class Devices:
         self.device = resolved(settings.device)
         self.rank, self.count = rank(), count()
         self.share = Share(self.rank, self.count)
+        self.in_pieces = in_pieces()
         self._accelerator, self._before = _accelerator(self.device, settings.precision)
         self._lowered = settings.precision != "float32"
         self._scaler: torch.amp.GradScaler | None = self._accelerator.scaler
@@ -290,6 +314,18 @@ class Devices:
         """Whether this process writes and speaks."""
         return self.rank == 0
 
+    def trained(self, model: nn.Module) -> nn.Module:
+        """What is trained in the place of `model`: itself, or a copy in pieces."""
+        return _sharding().in_pieces(model, self.device) if self.in_pieces else model
+
+    def in_one(self, tree: T) -> T:
+        """Tensors, or a tree of them, that may lie in pieces, as whole ones; then every process has to ask."""
+        return _sharding().whole(tree) if self.in_pieces else tree
+
+    def pieces(self, value: Tensor, like: Tensor) -> Tensor:
+        """A whole tensor, or this process's piece of it where `like`, of the same shape, lies in pieces."""
+        return _sharding().piece(value, like) if self.in_pieces else value
+
     def place(self, model: nn.Module) -> None:
         """Bring a module to the device, in place: its parameters stay the objects that they are."""
         if self.device != CPU:
@@ -297,7 +333,7 @@ class Devices:
 
     def prepared(self, objective: nn.Module) -> nn.Module:
         """`objective` as a step calls it: gradients are averaged over processes."""
-        if self.count == 1:
+        if self.count == 1 or self.in_pieces:  # pieces average theirs by themselves
             return objective
         # Which parameters a step reaches may change from step to step (layer drop), so that each step looks; and the
         # statistics of norms agree by themselves.
@@ -343,8 +379,13 @@ class Devices:
         """The context of a loss: what it makes itself (positions, lengths) is made on the device."""
         return nullcontext() if self.device == CPU else self.device
 
-    def adding(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """The context of one part of a batch: gradients are exchanged with the last one only."""
+    def adding(self, module: nn.Module, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """The context of one part of a batch: gradients are exchanged with the last one only. `module`: `model` with
+        its loss, as `prepared` made it.
+        """
+        if self.in_pieces:
+            _sharding().syncs(model, last)
+            return nullcontext()
         return nullcontext() if last or self.count == 1 else self._accelerator.no_sync(module)
 
     def backward(self, loss: Tensor) -> None:
@@ -389,6 +430,13 @@ class Devices:
         self._before()
 
 
+def _sharding() -> ModuleType:
+    """Loaded for those who want it: torch's part of it takes a second."""
+    from pipeline.training import sharding
+
+    return sharding
+
+
 class _Nothing:
     """Stands for an entry that is not there."""
 
@@ -415,7 +463,8 @@ def _accelerator(device: torch.device, precision: str) -> tuple[Accelerator, Cal
     for state in shared:
         state.clear()
     # Threads and rendezvous are settled already: what it would say of them is nobody's business.
-    with _variables({"ACCELERATE_TORCH_DEVICE": str(device)}), _quiet():
+    # What it would make of FSDP is made in `sharding.py`.
+    with _variables({"ACCELERATE_TORCH_DEVICE": str(device), "ACCELERATE_USE_FSDP": "false"}), _quiet():
         made = Accelerator(cpu=device.type == "cpu", mixed_precision=_MIXED[precision])
     assert made.num_processes == count()
     return made, put_back

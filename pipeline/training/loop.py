@@ -38,7 +38,7 @@ from pipeline.tasks.evaluation import Evaluation, evaluate, judged, seen_by
 from pipeline.tasks.task import Task
 from pipeline.training import jobs, trackers
 from pipeline.training import masks as masking
-from pipeline.training.devices import CPU, Devices, check_rows, facts
+from pipeline.training.devices import CPU, Devices, check_pieces, check_rows, facts
 from pipeline.training.history import Epoch
 from pipeline.training.masks import Masks
 from validators.runners import Array
@@ -148,6 +148,7 @@ def take_part(
     progress = progress or Progress()
     with closing(_Run(model, data, task, settings, teacher, guided=guided)) as run:
         key = run.key() if checkpoint else ""
+        run.saves = run.everybody_saves(checkpoint)
         run.begin(run.found(checkpoint, key, progress) if checkpoint is not None else None)
         if run.devices.doubtful and not run.history and settings.epochs:
             run.check_faster()
@@ -158,8 +159,7 @@ def take_part(
             for epoch in range(len(run.history) + 1, settings.epochs + 1):
                 done = run.epoch(epoch, total, on_step, bar)
                 shown.show(done)
-                if checkpoint is not None:
-                    run.save(checkpoint, key)
+                run.save(checkpoint, key)
                 if on_epoch is not None:
                     on_epoch(done)
         return run.finish(resumed_from)
@@ -191,7 +191,7 @@ def time_steps(model: nn.Module, data: Data, task: Task, settings: TrainSettings
     with closing(_Run(model, data, task, still, teacher)) as run:
         run.begin(None)
         batches = run.batches(settings.seed)
-        model.train()
+        run.model.train()
         began, steps = time.perf_counter(), 0
         with seeded(settings.seed, run.devices.device), run.devices.stepping():
             for steps, (inputs, target) in enumerate(itertools.islice(batches, 1 + TIMED_STEPS)):
@@ -256,16 +256,19 @@ class _Run:
         *,
         guided: bool = False,
     ) -> None:
-        self.model, self.data, self.task, self.settings, self.guided = model, data, task, settings, guided
+        self.data, self.task, self.settings, self.guided = data, task, settings, guided
         self.teacher = teacher.eval() if teacher is not None and settings.distill_weight > 0 else None
         self.devices = Devices(settings)
+        self.saves = False
         self.share = replace(self.devices.share, cuts=settings.accumulate)
         self.rows = min(settings.batch_size, len(data.train))
         check_rows(len(data.train), settings)
-        if settings.channels_last:
+        check_pieces(guided or bool(masking.masks_of(model)))
+        if settings.channels_last and not self.devices.in_pieces:  # which are cut from rows that lie one after another
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.steps = max(1, len(data.train) // settings.batch_size)
-        self.optimizer = _optimizer(model, settings)
+        self.given, self.model = model, self.devices.trained(model)
+        self.optimizer = _optimizer(self.model, settings, fused=not self.devices.in_pieces)
         self.history: list[Epoch] = []
         self._hold()
         self.best: dict[str, Tensor] | None = None
@@ -273,17 +276,25 @@ class _Run:
 
     def close(self) -> None:
         """Leave the device."""
-        self.devices.close(self.model, *([] if self.teacher is None else [self.teacher]))
+        self.devices.close(self.given, *([] if self.teacher is None else [self.teacher]))
+
+    def everybody_saves(self, checkpoint: Path | None) -> bool:
+        """Whether this process takes part in writing checkpoints: with its pieces, or alone."""
+        has = checkpoint is not None
+        return self.devices.told(has) if self.devices.in_pieces else has
 
     def begin(self, found: Mapping[str, Any] | None) -> None:
         """Start, or go on from what a checkpoint held, on every process alike; then the model is on its device."""
         found = self.devices.told(found)
         if found is not None:
             masking.apply(self.model, found["masks"])
-            masking.load_originals(self.model, found["weights"])
+            own = masking.originals(self.model)
+            masking.load_originals(self.model, self._pieces(found["weights"], own))
             self.optimizer.load_state_dict(found["optimizer"])
+            for parameter, held in self.optimizer.state.items():
+                held.update({name: self.devices.pieces(value, parameter) for name, value in held.items()})
             self.history = [Epoch(**one) for one in found["history"]]
-            self.best, self.best_epoch = found["best"], found["best_epoch"]
+            self.best, self.best_epoch = self._pieces(found["best"], own), found["best_epoch"]
         self.devices.place(self.model)
         if self.teacher is not None:
             self.devices.place(self.teacher)
@@ -291,6 +302,9 @@ class _Run:
             self.optimizer.load_state_dict(self.optimizer.state_dict())  # its state follows the weights
         self._hold()
         self._prepare()
+
+    def _pieces(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.devices.pieces(value, like[name]) for name, value in state.items()}
 
     def _prepare(self) -> None:
         """Make the module that steps call."""
@@ -389,12 +403,17 @@ class _Run:
         """The model on the calibration part, in float32 always; processes take whole batches in turn, since a score may
         compare the samples of one.
         """
-        if self.devices.count == 1 and self.devices.device.type == "cpu":
+        devices = self.devices
+        if devices.count == 1 and devices.device.type == "cpu":
             return evaluate(self.task, self.model, self.data, "calibration")
         self.model.eval()
-        turn = (self.devices.rank, self.devices.count)
-        batches = self.data.batches("calibration", self.task.batch, turn=turn)
-        seen = seen_by(self.task, self.devices.judging(lambda *inputs: named(self.model(*inputs))), batches)
+        batches = self.data.batches("calibration", self.task.batch, turn=(devices.rank, devices.count))
+        run = devices.judging(lambda *inputs: named(self.model(*inputs)))
+        seen = seen_by(self.task, run, batches)
+        turns = -(-math.ceil(len(self.data.calibration) / self.task.batch) // devices.count)
+        if devices.in_pieces and len(seen) < turns:
+            with torch.no_grad():  # others have one batch more, and need these pieces for it
+                run(*next(self.data.batches("calibration", self.task.batch))[0])
         return judged(self.task, self.devices.gathered(seen))
 
     def _rank(self, epoch: Epoch) -> tuple[float, float]:
@@ -426,7 +445,7 @@ class _Run:
             start += rows
             given = inputs if len(sizes) == 1 else tuple(one[part] for one in inputs)
             aim = target if len(sizes) == 1 else sliced(target, part)
-            with devices.adding(self.objective, last=number == len(sizes)):
+            with devices.adding(self.objective, self.model, last=number == len(sizes)):
                 # Its share of the whole batch's mean, times the processes whose gradients are averaged.
                 weight = 1.0 if whole else rows * devices.count / self.rows
                 loss, found = self.objective(devices.moved(given), devices.moved(aim), weight)
@@ -474,7 +493,7 @@ class _Run:
         )
         digest.update(repr(sorted(facts(self.settings).items())).encode())
         digest.update(str(self.teacher is not None).encode())
-        for state in (masking.originals(self.model), self.masks):
+        for state in (masking.originals(self.given), self.masks):
             for name, value in state.items():
                 digest.update(name.encode())
                 digest.update(
@@ -482,8 +501,12 @@ class _Run:
                 )
         return digest.hexdigest()
 
-    def save(self, path: Path, key: str) -> None:
-        """Write everything that the next epoch needs."""
+    def save(self, path: Path | None, key: str) -> None:
+        """Write everything that the next epoch needs, on the process that has a `path`; where weights lie in pieces,
+        the others give theirs.
+        """
+        if not self.saves:
+            return
         fresh = self.best is not None and self.best_epoch == len(self.history)
         content = {
             "key": key,
@@ -494,6 +517,9 @@ class _Run:
             "best": self.best,
             "best_epoch": self.best_epoch,
         }
+        content = self.devices.in_one(content)
+        if path is None:
+            return
         # Not durable: a kill leaves whole files all the same, and after a power cut training just starts anew.
         with replacing(path, durable=False) as partial:
             try:
@@ -521,12 +547,15 @@ class _Run:
         if self.best is not None:
             masking.load_originals(self.model, self.best)
         self.model.eval()
+        if self.devices.in_pieces:
+            masking.load_originals(self.given, self.devices.in_one(masking.originals(self.model)))
+            self.given.eval()
         score = self.history[self.best_epoch - 1].calibration_score if self.best_epoch else self.judged().score
         self.model.zero_grad(set_to_none=True)
         return TrainResult(
             settings=self.settings,
             history=tuple(self.history),
-            state={name: value.to(CPU) for name, value in _copy(masking.originals(self.model)).items()},
+            state={name: value.to(CPU) for name, value in _copy(masking.originals(self.given)).items()},
             masks={name: value.to(CPU) for name, value in self.masks.items()},
             best_epoch=self.best_epoch,
             best_score=score,
@@ -541,7 +570,7 @@ def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, settings: TrainSettings, *, fused: bool = True) -> torch.optim.Optimizer:
     """Weight decay on tensors of two or more dimensions only, and on none that says how an orthogonal matrix is turned;
     in the order of names, which masks do not change.
     """
@@ -552,11 +581,11 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
         {"params": list(itertools.compress(trained, decaying)), "weight_decay": settings.weight_decay},
         {"params": [one for one, decays in zip(trained, decaying, strict=True) if not decays], "weight_decay": 0.0},
     ]
-    # Fused: one kernel per step, 26 ms instead of 139 ms for ResNet-50 on one AVX2 core.
+    # Fused: one kernel per step, 26 ms instead of 139 ms for ResNet-50 on one AVX2 core. Torch has none for pieces.
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), fused=True)
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), fused=fused)
     nesterov = settings.momentum > 0
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=True)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=fused)
 
 
 def _turning(model: nn.Module) -> set[int]:

@@ -66,11 +66,34 @@ def test_bf16_is_refused_where_the_processor_has_no_instructions_for_it(monkeypa
         devices.check(TrainSettings(precision="bf16"))
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_a_launcher_that_wants_weights_in_pieces_is_refused(monkeypatch, variable):
-    monkeypatch.setenv(variable, "true")
+@pytest.mark.parametrize(
+    ("variables", "settings", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "masks need every weight whole"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "asks for FSDP 1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "asks for FSDP 1"),
+        ({"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2"}, {"precision": "fp16", "device": "cuda"}, "never tried"),
+    ],
+)
+def test_what_a_launcher_cannot_have_is_refused(monkeypatch, variables, settings, message):
+    monkeypatch.setattr(devices, "count", lambda: 2)
+    monkeypatch.setattr(devices, "resolved", lambda name: torch.device("cuda" if name == "cuda" else "cpu"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        devices.check(TrainSettings(**settings))
+
+
+def test_fsdp_2_is_refused_where_masks_are_held_and_only_there(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    devices.check(TrainSettings())
+    devices.check_pieces(masked=True)  # one process has them whole
+    monkeypatch.setattr(devices, "count", lambda: 2)
+    devices.check(TrainSettings())
+    devices.check_pieces(masked=False)
     with pytest.raises(ConfigError, match="masks need every weight whole"):
-        devices.check(TrainSettings())
+        devices.check_pieces(masked=True)
 
 
 @pytest.mark.parametrize("kept", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])

@@ -77,7 +77,14 @@ def photos(tmp_path) -> Path:
 
 
 def test_the_pages_show_both_launchers():
-    assert [line.split()[0] for _, line in LINES] == ["torchrun", "accelerate", "torchrun", "accelerate", "srun"]
+    assert [line.split()[0] for _, line in LINES] == [
+        "torchrun",
+        "accelerate",
+        "accelerate",
+        "torchrun",
+        "accelerate",
+        "srun",
+    ]
 
 
 def test_the_recipe_for_imagenet_is_one_and_its_batch_feeds_sixteen_gpus():
@@ -93,6 +100,20 @@ def test_a_launch_of_the_docs_trains_with_two_processes(tmp_path, line):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("training: epoch 1/1") == 1
     assert (tmp_path / "made" / "tiny" / ".partial" / "0-baseline" / "history.csv").exists()
+
+
+@pytest.mark.examples
+def test_weights_in_pieces_are_trained_at_the_pruned_size_and_refused_under_masks(tmp_path):
+    (line,) = (line for line in of("training.md") if "--use_fsdp" in line)
+    done = run(line, tmp_path / "made", "--until", "finetune")
+    assert done.returncode == 0, done.stderr
+    assert "training at the pruned size" in done.stderr
+    assert done.stderr.count("training: epoch 1/1") == 2
+    done = run(line, tmp_path / "made", "--until", "finetune", "--set", "prune.method=unstructured")
+    assert done.returncode != 0
+    lines = [one for one in done.stderr.splitlines() if one.startswith("error:")]
+    assert len(lines) == 1 and "masks need every weight whole on each process" in lines[0], done.stderr
+    assert "-> Launch without it" in done.stderr
 
 
 @pytest.mark.examples

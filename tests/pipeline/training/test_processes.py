@@ -1,18 +1,22 @@
 """Several processes: what two compute is what one computes, up to the order of summation."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
+from foundation.errors import TrainingError
 from pipeline import data, models
 from pipeline.models.dense import Answering
 from pipeline.recipe.train import TrainSettings
 from pipeline.selection.schedules import cubic_ratio
 from pipeline.selection.weights import prunable, unstructured_l1
 from pipeline.tasks import classification, distil
-from pipeline.training import loop, masks
+from pipeline.training import loop, masks, sharding
 from tests.pipeline.training.two import led, together
 
 TASK = classification.task("classification", "output")
@@ -141,3 +145,96 @@ def test_targets_that_a_dense_model_gives_are_the_same_model_s_on_both(tmp_path)
         assert a.loss == pytest.approx(b.loss, rel=0.05)
         assert a.calibration_score == pytest.approx(b.calibration_score, abs=0.02)
     close(first.state, alone.state, within=0.05)
+
+
+# ── in pieces ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def in_pieces(changes, options, until=0):
+    """Trained so on each of two processes; `until`: both fail in the epoch after it."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    sharding.LEAST = 1
+    made = []
+    cut = sharding.in_pieces
+    sharding.in_pieces = lambda *args: (made.append(cut(*args)), made[-1])[1]
+    epoch = loop._Run.epoch
+
+    def broken(run, number, *args):
+        if until and number > until:
+            raise TrainingError("It is enough.")
+        return epoch(run, number, *args)
+
+    loop._Run.epoch = broken
+    found = two(changes, options)
+    assert all(isinstance(value, DTensor) for value in made[0].parameters())
+    if options.get("make") is blocks:
+        names = {name for name, part in made[0].named_modules() if isinstance(part, FSDPModule)}
+        assert names == {"", "first.0", "first.1", "blocks.1.0", "never.0"}  # two of the blocks share a weight
+    return found
+
+
+class Blocks(nn.Module):
+    """Blocks in containers, one whose weight is tied to another's, one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3))
+        self.blocks[2][0].weight = self.blocks[0][0].weight
+        self.never = nn.ModuleList([nn.Linear(8, 8)])
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.first(x).mean((2, 3))
+        for block in self.blocks:
+            x = x + block(x)
+        return {"output": self.fc(x)}
+
+
+def blocks() -> nn.Module:
+    torch.manual_seed(0)
+    return Blocks()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"grad_clip": 0.5}, {}),
+        pytest.param({"optimizer": "adamw", "lr": 1e-3, "accumulate": 3}, {"taught": True}, marks=pytest.mark.examples),
+        pytest.param({"channels_last": True}, {"make": blocks}, marks=pytest.mark.examples),
+    ],
+    ids=["sgd, clipped", "adamw, taught, accumulated", "blocks"],
+)
+def test_weights_in_pieces_learn_what_whole_ones_do(tmp_path, changes, options):
+    torch.set_num_threads(1)
+    alone = trained(changes, **options)
+    first, second = together(tmp_path, in_pieces, changes, options)
+    assert second is None and (tmp_path / "result1.pt").exists(), (tmp_path / "stderr1").read_text()
+    assert first is not None, (tmp_path / "stderr0").read_text()
+    close(first.state, alone.state)
+    assert all(type(value) is torch.Tensor for value in first.state.values())
+    for a, b in zip(first.history, alone.history, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+        assert a.calibration_score == pytest.approx(b.calibration_score, abs=0.005)
+
+
+@pytest.mark.examples
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_in_pieces_goes_on_from_whole_weights(tmp_path, optimizer):
+    torch.set_num_threads(1)
+    changes = {"optimizer": optimizer, "lr": 1e-3, "epochs": 3}
+    options = {"checkpoint": tmp_path / "training.pt"}
+    undisturbed, _ = together(tmp_path / "whole", in_pieces, changes, {})
+    assert together(tmp_path / "first", in_pieces, changes, options, 1) == [None, None]
+    held = torch.load(tmp_path / "training.pt", weights_only=True)
+    assert held["weights"]["fc.weight"].shape == (10, 8)
+    second, _ = together(tmp_path / "second", in_pieces, changes, options)
+    assert second is not None, (tmp_path / "second" / "stderr0").read_text()
+    assert second.resumed_from == 1
+    assert all(torch.equal(value, undisturbed.state[name]) for name, value in second.state.items())
+
+
+def test_masks_want_every_weight_whole(tmp_path):
+    first, _ = together(tmp_path, in_pieces, {}, {"masked": True})
+    assert first is None
+    assert "masks need every weight whole on each process" in (tmp_path / "stderr0").read_text()
