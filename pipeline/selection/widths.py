@@ -144,10 +144,13 @@ class _Widths:
         self.last = {c.name: len(self.allowed[c.name]) - 1 for c in self.free}
         start = dict.fromkeys(self.last, 0)
         self.dense = self.left(start)
+        narrow = self.left(self.last)
+        # One that costs nothing, neither beside whole layers nor beside narrow ones, stays as it is.
         self.free = [
             c
             for c in self.free
-            if any(a < b for a, b in zip(self.left({**start, c.name: self.last[c.name]}), self.dense, strict=True))
+            if _lower(self.left({**start, c.name: self.last[c.name]}), self.dense)
+            or _lower(narrow, self.left({**self.last, c.name: 0}))
         ]
 
     def removed(self, level: Level) -> Removed:
@@ -194,6 +197,10 @@ class _Widths:
         return self.curves[cluster.name].at(self._gone(cluster, at))
 
 
+def _lower(one: Sequence[float], other: Sequence[float]) -> bool:
+    return any(a < b for a, b in zip(one, other, strict=True))
+
+
 def _greedy(widths: _Widths) -> dict[str, int]:
     now = {c.name: 0 for c in widths.free}
     # What is still lacking after the last round goes in further ones: every block saves less the more have gone.
@@ -209,6 +216,8 @@ def _greedy(widths: _Widths) -> dict[str, int]:
         if not any(taken):  # nothing that is left saves anything
             break
         now |= {c.name: now[c.name] + n for c, n in zip(waiting, taken, strict=True)}
+    if widths.missed(widths.left(now)) and not widths.missed(widths.left(widths.last)):
+        now = {c.name: widths.last[c.name] for c in widths.free}  # what saves only together, no single step leads to
     # The last block may have saved more than was wanted: what fits again comes back, the dearest first.
     back = [(-widths.regained(c, now[c.name]), at) for at, c in enumerate(widths.free) if now[c.name]]
     heapq.heapify(back)

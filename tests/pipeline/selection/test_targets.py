@@ -108,6 +108,23 @@ def test_a_latency_in_steps_is_met_and_no_block_that_went_saves_nothing(net, goa
         assert promised(curves, chosen) == pytest.approx(best)
 
 
+class Together(Stairs):
+    """Faster only once two layers are narrow, as where a layout must be the same on both sides."""
+
+    def of(self, removed):
+        first, second, _ = removed.values()
+        return 0.5 if first.sum() >= 16 and second.sum() >= 24 else 1.0
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_widths_that_save_only_together_are_found(net, exact):
+    analysis, scores, curves = net
+    budget = Budget(0.5, align=8)
+    chosen = choose(analysis, analysis.clusters, scores, curves, budget, [Together(0.6)], exact=exact)
+    gone = [int(chosen[c.name].sum()) for c in analysis.clusters]
+    assert gone[:2] == [16, 24]  # and no wider cut than that: what saves nothing came back
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_several_goals_are_met_together(net, exact):
     analysis, scores, curves = net
