@@ -77,7 +77,9 @@ def rebuild(
             break
         except (RefusedError, ValueError) as error:
             first = first or first_line(error)
-        failing = None if shrunk.ledger.folds or made is None else _failing(made, captured)
+        failing = None
+        if not shrunk.ledger.folds and made is not None:
+            failing = _failing(made, captured) or _leaving_scales_to_torch(captured, base.ledger)
         part = type(model.get_submodule(failing)) if failing else None
         affected = _clusters_within(analysis, model, part, going) if part is not None else set()
         if part is None or not affected:
@@ -148,6 +150,15 @@ def _failing(made: nn.Module, captured: Captured) -> str | None:
         except Exception:  # which one is told by the comparison
             return next(filter(decides, reversed(running)), None) or None
     return None
+
+
+def _leaving_scales_to_torch(captured: Captured, ledger: Ledger) -> str | None:
+    """Name of a module whose attention has the scale that torch takes from the width of a head: the program still has
+    that of the dense width, which no number of the module's own can say. None where there is none, or only the model.
+    """
+    nodes = {node.name: node for node in captured.program.graph.nodes}
+    stated = (one.node for one in ledger.rewrites if one.argument == "scale" and one.before is None)
+    return next(filter(None, (module_of(nodes[name]) for name in stated if name in nodes)), None)
 
 
 def _clusters_within(analysis: Analysis, model: nn.Module, kind: type[nn.Module], going: Removed) -> set[str]:

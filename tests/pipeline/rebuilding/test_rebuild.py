@@ -76,6 +76,27 @@ def test_heads_go_and_positions_stay(product: bool) -> None:
     assert rebuilt.inner == (12 if product else 6)  # a number that nothing reads stays
 
 
+class TorchsScale(nn.Module):
+    """Attention with torch's own scale, and layers beside it that can do with less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention(heads=2, dim=8)
+        self.up, self.down = nn.Linear(12, 96), nn.Linear(96, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.down(self.up(x).relu())
+
+
+def test_attention_whose_scale_follows_the_width_of_a_head_keeps_it_and_the_rest_is_small() -> None:
+    rebuilt, structure, folded, _ = made(TorchsScale(), SEQUENCES, policy=Policy(heads=False, head_positions=True))
+    assert rebuilt is not None, structure.why
+    assert "Attention keep their pruned channels, as zeros" in structure.why
+    assert (rebuilt.attention.dim, rebuilt.up.out_features) == (8, 48)
+    torch.testing.assert_close(rebuilt(SEQUENCES), folded(SEQUENCES), rtol=1e-4, atol=1e-5)
+
+
 class AsManyHeadsAsPositions(nn.Module):
     """Four heads of four positions: what becomes two is told by where it goes, not by its value."""
 
