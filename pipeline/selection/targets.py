@@ -20,6 +20,7 @@ from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.target import Amount, Quantity
+from pipeline.selection.branches import removable
 from pipeline.selection.choose import Chooser, alignment, budget_of, choosable
 from pipeline.selection.cost import Cost, Counted, Timed, excess, over
 from pipeline.selection.kinds import policy_of
@@ -64,7 +65,7 @@ def costs(
         goal = _goal("size", amounts["size"], size) * PARAMETER_BYTES / each
         if goal < 1:
             made.append(Counted(analysis, "size", goal, size / 1e6))
-    check(cfg, analysis, clusters, made)
+    check(cfg, analysis, clusters, made, maskable)
     return tuple(made)
 
 
@@ -121,7 +122,13 @@ def _goal(quantity: Quantity, wanted: Amount, dense: float) -> float:
     return goal
 
 
-def check(cfg: PruneSection, analysis: Analysis, clusters: Sequence[Cluster], costs: Sequence[Cost]) -> None:
+def check(
+    cfg: PruneSection,
+    analysis: Analysis,
+    clusters: Sequence[Cluster],
+    costs: Sequence[Cost],
+    maskable: frozenset[str],
+) -> None:
     """Raise ConfigError where even the narrowest widths that the recipe allows do not meet every goal, saying what is
     the least that can be had, and what stands in the way.
     """
@@ -131,6 +138,11 @@ def check(cfg: PruneSection, analysis: Analysis, clusters: Sequence[Cluster], co
     narrowest = least(clusters, scores, budget_of(cfg, cfg.ratio))
     if not excess(costs, narrowest):
         return
+    if cfg.depth and cfg.scope == "curves":  # whole branches may go as well, with all that is inside them
+        inside = {name for branch in removable(analysis, maskable) for name in branch.inside}
+        deepest = narrowest | {c.name: np.ones(c.size, np.bool_) for c in clusters if c.name in inside}
+        if not excess(costs, deepest):
+            return
     left = [(cost, cost.of(narrowest)) for cost in costs]
     missed = "; ".join(
         f"{cost.name} {cost.goal:.3g} of dense, the least is {value:.3g}"
@@ -146,7 +158,7 @@ def check(cfg: PruneSection, analysis: Analysis, clusters: Sequence[Cluster], co
 
 def check_met(cfg: PruneSection, chooser: Chooser, analysis: Analysis) -> None:
     """`check` for the costs of a chooser, after what was measured corrected them."""
-    check(cfg, analysis, choosable(analysis, chooser.maskable), chooser.costs)
+    check(cfg, analysis, choosable(analysis, chooser.maskable), chooser.costs, chooser.maskable)
 
 
 def _plain(cluster: Cluster) -> Any:

@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from foundation.errors import ConfigError
 from pipeline.channels import analyse, capture, liveness, shrink
 from pipeline.channels.dead.branches import without_zero_branches
-from pipeline.selection import curves
+from pipeline.recipe.prune import PruneSection
+from pipeline.selection import curves, targets
 from pipeline.selection.allocation import Budget
 from pipeline.selection.branches import removable
 from pipeline.selection.cost import Counted
@@ -159,3 +161,13 @@ def test_a_goal_that_width_alone_does_not_reach_is_reached_with_depth():
     without, _ = choose_depth(analysis, analysis.clusters, scores, made, budget, [cost])
     removed, chosen = choose_depth(analysis, analysis.clusters, scores, made, budget, [cost], branches)
     assert cost.of(without) > 0.4 >= cost.of(removed) and chosen
+
+
+def test_a_target_that_only_depth_reaches_is_not_refused_before_it_is_tried():
+    model, analysis = analysed(Net, (2, 3, 8, 8))
+    cost, maskable = Counted(analysis, "macs", 0.3, 1.0), masks.maskable(model)
+    shape = {"align": 1, "floor": 0.8, "target": {"macs": 0.3}}
+    targets.check(PruneSection(**shape, scope="curves"), analysis, analysis.clusters, [cost], maskable)
+    for other in ({"scope": "layer"}, {"scope": "curves", "depth": False}):
+        with pytest.raises(ConfigError, match="cannot be reached"):
+            targets.check(PruneSection(**shape, **other), analysis, analysis.clusters, [cost], maskable)
