@@ -69,9 +69,9 @@ class _Group(click.Group):
                 raise UserError("A word of the command holds a NUL character.", "Type it again.")
             with _no_way_out():
                 code = super().main(*args, **kwargs)
-        except (
-            SystemExit
-        ) as stop:  # click raises none here: other people's code did, and its code is no verdict of ours
+        except SystemExit as stop:  # click raises none here: other people's code did; its code is no verdict of ours
+            if isinstance(stop.__context__, BrokenPipeError):  # rich ends so where nobody reads its output any more
+                sys.exit(BROKEN_PIPE)
             complain(console, f"Code that was run here called exit({stop.code!r}).", "Let it return or raise.")
             sys.exit(STAGE_FAILED)
         except LeanortError as error:

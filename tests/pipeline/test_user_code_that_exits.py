@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -101,3 +102,19 @@ def test_a_reader_who_leaves_hears_no_pass(artifacts, version):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as gate:
         gate.stdout.close()
         assert gate.wait() not in (0, 1)
+
+
+def test_a_table_that_nobody_reads_to_its_end_is_no_code_that_exits(monkeypatch, capsys):
+    """`leanort list | head`: rich answers a broken pipe by SystemExit."""
+
+    def broken() -> None:
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904  # as rich does
+
+    monkeypatch.setitem(main.commands, "list", click.Command("list", callback=broken))
+    with pytest.raises(SystemExit) as ended:
+        main.main(["list"])
+    assert ended.value.code == 141
+    assert "exit" not in capsys.readouterr().err
