@@ -126,5 +126,5 @@ def test_the_extras_are_declared_and_make_setup_installs_all_of_them():
     assert not set(EXTRAS) & set(names)
     for library in EXTRAS:
         assert any(line.startswith(library) for line in project["optional-dependencies"][library])
-    assert project["optional-dependencies"]["all"] == [f"leanort[{','.join(EXTRAS)}]"]
+    assert project["optional-dependencies"]["all"] == [f"leanort[{','.join((*EXTRAS, 'sweep'))}]"]
     assert '-e ".[all,dev]"' in (ROOT / "Makefile").read_text()
