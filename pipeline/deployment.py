@@ -19,7 +19,7 @@ from pipeline.recipe.config import Config, to_toml
 from pipeline.recipe.section import Section
 from pipeline.release import checks, fingerprint, journal, records, store
 from pipeline.release.opening import Release, open_release
-from pipeline.release.reuse import candidates, compared_with, folder_name, make_current, matches
+from pipeline.release.reuse import candidates, compared_with, folder_of, make_current, matches
 from pipeline.training import launched
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def deploy(
     if promote and (place is None or place.rank == 0):
         journal.whole(config.artifacts)  # what could not be promoted afterwards is not built
     if start is None and until is None and place is None:
-        release = _answered(config.artifacts / (config.name or folder_name(model)), request)
+        release = _answered(folder_of(config, model), request)
         if release is not None:
             for record in release.manifest.stages:
                 origin = next(

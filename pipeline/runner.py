@@ -40,7 +40,7 @@ from pipeline.recovery.following import follow
 from pipeline.release import bundling, checks, fingerprint, journal, records, store
 from pipeline.release.opening import Release, open_release
 from pipeline.release.records import Manifest, StageRecord
-from pipeline.release.reuse import candidates, compared_with, folder_name, make_current, matches
+from pipeline.release.reuse import candidates, compared_with, folder_of, make_current, matches
 from pipeline.report import pages as report
 from pipeline.selection import criteria, schedules, targets
 from pipeline.selection.choose import check_overrides
@@ -103,7 +103,7 @@ def _checked(start: str | None, until: str | None, config: Config) -> tuple[int,
 
 def _measurements(model: object, config: Config) -> Measurements:
     """Where what is measured of a model is kept for all its versions."""
-    return Measurements(config.artifacts / (config.name or folder_name(model)) / measurements.FOLDER)
+    return Measurements(folder_of(config, model) / measurements.FOLDER)
 
 
 def _check_against(
@@ -150,7 +150,7 @@ def _build(
 ) -> Release | None:
     """Run the stages from number `first` to `last` anew, or reuse them, and seal the version."""
     source, dataset, task = found
-    folder = config.artifacts / (config.name or folder_name(model))
+    folder = folder_of(config, model)
     with store.locked(folder, lambda: progress.say(f"Another run is building {folder}; waiting for it to end.")):
         if store.versions(folder):
             with journal.locked(folder.parent):  # a pointer that is just being moved is none of what a kill left
@@ -322,7 +322,7 @@ def plan(
     """What `deploy` would run and what it would reuse. Nothing is written."""
     config = config or Config()
     check(config)
-    return steps(config, config.artifacts / (config.name or folder_name(model)), *sources(model, data, config))
+    return steps(config, folder_of(config, model), *sources(model, data, config))
 
 
 def steps(config: Config, folder: Path, source: ModelSource, dataset: Data, task: Task) -> list[Step]:

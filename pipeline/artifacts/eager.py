@@ -123,13 +123,15 @@ class CurveFacts(BaseModel):
 class Aim(BaseModel):
     """A target, and how the choice of widths stands to it before anything is trained.
 
-    `goal`, `predicted` (by the table, first), `expected`: shares of what the `dense` model has, in `unit`. `measured`:
-    whether the last is of a whole model that was timed, after so many `attempts`. `error`: a standard deviation of the
-    table's predictions, relative, from models left out of it; 0 where nothing is predicted.
+    `quantity`: the recipe's word for it, such as "latency". `goal`, `predicted` (by the table, first), `expected`:
+    shares of what the `dense` model has, in `unit`. `measured`: whether the last is of a whole model that was timed,
+    after so many `attempts`. `error`: a standard deviation of the table's predictions, relative, from models left out
+    of it; 0 where nothing is predicted.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    quantity: str
     name: str
     unit: str
     dense: float

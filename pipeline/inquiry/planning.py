@@ -19,7 +19,7 @@ from pipeline.measurements import Measurements
 from pipeline.models.graph import graph_of
 from pipeline.progress import Progress
 from pipeline.recipe.config import Config
-from pipeline.release.reuse import folder_name
+from pipeline.release.reuse import folder_of
 from pipeline.runner import Step
 from pipeline.selection import targets
 from pipeline.selection.allocation import Removed
@@ -136,7 +136,7 @@ def plan(config: Config, progress: Progress | None = None) -> Plan:
     """
     runner.check(config)
     source, data, task = runner.sources(config.model, None, config)
-    folder = config.artifacts / (config.name or folder_name(config.model))
+    folder = folder_of(config)
     steps = runner.steps(config, folder, source, data, task)
     model, origin = source.build(), ""
     section = config.prune

@@ -21,7 +21,7 @@ from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.config import Config
 from pipeline.recipe.prune import PruneSection
-from pipeline.release.reuse import folder_name
+from pipeline.release.reuse import folder_of
 from pipeline.selection import targets
 from pipeline.selection.allocation import allocate
 from pipeline.selection.choose import budget_of, choosable
@@ -107,7 +107,7 @@ def subject(config: Config) -> Subject:
     section = config.prune.model_copy(update={"target": config.as_judged(config.prune.target)})
     model = source.build()
     analysis = analyse(graph_of(model, source), policy_of(section.groups))
-    folder = config.artifacts / (config.name or folder_name(config.model))
+    folder = folder_of(config)
     return Subject(
         section,
         source,
@@ -151,10 +151,11 @@ def _layers(given: Subject, fit: Fit) -> tuple[LayerCost, ...]:
     """Every cluster, the one that saves most first."""
     cost = Timed(fit, 1.0, 1.0, 1, 1)
     whole = {c.name: np.zeros(c.size, np.bool_) for c in given.clusters}
-    rows = []
-    for cluster in given.clusters:
-        dense, half = cost.along(whole, cluster, (cluster.size, max(1, cluster.size // 2)))
-        rows.append(LayerCost(cluster.name, cluster.size, dense - half))
+    left = cost.along(whole, [(c, (c.size, max(1, c.size // 2))) for c in given.clusters])
+    rows = (
+        LayerCost(cluster.name, cluster.size, dense - half)
+        for cluster, (dense, half) in zip(given.clusters, left, strict=True)
+    )
     return tuple(sorted(rows, key=lambda row: -row.saved))
 
 

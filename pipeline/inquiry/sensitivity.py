@@ -17,7 +17,7 @@ from pipeline.inquiry.dense import dense_model
 from pipeline.models.graph import graph_of
 from pipeline.progress import Progress
 from pipeline.recipe.config import Config
-from pipeline.release.reuse import folder_name
+from pipeline.release.reuse import folder_of
 from pipeline.selection import choose
 from pipeline.selection.curves import SHARES
 from pipeline.selection.kinds import policy_of
@@ -66,7 +66,7 @@ def sensitivity(config: Config, progress: Progress | None = None) -> Sensitivity
         )
     cfg = config.prune.model_copy(update={"scope": "curves"})
     source, data, task = runner.sources(config.model, None, config)
-    folder = config.artifacts / (config.name or folder_name(config.model))
+    folder = folder_of(config)
     model, origin = dense_model(config.baseline, source, folder, runner.steps(config, folder, source, data, task))
     if not origin:
         raise ConfigError(

@@ -109,13 +109,19 @@ class Sample:
     operators: tuple[Operator, ...]
 
 
+_Sides = tuple[tuple[Slot, ...], ...]
+"""Of an operator's tensors on one side: what each dimension follows."""
+
+
 @dataclass(frozen=True)
 class _Placed:
-    """An operator that every width has: what its sizes follow, and its own factor on what its kind costs."""
+    """Operators that every width has, alike in what their sizes follow: their own factors on what their kind costs,
+    added up.
+    """
 
     kind: str
-    inputs: tuple[tuple[Slot, ...], ...]
-    outputs: tuple[tuple[Slot, ...], ...]
+    inputs: _Sides
+    outputs: _Sides
     factor: float
 
 
@@ -293,12 +299,21 @@ def _placed(
     samples: Sequence[Sample], terms: Mapping[Hashable, Numbers], block: int, dimensions: Numbers
 ) -> tuple[_Placed, ...]:
     """The operators that all widths of one form have; `dimensions` (samples, sizes) of their programs."""
-    placed = []
+    made: dict[tuple[str, _Sides, _Sides], float] = {}
+    known: dict[tuple[Any, ...], Slot] = {}
+
+    def follows(sizes: tuple[int, ...], numbers: tuple[int, ...]) -> Slot:
+        """`slot`, asked once for what many operators share."""
+        key = sizes, numbers
+        if key not in known:
+            known[key] = slot(sizes, dimensions[list(numbers)])
+        return known[key]
+
     for seen in _own(samples).values():
-        where = dimensions[[number for number, _ in seen]]
+        numbers = tuple(number for number, _ in seen)
         sides = [
             tuple(
-                tuple(slot([getattr(o, side)[i][d] for _, o in seen], where) for d in range(len(shape)))
+                tuple(follows(tuple(getattr(o, side)[i][d] for _, o in seen), numbers) for d in range(len(shape)))
                 for i, shape in enumerate(getattr(seen[0][1], side))
             )
             for side in ("inputs", "outputs")
@@ -308,8 +323,9 @@ def _placed(
         shares = np.array([o.share for _, o in seen])
         pull = OWN * float(np.mean(predicted**2)) + 1e-18
         factor = (float(predicted @ shares) + pull) / (float(predicted @ predicted) + pull)
-        placed.append(_Placed(seen[0][1].kind, sides[0], sides[1], factor))
-    return tuple(placed)
+        alike = seen[0][1].kind, sides[0], sides[1]
+        made[alike] = made.get(alike, 0.0) + factor
+    return tuple(_Placed(kind, inputs, outputs, factor) for (kind, inputs, outputs), factor in made.items())
 
 
 def _terms(rows: Sequence[tuple[list[Any], float]]) -> Numbers:

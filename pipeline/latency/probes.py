@@ -51,21 +51,20 @@ def drawn(clusters: Sequence[Cluster], align: int, count: int, seed: int) -> lis
         for cluster in clusters:
             wanted = cluster.size * float(np.clip(level + rng.normal(0, 0.18), LEAST, 1))
             gone = np.zeros(cluster.size, np.bool_)
-            gone[nearest_width(cluster, wanted, align) :] = True
+            gone[min(counts(cluster, align), key=lambda n: abs(n - wanted)) :] = True
             choice[cluster.name] = gone
         made.append(choice)
     return made
 
 
-def nearest_width(cluster: Cluster, wanted: float, align: int) -> int:
-    """The count of groups nearest to `wanted` whose channels are a multiple of `align`, or all of them; of a cluster no
-    wider than that, a multiple of its quarter.
+def counts(cluster: Cluster, align: int) -> list[int]:
+    """The counts of groups that are measured, and chosen among: those whose channels are a multiple of `align`, of a
+    cluster no wider than that a multiple of its quarter, and all of them, from the least up.
     """
     step = align // math.gcd(align, cluster.unit)
     if cluster.size <= step:
         step = max(1, step // 4)
-    allowed = [*range(step, cluster.size, step), cluster.size]
-    return int(min(allowed, key=lambda n: abs(n - wanted)))
+    return [*range(step, cluster.size, step), cluster.size]
 
 
 def write(

@@ -112,7 +112,10 @@ def measure(
             reference = device.session(dense, setting.threads)
             for number, choice in enumerate(choices[len(measured) :], start=len(measured)):
                 path = Path(folder) / "probe.onnx"
-                probes.write(analysis, choice, source, setting, path, feed)
+                if number == 0 and not setting.int8:
+                    path = dense  # the first choice keeps all, and is that very file
+                else:
+                    probes.write(analysis, choice, source, setting, path, feed)
                 measured.append(device.measure(reference, path, feed, setting.threads, SECONDS))
                 bar(number + 1, f"{measured[-1]['ratio']:.2f} of dense")
                 kept.write(NAME, key, measured)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from pipeline.channels.dead.liveness import liveness
 from pipeline.channels.removal.rewrite import shrink
 from pipeline.latency import probes
 from pipeline.latency.probes import RMS_OPSET, Setting
-from pipeline.latency.profile import dense_file
+from pipeline.latency.profile import feed_of
 from pipeline.models.source import ModelSource, example
 from validators.feeds import Feed
 from validators.gates import Measured
-from validators.latency import race
+from validators.latency import RunnerLatency, race
 from validators.runners import OrtRunner
 
 SECONDS = 1.5
@@ -49,10 +49,15 @@ class Trial:
 
 
 def tried(
-    analysis: Analysis, weights: Mapping[str, Any], masks: Mapping[str, Any], source: ModelSource, setting: Setting
+    analysis: Analysis,
+    weights: Mapping[str, Any],
+    masks: Mapping[str, Any],
+    source: ModelSource,
+    setting: Setting,
+    dense: Path,
 ) -> Trial:
     """Cut what `masks` (name -> True = kept) leave dead out of the analysed program with these weights, export it, and
-    time it against the dense model. Raises RefusedError, ExportError.
+    time it against the file `dense`, which the release will be held against. Raises RefusedError, ExportError.
     """
     folded, branches = without_zero_branches(analysis.captured.with_state(weights).fold(masks), analysis.policy)
     left = analyse(folded, analysis.policy) if branches else analysis
@@ -60,23 +65,25 @@ def tried(
     if setting.opset >= RMS_OPSET:
         program = centre(program).program
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        dense, plain = folder / "dense.onnx", folder / "model.onnx"
-        feed = dense_file(analysis, source, setting, dense)
+        plain = Path(name) / "model.onnx"
+        feed = feed_of(dense, source, setting.batch)
         probes.export(program, source, setting, plain, feed)
         files = {"exported": plain} if setting.int8 else _rivals(program, source, plain)
-        first, best = next(iter(files)), ""
-        ratios: list[Measured] = []
-        for number in range(1 + REPEATS):
-            racing = {key: files[key] for key in ([best] if best else files)} | {"dense": dense}
+
+        def against_dense(names: Iterable[str], seconds: float, seed: int) -> Mapping[str, RunnerLatency]:
+            """A race in new sessions."""
+            racing = {key: files[key] for key in names} | {"dense": dense}
             runners = {key: OrtRunner(path, threads=setting.threads, name=key) for key, path in racing.items()}
-            seconds = SECONDS if best else RIVAL_SECONDS
-            found = race(runners, Feed("random", feed), reference="dense", seconds=seconds, seed=SEED + number).runners
-            if best:  # one thread computes: its own time is told from what other programs take
-                ratios.append(found[best].cpu_ratio if setting.threads == 1 else found[best].ratio)
-            else:
-                faster = [key for key in files if found[key].ratio.high < found[first].ratio.low]
-                best = min(faster, key=lambda key: found[key].ratio.value, default=first)
+            return race(runners, Feed("random", feed), reference="dense", seconds=seconds, seed=seed).runners
+
+        best = first = next(iter(files))
+        if len(files) > 1:
+            found = against_dense(files, RIVAL_SECONDS, SEED)
+            faster = [key for key in files if found[key].ratio.high < found[first].ratio.low]
+            best = min(faster, key=lambda key: found[key].ratio.value, default=first)
+        timed = [against_dense([best], SECONDS, SEED + number)[best] for number in range(1, 1 + REPEATS)]
+    # One thread computes: its own time is told from what other programs take.
+    ratios = [one.cpu_ratio if setting.threads == 1 else one.ratio for one in timed]
     value, low, high = (
         float(np.median([getattr(ratio, name) for ratio in ratios])) for name in ("value", "low", "high")
     )

@@ -41,18 +41,16 @@ def amount(quantity: Quantity, value: float | str) -> Amount:
     text = str(value).strip().lower().replace("µ", "u")
     found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)", text)
     units = UNITS[quantity]
+    example = f"3{list(units)[1]}"
     if found is None or (found[2] and found[2] not in units):
-        raise ValueError(
-            f"must be a share of dense such as 0.4, or a number of {', '.join(units)} such as 3{list(units)[1]}"
-        )
+        raise ValueError(f"must be a share of dense such as 0.4, or a number of {', '.join(units)} such as {example}")
     number = float(found[1])
     if not 0 < number < float("inf"):
         raise ValueError("must be above 0")
     if found[2]:
         return Amount(absolute=number * units[found[2]])
     if number >= 1:
-        hint = f"3{list(units)[1]}"
-        raise ValueError(f"is not below dense; give a share below 1, or a number with its unit such as {hint}")
+        raise ValueError(f"is not below dense; give a share below 1, or a number with its unit such as {example}")
     return Amount(share=number)
 
 

@@ -10,6 +10,7 @@ from pipeline.artifacts.program import Shrunk
 from pipeline.artifacts.race import Optimized
 from pipeline.artifacts.verdict import Promoted
 from pipeline.progress import Progress
+from pipeline.recipe.config import Config
 from pipeline.release import journal, promotion, records, store
 from pipeline.release.opening import Release
 
@@ -34,6 +35,11 @@ def folder_name(model: object) -> str:
         path, _, attribute = text.rpartition(":")
         text = f"{Path(path).stem}-{attribute}"
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "model"
+
+
+def folder_of(config: Config, model: object = None) -> Path:
+    """The folder of a recipe's versions; `model`: the spec or object, where the recipe does not name it."""
+    return config.artifacts / (config.name or folder_name(config.model if model is None else model))
 
 
 def compared_with(folder: Path, digests: Mapping[str, str]) -> Promoted:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,11 @@ def take_aim(
     source: ModelSource,
     seen: Evidence,
     weights: Mapping[str, Any],
+    dense: Path,
     progress: Progress,
 ) -> tuple[Attempt, ...]:
-    """Correct the chooser's costs until its choice, timed as it would ship, meets every goal; the attempts.
+    """Correct the chooser's costs until its choice, timed as it would ship against the file `dense`, meets every goal;
+    the attempts.
 
     Where a device's file stands for the latency, nothing can be timed here, and the table alone decides. Raises
     ConfigError where the corrected table says that a goal cannot be met.
@@ -66,7 +69,7 @@ def take_aim(
             if any(_same(removed, one.removed) for one in attempts):
                 break  # no width lies nearer
             used.append(chooser.costs)
-            attempts.append(_attempt(goals, analysis, weights, removed, chosen, source, places))
+            attempts.append(_attempt(goals, analysis, weights, removed, chosen, source, places, dense))
             bar(number + 1, _words(attempts[-1]))
             chooser.costs = corrected(goals, attempts)
             if not places or _missed(goals, attempts)[-1] <= NEAR:
@@ -120,9 +123,10 @@ def _attempt(
     masks: Mapping[str, Any],
     source: ModelSource,
     places: Mapping[int, Setting],
+    dense: Path,
 ) -> Attempt:
     measured = tuple(
-        tried(analysis, weights, masks, source, places[number]) if number in places else None
+        tried(analysis, weights, masks, source, places[number], dense) if number in places else None
         for number in range(len(costs))
     )
     return Attempt(removed, tuple(cost.of(removed) for cost in costs), measured)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from foundation.errors import ConfigError, nearest
 from pipeline.channels.coupling.groups import Cluster
+from pipeline.latency.probes import counts
 from pipeline.selection.criteria import Scores, relative
 
 Removed = dict[str, npt.NDArray[np.bool_]]
@@ -61,13 +62,8 @@ def widths_allowed(cluster: Cluster, budget: Budget) -> list[int]:
     """The counts of groups that may stay, from all of them down: aligned as `allocate` does, never below the floor. Of
     a layer no wider than the alignment, multiples of a quarter of that.
     """
-    step = _step(cluster, budget)
     least = max(1, math.ceil(cluster.size * budget.floor))
-    if cluster.size <= step:
-        step //= 4
-    if step <= 1:
-        return list(range(cluster.size, least - 1, -1))
-    return [cluster.size, *(n for n in range((cluster.size - 1) // step * step, 0, -step) if n >= least)]
+    return [n for n in reversed(counts(cluster, budget.align)) if n >= least]
 
 
 def _step(cluster: Cluster, budget: Budget) -> int:

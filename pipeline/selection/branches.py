@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ def removable(analysis: Analysis, maskable: frozenset[str]) -> tuple[Branch, ...
     """
     plain = out_of_place(analysis.captured)
     targets = plain.targets
+    readers = _readers(plain.program.graph, targets)
     found: dict[str, Branch] = {}
     sides: dict[str, str] = {}
     for node in plain.program.graph.nodes:
@@ -50,21 +51,20 @@ def removable(analysis: Analysis, maskable: frozenset[str]) -> tuple[Branch, ...
         for side in node.args[:2]:
             if isinstance(side, fx.Node) and (ends := _ends(side, targets)):
                 own = _exclusive(side, node)
-                read = {user for name in ends for user in _readers(plain.program.graph, targets, name)}
-                if read <= own and ends <= maskable:
+                if ends <= maskable and _only_read_in(own, ends, readers):
                     options.append((len(own), side, ends, own))
         if not options:
             continue
         _, side, ends, own = max(options, key=lambda option: option[0])
-        inside = tuple(c.name for c in analysis.clusters if _within(c.labels, own, plain.program.graph, targets))
+        inside = tuple(c.name for c in analysis.clusters if _only_read_in(own, (name for name, _ in c.labels), readers))
         if inside:
             found[node.name] = Branch(_common(ends), node.name, tuple(sorted(ends)), inside)
             sides[node.name] = side.name
     if not found:
         return ()
-    zero = {name: False for branch in found.values() for name in branch.tensors}
-    state = plain.state
-    folded = plain.fold({name: np.zeros(tuple(state[name].shape), np.bool_) for name in zero})
+    folded = plain
+    for branch in found.values():
+        folded = folded.fold(branch.masks(plain.state))
     proven = {node.name: side.name for node, (_, side) in zero_sides(analyse(folded, analysis.policy)).items()}
     return tuple(branch for name, branch in found.items() if proven.get(name) == sides[name])
 
@@ -79,7 +79,7 @@ def _ends(side: fx.Node, targets: Mapping[str, str]) -> frozenset[str]:
         card = find(node.target)
         held = {name: targets[arg.name] for name, arg in _held(node, targets).items()}
         if card is not None and card.weighted is not None:
-            return frozenset(ends | set(held.values())) if "weight" in _names(node, held) else frozenset()
+            return frozenset(ends | set(held.values())) if "weight" in held else frozenset()
         if card is not None and card.kind == "norm":
             affine = {name for key, name in held.items() if key in ("weight", "bias")}
             if len(affine) < 2:
@@ -103,10 +103,6 @@ def _held(node: fx.Node, targets: Mapping[str, str]) -> dict[str, fx.Node]:
     return {key: arg for key, arg in arguments.items() if isinstance(arg, fx.Node) and arg.name in targets}
 
 
-def _names(node: fx.Node, held: Mapping[str, str]) -> set[str]:
-    return set(held)
-
-
 def _exclusive(side: fx.Node, addition: fx.Node) -> set[fx.Node]:
     """Nodes whose values lead to the addition through `side` only."""
     own = {side} if set(side.users) == {addition} else set()
@@ -119,15 +115,18 @@ def _exclusive(side: fx.Node, addition: fx.Node) -> set[fx.Node]:
     return own
 
 
-def _readers(graph: fx.Graph, targets: Mapping[str, str], name: str) -> set[fx.Node]:
-    return {user for node in graph.nodes if targets.get(node.name) == name for user in node.users}
+def _only_read_in(own: set[fx.Node], names: Iterable[str], readers: Mapping[str, set[fx.Node]]) -> bool:
+    """Whether tensors are read by nodes of `own` alone; of a name that no placeholder has, nothing is known."""
+    return all(name in readers and readers[name] <= own for name in names)
 
 
-def _within(
-    labels: Mapping[tuple[str, int], Any], own: set[fx.Node], graph: fx.Graph, targets: Mapping[str, str]
-) -> bool:
-    """Whether every tensor of a cluster is read inside the branch only."""
-    return all(_readers(graph, targets, name) <= own for name, _ in labels)
+def _readers(graph: fx.Graph, targets: Mapping[str, str]) -> dict[str, set[fx.Node]]:
+    """Name of a tensor -> the nodes that read it, under whatever placeholder."""
+    found: dict[str, set[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.name in targets:
+            found.setdefault(targets[node.name], set()).update(node.users)
+    return found
 
 
 def _common(names: Sequence[str] | frozenset[str]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -10,10 +11,16 @@ import numpy as np
 
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.latency.fitting import Fit
+from pipeline.latency.sizes import Numbers
+from pipeline.recipe.target import Quantity
 from pipeline.selection.allocation import Removed
 
 EXACT = 1e-9
 """Shares that differ by less count as equal."""
+
+
+Counts = Sequence[tuple[Cluster, Sequence[int]]]
+"""Clusters, each with counts of groups that it might keep."""
 
 
 class Cost(Protocol):
@@ -22,6 +29,10 @@ class Cost(Protocol):
     @property
     def name(self) -> str:
         """In words: "latency (1 thread, batch 1)"."""
+
+    @property
+    def quantity(self) -> Quantity:
+        """The recipe's word for it."""
 
     @property
     def goal(self) -> float:
@@ -34,8 +45,10 @@ class Cost(Protocol):
     def of(self, removed: Removed) -> float:
         """What is left."""
 
-    def along(self, removed: Removed, cluster: Cluster, kept: Sequence[int]) -> list[float]:
-        """What is left when `cluster` keeps each of these counts of groups, all else as in `removed`."""
+    def along(self, removed: Removed, counts: Counts) -> list[list[float]]:
+        """For each cluster of `counts`: what is left when it keeps each of these counts of groups, all else as in
+        `removed`.
+        """
 
     def towards(self, share: float) -> Cost:
         """The same with a goal that lies `share` of the way from dense to this one's."""
@@ -46,7 +59,7 @@ class Counted:
     """Multiply-accumulates or parameters of the graph; a file's size goes with the latter."""
 
     analysis: Analysis
-    what: Literal["macs", "params", "size"]
+    quantity: Literal["macs", "params", "size"]
     goal: float
     dense: float
     """In the unit's own terms: millions, or megabytes."""
@@ -54,29 +67,31 @@ class Counted:
     @property
     def name(self) -> str:
         """In words."""
-        return {"macs": "multiply-accumulates", "params": "parameters", "size": "file size"}[self.what]
+        return {"macs": "multiply-accumulates", "params": "parameters", "size": "file size"}[self.quantity]
 
     @property
     def unit(self) -> tuple[str, float]:
         """What one is told in."""
-        return {"macs": "million MACs", "params": "million parameters", "size": "MB"}[self.what], self.dense
+        return {"macs": "million MACs", "params": "million parameters", "size": "MB"}[self.quantity], self.dense
 
     def of(self, removed: Removed) -> float:
         """What is left."""
         size = self.analysis.estimate(removed)
-        return size.macs / max(self.analysis.macs, 1) if self.what == "macs" else size.params / self.analysis.params
+        return size.macs / max(self.analysis.macs, 1) if self.quantity == "macs" else size.params / self.analysis.params
 
-    def along(self, removed: Removed, cluster: Cluster, kept: Sequence[int]) -> list[float]:
+    def along(self, removed: Removed, counts: Counts) -> list[list[float]]:
         """What is left, on a straight line through the present width and the one beside it: what one group saves
         hardly depends on the other groups of its cluster, and each count costs a walk over the graph.
         """
-        now = cluster.size - int(removed[cluster.name].sum())
-        beside = min((n for n in kept if n != now), key=lambda n: abs(n - now), default=now)
-        here = self.of(removed)
-        each = 0.0
-        if beside != now:
-            each = (here - self.of({**removed, cluster.name: first_gone(cluster, beside)})) / (now - beside)
-        return [here + each * (n - now) for n in kept]
+        here, found = self.of(removed), []
+        for cluster, kept in counts:
+            now = cluster.size - int(removed[cluster.name].sum())
+            beside = min((n for n in kept if n != now), key=lambda n: abs(n - now), default=now)
+            each = 0.0
+            if beside != now:
+                each = (here - self.of({**removed, cluster.name: first_gone(cluster, beside)})) / (now - beside)
+            found.append([here + each * (n - now) for n in kept])
+        return found
 
     def towards(self, share: float) -> Counted:
         """The same with a goal on the way to this one's."""
@@ -97,6 +112,11 @@ class Timed:
     correction: float = 1.0
 
     @property
+    def quantity(self) -> Quantity:
+        """Latency."""
+        return "latency"
+
+    @property
     def name(self) -> str:
         """In words."""
         return f"latency ({self.threads} {'thread' if self.threads == 1 else 'threads'}, batch {self.batch})"
@@ -106,20 +126,22 @@ class Timed:
         """Milliseconds."""
         return "ms", self.dense_ms
 
-    def _row(self, removed: Removed) -> dict[str, int]:
-        sizes = dict(zip(self.fit.sizes.clusters, self.fit.sizes.whole, strict=True))
-        return {name: int(sizes[name]) - int(gone.sum()) for name, gone in removed.items()}
+    def _kept(self, removed: Removed) -> Numbers:
+        return self.fit.sizes.kept({name: int((~gone).sum()) for name, gone in removed.items()})
 
     def of(self, removed: Removed) -> float:
         """What is left."""
-        kept = self.fit.sizes.kept(self._row(removed))
-        return self.correction * float(self.fit.ratio(kept[None])[0])
+        return self.correction * float(self.fit.ratio(self._kept(removed)[None])[0])
 
-    def along(self, removed: Removed, cluster: Cluster, kept: Sequence[int]) -> list[float]:
-        """What is left at each count."""
-        rows = np.repeat(self.fit.sizes.kept(self._row(removed))[None], len(kept), axis=0)
-        rows[:, self.fit.sizes.clusters.index(cluster.name)] = kept
-        return [self.correction * float(value) for value in self.fit.ratio(rows)]
+    def along(self, removed: Removed, counts: Counts) -> list[list[float]]:
+        """What is left at each count: all of them are one step of the table."""
+        rows = np.repeat(self._kept(removed)[None], sum(len(kept) for _, kept in counts), axis=0)
+        at = 0
+        for cluster, kept in counts:
+            rows[at : at + len(kept), self.fit.sizes.clusters.index(cluster.name)] = kept
+            at += len(kept)
+        left = iter((self.correction * self.fit.ratio(rows)).tolist())
+        return [list(itertools.islice(left, len(kept))) for _, kept in counts]
 
     def towards(self, share: float) -> Timed:
         """The same with a goal on the way to this one's."""
@@ -133,15 +155,15 @@ def first_gone(cluster: Cluster, kept: int) -> np.ndarray[tuple[int], np.dtype[n
 
 def excess(costs: Sequence[Cost], removed: Removed) -> float:
     """By how much all goals together are missed, each relative to itself; 0 where all are met."""
-    return sum(max(0.0, over(cost.of(removed), cost.goal)) for cost in costs)
+    return missed(costs, [cost.of(removed) for cost in costs])
+
+
+def missed(costs: Sequence[Cost], left: Sequence[float]) -> float:
+    """`excess` where it is known what is left of each."""
+    return sum(max(0.0, over(value, cost.goal)) for value, cost in zip(left, costs, strict=True))
 
 
 def over(left: float, goal: float) -> float:
     """By how much of itself a goal is missed; below 0 where it is more than met."""
     found = left / goal - 1
     return 0.0 if abs(found) < EXACT else found
-
-
-def told(costs: Sequence[Cost], removed: Removed) -> Mapping[str, float]:
-    """Each cost by name, as a share of dense."""
-    return {cost.name: cost.of(removed) for cost in costs}

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.selection.allocation import Budget, Removed, allocate, lowest, overridden, widths_allowed
-from pipeline.selection.cost import Cost, Counted, over
+from pipeline.selection.cost import Cost, Counted, missed, over
 from pipeline.selection.criteria import Scores
 from pipeline.selection.curves import Curve
 
@@ -32,6 +33,8 @@ WORTH = 0.02
 
 Level = Mapping[str, int]
 """Cluster -> how many blocks of it go: an index into the widths that it may have, from all of its groups down."""
+Ends = Sequence[tuple[Cluster, int, int]]
+"""Clusters, each with the first and the last of some of its levels."""
 
 
 def choose(
@@ -142,21 +145,37 @@ class _Widths:
         self.allowed = {c.name: widths_allowed(c, budget) for c in left_open}
         self.free = [c for c in clusters if c.name in self.allowed and len(self.allowed[c.name]) > 1]
         self.last = {c.name: len(self.allowed[c.name]) - 1 for c in self.free}
+        self._lowest: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
         start = dict.fromkeys(self.last, 0)
         self.dense = self.left(start)
-        narrow = self.left(self.last)
-        # One that costs nothing, neither beside whole layers nor beside narrow ones, stays as it is.
-        self.free = [
-            c
-            for c in self.free
-            if _lower(self.left({**start, c.name: self.last[c.name]}), self.dense)
-            or _lower(narrow, self.left({**self.last, c.name: 0}))
-        ]
+        pays = self._pays(start, self.last, self.dense)
+        if costs:  # beside narrow layers a table may know of a saving that it does not beside whole ones
+            pays |= self._pays(self.last, start, self.left(self.last))
+        self.free = [c for c in self.free if c.name in pays]
+
+    def _pays(self, level: Level, other: Level, left: Sequence[float]) -> set[str]:
+        """Clusters whose cost changes for the better with fewer groups: each alone at its `other` level beside `level`,
+        of which so much is `left`.
+        """
+        counts = [(c, (self.allowed[c.name][other[c.name]],)) for c in self.free]
+        removed, found = self.removed(level), set()
+        for cost, here in zip(self.costs, left, strict=True):
+            there = (one for (one,) in cost.along(removed, counts))
+            for (cluster, _), value in zip(counts, there, strict=True):
+                if (value < here) if other[cluster.name] > level[cluster.name] else (here < value):
+                    found.add(cluster.name)
+        return found
 
     def removed(self, level: Level) -> Removed:
         """The groups that go."""
-        gone = {c.name: lowest(self.scores[c.name], self._gone(c, level[c.name])) for c in self.free}
-        return self.by_layer | gone
+        return self.by_layer | {c.name: self._flags(c, level[c.name]) for c in self.free}
+
+    def _flags(self, cluster: Cluster, at: int) -> npt.NDArray[np.bool_]:
+        """The lowest groups of a cluster, as many as go at a level: asked for again and again."""
+        key = cluster.name, at
+        if key not in self._lowest:
+            self._lowest[key] = lowest(self.scores[cluster.name], self._gone(cluster, at))
+        return self._lowest[key]
 
     def left(self, level: Level) -> list[float]:
         """Of each cost."""
@@ -165,7 +184,7 @@ class _Widths:
 
     def missed(self, left: Sequence[float]) -> float:
         """By how much all goals together are missed; 0 where they are met."""
-        return sum(max(0.0, over(value, cost.goal)) for value, cost in zip(left, self.costs, strict=True))
+        return missed(self.costs, left)
 
     def lost(self, level: Level) -> float:
         """The divergences that the curves promise, added up."""
@@ -175,30 +194,36 @@ class _Widths:
         """By how much the divergence falls when the block number `at`, counted from 1, comes back."""
         return self._divergence(cluster, at) - self._divergence(cluster, at - 1)
 
-    def saved(self, cluster: Cluster, level: Level, first: int, last: int) -> list[list[float]]:
-        """Per cost, what each block from level `first` to `last` saves beside `level`, relative to the goal."""
-        removed, kept = self.removed(level), self.allowed[cluster.name][first : last + 1]
-        found = []
-        for cost in self.costs:
-            left = cost.along(removed, cluster, kept)
-            found.append([(a - b) / cost.goal for a, b in itertools.pairwise(left)])
-        return found
+    def saved(self, level: Level, ends: Ends) -> list[list[list[float]]]:
+        """Per cluster of `ends` and cost: what each block between the cluster's two levels saves beside `level`,
+        relative to the goal.
+        """
+        counts = [(c, self.allowed[c.name][first : last + 1]) for c, first, last in ends]
+        removed = self.removed(level)
+        by_cost = [
+            [[(a - b) / cost.goal for a, b in itertools.pairwise(left)] for left in cost.along(removed, counts)]
+            for cost in self.costs
+        ]
+        return [list(one) for one in zip(*by_cost, strict=True)]
 
-    def steps(self, cluster: Cluster, level: Level, first: int, last: int, unmet: Sequence[bool]) -> Steps:
-        """The blocks from level `first` to `last`: what they save together of the goals that are `unmet`."""
-        saved = self.saved(cluster, level, first, last)
-        together = [sum(s for s, open_ in zip(one, unmet, strict=True) if open_) for one in zip(*saved, strict=True)]
-        return Steps(tuple(together), tuple(self.regained(cluster, n + 1) for n in range(first, last)))
+    def steps(self, level: Level, ends: Ends, unmet: Sequence[bool]) -> list[Steps]:
+        """The blocks between each cluster's two levels: what they save together of the goals that are `unmet`."""
+        made = []
+        for (cluster, first, last), saved in zip(ends, self.saved(level, ends), strict=True):
+            open_ = list(itertools.compress(saved, unmet))
+            together = tuple(map(sum, zip(*open_, strict=True)))
+            made.append(Steps(together, self.lost_by(cluster, first, last)))
+        return made
+
+    def lost_by(self, cluster: Cluster, first: int, last: int) -> tuple[float, ...]:
+        """What each block from level `first` to `last` loses."""
+        return tuple(self.regained(cluster, at + 1) for at in range(first, last))
 
     def _gone(self, cluster: Cluster, at: int) -> int:
         return cluster.size - self.allowed[cluster.name][at]
 
     def _divergence(self, cluster: Cluster, at: int) -> float:
         return self.curves[cluster.name].at(self._gone(cluster, at))
-
-
-def _lower(one: Sequence[float], other: Sequence[float]) -> bool:
-    return any(a < b for a, b in zip(one, other, strict=True))
 
 
 def _greedy(widths: _Widths) -> dict[str, int]:
@@ -211,7 +236,7 @@ def _greedy(widths: _Widths) -> dict[str, int]:
         if not missed or not waiting:
             break
         unmet = [over(value, cost.goal) > 0 for value, cost in zip(left, widths.costs, strict=True)]
-        steps = [widths.steps(c, now, now[c.name], widths.last[c.name], unmet) for c in waiting]
+        steps = widths.steps(now, [(c, now[c.name], widths.last[c.name]) for c in waiting], unmet)
         taken = cheapest(steps, missed / rounds)
         if not any(taken):  # nothing that is left saves anything
             break
@@ -246,27 +271,19 @@ def _improved(widths: _Widths, level: dict[str, int]) -> dict[str, int]:
     for _ in range(ROUNDS):
         if not reach:
             break
-        ends = {
-            c.name: (max(0, best[c.name] - reach), min(widths.last[c.name], best[c.name] + reach)) for c in widths.free
-        }
-        saved = [widths.saved(c, best, *ends[c.name]) for c in widths.free]
+        ends = [(c, max(0, best[c.name] - reach), min(widths.last[c.name], best[c.name] + reach)) for c in widths.free]
+        saved = widths.saved(best, ends)
         steps = [
-            Steps(
-                tuple(one[0]),
-                tuple(widths.regained(c, n + 1) for n in range(*ends[c.name])),
-                tuple(tuple(further) for further in one[1:]),
-            )
-            for c, one in zip(widths.free, saved, strict=True)
+            Steps(tuple(one[0]), widths.lost_by(*end), tuple(map(tuple, one[1:])))
+            for end, one in zip(ends, saved, strict=True)
         ]
         left = widths.left(best)
         wanted = []
         for number, cost in enumerate(widths.costs):
-            now = sum(
-                sum(one[number][: best[c.name] - ends[c.name][0]]) for c, one in zip(widths.free, saved, strict=True)
-            )
+            now = sum(sum(one[number][: best[c.name] - first]) for (c, first, _), one in zip(ends, saved, strict=True))
             wanted.append(now + left[number] / cost.goal - 1 + float(margin[number]))
         taken = exactly(steps, wanted[0], wanted[1:])
-        new = {c.name: ends[c.name][0] + n for c, n in zip(widths.free, taken, strict=True)}
+        new = {c.name: first + n for (c, first, _), n in zip(ends, taken, strict=True)}
         missing = np.array([over(v, cost.goal) for v, cost in zip(widths.left(new), widths.costs, strict=True)])
         if (missing <= 0).all() and widths.lost(new) < lost * (1 - 1e-9):
             best, lost = new, widths.lost(new)
@@ -316,7 +333,7 @@ def prices(
         ) -> float | None:
             if to is None:
                 return None
-            here, there = cost.along(removed, cluster, (now, cluster.size - to))
+            ((here, there),) = cost.along(removed, [(cluster, (now, cluster.size - to))])
             saved = abs(here - there) * dense
             return abs(curve.at(to) - curve.at(gone)) / saved if saved else None
 

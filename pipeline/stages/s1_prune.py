@@ -78,9 +78,9 @@ def run(
         return observe(model, data, task, wanted, analysis, cfg.samples, seed=cfg.seed)
 
     first = see() if goals else None
-    attempts = (
-        take_aim(cfg, chooser, analysis, source, first, masks.originals(model), progress) if first is not None else ()
-    )
+    attempts: tuple[Attempt, ...] = ()
+    if first is not None:
+        attempts = take_aim(cfg, chooser, analysis, source, first, masks.originals(model), baseline.onnx, progress)
 
     def look() -> Evidence:
         """What was seen for the aim serves the first round as well."""
@@ -182,6 +182,7 @@ def _aims(goals: Sequence[Cost], chooser: Chooser, attempts: Sequence[Attempt], 
         unit, dense = goal.unit
         made.append(
             Aim(
+                quantity=goal.quantity,
                 name=goal.name,
                 unit=unit,
                 dense=dense,

@@ -12,7 +12,7 @@ from pipeline.recipe.config import Config, to_toml
 from pipeline.recipe.section import Section, file_digests
 from pipeline.recipe.target import QUANTITIES, amount
 from pipeline.release import fingerprint, records
-from pipeline.release.reuse import folder_name
+from pipeline.release.reuse import folder_of
 
 Axis = Literal["latency", "macs", "params", "size", "ratio"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -41,8 +41,7 @@ class Sweep:
     @property
     def folder(self) -> Path:
         """The model's folder, with the versions in it."""
-        config = self.points[0].config
-        return config.artifacts / (config.name or folder_name(config.model))
+        return folder_of(self.points[0].config)
 
     @property
     def elsewhere(self) -> bool:
@@ -79,11 +78,6 @@ def asked(given: Mapping[Axis, str | None]) -> tuple[Axis, tuple[str, ...]]:
         raise ConfigError(
             f"A sweep goes along one quantity, and --{lists[0]} and --{lists[1]} were given.",
             "Give a list to one of them.",
-        )
-    if "ratio" in texts and len(texts) > 1:
-        other = next(axis for axis in texts if axis != "ratio")
-        raise ConfigError(
-            f"Both --ratio and --{other} were given, and the second decides the first.", "Give one of the two."
         )
     axis = lists[0]
     values = tuple(value.strip() for value in texts[axis].split(","))

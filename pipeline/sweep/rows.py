@@ -21,7 +21,6 @@ from validators.scores_lost import ScoreLost
 REFUSED, BROKEN = 2, 3
 _WORST = (BROKEN, REFUSED, EXIT_CODES["fail"], EXIT_CODES["inconclusive"], EXIT_CODES["pass"])
 """Exit codes, the worst first: nothing was made, nothing could be, it may not ship, nobody knows, all is well."""
-_AIMED: dict[Axis, str] = {"latency": "latency", "macs": "multiply", "params": "parameters", "size": "file size"}
 
 
 class _Plain(BaseModel):
@@ -96,7 +95,7 @@ def of(axis: Axis, value: str, release: Release) -> Row:
         folder=str(release.folder.resolve()),
         cpu=release.manifest.host.get("cpu", ""),
         figures=Figures(
-            aim=next((a for a in release[Pruned].aims if axis in _AIMED and a.name.startswith(_AIMED[axis])), None),
+            aim=next((aim for aim in release[Pruned].aims if aim.quantity == axis), None),
             score=checked.judged_score,
             agreement=checked.agreement,
             latency_ms=checked.latency_ms,

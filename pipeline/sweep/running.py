@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from foundation.errors import (
     ConfigError,
@@ -82,8 +81,3 @@ def one(sweep: Sweep, point: Point, progress: Progress) -> Row:
 def _told(point: Point, error: Explained, progress: Progress) -> Row:
     progress.say(f"  {error.message} {error.hint}".rstrip())
     return rows.without(point.value, error)
-
-
-def page_of(sweep: Sweep) -> Path:
-    """Where the page lies."""
-    return sweep.folder / pages.HTML

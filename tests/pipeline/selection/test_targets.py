@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,8 +74,8 @@ class Stairs:
         paid = (w * b for w, b in zip(self.weights, blocks, strict=True))
         return (1 + sum(paid)) / (1 + sum(w * n for w, n in zip(self.weights, whole, strict=True)))
 
-    def along(self, removed, cluster, kept):
-        return [self.of({**removed, cluster.name: np.arange(cluster.size) >= n}) for n in kept]
+    def along(self, removed, counts):
+        return [[self.of({**removed, c.name: np.arange(c.size) >= n}) for n in kept] for c, kept in counts]
 
     def towards(self, share):
         return replace(self, goal=1 - share * (1 - self.goal))
@@ -247,7 +248,7 @@ def aimed_at(source, monkeypatch, goal, took):
     chooser = Chooser(cfg, analysis, model, costs=(cost,))
     seen = []
 
-    def tried(analysis, weights, masks, source, setting):
+    def tried(analysis, weights, masks, source, setting, dense):
         removed = chooser.weighed.removed
         kept = sum(int((~gone).sum()) for gone in removed.values()) / sum(gone.size for gone in removed.values())
         seen.append(kept)
@@ -256,7 +257,7 @@ def aimed_at(source, monkeypatch, goal, took):
 
     monkeypatch.setattr(aiming, "tried", tried)
     state = {name: value.detach() for name, value in model.state_dict().items()}
-    attempts = aiming.take_aim(cfg, chooser, analysis, source, Evidence(state), state, Progress())
+    attempts = aiming.take_aim(cfg, chooser, analysis, source, Evidence(state), state, Path("dense.onnx"), Progress())
     chooser.choose(Evidence(state), cfg.ratio)
     kept = sum(int((~g).sum()) for g in chooser.weighed.removed.values()) / table.sizes.whole.sum()
     return attempts, seen, kept

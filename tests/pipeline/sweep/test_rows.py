@@ -38,8 +38,8 @@ def score(shipped=0.9, low=2.0, high=8.0, share=True, higher=True, dense=0.95, n
 def figures(latency=0.4, size=400, **more) -> Figures:
     given = {
         "aim": Aim(
-            name="latency (1 thread, batch 1)", unit="ms", dense=8.0, goal=0.4, predicted=0.38, expected=0.41,
-            measured=True, attempts=2, error=0.03,
+            quantity="latency", name="latency (1 thread, batch 1)", unit="ms", dense=8.0, goal=0.4, predicted=0.38,
+            expected=0.41, measured=True, attempts=2, error=0.03,
         ),
         "score": score(), "agreement": None, "latency_ms": 8 * latency, "dense_latency_ms": 8.0,
         "latency": Measured(value=latency, low=latency - 0.02, high=latency + 0.02), "threads": 1, "bytes": size,
