@@ -249,9 +249,9 @@ def plan(as_json: bool, svg: Path | None, **options: Any) -> None:
     """Show what a deploy would run or reuse, which channel groups exist, what blocks the rest, and the size to expect.
 
     Which groups go is decided by prune.criterion: l1, l2, batch-norm, random look at the weights alone; taylor,
-    taylor-elements, fisher and fisher-sampled at gradients; wanda, flap and reconstruction at activations. How many go
-    from each layer is decided by prune.scope: layer, global, or curves. By curves, the network is run some five times
-    for each layer, which is all that is spent, and the divergence to expect is shown.
+    taylor-elements, fisher and fisher-sampled at gradients; wanda, flap, reconstruction and elimination at activations.
+    How many go from each layer is decided by prune.scope: layer, global, or curves. By curves, the network is run some
+    five times for each layer, which is all that is spent, and the divergence to expect is shown.
 
     Writes nothing but the drawing that --svg asks for, and, for a latency target, its table, which is kept.
 

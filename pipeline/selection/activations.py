@@ -71,13 +71,14 @@ class ReaderInput:
 
     def second(self) -> Tensor:
         """What a change of the weights costs: the Gram matrix, about the mean where that is taken, (groups, columns,
-        columns), a diagonal one where nothing else is known. Columns that do not vary are exactly zero.
+        columns), or its diagonal, (groups, columns), where nothing else is known. Columns that do not vary are exactly
+        zero.
         """
         kept = self.variance if self.takes_mean else self.square
         # What is left of a constant column is rounding: products are of float32.
         flat = kept <= FLAT * self.square
         if self.gram is None:
-            return torch.diag_embed(torch.where(flat, 0.0, kept))
+            return torch.where(flat, 0.0, kept)
         found = self.gram - self.mean.unsqueeze(2) * self.mean.unsqueeze(1) if self.takes_mean else self.gram.clone()
         found.masked_fill_(flat.unsqueeze(1) | flat.unsqueeze(2), 0.0)
         found.diagonal(dim1=1, dim2=2).copy_(torch.where(flat, 0.0, kept))

@@ -7,6 +7,7 @@ criterion is to add its row. docs/choice.md compares them.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 from foundation.errors import ConfigError, nearest
 from pipeline.channels.coupling.groups import Cluster
 from pipeline.selection.activations import ReaderInput
+from pipeline.selection.elimination import Reading, eliminated, together
 
 Scores = npt.NDArray[np.float64]
 """One score per group of a cluster."""
@@ -264,45 +266,32 @@ def _flap(cluster: Cluster, seen: Evidence) -> Scores:
 
 def _reconstruction(cluster: Cluster, seen: Evidence) -> Scores:
     """What the readers lose when the group goes *after* the best refit of their other columns, as shares of what they
-    give, summed.
-
-    With H the Gram matrix of what a reader sees, about the mean where a bias or norm takes that, plus `RIDGE`: the
-    least of tr(Δ H Δᵀ) over all Δ that take the columns S to zero is tr(W_S ((H⁻¹)_SS)⁻¹ W_Sᵀ).
+    give, summed: of each group as if it were the only one.
     """
-    total, count = np.zeros(cluster.size), np.zeros(cluster.size)
+    return _by_refit(cluster, seen, lambda readings: together(readings, cluster.size))
+
+
+def _elimination(cluster: Cluster, seen: Evidence) -> Scores:
+    """The same, of one group after another, each the one that is missed least beside those that are gone already."""
+    return _by_refit(cluster, seen, lambda readings: eliminated(readings, cluster.size))
+
+
+def _by_refit(cluster: Cluster, seen: Evidence, worth: Callable[[list[Reading]], Scores]) -> Scores:
+    """`worth` of all that reads the cluster; NaN for a group that nothing reads. What readers give is 1 in all."""
+    readings: list[Reading] = []
+    count = np.zeros(cluster.size)
     for read, matrix, columns in _reads(cluster, seen):
-        second = read.second()
-        given = float((matrix @ second * matrix).sum())
-        loss = torch.zeros(cluster.size, dtype=torch.float64)
-        for weight, gram, of in zip(matrix, second, columns, strict=True):
-            loss += _least_losses(weight, gram, of, cluster.size)
-        total += (loss / given if given > 0 else loss).numpy()
         count += np.bincount(columns[columns >= 0].numpy(), minlength=cluster.size)
-    return np.where(count > 0, total, np.nan)
-
-
-def _least_losses(weight: Tensor, gram: Tensor, columns: Tensor, size: int) -> Tensor:
-    """Of one reader, (outputs, columns): per group (size,), what its columns leave when they go; 0 without columns."""
-    moving = gram.diagonal() > 0  # what never changes loses nothing
-    weight, gram, columns = weight[:, moving], gram[moving][:, moving], columns[moving]
-    if not len(columns):
-        return torch.zeros(size, dtype=torch.float64)
-    ridge = RIDGE * float(gram.diagonal().sum()) / len(moving)
-    loaded = gram + max(ridge, 1e-30) * torch.eye(len(gram), dtype=torch.float64)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(loaded))
-    found = torch.zeros(size, dtype=torch.float64)
-    order = columns.argsort(stable=True)
-    owned = columns[order]
-    counts = torch.bincount(owned[owned >= 0], minlength=size)
-    ends = counts.cumsum(0) + int((owned < 0).sum())
-    for count in sorted(set(counts.tolist())):  # groups of as many columns at once
-        if count:
-            which = (counts == count).nonzero().flatten()
-            places = order[(ends[which] - count).unsqueeze(1) + torch.arange(count)]  # groups, columns of each
-            blocks = inverse[places.unsqueeze(2), places.unsqueeze(1)]
-            taken = weight[:, places].movedim(0, 2)  # groups, columns, outputs
-            found[which] = (taken * torch.linalg.solve(blocks, taken)).sum((1, 2))
-    return found
+        second = read.second()
+        moved = second if read.gram is None else second.diagonal(dim1=1, dim2=2)
+        given = float((matrix.square().sum(1) * second if read.gram is None else matrix @ second * matrix).sum())
+        for weight, gram, square, of in zip(matrix / math.sqrt(given or 1.0), second, moved, columns, strict=True):
+            moving = square > 0  # what never changes loses nothing
+            if bool(moving.any()):
+                ridge = max(RIDGE * float(square.mean()), 1e-30)
+                kept = gram[moving] if read.gram is None else gram[moving][:, moving]
+                readings.append(Reading(weight[:, moving], kept, of[moving], ridge))
+    return np.where(count > 0, worth(readings), np.nan)
 
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -365,6 +354,14 @@ CRITERIA: Mapping[str, Criterion] = {
         _reconstruction,
         "Hassibi & Stork 1992, by columns as in Frantar & Alistarh 2022, arXiv:2208.11580",
         f"{_FORWARD}, and a matrix inverse for each reader",
+        frozenset({"grams"}),
+        _UNREAD,
+    ),
+    "elimination": Criterion(
+        "the least that their readers lose after a refit, one after another",
+        _elimination,
+        "Hassibi & Stork 1992, one after another as in Kurtic et al. 2023, arXiv:2302.04089",
+        f"{_FORWARD}, and a matrix inverse, taken apart again, for each reader",
         frozenset({"grams"}),
         _UNREAD,
     ),

@@ -408,14 +408,14 @@ def test_a_group_that_no_reader_with_a_rule_reads_is_not_taken_for_worthless():
     model = Halves().eval()
     analysis = analyse(capture(model, (torch.randn(2, 3, 6, 6),)))
     data = Data("noise", split(4, 0), split(8, 1), split(4, 2), (Input("input", (3, 6, 6)),), "", tuple("abcde"))
-    for name in ("wanda", "flap", "reconstruction"):
+    for name in ("wanda", "flap", "reconstruction", "elimination"):
         for ranked in scores((model, data, analysis), name).values():
             assert ranked.by == "l2" or (ranked.scores > 0).all()
     read = {("a.weight", 0): np.array([0, 1, 2, 3, -1, -1, -1, -1]), ("b.weight", 1): np.array([0, 1, -1, -1])}
     cluster = SimpleNamespace(name="a", size=4, unit=1, labels=read, readers=(("b.weight", 1),))
     seen = observe(model, data, TASK, frozenset({"activations", "grams"}), analysis)
     seen = replace(seen, readers=observe_b(model))
-    for name in ("wanda", "flap", "reconstruction"):
+    for name in ("wanda", "flap", "reconstruction", "elimination"):
         assert rank(name, cluster, seen).by == "l2"
 
 
@@ -448,7 +448,7 @@ def test_a_model_that_takes_no_batch_of_one_has_its_gradients_one_by_one_all_the
     assert found[2] == pytest.approx(found[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["wanda", "flap", "reconstruction"])
+@pytest.mark.parametrize("name", ["wanda", "flap", "reconstruction", "elimination"])
 def test_samples_that_are_all_alike_are_refused(net, name):
     model, data, analysis = net
     image = torch.randn(3, 6, 6)
@@ -534,7 +534,7 @@ def test_numbers_that_are_not_finite_name_the_layer(net, name, broken, said):
 def test_every_row_says_where_it_is_from_and_what_it_looks_at():
     sees = {name: row.sees for name, row in CRITERIA.items()}
     assert {n for n, s in sees.items() if s == "nothing"} == {"l1", "l2", "batch-norm", "random"}
-    assert {n for n, s in sees.items() if s == "activations"} == {"wanda", "flap", "reconstruction"}
+    assert {n for n, s in sees.items() if s == "activations"} == {"wanda", "flap", "reconstruction", "elimination"}
     assert all(row.source and row.words and row.cost for row in CRITERIA.values())
 
 
