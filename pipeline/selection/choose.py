@@ -22,7 +22,7 @@ from pipeline.recipe.prune import PruneSection
 from pipeline.selection import criteria, curves, weights, widths
 from pipeline.selection.allocation import Budget, Removed, allocate, overridden
 from pipeline.selection.branches import Branch, removable
-from pipeline.selection.cost import Cost, excess
+from pipeline.selection.cost import Cost, Counted, excess
 from pipeline.selection.criteria import Evidence, Observation, Ranked, Scores
 from pipeline.selection.curves import Apart, Measured
 from pipeline.selection.kinds import policy_of
@@ -169,8 +169,14 @@ def choose_groups(
     exact = cfg.allocation == "exact"
     known = {branch.node: branch for branch in branches or {}}
     offered = {branch.node: (branch.inside, loss) for branch, loss in (branches or {}).items()}
-    removed, deep = widths.choose_depth(analysis, clusters, scores, worth.curves, budget, costs, offered, exact=exact)
-    chosen = whole | removed
+    for finer in _finer(cfg, budget, costs):
+        budget = finer
+        removed, deep = widths.choose_depth(
+            analysis, clusters, scores, worth.curves, budget, costs, offered, exact=exact
+        )
+        chosen = whole | removed
+        if min((1 - cost.of(chosen) / cost.goal for cost in costs), default=0.0) <= HIT:
+            break
     prices = widths.prices(analysis, clusters, worth.curves, budget, chosen, costs[0] if costs else None)
     return Weighed(chosen, ranked, worth, prices, tuple(known[name] for name in deep))
 
@@ -191,6 +197,19 @@ def alignment(cfg: PruneSection) -> int:
     return vector_block() if cfg.align == "auto" else cfg.align
 
 
+def _finer(cfg: PruneSection, budget: Budget, costs: Sequence[Cost]) -> list[Budget]:
+    """`budget`, and for goals that are only counted, where the alignment is ours to set, with finer and finer widths:
+    one step of a narrow layer may be more than a goal leaves. A latency is predicted for the measured alignment alone.
+    """
+    made = [budget]
+    if cfg.align == "auto" and all(isinstance(cost, Counted) for cost in costs):
+        while made[-1].align > 1:
+            made.append(replace(budget, align=made[-1].align // 2))
+    return made
+
+
+HIT = 0.03
+"""Of a goal: what is further below it than this was cut too much."""
 HALVINGS = 14
 """Of the ratio, in a search for the one that meets a target: beyond, no width would change."""
 

@@ -20,10 +20,12 @@ from pipeline.models.graph import graph_of
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.selection import aiming, targets
+from pipeline.selection import choose as choosing
 from pipeline.selection.allocation import Budget, lowest, widths_allowed
 from pipeline.selection.choose import Chooser
 from pipeline.selection.cost import Counted, excess
 from pipeline.selection.criteria import Evidence
+from pipeline.selection.curves import Measured as Curves
 from pipeline.selection.curves import convex
 from pipeline.selection.widths import Steps, cheapest, choose, exactly, least
 from pipeline.training import masks
@@ -288,3 +290,21 @@ def test_a_goal_that_the_measured_model_puts_out_of_reach_is_refused(source, mon
     with pytest.raises(ConfigError) as caught:
         aimed_at(source, monkeypatch, 0.12, lambda share: share + 2.0)
     assert "cannot be reached" in caught.value.message
+
+
+@pytest.mark.parametrize("goal", [0.45, 0.6, 0.8])
+def test_widths_are_finer_where_the_hosts_block_would_cut_too_much(net, monkeypatch, goal):
+    """Of counted goals, where the alignment is ours to set; one that the recipe names holds."""
+    analysis, _, curves = net
+    monkeypatch.setattr(choosing, "vector_block", lambda: 16)
+    worth = Curves(curves, {c.name: c.size for c in analysis.clusters}, (0.5,), 8, False, 0.0)
+    seen = Evidence(dict(analysis.captured.state))
+
+    def chosen(align):
+        cfg = PruneSection(scope="curves", align=align, target={"macs": goal})
+        costs = [Counted(analysis, "macs", goal, 1.0)]
+        return choosing.choose_groups(analysis, seen, cfg, cfg.ratio, frozenset(seen.weights), worth, costs).removed
+
+    left = {align: analysis.estimate(chosen(align)).macs / analysis.macs for align in ("auto", 16)}
+    assert left[16] < (1 - choosing.HIT) * goal <= left["auto"] <= goal
+    assert all((~gone).sum() % 16 == 0 for gone in chosen(16).values())
