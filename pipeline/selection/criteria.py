@@ -52,6 +52,10 @@ class Evidence:
     seed: int = 0
     effects: Mapping[str, Scores] = field(default_factory=dict)
     readers: Mapping[str, tuple[ReaderInput, ...]] = field(default_factory=dict)
+    _ranked: dict[tuple[str, str], tuple[Cluster, Ranked]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What `rank` has answered: a choice is made again and again from what was seen once."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,14 @@ def rank(name: str, cluster: Cluster, seen: Evidence) -> Ranked:
     Groups of one cluster are ranked by one criterion: where it can tell nothing of some of them (no norm scales them,
     say), the L2 norm ranks them all, and `reason` says so. Raises ConfigError for a name that is not in the table.
     """
+    known = seen._ranked.get((name, cluster.name))
+    if known is None or known[0] is not cluster:
+        known = cluster, _rank(name, cluster, seen)
+        seen._ranked[name, cluster.name] = known
+    return known[1]
+
+
+def _rank(name: str, cluster: Cluster, seen: Evidence) -> Ranked:
     row = find(name)
     scores = row.score(cluster, seen)
     # What is masked goes before what merely never fires, or pruning in rounds would bring some of it back.

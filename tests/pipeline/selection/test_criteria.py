@@ -1,5 +1,6 @@
 """Scores of groups: what each criterion counts, and that the table is what recipes are checked against."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,3 +74,17 @@ def test_gradients_are_gathered_only_where_a_criterion_asks_and_leave_the_model_
     assert torch.allclose(seen.gradients["1.weight"], model[1].weight.grad, atol=1e-6)
     assert model.training
     assert not torch.equal(seen.weights["1.weight"], torch.zeros(10, 64))
+
+
+def test_a_rank_is_worked_out_once_for_what_was_seen(monkeypatch):
+    asked = []
+    row = replace(CRITERIA["l1"], score=lambda cluster, seen: asked.append(cluster) or np.ones(2))
+    monkeypatch.setattr(criteria, "CRITERIA", {"l1": row})
+    label = {("w", 0): np.array([0, 1])}
+    one, other = (SimpleNamespace(name="a", size=2, labels=label, readers=()) for _ in range(2))
+    seen = Evidence({"w": torch.ones(2, 3)})
+    first = criteria.rank("l1", one, seen)
+    assert criteria.rank("l1", one, seen) is first and asked == [one]
+    criteria.rank("l1", other, seen)  # of the same name, and another
+    criteria.rank("l1", one, replace(seen, weights={"w": torch.zeros(2, 3)}))
+    assert len(asked) == 3
