@@ -23,7 +23,7 @@ from pipeline.recipe.race import OptimizeSection
 from pipeline.recipe.removal import FoldSection, ShrinkSection
 from pipeline.recipe.section import Section, Seed, readable
 from pipeline.recipe.source import BaselineSection
-from pipeline.recipe.target import QUANTITIES, TargetSection
+from pipeline.recipe.target import OFF_TARGET, QUANTITIES, TargetSection
 from pipeline.recipe.task import TaskSection
 from pipeline.recipe.train import FinetuneSection
 
@@ -136,10 +136,6 @@ class Config(Section):
                 "opset": target.opset or self.export.opset,
             }
         )
-
-
-OFF_TARGET = 0.03
-"""Of a latency target: what the shipped file may be above it before the verdict warns."""
 
 
 def _limit(target: TargetSection) -> Rule | None:

@@ -23,6 +23,11 @@ UNITS: dict[Quantity, dict[str, float]] = {
 }
 """Of an absolute amount: its unit, in lower case, as milliseconds, multiply-accumulates, parameters, bytes."""
 
+OFF_TARGET = 0.03
+"""Of a target: what is further from it misses. A latency that ships above it gets a warning in the verdict; widths that
+leave less of what is counted are tried finer.
+"""
+
 
 @dataclass(frozen=True)
 class Amount:

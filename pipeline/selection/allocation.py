@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from foundation.errors import ConfigError, nearest
 from pipeline.channels.coupling.groups import Cluster
-from pipeline.latency.probes import counts
+from pipeline.latency.probes import counts, step_of
 from pipeline.selection.criteria import Scores, relative
 
 Removed = dict[str, npt.NDArray[np.bool_]]
@@ -66,16 +66,11 @@ def widths_allowed(cluster: Cluster, budget: Budget) -> list[int]:
     return [n for n in reversed(counts(cluster, budget.align)) if n >= least]
 
 
-def _step(cluster: Cluster, budget: Budget) -> int:
-    # A group of several channels (a head, a group of a grouped convolution) is aligned by the channels that it holds.
-    return budget.align // math.gcd(budget.align, cluster.unit)
-
-
 def _kept(cluster: Cluster, wanted: float, budget: Budget) -> int:
     if wanted >= cluster.size:
         return cluster.size
     least = max(1, math.ceil(cluster.size * budget.floor))
-    return max(least, aligned_count(wanted, cluster.size, _step(cluster, budget)))
+    return max(least, aligned_count(wanted, cluster.size, step_of(cluster, budget.align)))
 
 
 def _global_counts(free: Sequence[Cluster], scores: Mapping[str, Scores], ratio: float) -> dict[str, float]:

@@ -19,6 +19,7 @@ from pipeline.models.graph import graph_of
 from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
+from pipeline.recipe.target import OFF_TARGET
 from pipeline.selection import criteria, curves, weights, widths
 from pipeline.selection.allocation import Budget, Removed, allocate, overridden
 from pipeline.selection.branches import Branch, removable
@@ -175,7 +176,9 @@ def choose_groups(
             analysis, clusters, scores, worth.curves, budget, costs, offered, exact=exact
         )
         chosen = whole | removed
-        if min((1 - cost.of(chosen) / cost.goal for cost in costs), default=0.0) <= HIT:
+        if (
+            min((1 - cost.of(chosen) / cost.goal for cost in costs), default=0.0) <= OFF_TARGET
+        ):  # what is further below was cut too much
             break
     prices = widths.prices(analysis, clusters, worth.curves, budget, chosen, costs[0] if costs else None)
     return Weighed(chosen, ranked, worth, prices, tuple(known[name] for name in deep))
@@ -208,8 +211,6 @@ def _finer(cfg: PruneSection, budget: Budget, costs: Sequence[Cost]) -> list[Bud
     return made
 
 
-HIT = 0.03
-"""Of a goal: what is further below it than this was cut too much."""
 HALVINGS = 14
 """Of the ratio, in a search for the one that meets a target: beyond, no width would change."""
 

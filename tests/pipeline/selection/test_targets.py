@@ -19,6 +19,7 @@ from pipeline.models.find import load
 from pipeline.models.graph import graph_of
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
+from pipeline.recipe.target import OFF_TARGET
 from pipeline.selection import aiming, targets
 from pipeline.selection import choose as choosing
 from pipeline.selection.allocation import Budget, lowest, widths_allowed
@@ -306,5 +307,5 @@ def test_widths_are_finer_where_the_hosts_block_would_cut_too_much(net, monkeypa
         return choosing.choose_groups(analysis, seen, cfg, cfg.ratio, frozenset(seen.weights), worth, costs).removed
 
     left = {align: analysis.estimate(chosen(align)).macs / analysis.macs for align in ("auto", 16)}
-    assert left[16] < (1 - choosing.HIT) * goal <= left["auto"] <= goal
+    assert left[16] < (1 - OFF_TARGET) * goal <= left["auto"] <= goal
     assert all((~gone).sum() % 16 == 0 for gone in chosen(16).values())
