@@ -176,9 +176,8 @@ def choose_groups(
             analysis, clusters, scores, worth.curves, budget, costs, offered, exact=exact
         )
         chosen = whole | removed
-        if (
-            min((1 - cost.of(chosen) / cost.goal for cost in costs), default=0.0) <= OFF_TARGET
-        ):  # what is further below was cut too much
+        below = min((1 - cost.of(chosen) / cost.goal for cost in costs), default=0.0)
+        if below <= OFF_TARGET:  # else too much was cut
             break
     prices = widths.prices(analysis, clusters, worth.curves, budget, chosen, costs[0] if costs else None)
     return Weighed(chosen, ranked, worth, prices, tuple(known[name] for name in deep))
