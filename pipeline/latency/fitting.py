@@ -184,8 +184,18 @@ def _sum(placed: Sequence[_Placed], terms: Mapping[Hashable, Numbers], block: in
         key, values = work(one.kind, inputs, outputs, block)
         cost = terms.get(key)
         if cost is not None:
-            total += one.factor * sum(c * v for c, v in zip(cost, values, strict=True))
+            took = one.factor * sum(c * v for c, v in zip(cost, values, strict=True))
+            total += np.where(_there(one, dimensions), took, 0.0)
     return total
+
+
+def _there(one: _Placed, dimensions: Numbers) -> npt.NDArray[np.bool_]:
+    """(choices, dimensions) -> (choices,) whether a file has these operators at all: those of a branch that goes as a
+    whole, whose sizes are zero, do not even cost their constant.
+    """
+    follows = {s.of for side in (one.inputs, one.outputs) for shape in side for s in shape if s.of is not None}
+    there: npt.NDArray[np.bool_] = np.all(dimensions[:, sorted(follows)] > 0, axis=1)
+    return there
 
 
 def _levelled(samples: Sequence[Sample]) -> list[Sample]:

@@ -59,11 +59,7 @@ def tried(
     """Cut what `masks` (name -> True = kept) leave dead out of the analysed program with these weights, export it, and
     time it against the file `dense`, which the release will be held against. Raises RefusedError, ExportError.
     """
-    folded, branches = without_zero_branches(analysis.captured.with_state(weights).fold(masks), analysis.policy)
-    left = analyse(folded, analysis.policy) if branches else analysis
-    program = shrink(folded, left, liveness(left, folded.state).dead).program
-    if setting.opset >= RMS_OPSET:
-        program = centre(program).program
+    program = cut(analysis, weights, masks, setting)
     with tempfile.TemporaryDirectory() as name:
         plain = Path(name) / "model.onnx"
         feed = feed_of(dense, source, setting.batch)
@@ -88,6 +84,14 @@ def tried(
         float(np.median([getattr(ratio, name) for ratio in ratios])) for name in ("value", "low", "high")
     )
     return Trial(Measured(value=value, low=low, high=high), best)
+
+
+def cut(analysis: Analysis, weights: Mapping[str, Any], masks: Mapping[str, Any], setting: Setting) -> ExportedProgram:
+    """The program with these weights, without what `masks` (name -> True = kept) leave dead. Raises RefusedError."""
+    folded, branches = without_zero_branches(analysis.captured.with_state(weights).fold(masks), analysis.policy)
+    left = analyse(folded, analysis.policy) if branches else analysis
+    program = shrink(folded, left, liveness(left, folded.state).dead).program
+    return centre(program).program if setting.opset >= RMS_OPSET else program
 
 
 def _rivals(program: ExportedProgram, source: ModelSource, plain: Path) -> dict[str, Path]:

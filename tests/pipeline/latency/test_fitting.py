@@ -128,3 +128,21 @@ def test_each_kind_of_work_has_terms(kind, inputs, outputs, want):
 def test_a_stride_makes_another_kind_of_work():
     keys = {work("Conv", [[1, 8, n, n], [8, 1, 3, 3]], [[1, 8, 14, 14]], 8)[0] for n in (14, 28)}
     assert len(keys) == 2
+
+
+def test_operators_of_a_branch_that_is_gone_cost_nothing_not_even_their_constant():
+    constant = 0.05
+
+    def one(a, b):
+        branch = [
+            replace(o, share=o.share + constant) for o in (conv("into", a, b, block=8), conv("out", b, a, block=8))
+        ]
+        rest = [conv("first", 3, a, block=8, space=28), linear("head", a, 10)]
+        operators = (*rest, *(branch if b else ()))
+        return Sample({"a": a, "b": b}, sum(o.share for o in operators), operators)
+
+    draw = np.random.default_rng(0)
+    pairs = [(int(draw.integers(1, 9)) * 8, int(draw.integers(1, 5)) * 8) for _ in range(14)]
+    made = fit([one(a, b) for a, b in pairs], SIZES, (8,))
+    assert errors(made, [one(a, b) for a in (64, 24) for b in (32, 16)]).max() < 0.02
+    assert errors(made, [one(a, 0) for a in (64, 40, 16)]).max() < 0.02
