@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch.export import ExportedProgram
 
-from exporters.candidates import NotApplicable, Source, make
+from exporters.candidates import CANDIDATES, NotApplicable, Source, make
 from foundation.errors import ExportError
 from pipeline.channels.centring.centre import centre
 from pipeline.channels.coupling.analyse import analyse
@@ -35,7 +35,11 @@ REPEATS = 4
 """Races of the file that would ship against the dense one, each in new sessions: their median counts. A session's place
 in memory, and what the machine does for a second or two, moves a ratio by more than its own interval.
 """
-RIVALS = ("portable", "opset18", "fused")
+RIVALS = tuple(
+    name
+    for name, one in CANDIDATES.items()
+    if one.portable and one.budget == "rounding" and one.races == "by default" and one.suffix == ".onnx"
+)
 """Files of float32 that ship by default where one is faster beyond doubt."""
 SEED = 0
 
