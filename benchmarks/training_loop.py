@@ -1,6 +1,7 @@
-"""What our training loop costs: `python benchmarks/training_loop.py [--model resnet50] [--rounds N] [--samples N]`.
+"""What our training loop costs: `python benchmarks/training_loop.py [--model resnet50] [--rounds N] [--batch N]`.
 
-One epoch on the digits at 32x32, one thread, batches of 64, in each of these ways, in turn, round after round:
+One epoch on the digits at 32x32, one thread, in batches of 64 (or --batch), in each of these ways, in turn, round after
+round:
 
 bare   a plain PyTorch loop with the same model, data, optimizer, schedule, clipping, and the same pass over the
        calibration part at the end of the epoch
@@ -35,20 +36,21 @@ def main() -> int:
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=640, help="of the training part, in an epoch")
+    parser.add_argument("--batch", type=int, default=64, help="samples in a step, of all processes together")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        measure(args.one, args.model, args.samples)
+        measure(args.one, args.model, args.samples, args.batch)
         return 0
     seen: dict[str, list[dict[str, float]]] = {way: [] for way in args.ways}
     for number in range(args.rounds):
         for way in args.ways if number % 2 else reversed(args.ways):
-            found = run(way, args.model, args.samples)
+            found = run(way, args.model, args.samples, args.batch)
             if found is not None:
                 seen[way].append(found)
     base = middle(seen["bare"]) if seen.get("bare") else None
-    print(f"{args.model}, {args.samples} samples, {args.rounds} rounds")
+    print(f"{args.model}, {args.samples} samples in batches of {args.batch}, {args.rounds} rounds")
     print(f"{'':6}{'wall s':>10}{'/ bare':>9}{'cpu s':>10}{'/ bare':>9}{'peak MB':>10}{'/ bare':>9}")
     for way, runs in seen.items():
         if not runs:
@@ -67,9 +69,10 @@ def middle(runs: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
-def run(way: str, model: str, samples: int) -> dict[str, float] | None:
+def run(way: str, model: str, samples: int, batch: int) -> dict[str, float] | None:
     """One epoch in processes of its own; None where it cannot be."""
-    words = [sys.executable, __file__, "--one", way, "--model", model, "--samples", str(samples)]
+    words = [sys.executable, __file__, "--one", way, "--model", model]
+    words += ["--samples", str(samples), "--batch", str(batch)]
     count = 2 if way == "two" else 1
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -83,7 +86,7 @@ def run(way: str, model: str, samples: int) -> dict[str, float] | None:
     return json.loads(outputs[0].splitlines()[-1]) if all(process.returncode == 0 for process in started) else None
 
 
-def measure(way: str, spec: str, samples: int) -> None:
+def measure(way: str, spec: str, samples: int, batch: int) -> None:
     """Train one epoch and print what it took; the first steps of a process are warm-up, done before."""
     from pipeline import data, models
     from pipeline.recipe.train import TrainSettings
@@ -94,10 +97,10 @@ def measure(way: str, spec: str, samples: int) -> None:
     source = models.load(spec, num_classes=10, input_size=(3, 32, 32), seed=0)
     task = classification.task("classification", "output")
     digits = data.load("digits", input_size=(3, 32, 32))
-    settings = TrainSettings(epochs=1, batch_size=64, threads=1, precision="bf16" if way == "bf16" else "float32")
+    settings = TrainSettings(epochs=1, batch_size=batch, threads=1, precision="bf16" if way == "bf16" else "float32")
     if way == "bf16":
         loop._Run.check_faster = lambda self: None  # what it costs is what is asked here
-    part, warm = digits.some("train", samples), digits.some("train", 128)
+    part, warm = digits.some("train", samples), digits.some("train", 2 * batch)
     place = launched.place()
     train = bare if way == "bare" else ours
     if place is None:
