@@ -146,3 +146,17 @@ def test_operators_of_a_branch_that_is_gone_cost_nothing_not_even_their_constant
     made = fit([one(a, b) for a, b in pairs], SIZES, (8,))
     assert errors(made, [one(a, b) for a in (64, 24) for b in (32, 16)]).max() < 0.02
     assert errors(made, [one(a, 0) for a in (64, 40, 16)]).max() < 0.02
+
+
+def test_a_whole_model_may_take_longer_than_its_operators_the_more_the_larger_it_is():
+    def whole(sum_, most):
+        return 0.6 * sum_ + 0.4 * most * (sum_ / most) ** 1.5
+
+    def timed(samples):
+        sums = [sum(o.share for o in one.operators) for one in samples]
+        most = sums[0]
+        return [replace(one, ratio=whole(s, most) / most) for one, s in zip(samples, sums, strict=True)]
+
+    told = timed([sample(64, 32), *drawn(20, 0)])
+    test = timed([sample(64, 32), *drawn(40, 1)])
+    assert errors(fit(told, SIZES, (8,)), test).max() < 0.05
