@@ -18,6 +18,9 @@ from torch import Tensor
 ROUND = 1 / 64
 """Of the groups that are left, how many go before the others are asked anew."""
 
+COMPACT = 1 / 8
+"""Of the columns, how many are gone before those that stay are moved together."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -65,12 +68,13 @@ def _losses(left: Sequence[_Left], size: int) -> Tensor:
 
 class _Left:
     """What is left of a reading: the columns that stay, the weights that they have by now, and the inverse of their
-    Gram matrix.
+    Gram matrix; of a column that is `gone` all of it is zero, and its group none.
     """
 
     def __init__(self, reading: Reading, size: int) -> None:
         self.size = size
-        self.weight, self.columns = reading.weight, reading.columns
+        self.weight, self.columns = reading.weight.clone(), reading.columns.clone()
+        self.gone = torch.zeros(len(self.columns), dtype=torch.bool)
         if reading.gram.dim() == 1:
             self.inverse = 1 / (reading.gram + reading.ridge)
         else:
@@ -93,22 +97,35 @@ class _Left:
         for count in sorted(set(counts.tolist()) - {0}):  # groups of as many columns at once
             which = (counts == count).nonzero().flatten()
             places = order[(ends[which] - count).unsqueeze(1) + torch.arange(count)]  # groups, columns of each
+            if count == 1:
+                places = places.flatten()
+                found[which] = self.weight.square().sum(0)[places] / self.inverse.diagonal()[places]
+                continue
             blocks = self.inverse[places.unsqueeze(2), places.unsqueeze(1)]
-            taken = self.weight[:, places].movedim(0, 2)  # groups, columns, outputs
-            found[which] = (taken * torch.linalg.solve(blocks, taken)).sum((1, 2))
+            taken = self.weight.mT[places]  # groups, columns, outputs
+            found[which] = torch.linalg.solve(blocks, taken @ taken.mT).diagonal(dim1=1, dim2=2).sum(1)
         return found.clamp_min(0.0)
 
     def let_go(self, groups: Tensor) -> None:
         """Take the columns of `groups`, flags (size,), out; those that stay take over."""
-        going = (self.columns >= 0) & groups[self.columns.clamp_min(0)]
-        stay = ~going
-        if not bool(going.any()):
+        going = ((self.columns >= 0) & groups[self.columns.clamp_min(0)]).nonzero().flatten()
+        if not len(going):
             return
-        if self.inverse.dim() == 1:
-            self.weight, self.inverse = self.weight[:, stay], self.inverse[stay]
-        else:
-            across = self.inverse[going][:, stay]
-            share = torch.cholesky_solve(across, torch.linalg.cholesky(self.inverse[going][:, going]))
-            self.weight = self.weight[:, stay] - self.weight[:, going] @ share
-            self.inverse = self.inverse[stay][:, stay].addmm_(across.mT, share, alpha=-1.0)
-        self.columns = self.columns[stay]
+        self.columns[going] = -1
+        self.gone[going] = True
+        if self.inverse.dim() == 2:
+            across = self.inverse[going]
+            share = torch.cholesky_solve(across, torch.linalg.cholesky(across[:, going]))
+            self.weight.addmm_(self.weight[:, going], share, alpha=-1.0)
+            self.inverse.addmm_(across.mT, share, alpha=-1.0)
+            self.inverse[going] = 0.0  # but for rounding
+            self.inverse[:, going] = 0.0
+        self.weight[:, going] = 0.0
+        if int(self.gone.sum()) > COMPACT * len(self.gone):
+            self._compact()
+
+    def _compact(self) -> None:
+        """Leave out what is gone. Moving a large matrix takes as long as changing it, so that not each round does."""
+        stay = (~self.gone).nonzero().flatten()
+        self.weight, self.columns, self.gone = self.weight[:, stay], self.columns[stay], self.gone[stay]
+        self.inverse = self.inverse[stay] if self.inverse.dim() == 1 else self.inverse[stay][:, stay]
