@@ -142,7 +142,7 @@ def main() -> None:
         help="shares of the dense latency on onnxruntime instead; with --scopes milliseconds:...",
     )
     parser.add_argument(
-        "--scopes", default="layer:l2,curves:reconstruction", help="scope:criterion of ours; none: not run"
+        "--scopes", default="layer:l2,curves:elimination", help="scope:criterion of ours; none: not run"
     )
     parser.add_argument("--peers", default="Torch-Pruning;torch-kirigami;onnxsim", help="beginnings of their names")
     parser.add_argument("--train-seconds", type=float, default=0.0, help="of training, for ours after the fit")

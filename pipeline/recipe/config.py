@@ -108,7 +108,7 @@ class Config(Section):
             return values
         if prune.get("method", "structured") != "structured":
             return values
-        criterion = {} if {"criterion", "norm"} & prune.keys() else {"criterion": "reconstruction"}
+        criterion = {} if {"criterion", "norm"} & prune.keys() else {"criterion": "elimination"}
         return {**values, "prune": {"seconds": CURVE_SECONDS, **criterion, **prune, "scope": "curves"}}
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from pipeline.latency import probes, profile
 from tests.pipeline.tiny import TinyNet
 
 
-@pytest.mark.parametrize(("choice", "seconds"), [("layer:l2", 1e-6), ("curves:reconstruction", 0.5)])
+@pytest.mark.parametrize(("choice", "seconds"), [("layer:l2", 1e-6), ("curves:elimination", 0.5)])
 def test_a_share_is_reached_fitted_and_trained(choice, seconds, monkeypatch):
     monkeypatch.setattr(ours, "CURVE_SAMPLES", 16)
     torch.manual_seed(0)

@@ -111,8 +111,8 @@ def test_only_the_training_settings_that_were_set_are_written_out(tmp_path):
     [
         ({}, "layer", "l2", None),
         ({"finetune.recover": "train"}, "layer", "l2", None),
-        ({"finetune.recover": "closed-form"}, "curves", "reconstruction", 120.0),
-        ({"finetune.recover": "closed-form", "prune.seconds": 5.0}, "curves", "reconstruction", 5.0),
+        ({"finetune.recover": "closed-form"}, "curves", "elimination", 120.0),
+        ({"finetune.recover": "closed-form", "prune.seconds": 5.0}, "curves", "elimination", 5.0),
         ({"finetune.recover": "closed-form", "prune.criterion": "l1"}, "curves", "l1", 120.0),
         ({"finetune.recover": "closed-form", "prune.norm": "l1"}, "curves", "l1", 120.0),
         ({"finetune.recover": "closed-form", "prune.scope": "layer"}, "layer", "l2", None),

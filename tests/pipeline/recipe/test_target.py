@@ -63,7 +63,7 @@ def test_the_latency_is_that_of_the_gate_unless_the_target_says_otherwise():
 
 def test_with_a_target_the_widths_follow_measured_curves_unless_a_scope_is_named():
     assert load(settings={"prune.target.macs": 0.4}).prune.scope == "curves"
-    assert load(settings={"prune.target.macs": 0.4}).prune.criterion == "reconstruction"
+    assert load(settings={"prune.target.macs": 0.4}).prune.criterion == "elimination"
     assert load(settings={"prune.target.macs": 0.4, "prune.scope": "layer"}).prune.scope == "layer"
     assert load(settings={"model": "resnet18"}).prune.scope == "layer"
 
