@@ -38,7 +38,12 @@ def test_a_latency_is_asked_for_until_a_whole_model_takes_as_long():
 
 def test_ours_is_chosen_by_milliseconds_and_by_operations_at_one_measured_latency(monkeypatch):
     monkeypatch.setattr(ours, "CURVE_SAMPLES", 16)
-    for module, name, value in ((probes, "PROBES", 4), (profile, "SECONDS", 0.05), (timed, "ROUNDS", 3)):
+    for module, name, value in (
+        (probes, "PROBES", 4),
+        (profile, "SECONDS", 0.05),
+        (timed, "ROUNDS", 3),
+        (peers, "STEPS", 3),
+    ):
         monkeypatch.setattr(module, name, value)
     torch.manual_seed(0)
     problem = Problem("tiny", "noise", 0, torch.randn(300, 3, 16, 16), torch.arange(300) % 10, TinyNet)
