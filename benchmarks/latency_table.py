@@ -104,12 +104,11 @@ class _Times:
 
     def of(self, removed: Removed, branches: Sequence[Branch] = ()) -> float:
         """The time without these groups and whole branches."""
-        if branches:
-            masks = {key: mask for one in branches for key, mask in one.masks(self.analysis.captured.state).items()}
-            program = trial.cut(self.analysis, {}, {**self.analysis.masks(removed), **masks}, self.setting)
-            probes.export(program, self.source, self.setting, self.path, self.feed)
-        else:
-            probes.write(self.analysis, removed, self.source, self.setting, self.path, self.feed)
+        masks = dict(self.analysis.masks(removed))
+        for branch in branches:
+            masks |= branch.masks(self.analysis.captured.state)
+        program = trial.cut(self.analysis, {}, masks, self.setting)
+        probes.export(program, self.source, self.setting, self.path, self.feed)
         return float(
             device.measure(self.dense, self.path, self.feed, self.setting.threads, 2 * profile.SECONDS)["ratio"]
         )

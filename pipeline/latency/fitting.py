@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,13 @@ class _Placed:
     outputs: _Sides
     factor: float
 
+    @cached_property
+    def follows(self) -> list[int]:
+        """The program's dimensions that any of their sizes follows."""
+        return sorted(
+            {s.of for side in (self.inputs, self.outputs) for shape in side for s in shape if s.of is not None}
+        )
+
 
 @dataclass(frozen=True)
 class _Form:
@@ -189,24 +197,18 @@ def _form_of(forms: Sequence[_Form], whole: npt.NDArray[np.bool_]) -> npt.NDArra
 
 
 def _sum(placed: Sequence[_Placed], terms: Mapping[Hashable, Numbers], block: int, dimensions: Numbers) -> Numbers:
-    total = np.zeros(len(dimensions))
+    """What all operators take together. A file has none of those of a branch that goes as a whole, whose sizes are
+    zero: they do not even cost their constant.
+    """
+    total, left = np.zeros(len(dimensions)), dimensions > 0
     for one in placed:
         inputs, outputs = ([[s.at(dimensions) for s in shape] for shape in side] for side in (one.inputs, one.outputs))
         key, values = work(one.kind, inputs, outputs, block)
         cost = terms.get(key)
         if cost is not None:
             took = one.factor * sum(c * v for c, v in zip(cost, values, strict=True))
-            total += np.where(_there(one, dimensions), took, 0.0)
+            total += left[:, one.follows].all(axis=1) * took
     return total
-
-
-def _there(one: _Placed, dimensions: Numbers) -> npt.NDArray[np.bool_]:
-    """(choices, dimensions) -> (choices,) whether a file has these operators at all: those of a branch that goes as a
-    whole, whose sizes are zero, do not even cost their constant.
-    """
-    follows = {s.of for side in (one.inputs, one.outputs) for shape in side for s in shape if s.of is not None}
-    there: npt.NDArray[np.bool_] = np.all(dimensions[:, sorted(follows)] > 0, axis=1)
-    return there
 
 
 def _levelled(samples: Sequence[Sample]) -> list[Sample]:
