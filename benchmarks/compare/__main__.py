@@ -9,6 +9,8 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from torch import nn
 
 from benchmarks.compare import ours, peers, tables
 from benchmarks.compare.problems import MODELS, Problem, accuracy, dense, load, reestimated, train
-from benchmarks.compare.timed import Clock
+from benchmarks.compare.timed import Clock, answers
 
 MACS = (0.5, 0.3, 0.15, 0.08)
 PEER_RATE = 5e-4
@@ -50,39 +52,49 @@ class Rows:
         print(json.dumps(row), flush=True)
 
 
-def compare(
-    problem: Problem,
-    rows: Rows,
-    wanted: tuple[float, ...],
-    scopes: tuple[str, ...],
-    others: str,
-    seconds: float,
-    by_latency: bool,
-) -> None:
-    """Every method on one problem: ours by each of `scopes`, and the peers that `others` names the beginnings of.
-
-    `wanted`: shares of the dense MACs, or, `by_latency`, of its latency on onnxruntime.
+@dataclass(frozen=True)
+class Asked:
+    """What is compared: `wanted` shares of the dense MACs or, `by_latency`, of its latency on onnxruntime (in `int8`,
+    of the dense model in int8); ours by each of `scopes`; the peers whose names begin with one of `peers`; `seconds`
+    of training after the fit.
     """
+
+    wanted: tuple[float, ...]
+    scopes: tuple[str, ...]
+    peers: tuple[str, ...]
+    seconds: float
+    by_latency: bool
+    int8: bool
+
+
+def compare(problem: Problem, rows: Rows, asked: Asked) -> None:
+    """Every method on one problem, but for what is in the results already."""
     known = {"model": problem.model, "data": problem.data, "seed": problem.seed}
+
+    def missing(method: str) -> tuple[float, ...]:
+        return tuple(share for share in asked.wanted if (*known.values(), method, share) not in rows.known)
+
     model = dense(problem, rows.path.parent / "weights")
-    rows.add(**known, method="dense", wanted=1.0, macs=1.0, accuracy=accuracy(model, problem), seconds=0.0)
-    clock = Clock(model, problem) if by_latency else None
+    clock = Clock(model, problem, int8=asked.int8) if asked.by_latency else None
+    score = clock.accuracy if clock else lambda one: accuracy(one, problem)
+    rows.add(**known, method="dense", wanted=1.0, macs=1.0, accuracy=score(model), seconds=0.0)
     fit_seconds: dict[float, float] = {}
-    for scope in scopes:
-        for share, kind, result in ours.results(model, problem, wanted, scope, seconds, clock):
-            name = f"leanort, {scope.replace(':', ' by ')}, {kind}"
+    for scope in asked.scopes:
+        name = f"leanort, {scope.replace(':', ' by ')}"
+        shares = missing(f"{name}, closed form")
+        made_here = ours.results(model, problem, shares, scope, asked.seconds, clock) if shares else ()
+        for share, kind, result in made_here:
             rows.add(
-                **known, method=name, wanted=share, macs=result.macs, accuracy=result.accuracy,
+                **known, method=f"{name}, {kind}", wanted=share, macs=result.macs, accuracy=result.accuracy,
                 seconds=result.seconds, choice_seconds=result.choice_seconds, latency=result.latency,
             )  # fmt: skip
             if kind == "closed form":
                 fit_seconds[share] = max(fit_seconds.get(share, 1.0), result.seconds)
     ratios: dict[float, float] = {}
-    chosen = tuple(others.split(";"))
     for name, uniform, peer in peers.makers(problem):
-        if not name.startswith(chosen):
+        if not name.startswith(asked.peers):
             continue
-        for share in wanted:
+        for share in missing(name):
             try:
                 if clock is not None:
                     made = peers.at_latency(model, peer(), share, problem, clock.of)
@@ -93,7 +105,7 @@ def compare(
                 if uniform:
                     ratios[share] = made.ratio
                 for method, got, took in _recovered(
-                    name, made.model, problem, fit_seconds.get(share, UNTIMED), seconds
+                    name, made.model, problem, fit_seconds.get(share, UNTIMED), asked.seconds, score
                 ):
                     rows.add(
                         **known, method=method, wanted=share, macs=made.macs, accuracy=got, seconds=took,
@@ -102,30 +114,39 @@ def compare(
             except Exception as error:  # whatever a peer raises is its result
                 rows.add(**known, method=name, wanted=share, failed=f"{type(error).__name__}: {str(error)[:200]}")
                 break
-    for share in wanted if ONNXSIM.startswith(chosen) and clock is None else ():
-        try:
-            run, left = peers.onnxsim(model, share, problem)
-        except Exception as error:
+    shares = missing(ONNXSIM) if ONNXSIM.startswith(asked.peers) else ()
+    try:
+        simplified = peers.Onnxsim(model, problem) if shares else None
+        for share in shares:
+            assert simplified is not None
+            path, left, latency = simplified.at(share, clock.of if clock else None)
+            got = clock.accuracy(path) if clock else accuracy(answers(path), problem)
+            rows.add(**known, method=ONNXSIM, wanted=share, macs=left, accuracy=got, seconds=0.0, latency=latency)
+    except Exception as error:  # as above
+        for share in missing(ONNXSIM):
             rows.add(**known, method=ONNXSIM, wanted=share, failed=f"{type(error).__name__}: {str(error)[:200]}")
-            continue
-        rows.add(**known, method=ONNXSIM, wanted=share, macs=left, accuracy=accuracy(run, problem), seconds=0.0)
 
 
 def _recovered(
-    name: str, pruned: nn.Module, problem: Problem, fit_seconds: float, seconds: float
+    name: str,
+    pruned: nn.Module,
+    problem: Problem,
+    fit_seconds: float,
+    seconds: float,
+    score: Callable[[nn.Module], float],
 ) -> list[tuple[str, float, float]]:
     """(method, test accuracy, seconds): as cut, batch norm anew, and fine-tuned for as long as ours recovered."""
     x, y = problem.part("train")
-    found = [(name, accuracy(pruned, problem), 0.0)]
+    found = [(name, score(pruned), 0.0)]
     anew = reestimated(copy.deepcopy(pruned), x[: ours.SAMPLES])
-    found.append((f"{name}, batch norm", accuracy(anew, problem), 0.0))
+    found.append((f"{name}, batch norm", score(anew), 0.0))
     for label, length in (("as many seconds", fit_seconds), ("trained", fit_seconds + seconds)):
         if label == "trained" and not seconds:
             continue
         tuned = copy.deepcopy(anew)
         began = time.perf_counter()
         train(tuned, x, y, lr=PEER_RATE, seconds=length)
-        found.append((f"{name}, {label}", accuracy(tuned, problem), time.perf_counter() - began))
+        found.append((f"{name}, {label}", score(tuned), time.perf_counter() - began))
     return found
 
 
@@ -141,10 +162,13 @@ def main() -> None:
         default="",
         help="shares of the dense latency on onnxruntime instead; with --scopes milliseconds:...",
     )
+    parser.add_argument("--int8", action="store_true", help="with --latency: everything is quantised, dense as well")
     parser.add_argument(
         "--scopes", default="layer:l2,curves:elimination", help="scope:criterion of ours; none: not run"
     )
-    parser.add_argument("--peers", default="Torch-Pruning;torch-kirigami;onnxsim", help="beginnings of their names")
+    parser.add_argument(
+        "--peers", default="Torch-Pruning;torch-kirigami;onnxsim", help="beginnings of their names; none: not run"
+    )
     parser.add_argument("--train-seconds", type=float, default=0.0, help="of training, for ours after the fit")
     parser.add_argument("--out", type=Path, default=Path("compare/results.jsonl"))
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves them as they are")
@@ -158,13 +182,17 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = Rows(options.out)
-    wanted = tuple(float(one) for one in (options.latency or options.macs).split(","))
+    asked = Asked(
+        wanted=tuple(float(one) for one in (options.latency or options.macs).split(",")),
+        scopes=tuple(one for one in options.scopes.split(",") if one != "none"),
+        peers=tuple(one for one in options.peers.split(";") if one != "none"),
+        seconds=options.train_seconds,
+        by_latency=bool(options.latency),
+        int8=options.int8,
+    )
     for seed in map(int, options.seeds.split(",")):
         for model in options.models.split(","):
-            problem = load(model, options.data, seed)
-            if (model, problem.data, seed, ONNXSIM, wanted[-1]) not in rows.known:
-                scopes = tuple(one for one in options.scopes.split(",") if one != "none")
-                compare(problem, rows, wanted, scopes, options.peers, options.train_seconds, bool(options.latency))
+            compare(load(model, options.data, seed), rows, asked)
 
 
 if __name__ == "__main__":

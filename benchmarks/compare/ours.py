@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -95,14 +96,17 @@ def results(
             return whole | allocate(clusters, scores, budget)
         return whole | widths.choose(analysis, clusters, scores, worth.curves, budget)
 
-    fit = table(dense, problem, analysis, clusters, ALIGN) if by_table else None
+    by_time = None
+    if by_table:
+        assert clock is not None
+        by_time = Timed(table(dense, problem, analysis, clusters, ALIGN, int8=clock.int8), 1.0, 1.0, 1, 1)
 
     def at_share(share: float) -> Removed:
         """As much left as asked for, of latency by the table or of MACs."""
-        if fit is None:
+        if by_time is None:
             return _bisected(removed_at, lambda gone: analysis.estimate(gone).macs / analysis.macs, share)
         assert worth is not None
-        cost = Timed(fit, min(share, 0.999), 1.0, 1, 1)
+        cost = replace(by_time, goal=min(share, 0.999) * by_time.of(whole))  # the table's shares are of float32
         return whole | widths.choose(
             analysis, clusters, scores, worth.curves, Budget(ratio=0.5, align=ALIGN, floor=cfg.floor), [cost]
         )
@@ -112,6 +116,7 @@ def results(
         folded = captured.fold(analysis.masks(removed))
         return clock.of(shrink(folded, analysis, removed).program)
 
+    score = clock.accuracy if clock is not None else lambda model: accuracy(model, problem)
     measuring = time.perf_counter() - began
     for share in wanted:
         began = time.perf_counter()
@@ -125,10 +130,11 @@ def results(
         left = analysis.estimate(removed).macs / analysis.macs
         made = closed_form.recover(captured, chosen, (x[:SAMPLES],))
         fitted = captured.with_state(made.state).fold(chosen)
-        yield share, "closed form", Result(accuracy(fitted, problem), left, choosing, made.seconds, latency)
+        got = score(shrink(fitted, analysis, removed).program if clock else fitted)
+        yield share, "closed form", Result(got, left, choosing, made.seconds, latency)
         if train_seconds:
             began = time.perf_counter()
-            got = _trained(dense, problem, captured, made.state, chosen, train_seconds)
+            got = score(_trained(dense, problem, captured, made.state, chosen, train_seconds))
             yield (
                 share,
                 "closed form, trained",
@@ -156,9 +162,9 @@ def _trained(
     state: dict[str, Tensor],
     chosen: masks.Masks,
     seconds: float,
-) -> float:
-    """Test accuracy after distillation at the pruned size, kept only where the calibration part does not say it is
-    worse; making the smaller model is counted in `seconds`.
+) -> nn.Module:
+    """The model after distillation at the pruned size, or before it where the calibration part says that it is worse;
+    making the smaller model is counted in `seconds`.
     """
     began = time.perf_counter()
     model = problem.build().eval()
@@ -166,8 +172,8 @@ def _trained(
     masks.apply(model, chosen)
     small, _ = at_pruned_size(model, problem.build(), captured, chosen, Policy())
     model = small.model if small else model
-    before = accuracy(model, problem, "calibration"), accuracy(model, problem)
+    before, score = copy.deepcopy(model), accuracy(model, problem, "calibration")
     x, y = problem.part("train")
     left = max(seconds - (time.perf_counter() - began), 1e-3)
     train(model, x, y, lr=AFTER_FIT, seconds=left, teacher=dense)
-    return accuracy(model, problem) if accuracy(model, problem, "calibration") >= before[0] else before[1]
+    return model if accuracy(model, problem, "calibration") >= score else before

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.compare.problems import ALIGN, Problem, macs
 
@@ -137,50 +138,62 @@ def kirigami(problem: Problem) -> Make:
     return make
 
 
-def onnxsim(dense: nn.Module, wanted: float, problem: Problem) -> tuple[Callable[[Tensor], Tensor], float]:
-    """onnxsim 0.8.1: structured pruning, then its own ridge refit on 256 training samples; an onnxruntime session."""
-    import tempfile
-    from pathlib import Path
+class Onnxsim:
+    """onnxsim 0.8.1: structured pruning of the exported file, then its own ridge refit on 256 training samples."""
 
-    import onnx
-    import onnxruntime
-    import onnxsim as simplifier
+    def __init__(self, dense: nn.Module, problem: Problem) -> None:
+        import tempfile
 
-    from validators.feeds import Feed
-    from validators.macs import count_macs
+        import onnx
+        import onnxsim
 
-    x = problem.x[:2]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "dense.onnx"
+        self.problem, self._library, self._onnx = problem, onnxsim, onnx
+        self._folder = tempfile.TemporaryDirectory()
+        path = Path(self._folder.name) / "dense.onnx"
         torch.onnx.export(
-            dense, (x,), path, dynamo=True, external_data=False, verbose=False,
+            dense, (problem.x[:2],), path, dynamo=True, external_data=False, verbose=False,
             dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=["input"],
         )  # fmt: skip
-        whole, _ = simplifier.simplify(onnx.load(path))
+        self.whole, _ = onnxsim.simplify(onnx.load(path))
+        self.dense_macs = self._macs(self._saved(self.whole))
 
-        def counted(model: Any) -> int:
-            onnx.save(model, Path(folder) / "counted.onnx")
-            return count_macs(Path(folder) / "counted.onnx", Feed("one", {"input": x[:1].numpy()}))
+    def _saved(self, model: Any) -> Path:
+        path = Path(self._folder.name) / "pruned.onnx"
+        self._onnx.save(model, path)
+        return path
 
-        dense_macs = counted(whole)
+    def _macs(self, path: Path) -> int:
+        from validators.feeds import Feed
+        from validators.macs import count_macs
+
+        return count_macs(path, Feed("one", {"input": self.problem.x[:1].numpy()}))
+
+    def at(self, wanted: float, took: Callable[[Path], float] | None = None) -> tuple[Path, float, float | None]:
+        """The file that leaves at most `wanted` of the MACs, or whose latency, as it `took`, comes nearest to that; its
+        share of MACs, and of latency.
+        """
         low, high = 0.0, 0.98
-        best: tuple[Any, float] | None = None
+        best: tuple[Any, float, float | None] | None = None
         for _ in range(STEPS):
             middle = (low + high) / 2
-            made = simplifier.apply_structured_pruning(whole, middle)
-            share = counted(made) / dense_macs
-            low, high = (low, middle) if share <= wanted * 1.01 else (middle, high)
-            if share <= wanted * 1.01 and (best is None or share > best[1]):
-                best = made, share
+            made = self._library.apply_structured_pruning(self.whole, middle)
+            path = self._saved(made)
+            share = self._macs(path) / self.dense_macs
+            latency = took(path) if took else None
+            small = share <= wanted * 1.01 if latency is None else latency <= wanted
+            low, high = (low, middle) if small else (middle, high)
+            if latency is not None:
+                better = best is None or abs(latency - wanted) < abs((best[2] or 0.0) - wanted)
+            else:
+                better = small and (best is None or share > best[1])
+            if better:
+                best = made, share, latency
         if best is None:
             raise ValueError(f"no sparsity leaves {wanted} of the MACs")
-        seen, _ = problem.part("train")
+        seen, _ = self.problem.part("train")
         batches = [{"input": seen[i : i + 64].numpy()} for i in range(0, min(256, len(seen)), 64)]
-        tuned = simplifier.apply_pruning_finetune(whole, best[0], calibration_data=batches)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(tuned.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda batch: torch.from_numpy(session.run(None, {"input": batch.numpy()})[0]), best[1]
+        tuned = self._library.apply_pruning_finetune(self.whole, best[0], calibration_data=batches)
+        return self._saved(tuned), best[1], best[2]
 
 
 def makers(problem: Problem) -> Iterator[tuple[str, bool, Callable[[], Make]]]:

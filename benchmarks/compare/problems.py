@@ -76,7 +76,7 @@ class _Bert(nn.Module):
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "resnet18": (lambda: _convnet("resnet18"), 32, 6),
     "resnet50": (lambda: _convnet("resnet50"), 32, 8),
-    "mobilenet_v2": (lambda: _convnet("mobilenet_v2"), 64, 14),
+    "mobilenet_v2": (lambda: _convnet("mobilenet_v2"), 64, 40),
     "deit_tiny": (_deit, 32, 30),
     "bert": (_Bert, 0, 80),
 }
@@ -141,6 +141,10 @@ def train(
     """AdamW with a warm-up and a cosine, for so many epochs or seconds; with a teacher, half the loss is its."""
     import time
 
+    images = x.dim() == 4
+    if images:  # in this layout a step of MobileNetV2 takes 0.56 to 0.62 of the time, one of a ResNet as long
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     draw = torch.Generator().manual_seed(0)
     steps = len(x) // BATCH
@@ -167,6 +171,8 @@ def train(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+    if images:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval()
 
 

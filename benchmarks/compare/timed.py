@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from benchmarks.compare.problems import Problem
+from benchmarks.compare.problems import Problem, accuracy
 from exporters.export import to_onnx
+from exporters.quantize import quantize
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.latency import device, profile
 from pipeline.latency.fitting import Fit
@@ -27,38 +29,64 @@ ROUNDS = 25
 OPSET = 23
 NEAR = 0.02
 """Of the wanted latency: what counts as the same."""
+RANGES = 128
+"""Calibration samples that the ranges of int8 are found on."""
 
 
 class Clock:
-    """One thread, batch 1, float32: a model's time over the dense one's, both in turns, the median of the rounds."""
+    """One thread, batch 1, float32 or `int8`: a model's time over the dense one's in the same format, both in turns,
+    the median of the rounds.
+    """
 
-    def __init__(self, dense: nn.Module, problem: Problem) -> None:
-        self.example = (problem.x[:2],)
+    def __init__(self, dense: nn.Module, problem: Problem, *, int8: bool = False) -> None:
+        self.problem, self.int8 = problem, int8
         self.feed = {"input": problem.x[:1].numpy()}
         self._folder = tempfile.TemporaryDirectory()
-        self.dense = device.session(self._file(dense), 1)
+        self._clock = device.clock_of(1)
+        self.dense = device.session(self.file(dense), 1)
 
-    def _file(self, model: nn.Module | ExportedProgram) -> Path:
-        path = Path(self._folder.name) / "model.onnx"
-        to_onnx(model, path, example=self.example, opset=OPSET, metadata={})
-        return path
+    def file(self, model: nn.Module | ExportedProgram | Path) -> Path:
+        """What ships: the model, or the file of float32 that it is already, in int8 where that is asked for."""
+        made = Path(self._folder.name) / "model.onnx"
+        if isinstance(model, Path):
+            made = model
+        else:
+            to_onnx(model, made, example=(self.problem.x[:2],), opset=OPSET, metadata={})
+        if self.int8:
+            seen, _ = self.problem.part("calibration")
+            batches = [{"input": seen[i : i + 32].numpy()} for i in range(0, RANGES, 32)]
+            quantize(made, made.with_suffix(".int8.onnx"), batches=batches)
+            return made.with_suffix(".int8.onnx")
+        return made
 
-    def of(self, model: nn.Module | ExportedProgram) -> float:
+    def of(self, model: nn.Module | ExportedProgram | Path) -> float:
         """The share of the dense model's time."""
-        session = device.session(self._file(model), 1)
+        session = device.session(self.file(model), 1)
         for _ in range(device.WARM):
             device.once(session, self.feed)
         found = []
         for _ in range(ROUNDS):
-            reference = device.turn(self.dense, self.feed)
-            found.append(device.turn(session, self.feed) / reference)
+            reference = device.turn(self.dense, self.feed, self._clock)
+            found.append(device.turn(session, self.feed, self._clock) / reference)
         return float(np.median(found))
 
+    def accuracy(self, model: nn.Module | ExportedProgram | Path) -> float:
+        """Percent of the test part that the file is right on."""
+        return accuracy(answers(self.file(model)), self.problem)
 
-def table(dense: nn.Module, problem: Problem, analysis: Analysis, clusters: Sequence[Cluster], align: int) -> Fit:
+
+def answers(path: Path) -> Callable[[Tensor], Tensor]:
+    """The file as a function of a batch, on one thread."""
+    session = device.session(path, 1)
+    return lambda batch: torch.from_numpy(session.run(None, {"input": batch.numpy()})[0])
+
+
+def table(
+    dense: nn.Module, problem: Problem, analysis: Analysis, clusters: Sequence[Cluster], align: int, *, int8: bool
+) -> Fit:
     """What our latency table says of any choice of widths."""
     source = load(dense, input_size=tuple(problem.x.shape[1:]), seed=0)
-    setting = Setting(1, 1, False, OPSET, align)
+    setting = Setting(1, 1, int8, OPSET, align)
     return profile.measure(analysis, source, setting, clusters, Measurements(), TerminalProgress()).fit(analysis)
 
 

@@ -8,16 +8,22 @@ from pathlib import Path
 
 LEAVE = os._exit
 """Ends the process from any thread; kept here since the command line bars it to code of others."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Addresses at which only processes of this machine find each other."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One process of several: its rank among all, how many there are, its rank on this machine, where rank 0 runs."""
+    """One process of several: its rank among all, how many there are, its rank on this machine, where rank 0 runs and
+    listens, and whether all of them run on this machine.
+    """
 
     rank: int
     count: int
     local: int
     address: str
+    port: int
+    together: bool
 
 
 def place() -> Place | None:
@@ -26,8 +32,14 @@ def place() -> Place | None:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= given.keys():
         return None
     try:
+        count, address = int(given["WORLD_SIZE"]), given["MASTER_ADDR"]
         found = Place(
-            int(given["RANK"]), int(given["WORLD_SIZE"]), int(given.get("LOCAL_RANK", "0")), given["MASTER_ADDR"]
+            int(given["RANK"]),
+            count,
+            int(given.get("LOCAL_RANK", "0")),
+            address,
+            int(given["MASTER_PORT"]),
+            address in LOOPBACK or given.get("LOCAL_WORLD_SIZE") == str(count),
         )
     except ValueError:  # variables of somebody else
         return None

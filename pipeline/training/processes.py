@@ -23,8 +23,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]  # documented, not listed
+from torch.distributed.rendezvous import rendezvous
 
-from foundation.errors import ConfigError, LeanortError
+from foundation.errors import ConfigError, LeanortError, TrainingError
 from pipeline.training import devices, launched
 from pipeline.training.launched import Place
 
@@ -33,8 +35,12 @@ FAILED = 3
 """Exit code where a process was lost: that of a stage that failed."""
 LONG = timedelta(days=30)
 """What others wait while the first process fits, exports and races alone: as long as it takes."""
+NEAR, FAR = 20.0, 600.0
+"""Seconds in which all processes must have come, on one machine and on several, which may start minutes apart."""
 PAUSE = 2.0
 """Seconds in which one process hears of another's end."""
+WATCH = "leanort/watch"
+"""The key under which the first process says where it listens."""
 GRACE = 20.0
 """Seconds in which the first process says what is wrong, before the others leave."""
 
@@ -98,15 +104,13 @@ def joined(place: Place) -> Iterator[Group]:
 
     On every process but the first, KeyboardInterrupt and a lost first process end the process, quietly.
     """
-    began_here = not dist.is_initialized()
-    if began_here:
-        kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if torch.cuda.is_available() and place.local < torch.cuda.device_count():
-            torch.cuda.set_device(place.local)
-        dist.init_process_group(kinds, rank=place.rank, world_size=place.count, timeout=LONG)
-    watch = _Watch(place)
+    store = None if dist.is_initialized() else _store(place)
+    watch = _Watch(place, store)  # before anything that may wait for a process that is not there any more
     with _slow_to_terminate():
         try:
+            if store is not None:
+                _initialise(place, store)
+            _meet()
             yield Group(place, watch)
         except Over:
             raise
@@ -114,9 +118,69 @@ def joined(place: Place) -> Iterator[Group]:
             watch.fail(error)
             raise
         watch.end()
-    if began_here:
+    if store is not None:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _initialise(place: Place, store: Store) -> None:
+    kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available() and place.local < torch.cuda.device_count():
+        torch.cuda.set_device(place.local)
+    dist.init_process_group(
+        kinds, store=PrefixStore("leanort", store), rank=place.rank, world_size=place.count, timeout=LONG
+    )
+
+
+def _patience(place: Place) -> float:
+    return NEAR if place.together else FAR
+
+
+def _store(place: Place) -> Store:
+    """Where the processes leave word for each other until they are joined. Raises TrainingError where others do not
+    come.
+    """
+    limit = _patience(place)
+    if place.rank:
+        _wait_for_first(place, limit)
+    try:
+        given = rendezvous("env://", place.rank, place.count, timeout=timedelta(seconds=limit))
+        store: Store = next(iter(given))[0]
+    except DistError as error:
+        if place.rank == 0 and "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"Port {place.port} (MASTER_PORT) of this machine is taken.", "Start all processes with another one."
+            ) from None
+        raise _missing(place) from None
+    store.set_timeout(timedelta(seconds=limit))
+    return store
+
+
+def _wait_for_first(place: Place, limit: float) -> None:
+    """Until somebody listens where the first process should: torch writes pages to stderr of those who wait."""
+    began = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((place.address, place.port), timeout=limit).close()
+            return
+        except OSError:
+            if time.monotonic() - began > limit:
+                raise _missing(place) from None
+            time.sleep(0.1)
+
+
+def _missing(place: Place) -> TrainingError:
+    """The first process has this error to raise; where that one is missing, the second speaks, and the others leave."""
+    who = "not all others have" if place.rank == 0 else "the first one has not"
+    error = TrainingError(
+        f"Process {place.rank} of {place.count}: {who} come within {_patience(place):.0f} s, killed or never started.",
+        "Start all of them at the same time, as torchrun does; the same command goes on from what is finished.",
+    )
+    if place.rank:
+        if place.rank == 1:
+            _write(error.message, error.hint)
+        launched.LEAVE(FAILED)
+    return error
 
 
 @contextmanager
@@ -140,27 +204,38 @@ def _slow_to_terminate() -> Iterator[None]:
 class _Watch:
     """A connection from each process to the first one, in threads of their own: it breaks when either end dies."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, store: Store | None) -> None:
         self.place = place
         self.over = threading.Event()
         self.links: dict[int, socket.socket] = {}
         if place.rank == 0:
-            server = _server(place.address)
-            token = secrets.token_hex(16)
-            devices.told((server.getsockname()[1], token))
-            with server:
-                while len(self.links) < place.count - 1:
-                    self._accept(server, token)
+            self._gather(store)
         else:
-            heard: Any = devices.told(None)
-            port, token = heard
+            port, token = _heard(place, store)
             link = socket.create_connection((place.address, port), timeout=60)
             link.sendall(json.dumps({"token": token, "rank": place.rank}).encode() + b"\n")
             self.links[0] = link
         for rank, link in self.links.items():
             _keep_alive(link)
             threading.Thread(target=self._listen, args=(rank, link), name=f"watch {rank}", daemon=True).start()
-        _meet()
+
+    def _gather(self, store: Store | None) -> None:
+        """Wait for the connections of all others, as long as they may take to come."""
+        server = _server(self.place.address)
+        token = secrets.token_hex(16)
+        said = (server.getsockname()[1], token)
+        if store is None:
+            devices.told(said)
+        else:
+            store.set(WATCH, json.dumps(said))
+        until = time.monotonic() + _patience(self.place)
+        with server:
+            while len(self.links) < self.place.count - 1:
+                server.settimeout(max(0.1, until - time.monotonic()))
+                try:
+                    self._accept(server, token)
+                except TimeoutError:
+                    raise _missing(self.place) from None
 
     def _accept(self, server: socket.socket, token: str) -> None:
         link, _ = server.accept()
@@ -203,11 +278,10 @@ class _Watch:
         launched.LEAVE(int(said["code"]))
 
     def _say(self, rank: int, reason: str) -> None:
-        sys.stderr.write(
-            f"error: Process {rank} of {self.place.count} has ended: {reason}.\n"
-            "  -> The same command goes on from the last whole epoch.\n"
+        _write(
+            f"Process {rank} of {self.place.count} has ended: {reason}.",
+            "The same command goes on from the last whole epoch.",
         )
-        sys.stderr.flush()
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this process ends with an error: they leave after it, with its code."""
@@ -230,6 +304,25 @@ class _Watch:
         _meet()  # nobody closes before everybody knows
         for link in self.links.values():
             link.close()
+
+
+def _heard(place: Place, store: Store | None) -> tuple[int, str]:
+    """Where the first process listens, and the word that it wants to hear; by the `store` until all are joined."""
+    if store is None:
+        told: Any = devices.told(None)
+    else:
+        try:
+            told = json.loads(store.get(WATCH))
+        except DistError:
+            raise _missing(place) from None
+    port, token = told
+    return port, token
+
+
+def _write(message: str, hint: str) -> None:
+    """As the command line says it, which speaks on the first process alone."""
+    sys.stderr.write(f"error: {message}\n  -> {hint}\n")
+    sys.stderr.flush()
 
 
 def _meet() -> None:

@@ -100,9 +100,25 @@ def test_fsdp_2_is_refused_where_masks_are_held_and_only_there(monkeypatch):
 def test_variables_of_somebody_else_make_no_process_of_many(monkeypatch, kept):
     for name, value in environment(1, 1234).items():
         monkeypatch.setenv(name, value)
-    assert launched.place() == launched.Place(1, 2, 1, "127.0.0.1")
+    assert launched.place() == launched.Place(1, 2, 1, "127.0.0.1", 1234, together=True)
     monkeypatch.delenv(kept)
     assert launched.place() is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "together"),
+    [
+        ({"MASTER_ADDR": "10.0.0.1", "LOCAL_WORLD_SIZE": "1"}, False),
+        ({"MASTER_ADDR": "node0", "LOCAL_WORLD_SIZE": "2"}, True),
+        ({"MASTER_ADDR": "localhost"}, True),
+    ],
+)
+def test_whether_all_processes_run_on_this_machine(monkeypatch, changes, together):
+    for name, value in {**environment(1, 1234), **changes}.items():
+        monkeypatch.setenv(name, value)
+    place = launched.place()
+    assert place is not None
+    assert place.together is together
 
 
 # ── what is the same ─────────────────────────────────────────────────────────────────────────────────────────────────

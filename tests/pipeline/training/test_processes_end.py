@@ -1,12 +1,15 @@
 """Several processes that are killed, fail or do not fit: one line, the right exit code, and the next run goes on."""
 
 import shutil
+import socket
 import time
 
 import pytest
 import torch
 
+from pipeline.training import processes
 from tests.pipeline.chain import TINY
+from tests.pipeline.training import two as of_two
 from tests.pipeline.training.test_processes import two
 from tests.pipeline.training.two import commands, ended, errors, running, together
 
@@ -108,3 +111,28 @@ def test_a_wrong_command_is_said_by_the_first_process_alone(tmp_path, wrong):
         (code, first), (other, second) = ended(started, tmp_path / "said")
     assert (code, other, second) == (2, 2, "")
     assert "lr" in first or "--no-such-option" in first
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_a_process_whose_neighbour_never_comes_says_so_and_ends(tmp_path, there):
+    began = time.monotonic()
+    with commands(tmp_path / "said", *words(tmp_path)) as started:
+        started[1 - there].kill()  # before it has done anything
+        code, text = ended(started, tmp_path / "said")[there]
+    assert time.monotonic() - began < processes.NEAR + 40  # which a process may take to start on a busy machine
+    assert code == 3
+    missing = "not all others have" if there == 0 else "the first one has not"
+    assert errors(text) == [f"error: Process {there} of 2: {missing} come within 20 s, killed or never started."]
+    assert "c10d" not in text
+    assert not list(tmp_path.glob("tiny/.partial"))
+
+
+def test_a_port_that_is_taken_is_named(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(of_two, "free_port", lambda: port)
+        with commands(tmp_path / "said", *words(tmp_path)) as started:
+            started[1].kill()
+            code, text = ended(started, tmp_path / "said")[0]
+    assert code == 2
+    assert errors(text) == [f"error: Port {port} (MASTER_PORT) of this machine is taken."]

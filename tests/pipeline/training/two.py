@@ -106,7 +106,9 @@ def ended(started: list[Any], said: Path, seconds: float = 100) -> list[tuple[in
     for process in started:
         process.join(max(0.0, deadline - time.monotonic()))
         assert process.exitcode is not None, [p.read_text() for p in said.glob("stderr*")]
-    return [(process.exitcode, (said / f"stderr{rank}").read_text()) for rank, process in enumerate(started)]
+    files = [said / f"stderr{rank}" for rank in range(len(started))]  # none of one that was killed at once
+    texts = [path.read_text() if path.exists() else "" for path in files]
+    return [(process.exitcode, text) for process, text in zip(started, texts, strict=True)]
 
 
 def errors(text: str) -> list[str]:
