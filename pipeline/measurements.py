@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from foundation.files import replacing
 
@@ -40,6 +43,16 @@ class Measurements:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             part.write_text(json.dumps({"value": value, "digest": _digest(value)}), encoding="utf-8")
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """One run at a time measures under `name`, others wait: each would slow what the other one times."""
+        if self.folder is None:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(self.folder / f".{name}.lock"):  # which the system frees where a run is killed
+            yield
 
     def kept(self, name: str, key: object, make: Callable[[], Any]) -> Any:
         """What was written, else what `make` gives, which is written."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from exporters.export import to_onnx
 from exporters.quantize import quantize
-from pipeline.channels.centring.centre import centre
+from pipeline.channels.centring.centre import RMS_OPSET, centre
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.removal.rewrite import shrink
 from pipeline.models.source import ModelSource, example
@@ -22,7 +22,6 @@ Removed = dict[str, npt.NDArray[np.bool_]]
 
 PROBES = 14
 """Measured beside the dense model; with half of them the worst predictions are twice as far off."""
-RMS_OPSET = 23
 LEAST = 0.1
 """Of a width."""
 

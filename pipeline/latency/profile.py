@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -102,24 +102,40 @@ def measure(
     what = description(analysis, source, setting, clusters)
     machine = device.facts()
     key = {"what": what, "machine": machine, "isa": host.isa(), "code": _code(), "tools": _tools()}
-    measured: list[dict[str, Any]] = kept.read(NAME, key) or []
     choices = probes.drawn(clusters, setting.align, len(what["kept"]), SEED)
-    if len(measured) < len(choices):
-        with tempfile.TemporaryDirectory() as folder, progress.bar("latency table", len(choices)) as bar:
-            bar(len(measured), "dense model")
-            dense = Path(folder) / "dense.onnx"
-            feed = dense_file(analysis, source, setting, dense)
-            reference = device.session(dense, setting.threads)
-            for number, choice in enumerate(choices[len(measured) :], start=len(measured)):
-                path = Path(folder) / "probe.onnx"
-                if number == 0 and not setting.int8:
-                    path = dense  # the first choice keeps all, and is that very file
-                else:
-                    probes.write(analysis, choice, source, setting, path, feed)
-                measured.append(device.measure(reference, path, feed, setting.threads, SECONDS))
-                bar(number + 1, f"{measured[-1]['ratio']:.2f} of dense")
-                kept.write(NAME, key, measured)
+    with kept.alone(NAME):
+        measured: list[dict[str, Any]] = kept.read(NAME, key) or []
+        for one in _rest(analysis, source, setting, choices, len(measured), progress):
+            measured.append(one)
+            kept.write(NAME, key, measured)
     return _profile(what, machine, measured)
+
+
+def _rest(
+    analysis: Analysis,
+    source: ModelSource,
+    setting: Setting,
+    choices: Sequence[probes.Removed],
+    done: int,
+    progress: Progress,
+) -> Iterator[dict[str, Any]]:
+    """What is measured of each of `choices` that is not `done` yet."""
+    if done >= len(choices):
+        return
+    with tempfile.TemporaryDirectory() as folder, progress.bar("latency table", len(choices)) as bar:
+        bar(done, "dense model")
+        dense = Path(folder) / "dense.onnx"
+        feed = dense_file(analysis, source, setting, dense)
+        reference = device.session(dense, setting.threads)
+        for number, choice in enumerate(choices[done:], start=done):
+            path = Path(folder) / "probe.onnx"
+            if number == 0 and not setting.int8:
+                path = dense  # the first choice keeps all, and is that very file
+            else:
+                probes.write(analysis, choice, source, setting, path, feed)
+            one = device.measure(reference, path, feed, setting.threads, SECONDS)
+            bar(number + 1, f"{one['ratio']:.2f} of dense")
+            yield one
 
 
 NAME = "latency"

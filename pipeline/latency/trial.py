@@ -13,14 +13,14 @@ from torch.export import ExportedProgram
 
 from exporters.candidates import CANDIDATES, NotApplicable, Source, make
 from foundation.errors import ExportError
-from pipeline.channels.centring.centre import centre
+from pipeline.channels.centring.centre import RMS_OPSET, centre
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.dead.branches import without_zero_branches
 from pipeline.channels.dead.liveness import liveness
 from pipeline.channels.removal.rewrite import shrink
 from pipeline.latency import probes
-from pipeline.latency.probes import RMS_OPSET, Setting
+from pipeline.latency.probes import Setting
 from pipeline.latency.profile import feed_of
 from pipeline.models.source import ModelSource, example
 from validators.feeds import Feed

@@ -10,7 +10,7 @@ from foundation.files import sha256
 from pipeline.artifacts.base import Artifact
 from pipeline.artifacts.eager import Baseline, Finetuned, Folded, Pruned
 from pipeline.artifacts.program import Exported, Shrunk
-from pipeline.channels.centring.centre import Centred, centre
+from pipeline.channels.centring.centre import RMS_OPSET, Centred, centre
 from pipeline.channels.removal.verify import prove
 from pipeline.data.parts import Data
 from pipeline.models.source import ModelSource, example
@@ -18,8 +18,6 @@ from pipeline.recipe.export import ExportSection
 from pipeline.release.records import project_version, read_stage, recipe_digest, section_digest
 
 SAMPLES = 4
-# From this opset on ONNX has RMSNormalization; below it, the operator falls apart into seven small ones.
-RMS_OPSET = 23
 
 
 def run(

@@ -47,6 +47,9 @@ from pipeline.channels.program.execute import run_program
 
 aten = torch.ops.aten
 
+RMS_OPSET = 23
+"""From this opset on ONNX has RMSNormalization; below it, the operator falls apart into seven small ones."""
+
 
 @dataclass(frozen=True)
 class Centred:

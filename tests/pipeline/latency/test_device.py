@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,23 @@ def test_what_was_measured_is_kept_and_a_broken_run_goes_on(small, few, tmp_path
     assert again == first and len(calls) == 5
     profile.measure(analysis, source, Setting(1, 2, False, 23, 8), analysis.clusters, kept, Progress())
     assert len(calls) == 9  # of another batch size
+
+
+def test_of_two_runs_at_once_one_measures_and_the_other_waits_for_it(small, few, tmp_path, monkeypatch):
+    analysis, source = small
+    kept, real, calls = Measurements(tmp_path / "measured"), device.measure, []
+
+    def counting(*given):
+        calls.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(device, "measure", counting)
+    with ThreadPoolExecutor(2) as both:
+        one, other = both.map(
+            lambda _: profile.measure(analysis, source, SETTING, analysis.clusters, kept, Progress()), range(2)
+        )
+    assert one == other
+    assert len(calls) == len(one.samples)
 
 
 def test_operators_of_a_profile_count_once_a_run_the_first_of_a_turn_left_out():
