@@ -14,7 +14,7 @@ from benchmarks.faults.outcome import NET, QUICK, SURROUNDINGS, Outcome, command
 SLOW = ("--set", "baseline.train={epochs=12, lr=0.1}", "--set", "finetune.train={epochs=8, lr=0.02}")
 STAGES = ("0-baseline", "2-finetune")
 LINE = "error: Process {} of 2 has ended: it was killed, or its machine was lost."
-BEFORE_IT_CAME = "error: Process {} of 2: {} come within 20 s, killed or never started."
+BEFORE_IT_CAME = "error: Process {} of 2: {} come within 15 s, killed or never started."
 
 
 def kills(folder: Path, tries: int, chance: random.Random) -> Outcome:

@@ -35,7 +35,7 @@ FAILED = 3
 """Exit code where a process was lost: that of a stage that failed."""
 LONG = timedelta(days=30)
 """What others wait while the first process fits, exports and races alone: as long as it takes."""
-NEAR, FAR = 20.0, 600.0
+NEAR, FAR = 15.0, 600.0
 """Seconds in which all processes must have come, on one machine and on several, which may start minutes apart."""
 PAUSE = 2.0
 """Seconds in which one process hears of another's end."""
