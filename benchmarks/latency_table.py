@@ -101,13 +101,16 @@ class _Times:
         self.analysis, self.source, self.setting, self.path = analysis, source, setting, folder / "model.onnx"
         self.feed = profile.dense_file(analysis, source, setting, folder / "dense.onnx")
         self.dense = device.session(folder / "dense.onnx", setting.threads)
+        state = {name: analysis.captured.state[name] for name in analysis.parameter_names}
+        # What training starts from at zero, the last norm of a branch say, would take the branch out as gone.
+        self.weights = {name: torch.ones_like(value) for name, value in state.items() if not value.any()}
 
     def of(self, removed: Removed, branches: Sequence[Branch] = ()) -> float:
         """The time without these groups and whole branches."""
         masks = dict(self.analysis.masks(removed))
         for branch in branches:
             masks |= branch.masks(self.analysis.captured.state)
-        program = trial.cut(self.analysis, {}, masks, self.setting)
+        program = trial.cut(self.analysis, self.weights, masks, self.setting)
         probes.export(program, self.source, self.setting, self.path, self.feed)
         return float(
             device.measure(self.dense, self.path, self.feed, self.setting.threads, 2 * profile.SECONDS)["ratio"]
