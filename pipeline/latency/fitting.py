@@ -2,7 +2,8 @@
 
 An operator's time is a sum of few terms that grow with its sizes (a constant, multiplications, elements read and
 written), none of them negative (Lawson and Hanson's NNLS). Operators that do the same work on other widths share
-the terms; what one of them costs more or less than its kind, by its place in the caches, is a factor of its own.
+the terms; what one of them costs more or less than its kind, by its place in the caches, is a factor of its own. Which
+operator of one model is which of another, and which widths have it at all, is found in `matching`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import nnls
 
+from pipeline.latency.matching import Flags, Operator, Seen, Where, matched, where
 from pipeline.latency.sizes import Numbers, Sizes, Slot, slot
 
 Shapes = Sequence[Sequence[Any]]
@@ -31,12 +32,6 @@ PRODUCTS = (
     "QLinearMatMul",
 )
 RECURRENT = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
-OFTEN = 0.75
-"""An operator counts as the model's own when it is in at least this share of the measured models."""
-COVERED, FORM = 0.9, 3
-"""One graph serves all widths when operators that most of them have take this share of the time; else a graph of its
-own counts that this many models have.
-"""
 LEFT = 0.2
 """Of an operator's time, at least, is its own and not that of writing it down."""
 BENDING = 1.5
@@ -95,17 +90,6 @@ def _fixed(shape: Sequence[Any]) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class Operator:
-    """One of the runtime's operators as it was measured, `share` of the dense model's time."""
-
-    name: str
-    kind: str
-    inputs: tuple[tuple[int, ...], ...]
-    outputs: tuple[tuple[int, ...], ...]
-    share: float
-
-
-@dataclass(frozen=True)
 class Sample:
     """One measured model: groups kept of each cluster, its time of the dense model's, and its operators."""
 
@@ -120,13 +104,14 @@ _Sides = tuple[tuple[Slot, ...], ...]
 
 @dataclass(frozen=True)
 class _Placed:
-    """Operators that every width has, alike in what their sizes follow: their own factors on what their kind costs,
-    added up.
+    """Operators that are alike in what their sizes follow, and in `where` they are: their own factors on what their
+    kind costs, added up.
     """
 
     kind: str
     inputs: _Sides
     outputs: _Sides
+    where: Where
     factor: float
 
     @cached_property
@@ -138,24 +123,13 @@ class _Placed:
 
 
 @dataclass(frozen=True)
-class _Form:
-    """A graph that some widths give, others another: a stream of features that stays whole needs no centring, say.
-
-    `placed`: its operators. `whole`: of the models of this form, the share that kept each cluster whole.
-    """
-
-    placed: tuple[_Placed, ...]
-    whole: Numbers
-
-
-@dataclass(frozen=True)
 class Fit:
     """Predicts a model's time of the dense model's. `error`: of the log of a ratio, a standard deviation, from models
     left out of the fit one after another, which `checked` lists as (predicted, measured).
     """
 
     sizes: Sizes
-    forms: tuple[_Form, ...]
+    placed: tuple[_Placed, ...]
     terms: Mapping[Hashable, Numbers]
     block: int
     scale: tuple[float, float, float]
@@ -176,38 +150,18 @@ def _grown(total: Numbers) -> Numbers:
 
 
 def _total(made: Fit, kept: Numbers) -> Numbers:
-    """What the operators of each choice take together."""
-    dimensions, total = made.sizes.at(kept), np.zeros(len(kept))
-    numbers = _form_of(made.forms, kept == made.sizes.whole)
-    for number, form in enumerate(made.forms):
-        rows = numbers == number
-        if rows.any():
-            total[rows] = _sum(form.placed, made.terms, made.block, dimensions[rows])
-    return total
-
-
-def _form_of(forms: Sequence[_Form], whole: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """(choices, clusters) whether a cluster is whole -> the form whose models are most like that, in the clusters that
-    tell the forms apart.
+    """What the operators of each choice take together. A file has none of those of a branch that goes as a whole, whose
+    sizes are zero: they do not even cost their constant.
     """
-    means = np.stack([form.whole for form in forms])
-    weight = (means.max(axis=0) - means.min(axis=0)) ** 4
-    found: npt.NDArray[np.int64] = np.argmin((weight * (whole[:, None] - means) ** 2).sum(axis=-1), axis=1)
-    return found
-
-
-def _sum(placed: Sequence[_Placed], terms: Mapping[Hashable, Numbers], block: int, dimensions: Numbers) -> Numbers:
-    """What all operators take together. A file has none of those of a branch that goes as a whole, whose sizes are
-    zero: they do not even cost their constant.
-    """
-    total, left = np.zeros(len(dimensions)), dimensions > 0
-    for one in placed:
+    dimensions, whole = made.sizes.at(kept), kept == made.sizes.whole
+    total, left = np.zeros(len(kept)), dimensions > 0
+    for one in made.placed:
         inputs, outputs = ([[s.at(dimensions) for s in shape] for shape in side] for side in (one.inputs, one.outputs))
-        key, values = work(one.kind, inputs, outputs, block)
-        cost = terms.get(key)
+        key, values = work(one.kind, inputs, outputs, made.block)
+        cost = made.terms.get(key)
         if cost is not None:
             took = one.factor * sum(c * v for c, v in zip(cost, values, strict=True))
-            total += left[:, one.follows].all(axis=1) * took
+            total += (left[:, one.follows].all(axis=1) & one.where.at(whole)) * took
     return total
 
 
@@ -228,116 +182,82 @@ def _levelled(samples: Sequence[Sample]) -> list[Sample]:
         own = max(one.ratio - max(0.0, around), one.ratio * LEFT)
         scale = own / max(float(shares.sum()), 1e-12)
         operators = [replace(o, share=float(s) * scale) for o, s in zip(one.operators, shares, strict=True)]
-        made.append(replace(one, operators=_named(operators)))
+        made.append(replace(one, operators=tuple(operators)))
     return made
-
-
-def _named(operators: Sequence[Operator]) -> tuple[Operator, ...]:
-    """Operators that the runtime put in named after the one before them: it numbers its own anew in each session."""
-    made: list[Operator] = []
-    before = ""
-    for one in operators:
-        own = one.name == one.kind or one.name.startswith(f"{one.kind}_token_")
-        before = f"{before}>{one.kind}" if own else one.name
-        made.append(replace(one, name=before))
-    return tuple(made)
 
 
 def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int]) -> Fit:
     """The fit of all samples, by the block of `blocks` that predicts left-out ones best; and how well it does."""
     samples = _levelled(samples)
+    same = matched([one.operators for one in samples])
     tried: list[tuple[float, int, tuple[tuple[float, float], ...]]] = []
     for block in blocks:
         pairs: list[tuple[float, float]] = []
         parts = min(len(samples), 6)
         for part in range(parts):
-            rest = [one for number, one in enumerate(samples) if number % parts != part]
-            out = [one for number, one in enumerate(samples) if number % parts == part]
-            made = _fit(rest, sizes, block)
+            rest = [number for number in range(len(samples)) if number % parts != part]
+            out = samples[part::parts]
+            made = _fit(samples, same, rest, sizes, block)
             found = made.ratio(np.array([sizes.kept(one.kept) for one in out]))
             pairs += [(float(p), one.ratio) for p, one in zip(found, out, strict=True)]
         logs = np.log([p / max(r, 1e-9) for p, r in pairs])
         tried.append((float(np.sqrt(np.mean(logs**2))), block, tuple(pairs)))
     error, block, checked = min(tried)
-    made = _fit(samples, sizes, block)
+    made = _fit(samples, same, range(len(samples)), sizes, block)
     return replace(made, error=error, checked=checked)
 
 
-def _fit(samples: Sequence[Sample], sizes: Sizes, block: int) -> Fit:
+def _fit(samples: Sequence[Sample], same: Sequence[Seen], numbers: Sequence[int], sizes: Sizes, block: int) -> Fit:
+    """The fit of the samples of these `numbers`; `same`: which operators of all samples are one."""
+    told = set(numbers)
+    same = [[(number, o) for number, o in seen if number in told] for seen in same]
     rows: dict[Hashable, list[tuple[list[Any], float]]] = {}
-    for sample in samples:
-        for operator in sample.operators:
+    for seen in same:
+        for _, operator in seen:
             key, values = work(operator.kind, operator.inputs, operator.outputs, block)
             rows.setdefault(key, []).append((values, operator.share))
     terms = {key: _terms(found) for key, found in rows.items()}
     kept = np.array([sizes.kept(one.kept) for one in samples])
-    forms = tuple(
-        _Form(
-            _placed([samples[n] for n in numbers], terms, block, sizes.at(kept[numbers])),
-            (kept[numbers] == sizes.whole).mean(axis=0),
-        )
-        for numbers in _alike(samples)
-    )
-    made = Fit(sizes, forms, terms, block, (0.0, 1.0, 0.0))
-    ratios = np.array([one.ratio for one in samples])
-    found, _ = nnls(_grown(_total(made, kept)) / ratios[:, None], np.ones(len(samples)))
+    placed = _placed([seen for seen in same if seen], numbers, terms, block, sizes.at(kept), kept == sizes.whole)
+    made = Fit(sizes, placed, terms, block, (0.0, 1.0, 0.0))
+    ratios = np.array([samples[number].ratio for number in numbers])
+    found, _ = nnls(_grown(_total(made, kept[list(numbers)])) / ratios[:, None], np.ones(len(ratios)))
     fixed, growing, bending = found.tolist()
     return replace(made, scale=(fixed, growing, bending))
 
 
-def _alike(samples: Sequence[Sample]) -> list[list[int]]:
-    """Numbers of the samples that have one graph, where the graph hangs on the widths: together, if operators that most
-    of them have take nearly all the time, else by the names of their operators.
-    """
-    own = _own(samples)
-    covered = [sum(o.share for o in one.operators if o.name in own) / max(one.ratio, 1e-9) for one in samples]
-    if np.mean(covered) >= COVERED:
-        return [list(range(len(samples)))]
-    groups: dict[frozenset[str], list[int]] = {}
-    for number, one in enumerate(samples):
-        groups.setdefault(frozenset(o.name for o in one.operators), []).append(number)
-    large = {names: numbers for names, numbers in groups.items() if len(numbers) >= FORM}
-    if not large:
-        return [list(range(len(samples)))]
-    for names, numbers in groups.items():
-        if names not in large:  # too few to tell what its sizes follow: it goes with those that it has most in common
-            large[max(large, key=lambda other: len(other & names) / len(other | names))].extend(numbers)
-    return [sorted(numbers) for numbers in large.values()]
-
-
-def _own(samples: Sequence[Sample]) -> dict[str, list[tuple[int, Operator]]]:
-    """Operators by name that are in most of the samples, and the same there apart from their sizes."""
-    by_name: dict[str, list[tuple[int, Operator]]] = {}
-    for number, sample in enumerate(samples):
-        for operator in sample.operators:
-            by_name.setdefault(operator.name, []).append((number, operator))
-    return {
-        name: seen
-        for name, seen in by_name.items()
-        if len(seen) >= OFTEN * len(samples)
-        and len({(o.kind, tuple(map(len, o.inputs)), tuple(map(len, o.outputs))) for _, o in seen}) == 1
-    }
-
-
 def _placed(
-    samples: Sequence[Sample], terms: Mapping[Hashable, Numbers], block: int, dimensions: Numbers
+    same: Sequence[Seen],
+    numbers: Sequence[int],
+    terms: Mapping[Hashable, Numbers],
+    block: int,
+    dimensions: Numbers,
+    whole: Flags,
 ) -> tuple[_Placed, ...]:
-    """The operators that all widths of one form have; `dimensions` (samples, sizes) of their programs."""
-    made: dict[tuple[str, _Sides, _Sides], float] = {}
+    """The operators whose presence in the samples of these `numbers` can be told from the widths; `dimensions`
+    (samples, sizes) of all programs, and which clusters are `whole` (samples, clusters).
+    """
+    made: dict[tuple[str, _Sides, _Sides, Where], float] = {}
     known: dict[tuple[Any, ...], Slot] = {}
+    rules: dict[tuple[int, ...], Where | None] = {}
 
-    def follows(sizes: tuple[int, ...], numbers: tuple[int, ...]) -> Slot:
+    def follows(sizes: tuple[int, ...], having: tuple[int, ...]) -> Slot:
         """`slot`, asked once for what many operators share."""
-        key = sizes, numbers
+        key = sizes, having
         if key not in known:
-            known[key] = slot(sizes, dimensions[list(numbers)])
+            known[key] = slot(sizes, dimensions[list(having)])
         return known[key]
 
-    for seen in _own(samples).values():
-        numbers = tuple(number for number, _ in seen)
+    for seen in same:
+        having = tuple(number for number, _ in seen)
+        if having not in rules:
+            rules[having] = where(np.isin(numbers, having), whole[list(numbers)])
+        rule = rules[having]
+        if rule is None:
+            continue
         sides = [
             tuple(
-                tuple(follows(tuple(getattr(o, side)[i][d] for _, o in seen), numbers) for d in range(len(shape)))
+                tuple(follows(tuple(getattr(o, side)[i][d] for _, o in seen), having) for d in range(len(shape)))
                 for i, shape in enumerate(getattr(seen[0][1], side))
             )
             for side in ("inputs", "outputs")
@@ -347,9 +267,9 @@ def _placed(
         shares = np.array([o.share for _, o in seen])
         pull = OWN * float(np.mean(predicted**2)) + 1e-18
         factor = (float(predicted @ shares) + pull) / (float(predicted @ predicted) + pull)
-        alike = seen[0][1].kind, sides[0], sides[1]
+        alike = seen[0][1].kind, sides[0], sides[1], rule
         made[alike] = made.get(alike, 0.0) + factor
-    return tuple(_Placed(kind, inputs, outputs, factor) for (kind, inputs, outputs), factor in made.items())
+    return tuple(_Placed(*alike, factor) for alike, factor in made.items())
 
 
 def _terms(rows: Sequence[tuple[list[Any], float]]) -> Numbers:

@@ -1,0 +1,144 @@
+"""Which operator of one measured model is which of another, and on which widths it hangs that a model has it.
+
+Models of one network cut to other widths have nearly the same operators in nearly the same order, but not the same
+names: exporter and runtime number them anew, and a norm over features that are gone needs operators beside it that one
+over all of them does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Flags = npt.NDArray[np.bool_]
+
+SIZES, NAME = 0.5, 0.25
+"""What a pair of one kind gains in an alignment where all sizes, or the names, are the same, beside 1 for the kind."""
+OFTEN = 0.75
+"""An operator counts as every model's when it is in at least this share of the measured ones."""
+STRAY = 0.15
+"""Share of the measured models that may contradict a rule by which others have an operator or not."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One of the runtime's operators as it was measured, `share` of the dense model's time."""
+
+    name: str
+    kind: str
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[int, ...], ...]
+    share: float
+
+    @property
+    def letter(self) -> Hashable:
+        """What is the same at all widths: the kind, and how many dimensions its tensors have."""
+        return self.kind, tuple(map(len, self.inputs)), tuple(map(len, self.outputs))
+
+    @property
+    def numbers(self) -> list[int]:
+        """All sizes, one after another."""
+        return [size for shape in (*self.inputs, *self.outputs) for size in shape]
+
+
+Seen = list[tuple[int, Operator]]
+"""One operator in all models that have it: (number of the model, how it was measured there)."""
+
+
+def matched(models: Sequence[Sequence[Operator]]) -> list[Seen]:
+    """The operators of all `models`, each given in the order in which it runs them, and in which of them each is."""
+    columns: list[Seen] = []
+    for number, operators in enumerate(models):
+        columns = _merged(columns, number, operators)
+    return columns
+
+
+def _merged(columns: list[Seen], number: int, operators: Sequence[Operator]) -> list[Seen]:
+    pairs = dict(_alignment([column[0][1] for column in columns], operators))
+    taken = set(pairs.values())
+    by_name = {(o.name, o.letter): at for at, o in enumerate(operators) if at not in taken}
+    for at, column in enumerate(columns):  # in another order, but by the same name
+        if at not in pairs:
+            same = by_name.pop((column[0][1].name, column[0][1].letter), None)
+            if same is not None:
+                pairs[at] = same
+    free = iter(sorted(set(range(len(operators))) - set(pairs.values())))
+    waiting = next(free, None)
+    made: list[Seen] = []
+    for at, column in enumerate(columns):
+        here = pairs.get(at)
+        while here is not None and waiting is not None and waiting < here:
+            made.append([(number, operators[waiting])])
+            waiting = next(free, None)
+        made.append(column if here is None else [*column, (number, operators[here])])
+    while waiting is not None:
+        made.append([(number, operators[waiting])])
+        waiting = next(free, None)
+    return made
+
+
+def _alignment(first: Sequence[Operator], second: Sequence[Operator]) -> list[tuple[int, int]]:
+    """Pairs of the same operator, in the order of both, with the largest sum of likenesses (Needleman and Wunsch 1970,
+    gaps free).
+    """
+    alike = np.zeros((len(first), len(second)))
+    letters: dict[Hashable, tuple[list[int], list[int]]] = {}
+    for side, operators in enumerate((first, second)):
+        for at, one in enumerate(operators):
+            letters.setdefault(one.letter, ([], []))[side].append(at)
+    names = [np.array([one.name for one in operators]) for operators in (first, second)]
+    for rows, columns in letters.values():
+        if rows and columns:
+            sizes = [np.array([side[at].numbers for at in own]) for side, own in ((first, rows), (second, columns))]
+            same = (sizes[0][:, None] == sizes[1]).mean(axis=-1) if sizes[0].shape[1] else 1.0
+            named = names[0][rows][:, None] == names[1][columns]
+            alike[np.ix_(rows, columns)] = 1 + SIZES * same + NAME * named
+    best = np.zeros((len(first) + 1, len(second) + 1))
+    for at, row in enumerate(alike, start=1):
+        both = np.where(row > 0, best[at - 1, :-1] + row, 0.0)
+        best[at, 1:] = np.maximum.accumulate(np.maximum(best[at - 1, 1:], both))
+    pairs = []
+    a, b = len(first), len(second)
+    while a and b:
+        if best[a, b] == best[a - 1, b]:
+            a -= 1
+        elif best[a, b] == best[a, b - 1]:
+            b -= 1
+        else:
+            a, b = a - 1, b - 1
+            pairs.append((a, b))
+    return pairs[::-1]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which choices of widths have an operator: those that keep cluster number `of` whole, or, without `whole`, those
+    that do not; all where `of` is None.
+    """
+
+    of: int | None = None
+    whole: bool = True
+
+    def at(self, whole: Flags) -> Flags:
+        """(choices, clusters) whether a cluster is whole -> (choices,)."""
+        if self.of is None:
+            return np.ones(len(whole), np.bool_)
+        found: Flags = whole[:, self.of] == self.whole
+        return found
+
+
+def where(present: Flags, whole: Flags) -> Where | None:
+    """The rule by which measured models have an operator, `present` (models,), given which clusters are `whole`
+    (models, clusters); None where there is none, and most do not have it.
+    """
+    always = int((~present).sum())
+    if not always:
+        return Where()
+    wrong = np.concatenate([(present[:, None] != whole).sum(axis=0), (present[:, None] == whole).sum(axis=0)])
+    if wrong.size and wrong.min() < always and wrong.min() <= STRAY * len(present):
+        best = int(wrong.argmin())
+        return Where(best % whole.shape[1], best < whole.shape[1])
+    return Where() if always <= (1 - OFTEN) * len(present) else None
