@@ -52,7 +52,13 @@ def work(kind: str, inputs: Shapes, outputs: Shapes, block: int) -> tuple[Hashab
     weight = next((one for one in inputs[1:] if len(one) == len(first) >= 3), None) if "Conv" in kind else None
     if weight is not None:
         whole_in, whole_out, per_group = _up(first[1], block), _up(out[1], block), weight[1]
-        key = (kind, *weight[2:], *_fixed(first[2:]), *_fixed(out[2:]), sum(len(one) == len(first) for one in inputs))
+        key = (
+            kind,
+            *_fixed(weight[2:]),
+            *_fixed(first[2:]),
+            *_fixed(out[2:]),
+            sum(len(one) == len(first) for one in inputs),
+        )
         if _always(per_group, 1) and not _always(first[1], 1):
             return ("depthwise", *key), [1.0, whole_out]
         both = whole_out * (_up(per_group, block) if np.array_equal(per_group, first[1]) else per_group)

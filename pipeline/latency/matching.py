@@ -35,8 +35,9 @@ class Operator:
 
     @property
     def letter(self) -> Hashable:
-        """What is the same at all widths: the kind, and how many dimensions its tensors have."""
-        return self.kind, tuple(map(len, self.inputs)), tuple(map(len, self.outputs))
+        """What is the same at all widths: the kind, how many dimensions its tensors have, and a convolution's kernel."""
+        kernels = [shape[2:] for shape in self.inputs[1:] if len(shape) > 2] if "Conv" in self.kind else []
+        return self.kind, tuple(map(len, self.inputs)), tuple(map(len, self.outputs)), *kernels[:1]
 
     @property
     def numbers(self) -> list[int]:

@@ -65,6 +65,14 @@ def test_every_operator_is_in_one_column_and_each_column_has_a_model_once():
     assert all(len({one.letter for _, one in column}) == 1 for column in columns)
 
 
+def test_convolutions_of_other_kernels_are_never_one_operator():
+    def conv(kernel):
+        return Operator("conv", "Conv", ((1, 8, 8, 8), (8, 8, kernel, kernel)), ((1, 8, 8, 8),), 0.1)
+
+    assert len(matched([[conv(3)], [conv(1)]])) == 2
+    assert len(matched([[conv(3)], [conv(3)]])) == 1
+
+
 WHOLE = np.array([[True, True], [True, False], [False, True], [False, False], [True, False], [False, True]] * 2)
 
 
