@@ -35,7 +35,7 @@ class Operator:
 
     @property
     def letter(self) -> Hashable:
-        """What is the same at all widths: the kind, how many dimensions its tensors have, and a convolution's kernel."""
+        """What no width changes: the kind, how many dimensions its tensors have, a convolution's kernel."""
         kernels = [shape[2:] for shape in self.inputs[1:] if len(shape) > 2] if "Conv" in self.kind else []
         return self.kind, tuple(map(len, self.inputs)), tuple(map(len, self.outputs)), *kernels[:1]
 

@@ -20,6 +20,7 @@ from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.target import Amount, Quantity
+from pipeline.selection.allocation import Removed
 from pipeline.selection.branches import removable
 from pipeline.selection.choose import Chooser, alignment, budget_of, choosable
 from pipeline.selection.cost import Cost, Counted, Timed, excess, over
@@ -135,7 +136,7 @@ def check(
     if not costs:
         return
     scores = {c.name: _plain(c) for c in clusters}
-    narrowest = least(clusters, scores, budget_of(cfg, cfg.ratio))
+    narrowest = fastest(costs, least(clusters, scores, budget_of(cfg, cfg.ratio)))
     if not excess(costs, narrowest):
         return
     if cfg.depth and cfg.scope == "curves":  # whole branches may go as well, with all that is inside them
@@ -154,6 +155,16 @@ def check(
     why += [f"every layer keeps prune.floor = {cfg.floor:g} of its channels"] if cfg.floor else []
     held = f" What is in the way: {'; '.join(why)}." if why else ""
     raise ConfigError(f"The target cannot be reached: {missed}.{held}", "Ask for more, or lower prune.floor.")
+
+
+def fastest(costs: Sequence[Cost], narrowest: Removed) -> Removed:
+    """`narrowest`, but for clusters that cost less whole: a norm over a stream of which a part is gone needs pads."""
+    found = dict(narrowest)
+    for name, gone in narrowest.items():
+        whole = {**found, name: np.zeros_like(gone)}
+        if excess(costs, whole) < excess(costs, found):
+            found = whole
+    return found
 
 
 def check_met(cfg: PruneSection, chooser: Chooser, analysis: Analysis) -> None:

@@ -129,6 +129,25 @@ def test_widths_that_save_only_together_are_found(net, exact):
     assert gone[:2] == [16, 24]  # and no wider cut than that: what saves nothing came back
 
 
+class Padded(Stairs):
+    """The second layer costs more for being cut than its blocks save, as a norm does that then needs pads."""
+
+    def of(self, removed):
+        return super().of(removed) + 0.2 * bool(list(removed.values())[1].any())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_layer_that_is_faster_whole_stays_whole_and_does_not_put_a_goal_out_of_reach(net, exact):
+    analysis, scores, curves = net
+    budget, cost = Budget(0.5, align=8), Padded(0.6)
+    narrowest = least(analysis.clusters, scores, budget)
+    assert cost.of(narrowest) > cost.goal
+    targets.check(PruneSection(floor=0.0), analysis, analysis.clusters, [cost], frozenset())
+    chosen = choose(analysis, analysis.clusters, scores, curves, budget, [cost], exact=exact)
+    assert cost.of(chosen) <= cost.goal
+    assert not list(chosen.values())[1].any()
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_several_goals_are_met_together(net, exact):
     analysis, scores, curves = net
