@@ -32,7 +32,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def markdown(path: Path) -> str:
-    """One table per model and data set: methods down, MACs across, percent of the test part right."""
+    """One table per model and data set: methods down, shares of the MACs or of the latency across, percent of the test
+    part right.
+    """
     lines: list[str] = []
     for (model, data), rows in sorted(_by(read(path), "model", "data").items()):
         shares = sorted({row["wanted"] for row in rows if row["method"] != "dense"}, reverse=True)
@@ -40,7 +42,7 @@ def markdown(path: Path) -> str:
         dense = interval([row["accuracy"] for row in rows if row["method"] == "dense"])
         lines += [f"### {model}, {data}: dense {dense[0]:.1f} ± {dense[1]:.1f} %, {seeds} seeds", ""]
         lines += [
-            "| MACs left | " + " | ".join(f"{share:g}" for share in shares) + " |",
+            f"| {_axis(rows)} | " + " | ".join(f"{share:g}" for share in shares) + " |",
             "|---" * (len(shares) + 1) + "|",
         ]
         methods = sorted(
@@ -53,6 +55,10 @@ def markdown(path: Path) -> str:
     return "\n".join(lines)
 
 
+def _axis(rows: list[dict[str, Any]]) -> str:
+    return "latency" if any(row.get("latency") for row in rows) else "MACs left"
+
+
 def _cell(rows: list[dict[str, Any]]) -> str:
     values = [row["accuracy"] for row in rows if "accuracy" in row]
     if not values:
@@ -62,7 +68,7 @@ def _cell(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(path: Path, picture: Path) -> None:
-    """Accuracy over MACs, one panel per model and data set."""
+    """Accuracy over MACs or latency, one panel per model and data set."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,7 +95,7 @@ def draw(path: Path, picture: Path) -> None:
                 style = "o-" if method.startswith("leanort") else "x--"
                 means = [mean for mean, _ in found.values()]
                 axis.plot(list(found), means, style, color=colours[method], markersize=4, label=method)
-        axis.set(title=f"{model}, {data}", xlabel="MACs left", ylabel="accuracy, %")
+        axis.set(title=f"{model}, {data}", xlabel=_axis(rows), ylabel="accuracy, %")
     known = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(list(known.values()), list(known), loc="lower center", ncols=3, fontsize=7)
     figure.tight_layout(rect=(0, 1.4 / (3.6 * lines + 1.6), 1, 1))

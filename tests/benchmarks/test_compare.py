@@ -36,7 +36,8 @@ def test_a_latency_is_asked_for_until_a_whole_model_takes_as_long():
     assert far == 0.9 and never == pytest.approx(0.4)
 
 
-def test_ours_is_chosen_by_milliseconds_and_by_operations_at_one_measured_latency(monkeypatch):
+@pytest.mark.parametrize("int8", [False, True])
+def test_ours_is_chosen_by_milliseconds_and_by_operations_at_one_measured_latency(monkeypatch, int8):
     monkeypatch.setattr(ours, "CURVE_SAMPLES", 16)
     for module, name, value in (
         (probes, "PROBES", 4),
@@ -48,7 +49,9 @@ def test_ours_is_chosen_by_milliseconds_and_by_operations_at_one_measured_latenc
     torch.manual_seed(0)
     problem = Problem("tiny", "noise", 0, torch.randn(300, 3, 16, 16), torch.arange(300) % 10, TinyNet)
     dense = TinyNet().eval()
-    clock = timed.Clock(dense, problem)
+    clock = timed.Clock(dense, problem, int8=int8)
+    assert clock.file(dense).name == ("model.int8.onnx" if int8 else "model.onnx")
+    assert clock.of(dense) == pytest.approx(1, abs=0.5)  # of the dense model in the same format
     for choice in ("milliseconds:l2", "curves:l2"):
         ((_, _, result),) = ours.results(dense, problem, (0.9,), choice, clock=clock)
         assert result.latency is not None and 0.1 < result.latency < 2
