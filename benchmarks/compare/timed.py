@@ -54,7 +54,7 @@ class Clock:
             to_onnx(model, made, example=(self.problem.x[:2],), opset=OPSET, metadata={})
         if self.int8:
             seen, _ = self.problem.part("calibration")
-            batches = [{"input": seen[i : i + 32].numpy()} for i in range(0, RANGES, 32)]
+            batches = [{"input": one.numpy()} for one in seen[:RANGES].split(32)]
             quantize(made, made.with_suffix(".int8.onnx"), batches=batches)
             return made.with_suffix(".int8.onnx")
         return made
