@@ -160,3 +160,18 @@ def test_a_whole_model_may_take_longer_than_its_operators_the_more_the_larger_it
     told = timed([sample(64, 32), *drawn(20, 0)])
     test = timed([sample(64, 32), *drawn(40, 1)])
     assert errors(fit(told, SIZES, (8,)), test).max() < 0.05
+
+
+def test_a_pool_off_the_block_is_slower_and_no_less_for_more_channels():
+    def pool(width, space=28):
+        slow = 4 if width % 16 else 1
+        shapes = (((1, width, space, space),), ((1, width, space // 2, space // 2),))
+        return Operator("pool", "AveragePool", *shapes, 1e-3 * slow * width)
+
+    def one(a, b):
+        return sample(a, b, block=16, extra=(pool(a),))
+
+    draw = np.random.default_rng(0)
+    pairs = [(int(draw.integers(1, 9)) * 8, int(draw.integers(1, 5)) * 8) for _ in range(15)]
+    made = fit([one(a, b) for a, b in pairs], SIZES, (1, 8, 16, 32))
+    assert errors(made, [one(a, b) for a in (16, 24, 40, 48, 64) for b in (8, 24, 32)]).max() < 0.05
