@@ -127,7 +127,7 @@ def _rest(
         bar(done, "dense model")
         dense = Path(folder) / "dense.onnx"
         feed = dense_file(analysis, source, setting, dense)
-        reference = device.session(dense, setting.threads)
+        reference = device.fastest(dense, feed, setting.threads)
         for number, choice in enumerate(choices[done:], start=done):
             path = Path(folder) / "probe.onnx"
             if number == 0 and not setting.int8:

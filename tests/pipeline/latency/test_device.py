@@ -231,3 +231,14 @@ def test_operators_of_a_profile_count_once_a_run_the_first_of_a_turn_left_out():
     assert row == ["conv", "Conv", [[1, 3]], [[1, 5]], pytest.approx(0.2)]
     looped = [event("conv", dur) for dur in spent for _ in range(4)]
     assert device.operators(looped, np.array([1e-3, 1e-3, 1e-3]))[0][-1] == pytest.approx(0.8)
+
+
+def test_of_several_sessions_of_one_model_the_fastest_counts(monkeypatch):
+    """Where one lies in memory may slow it by two fifths."""
+    opened = iter(["slow", "fast", "slow"])
+    monkeypatch.setattr(device, "session", lambda path, threads: next(opened))
+    monkeypatch.setattr(device, "turn", lambda one, feed, clock: {"slow": 1.4, "fast": 1.0}[one])
+    assert device.fastest("model.onnx", {}, 1) == "fast"
+    given = iter([0.25, 0.17, 0.24])
+    monkeypatch.setattr(device, "in_turns", lambda *rest: {"ratio": next(given), "operators": rest[-1]})
+    assert device.measure("dense", "model.onnx", {}, 1, 3.0) == {"ratio": 0.17, "operators": 1.0}
