@@ -127,6 +127,7 @@ def _initialise(place: Place, store: Store) -> None:
     kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available() and place.local < torch.cuda.device_count():
         torch.cuda.set_device(place.local)
+    store.set_timeout(LONG)  # from here on the watch tells of who is lost
     dist.init_process_group(
         kinds, store=PrefixStore("leanort", store), rank=place.rank, world_size=place.count, timeout=LONG
     )

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from pipeline.training import processes
+from pipeline.training import launched, processes
 from tests.pipeline.chain import TINY
 from tests.pipeline.training import two as of_two
 from tests.pipeline.training.test_processes import two
@@ -136,3 +136,15 @@ def test_a_port_that_is_taken_is_named(tmp_path, monkeypatch):
             code, text = ended(started, tmp_path / "said")[0]
     assert code == 2
     assert errors(text) == [f"error: Port {port} (MASTER_PORT) of this machine is taken."]
+
+
+def waits() -> float:
+    """Seconds that one of two joined processes waits for word of the other, as NCCL does before its first sum."""
+    place = launched.place()
+    assert place is not None
+    with processes.joined(place):
+        return float(torch.distributed.distributed_c10d._get_default_store().timeout.total_seconds())
+
+
+def test_processes_that_have_joined_wait_for_the_first_as_long_as_it_takes(tmp_path):
+    assert together(tmp_path / "said", waits) == [processes.LONG.total_seconds()] * 2
