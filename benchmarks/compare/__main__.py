@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.compare import ours, peers, tables
-from benchmarks.compare.problems import MODELS, Problem, accuracy, dense, load, reestimated, train
-from benchmarks.compare.timed import Clock, answers
+from benchmarks.compare.problems import MODELS, Problem, dense, load, reestimated, train
+from benchmarks.compare.timed import Clock, answers, scoring
 
 MACS = (0.5, 0.3, 0.15, 0.08)
 PEER_RATE = 5e-4
@@ -34,20 +35,11 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.known: dict[tuple[object, ...], dict[str, object]] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                row = json.loads(line)
-                self.known[self.key(row)] = row
-
-    @staticmethod
-    def key(row: dict[str, object]) -> tuple[object, ...]:
-        """What tells rows apart."""
-        return tuple(row[name] for name in ("model", "data", "seed", "method", "wanted"))
+        self.known = tables.read(path)
 
     def add(self, **row: object) -> None:
         """Append a row, and print it."""
-        self.known[self.key(row)] = row
+        self.known[tables.key(row)] = row
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
@@ -67,33 +59,40 @@ class Asked:
     by_latency: bool
     int8: bool
 
+    @property
+    def of(self) -> str:
+        """What `wanted` are shares of, in words."""
+        return "MACs left" if not self.by_latency else "latency, int8" if self.int8 else "latency"
+
 
 def compare(problem: Problem, rows: Rows, asked: Asked) -> None:
     """Every method on one problem, but for what is in the results already."""
-    known = {"model": problem.model, "data": problem.data, "seed": problem.seed}
+    known = {"model": problem.model, "data": problem.data, "of": asked.of, "seed": problem.seed}
+
+    def row(method: str, share: float) -> dict[str, Any] | None:
+        return rows.known.get(tables.key({**known, "method": method, "wanted": share}))
 
     def missing(method: str) -> tuple[float, ...]:
-        return tuple(share for share in asked.wanted if (*known.values(), method, share) not in rows.known)
+        return tuple(share for share in asked.wanted if row(method, share) is None)
 
     model = dense(problem, rows.path.parent / "weights")
     clock = Clock(model, problem, int8=asked.int8) if asked.by_latency else None
-    score = clock.accuracy if clock else lambda one: accuracy(one, problem)
-    rows.add(**known, method="dense", wanted=1.0, macs=1.0, accuracy=score(model), seconds=0.0)
+    score = scoring(problem, clock)
+    if row("dense", 1.0) is None:
+        rows.add(**known, method="dense", wanted=1.0, macs=1.0, accuracy=score(model), seconds=0.0)
     fit_seconds: dict[float, float] = {}
     for scope in asked.scopes:
         name = f"leanort, {scope.replace(':', ' by ')}"
         shares = missing(f"{name}, closed form")
-        for share in set(asked.wanted) - set(shares):
-            before = rows.known[(*known.values(), f"{name}, closed form", share)]
-            fit_seconds[share] = max(fit_seconds.get(share, 1.0), float(str(before["seconds"])))
-        made_here = ours.results(model, problem, shares, scope, asked.seconds, clock) if shares else ()
-        for share, kind, result in made_here:
+        for share, kind, result in ours.results(model, problem, shares, scope, asked.seconds, clock) if shares else ():
             rows.add(
                 **known, method=f"{name}, {kind}", wanted=share, macs=result.macs, accuracy=result.accuracy,
                 seconds=result.seconds, choice_seconds=result.choice_seconds, latency=result.latency,
             )  # fmt: skip
-            if kind == "closed form":
-                fit_seconds[share] = max(fit_seconds.get(share, 1.0), result.seconds)
+        for share in asked.wanted:
+            fitted = row(f"{name}, closed form", share)
+            if fitted is not None:
+                fit_seconds[share] = max(fit_seconds.get(share, 1.0), fitted["seconds"])
     ratios: dict[float, float] = {}
     for name, uniform, peer in peers.makers(problem):
         if not name.startswith(asked.peers):
@@ -118,17 +117,16 @@ def compare(problem: Problem, rows: Rows, asked: Asked) -> None:
             except Exception as error:  # whatever a peer raises is its result
                 rows.add(**known, method=name, wanted=share, failed=f"{type(error).__name__}: {str(error)[:200]}")
                 break
-    shares = missing(ONNXSIM) if ONNXSIM.startswith(asked.peers) else ()
-    try:
-        simplified = peers.Onnxsim(model, problem) if shares else None
-        for share in shares:
-            assert simplified is not None
+    simplified: peers.Onnxsim | None = None
+    for share in missing(ONNXSIM) if ONNXSIM.startswith(asked.peers) else ():
+        try:
+            simplified = simplified or peers.Onnxsim(model, problem)
             path, left, latency = simplified.at(share, clock.of if clock else None)
-            got = clock.accuracy(path) if clock else accuracy(answers(path), problem)
-            rows.add(**known, method=ONNXSIM, wanted=share, macs=left, accuracy=got, seconds=0.0, latency=latency)
-    except Exception as error:  # as above
-        for share in missing(ONNXSIM):
+            got = score(path if clock else answers(path))
+        except Exception as error:  # as above
             rows.add(**known, method=ONNXSIM, wanted=share, failed=f"{type(error).__name__}: {str(error)[:200]}")
+            continue
+        rows.add(**known, method=ONNXSIM, wanted=share, macs=left, accuracy=got, seconds=0.0, latency=latency)
 
 
 def _recovered(
@@ -184,6 +182,8 @@ def main() -> None:
         return
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.int8 and not options.latency:
+        parser.error("--int8 goes with --latency 0.5,0.3: at equal MACs everything is compared in float32.")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = Rows(options.out)
     asked = Asked(

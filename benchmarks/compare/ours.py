@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.compare.problems import ALIGN, Problem, accuracy, train
-from benchmarks.compare.timed import Clock, hit, table
+from benchmarks.compare.timed import Clock, hit, scoring, table
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.operators.trace import Policy
 from pipeline.channels.program.capture import Captured, capture
@@ -116,7 +116,7 @@ def results(
         folded = captured.fold(analysis.masks(removed))
         return clock.of(shrink(folded, analysis, removed).program)
 
-    score = clock.accuracy if clock is not None else lambda model: accuracy(model, problem)
+    score = scoring(problem, clock)
     measuring = time.perf_counter() - began
     for share in wanted:
         began = time.perf_counter()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.compare.problems import ALIGN, Problem, macs
 
+T = TypeVar("T")
 Make = Callable[[nn.Module, float], nn.Module]
 """(a copy of the dense model, share of channels that goes) -> the pruned model."""
 STEPS = 9
@@ -38,39 +39,47 @@ def at_ratio(dense: nn.Module, make: Make, ratio: float, problem: Problem) -> Pr
     return Pruned(made, macs(made, problem.x) / macs(dense, problem.x), ratio)
 
 
-def at_latency(dense: nn.Module, make: Make, wanted: float, problem: Problem, took: Callable[[Any], float]) -> Pruned:
-    """The model whose latency `took` comes nearest to `wanted` of dense."""
+def _bisected(
+    make: Callable[[float], T], left: Callable[[T], float], wanted: float, *, nearest: bool
+) -> tuple[T, float]:
+    """What `make` gives for some share of channels that goes, and what is `left` of the dense model then: the nearest
+    to `wanted`, or the most that is no more than it. Raises ValueError where nothing is.
+    """
     low, high = 0.0, 0.98
-    best: Pruned | None = None
+    best: tuple[T, float] | None = None
+    most = wanted if nearest else wanted * 1.01
     for _ in range(STEPS):
         middle = (low + high) / 2
-        made = at_ratio(dense, make, middle, problem)
-        found = took(copy.deepcopy(made.model))
-        if best is None or abs(found - wanted) < abs((best.latency or 0.0) - wanted):
-            best = Pruned(made.model, made.macs, middle, found)
-        low, high = (middle, high) if found > wanted else (low, middle)
-    assert best is not None
+        made = make(middle)
+        found = left(made)
+        low, high = (low, middle) if found <= most else (middle, high)
+        if nearest:
+            better = best is None or abs(found - wanted) < abs(best[1] - wanted)
+        else:
+            better = found <= most and (best is None or found > best[1])
+        if better:
+            best = made, found
+    if best is None:
+        raise ValueError(f"no width leaves {wanted} of the MACs")
     return best
+
+
+def at_latency(dense: nn.Module, make: Make, wanted: float, problem: Problem, took: Callable[[Any], float]) -> Pruned:
+    """The model whose latency `took` comes nearest to `wanted` of dense."""
+    made, latency = _bisected(
+        lambda ratio: at_ratio(dense, make, ratio, problem),
+        lambda made: took(copy.deepcopy(made.model)),
+        wanted,
+        nearest=True,
+    )
+    return replace(made, latency=latency)
 
 
 def bisected(dense: nn.Module, make: Make, wanted: float, problem: Problem) -> Pruned:
     """The largest model with at most `wanted` of the MACs."""
-    whole = macs(dense, problem.x)
-    low, high = 0.0, 0.98
-    best: Pruned | None = None
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        made = make(copy.deepcopy(dense), middle)
-        share = macs(made, problem.x) / whole
-        if share <= wanted * 1.01:
-            high = middle
-            if best is None or share > best.macs:
-                best = Pruned(made, share, middle)
-        else:
-            low = middle
-    if best is None:
-        raise ValueError(f"no width leaves {wanted} of the MACs")
-    return best
+    return _bisected(
+        lambda ratio: at_ratio(dense, make, ratio, problem), lambda made: made.macs, wanted, nearest=False
+    )[0]
 
 
 def _head(model: nn.Module) -> list[nn.Module]:
@@ -172,28 +181,23 @@ class Onnxsim:
         """The file that leaves at most `wanted` of the MACs, or whose latency, as it `took`, comes nearest to that; its
         share of MACs, and of latency.
         """
-        low, high = 0.0, 0.98
-        best: tuple[Any, float, float | None] | None = None
-        for _ in range(STEPS):
-            middle = (low + high) / 2
-            made = self._library.apply_structured_pruning(self.whole, middle)
-            path = self._saved(made)
-            share = self._macs(path) / self.dense_macs
-            latency = took(path) if took else None
-            small = share <= wanted * 1.01 if latency is None else latency <= wanted
-            low, high = (low, middle) if small else (middle, high)
-            if latency is not None:
-                better = best is None or abs(latency - wanted) < abs((best[2] or 0.0) - wanted)
-            else:
-                better = small and (best is None or share > best[1])
-            if better:
-                best = made, share, latency
-        if best is None:
-            raise ValueError(f"no sparsity leaves {wanted} of the MACs")
+
+        def share(made: Any) -> float:
+            return self._macs(self._saved(made)) / self.dense_macs
+
+        left = share if took is None else lambda made: took(self._saved(made))
+        made, found = _bisected(
+            lambda sparsity: self._library.apply_structured_pruning(self.whole, sparsity),
+            left,
+            wanted,
+            nearest=took is not None,
+        )
+        latency = None if took is None else found
         seen, _ = self.problem.part("train")
         batches = [{"input": seen[i : i + 64].numpy()} for i in range(0, min(256, len(seen)), 64)]
-        tuned = self._library.apply_pruning_finetune(self.whole, best[0], calibration_data=batches)
-        return self._saved(tuned), best[1], best[2]
+        tuned = self._library.apply_pruning_finetune(self.whole, made, calibration_data=batches)
+        macs_left = share(made)
+        return self._saved(tuned), macs_left, latency
 
 
 def makers(problem: Problem) -> Iterator[tuple[str, bool, Callable[[], Make]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,19 @@ from scipy.stats import t as student
 CONFIDENCE = 0.95
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Every row of a results file, the last one of a kind winning."""
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        rows[tuple(row[name] for name in ("model", "data", "seed", "method", "wanted"))] = row
-    return list(rows.values())
+Row = dict[str, Any]
+"""A result. "of" says what its "wanted" is a share of: the dense model's MACs, its latency, or that in int8."""
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What tells rows apart."""
+    return tuple(row[name] for name in ("model", "data", "of", "seed", "method", "wanted"))
+
+
+def read(path: Path) -> dict[tuple[Any, ...], Row]:
+    """Every row of a results file by its key, the last one of a kind winning; none where there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {key(row): row for row in map(json.loads, lines)}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -32,17 +39,15 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def markdown(path: Path) -> str:
-    """One table per model and data set: methods down, shares of the MACs or of the latency across, percent of the test
-    part right.
-    """
+    """One table per model, data set and kind of share: methods down, shares across, percent of the test part right."""
     lines: list[str] = []
-    for (model, data), rows in sorted(_by(read(path), "model", "data").items()):
+    for (model, data, of), rows in sorted(_by(read(path).values(), "model", "data", "of").items()):
         shares = sorted({row["wanted"] for row in rows if row["method"] != "dense"}, reverse=True)
         seeds = len({row["seed"] for row in rows})
         dense = interval([row["accuracy"] for row in rows if row["method"] == "dense"])
         lines += [f"### {model}, {data}: dense {dense[0]:.1f} ± {dense[1]:.1f} %, {seeds} seeds", ""]
         lines += [
-            f"| {_axis(rows)} | " + " | ".join(f"{share:g}" for share in shares) + " |",
+            f"| {of} | " + " | ".join(f"{share:g}" for share in shares) + " |",
             "|---" * (len(shares) + 1) + "|",
         ]
         methods = sorted(
@@ -55,10 +60,6 @@ def markdown(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _axis(rows: list[dict[str, Any]]) -> str:
-    return "latency" if any(row.get("latency") for row in rows) else "MACs left"
-
-
 def _cell(rows: list[dict[str, Any]]) -> str:
     values = [row["accuracy"] for row in rows if "accuracy" in row]
     if not values:
@@ -68,13 +69,13 @@ def _cell(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(path: Path, picture: Path) -> None:
-    """Accuracy over MACs or latency, one panel per model and data set."""
+    """Accuracy over MACs or latency, one panel per table."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = sorted(_by(read(path), "model", "data").items())
+    panels = sorted(_by(read(path).values(), "model", "data", "of").items())
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(6 * columns, 3.6 * lines + 1.6), squeeze=False)
@@ -82,7 +83,7 @@ def draw(path: Path, picture: Path) -> None:
     colours = {method: pyplot.get_cmap("tab20")(number % 20) for number, method in enumerate(methods)}
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    for axis, ((model, data), rows) in zip(axes.flat, panels, strict=False):
+    for axis, ((model, data, of), rows) in zip(axes.flat, panels, strict=False):
         dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
         axis.axhline(statistics.fmean(dense), color="grey", linestyle=":", label="dense")
         for (method,), mine in sorted(_by(rows, "method").items()):
@@ -95,7 +96,7 @@ def draw(path: Path, picture: Path) -> None:
                 style = "o-" if method.startswith("leanort") else "x--"
                 means = [mean for mean, _ in found.values()]
                 axis.plot(list(found), means, style, color=colours[method], markersize=4, label=method)
-        axis.set(title=f"{model}, {data}", xlabel=_axis(rows), ylabel="accuracy, %")
+        axis.set(title=f"{model}, {data}", xlabel=of, ylabel="accuracy, %")
     known = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(list(known.values()), list(known), loc="lower center", ncols=3, fontsize=7)
     figure.tight_layout(rect=(0, 1.4 / (3.6 * lines + 1.6), 1, 1))
@@ -103,7 +104,7 @@ def draw(path: Path, picture: Path) -> None:
     pyplot.close(figure)
 
 
-def _by(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+def _by(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     made: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         made[tuple(row[name] for name in names)].append(row)

@@ -75,6 +75,11 @@ class Clock:
         return accuracy(answers(self.file(model)), self.problem)
 
 
+def scoring(problem: Problem, clock: Clock | None) -> Callable[[Any], float]:
+    """Percent right of a model; with a `clock`, of the file that it times."""
+    return clock.accuracy if clock is not None else lambda model: accuracy(model, problem)
+
+
 def answers(path: Path) -> Callable[[Tensor], Tensor]:
     """The file as a function of a batch, on one thread."""
     session = device.session(path, 1)

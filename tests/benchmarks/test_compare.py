@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.compare import ours, peers, timed
+from benchmarks.compare import __main__ as main
+from benchmarks.compare import ours, peers, tables, timed
 from benchmarks.compare.problems import Problem
 from benchmarks.compare.timed import hit
 from pipeline.latency import probes, profile
@@ -58,3 +59,37 @@ def test_ours_is_chosen_by_milliseconds_and_by_operations_at_one_measured_latenc
     prune = lambda model, ratio: model  # noqa: E731  # a peer that cannot prune is as slow as dense
     made = peers.at_latency(dense, prune, 0.5, problem, clock.of)
     assert made.latency == pytest.approx(1, abs=0.5) and made.macs == 1
+
+
+def test_shares_of_operations_and_of_latency_are_not_taken_for_each_other(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "results.jsonl"
+    problem = Problem("tiny", "noise", 0, torch.randn(300, 3, 16, 16), torch.arange(300) % 10, TinyNet)
+    monkeypatch.setattr(main, "load", lambda *names: problem)
+    monkeypatch.setattr(main, "dense", lambda *given: TinyNet().eval())
+    asked = []
+
+    def made(dense, problem, shares, *rest):
+        asked.append(shares)
+        return [(share, "closed form", ours.Result(50.0, share, 1.0, 2.0)) for share in shares]
+
+    monkeypatch.setattr(ours, "results", made)
+    common = f"compare --scopes curves:l2 --peers none --seeds 0 --models tiny --out {results}".split()
+    for more in (["--macs", "0.5"], ["--latency", "0.5"], ["--macs", "0.5"], ["--macs", "0.5,0.3"]):
+        monkeypatch.setattr("sys.argv", [*common, *more])
+        main.main()
+    assert asked == [(0.5,), (0.5,), (0.3,)]
+    text = tables.markdown(results)
+    assert "| MACs left | 0.5 | 0.3 |" in text and "| latency | 0.5 |" in text
+    monkeypatch.setattr("sys.argv", [*common, "--int8"])
+    with pytest.raises(SystemExit):
+        main.main()
+    assert "--int8 goes with --latency" in capsys.readouterr().err
+
+
+def test_one_search_serves_every_peer():
+    found = peers._bisected(lambda gone: round(1 - gone, 2), lambda left: left, 0.4, nearest=False)
+    assert found[0] == found[1] and 0.37 <= found[1] <= 0.404
+    near = peers._bisected(lambda gone: round(1 - gone, 1), lambda left: left, 0.44, nearest=True)
+    assert near[1] == 0.4
+    with pytest.raises(ValueError, match="no width leaves 0.4"):
+        peers._bisected(lambda gone: gone, lambda left: 0.9, 0.4, nearest=False)
