@@ -88,12 +88,7 @@ def measure(dense: Any, path: Any, feed: dict[str, Any], threads: int, seconds: 
     model's time, "operators": [[name, operator, shapes in, shapes out, share of the dense model's time], ...]}
     """
     runs = [in_turns(dense, path, feed, threads, seconds / SESSIONS) for _ in range(SESSIONS)]
-    return min(runs, key=ratio_of)
-
-
-def ratio_of(measured: dict[str, Any]) -> float:
-    """Of what `in_turns` gives."""
-    return float(measured["ratio"])
+    return min(runs, key=lambda run: float(run["ratio"]))
 
 
 def in_turns(dense: Any, path: Any, feed: dict[str, Any], threads: int, seconds: float) -> dict[str, Any]:

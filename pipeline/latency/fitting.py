@@ -62,7 +62,7 @@ def work(kind: str, inputs: Shapes, outputs: Shapes, block: int) -> tuple[Hashab
         if _always(per_group, 1) and not _always(first[1], 1):
             return ("depthwise", *key), [1.0, whole_out]
         both = whole_out * (_up(per_group, block) if np.array_equal(per_group, first[1]) else per_group)
-        odd = np.asarray(first[1]) % block != 0  # such an input is not read in blocks
+        odd = _odd(first, block)
         plain = out[1] * np.asarray(per_group)
         return key, [1.0, both, plain, whole_in, whole_out, odd * plain, odd * out[1]]
     if kind.removeprefix("Fused") in PRODUCTS and len(first):
@@ -75,8 +75,7 @@ def work(kind: str, inputs: Shapes, outputs: Shapes, block: int) -> tuple[Hashab
     read = sum((_elements(one) for one in inputs), 0.0)
     written = sum((_elements(one) for one in outputs), 0.0)
     if "Pool" in kind and len(first) > 2:
-        odd = np.asarray(first[1]) % block != 0  # the kernel that takes channels in blocks is several times as fast
-        return (kind, *_fixed(first[2:]), *_fixed(out[2:])), [1.0, read, written, odd * read]
+        return (kind, *_fixed(first[2:]), *_fixed(out[2:])), [1.0, read, written, _odd(first, block) * read]
     return (kind, len(inputs), len(out)), [1.0, read, written]
 
 
@@ -89,6 +88,11 @@ def _elements(shape: Sequence[Any]) -> Any:
 
 def _up(size: Any, block: int) -> Any:
     return np.ceil(np.asarray(size) / block) * block
+
+
+def _odd(shape: Sequence[Any], block: int) -> Any:
+    """Whether channels are off the block: such a tensor is not read in blocks, which is several times as fast."""
+    return np.asarray(shape[1]) % block != 0
 
 
 def _always(size: Any, value: int) -> bool:

@@ -66,19 +66,17 @@ def _merged(columns: list[Seen], number: int, operators: Sequence[Operator]) -> 
             same = by_name.pop((column[0][1].name, column[0][1].letter), None)
             if same is not None:
                 pairs[at] = same
-    free = iter(sorted(set(range(len(operators))) - set(pairs.values())))
-    waiting = next(free, None)
+    new = sorted(set(range(len(operators))) - set(pairs.values()))
     made: list[Seen] = []
     for at, column in enumerate(columns):
         here = pairs.get(at)
-        while here is not None and waiting is not None and waiting < here:
-            made.append([(number, operators[waiting])])
-            waiting = next(free, None)
-        made.append(column if here is None else [*column, (number, operators[here])])
-    while waiting is not None:
-        made.append([(number, operators[waiting])])
-        waiting = next(free, None)
-    return made
+        if here is None:
+            made.append(column)
+            continue
+        while new and new[0] < here:
+            made.append([(number, operators[new.pop(0)])])
+        made.append([*column, (number, operators[here])])
+    return made + [[(number, operators[at])] for at in new]
 
 
 def _alignment(first: Sequence[Operator], second: Sequence[Operator]) -> list[tuple[int, int]]:

@@ -130,13 +130,16 @@ def check(
     costs: Sequence[Cost],
     maskable: frozenset[str],
 ) -> None:
-    """Raise ConfigError where even the narrowest widths that the recipe allows do not meet every goal, saying what is
+    """Raise ConfigError where even the fastest widths that the recipe allows do not meet every goal, saying what is
     the least that can be had, and what stands in the way.
     """
     if not costs:
         return
     scores = {c.name: _plain(c) for c in clusters}
-    narrowest = fastest(costs, least(clusters, scores, budget_of(cfg, cfg.ratio)))
+    narrowest = least(clusters, scores, budget_of(cfg, cfg.ratio))
+    if not excess(costs, narrowest):
+        return
+    narrowest = fastest(costs, narrowest)
     if not excess(costs, narrowest):
         return
     if cfg.depth and cfg.scope == "curves":  # whole branches may go as well, with all that is inside them
@@ -159,11 +162,12 @@ def check(
 
 def fastest(costs: Sequence[Cost], narrowest: Removed) -> Removed:
     """`narrowest`, but for clusters that cost less whole: a norm over a stream of which a part is gone needs pads."""
-    found = dict(narrowest)
+    found, missing = dict(narrowest), excess(costs, narrowest)
     for name, gone in narrowest.items():
         whole = {**found, name: np.zeros_like(gone)}
-        if excess(costs, whole) < excess(costs, found):
-            found = whole
+        left = excess(costs, whole)
+        if left < missing:
+            found, missing = whole, left
     return found
 
 

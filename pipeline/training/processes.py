@@ -153,7 +153,6 @@ def _store(place: Place) -> Store:
                 f"Port {place.port} (MASTER_PORT) of this machine is taken.", "Start all processes with another one."
             ) from None
         raise _missing(place) from None
-    store.set_timeout(timedelta(seconds=limit))
     return store
 
 
@@ -213,8 +212,11 @@ class _Watch:
             self._gather(store)
         else:
             port, token = _heard(place, store)
-            link = socket.create_connection((place.address, port), timeout=60)
-            link.sendall(json.dumps({"token": token, "rank": place.rank}).encode() + b"\n")
+            try:
+                link = socket.create_connection((place.address, port), timeout=60)
+                link.sendall(json.dumps({"token": token, "rank": place.rank}).encode() + b"\n")
+            except OSError:  # it has ended just now
+                self._lost(0)
             self.links[0] = link
         for rank, link in self.links.items():
             _keep_alive(link)
@@ -261,10 +263,16 @@ class _Watch:
             return
         if said:
             self._told(rank, json.loads(said), link)
-        elif self.place.rank == 0 or self.place.rank == 1:  # one of those that are left speaks
-            self._say(rank, "it was killed, or its machine was lost")
+        else:
+            self._lost(rank)
         if not self.over.is_set():
             launched.LEAVE(FAILED)
+
+    def _lost(self, rank: int) -> None:
+        """End this process, where another one has: one of those that are left speaks."""
+        if self.place.rank <= 1:
+            self._say(rank, "it was killed, or its machine was lost")
+        launched.LEAVE(FAILED)
 
     def _told(self, rank: int, said: dict[str, Any], link: socket.socket) -> None:
         if self.place.rank == 0:
