@@ -8,6 +8,7 @@ notice through a connection of their own to the first one, for whoever waits in 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import secrets
 import signal
@@ -124,6 +125,9 @@ def joined(place: Place) -> Iterator[Group]:
 
 
 def _initialise(place: Place, store: Store) -> None:
+    # This module takes the group of all as the default of its functions, when it is first imported: with the first
+    # model that is trained by several. Then nothing ever ends the group, whose threads abort a process as it exits.
+    importlib.import_module("torch.distributed.nn.functional")
     kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available() and place.local < torch.cuda.device_count():
         torch.cuda.set_device(place.local)

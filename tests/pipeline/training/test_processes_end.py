@@ -1,7 +1,10 @@
 """Several processes that are killed, fail or do not fit: one line, the right exit code, and the next run goes on."""
 
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -148,3 +151,33 @@ def waits() -> float:
 
 def test_processes_that_have_joined_wait_for_the_first_as_long_as_it_takes(tmp_path):
     assert together(tmp_path / "said", waits) == [processes.LONG.total_seconds()] * 2
+
+
+TRAINED = """
+import os
+from pathlib import Path
+import torch
+from torch import nn
+from pipeline.training import launched, processes
+with processes.joined(launched.place()):
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+    model(torch.randn(4, 3)).sum().backward()
+    del model
+names = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+print([name for name in names if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of threads are read from /proc")
+def test_processes_that_have_left_keep_no_threads_of_the_group():
+    """Such a thread aborts its process where that exits while the thread lets a tensor go. In processes that have
+    imported nothing yet: it depends on what is imported when.
+    """
+    port = of_two.free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAINED], env=os.environ | of_two.environment(rank, port), stdout=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    assert [process.communicate(timeout=60)[0] for process in started] == [b"[]\n"] * 2
