@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
@@ -42,41 +42,70 @@ OWN = 3.0
 """Of how many measurements' worth a kind's terms outweigh what one operator showed."""
 
 
-def work(kind: str, inputs: Shapes, outputs: Shapes, block: int) -> tuple[Hashable, list[Any]]:
-    """What kind of work an operator does, and the terms that its time is a sum of.
+class Work(NamedTuple):
+    """What kind of work an operator does, and the terms that its time is a sum of."""
+
+    key: Hashable
+    terms: list[Any]
+    shared: bool = True
+    """Whether two operators of one key cost alike; not where shapes do not say what decides it, such as the kernel of
+    a convolution whose weight the runtime has packed away.
+    """
+
+
+def work(kind: str, inputs: Shapes, outputs: Shapes, block: int) -> Work:
+    """What an operator does, told by its kind and its shapes.
 
     `block`: channels that the kernels take together; widths count as rounded up to that.
     """
     out = outputs[0] if outputs else ()
     first = inputs[0] if inputs else ()
-    weight = next((one for one in inputs[1:] if len(one) == len(first) >= 3), None) if "Conv" in kind else None
-    if weight is not None:
-        whole_in, whole_out, per_group = _up(first[1], block), _up(out[1], block), weight[1]
-        key = (
-            kind,
-            *_fixed(weight[2:]),
-            *_fixed(first[2:]),
-            *_fixed(out[2:]),
-            sum(len(one) == len(first) for one in inputs),
-        )
-        if _always(per_group, 1) and not _always(first[1], 1):
-            return ("depthwise", *key), [1.0, whole_out]
-        both = whole_out * (_up(per_group, block) if np.array_equal(per_group, first[1]) else per_group)
-        odd = _odd(first, block)
-        plain = out[1] * np.asarray(per_group)
-        return key, [1.0, both, plain, whole_in, whole_out, odd * plain, odd * out[1]]
+    if min(len(first), len(out)) > 2 and _channels_last(kind, inputs, out):
+        first, out = ((shape[0], shape[-1], *shape[1:-1]) for shape in (first, out))
+    if "Conv" in kind and min(len(first), len(out)) > 2:
+        return _convolution(kind, inputs, first, out, block)
     if kind.removeprefix("Fused") in PRODUCTS and len(first):
         products = _elements(out) * first[-1]
         rows = out[-2] if len(out) > 1 and np.ndim(out[-2]) == 0 else 0
-        return (kind, len(first), rows), [1.0, products, _elements(first), _elements(out)]
+        return Work((kind, len(first), rows), [1.0, products, _elements(first), _elements(out)])
     if kind in RECURRENT and len(out):
         hidden = out[-1]
-        return (kind, *_fixed(first[:2])), [1.0, hidden * (first[-1] + hidden), hidden]
+        return Work((kind, *_fixed(first[:2])), [1.0, hidden * (first[-1] + hidden), hidden])
     read = sum((_elements(one) for one in inputs), 0.0)
     written = sum((_elements(one) for one in outputs), 0.0)
     if "Pool" in kind and len(first) > 2:
-        return (kind, *_fixed(first[2:]), *_fixed(out[2:])), [1.0, read, written, _odd(first, block) * read]
-    return (kind, len(inputs), len(out)), [1.0, read, written]
+        return Work((kind, *_fixed(first[2:]), *_fixed(out[2:])), [1.0, read, written, _odd(first, block) * read])
+    return Work((kind, len(inputs), len(out)), [1.0, read, written])
+
+
+def _channels_last(kind: str, inputs: Shapes, out: Sequence[Any]) -> bool:
+    """Whether a convolution or a pool has its channels behind its positions, as onnxruntime's of 8-bit integers have:
+    a convolution has as many scales and biases, and a pool leaves as many.
+    """
+    if kind.startswith("Nhwc"):
+        return True
+    if kind == "QLinearConv":
+        return any(len(one) == 1 and np.array_equal(one[0], out[-1]) for one in inputs)
+    if kind.startswith("QLinear") and "Pool" in kind:
+        return np.array_equal(inputs[0][-1], out[-1])
+    return False
+
+
+def _convolution(kind: str, inputs: Shapes, first: Sequence[Any], out: Sequence[Any], block: int) -> Work:
+    """`first`, `out`: shapes read and written, the channels in second place."""
+    weight = next((one for one in inputs[1:] if len(one) == len(first)), None)
+    whole_in, whole_out = _up(first[1], block), _up(out[1], block)
+    key = (kind, *_fixed(first[2:]), *_fixed(out[2:]), sum(len(one) == len(first) for one in inputs))
+    if weight is None:
+        return Work(key, [1.0, whole_out * whole_in, out[1] * np.asarray(first[1]), whole_in, whole_out], shared=False)
+    per_group = weight[1]
+    key = (*key, *_fixed(weight[2:]))
+    if _always(per_group, 1) and not _always(first[1], 1):
+        return Work(("depthwise", *key), [1.0, whole_out])
+    both = whole_out * (_up(per_group, block) if np.array_equal(per_group, first[1]) else per_group)
+    odd = _odd(first, block)
+    plain = out[1] * np.asarray(per_group)
+    return Work(key, [1.0, both, plain, whole_in, whole_out, odd * plain, odd * out[1]])
 
 
 def _elements(shape: Sequence[Any]) -> Any:
@@ -112,6 +141,8 @@ class Sample:
     operators: tuple[Operator, ...]
 
 
+_Key = tuple[Hashable, int | None]
+"""Of costs: the kind of work, and the number of the operator where others of its kind do not share them."""
 _Sides = tuple[tuple[Slot, ...], ...]
 """Of an operator's tensors on one side: what each dimension follows."""
 
@@ -126,6 +157,8 @@ class _Placed:
     inputs: _Sides
     outputs: _Sides
     where: Where
+    column: int | None
+    """Number of the operator, where its costs are its own."""
     factor: float
 
     @cached_property
@@ -144,7 +177,7 @@ class Fit:
 
     sizes: Sizes
     placed: tuple[_Placed, ...]
-    terms: Mapping[Hashable, Numbers]
+    terms: Mapping[_Key, Numbers]
     block: int
     scale: tuple[float, float, float]
     error: float = 0.0
@@ -171,10 +204,10 @@ def _total(made: Fit, kept: Numbers) -> Numbers:
     total, left = np.zeros(len(kept)), dimensions > 0
     for one in made.placed:
         inputs, outputs = ([[s.at(dimensions) for s in shape] for shape in side] for side in (one.inputs, one.outputs))
-        key, values = work(one.kind, inputs, outputs, made.block)
-        cost = made.terms.get(key)
+        found = work(one.kind, inputs, outputs, made.block)
+        cost = made.terms.get((found.key, one.column))
         if cost is not None:
-            took = one.factor * sum(c * v for c, v in zip(cost, values, strict=True))
+            took = one.factor * sum(c * v for c, v in zip(cost, found.terms, strict=True))
             total += (left[:, one.follows].all(axis=1) & one.where.at(whole)) * took
     return total
 
@@ -225,14 +258,14 @@ def _fit(samples: Sequence[Sample], same: Sequence[Seen], numbers: Sequence[int]
     """The fit of the samples of these `numbers`; `same`: which operators of all samples are one."""
     told = set(numbers)
     same = [[(number, o) for number, o in seen if number in told] for seen in same]
-    rows: dict[Hashable, list[tuple[list[Any], float]]] = {}
-    for seen in same:
+    rows: dict[_Key, list[tuple[list[Any], float]]] = {}
+    for column, seen in enumerate(same):
         for _, operator in seen:
-            key, values = work(operator.kind, operator.inputs, operator.outputs, block)
+            key, values = _told(operator, column, block)
             rows.setdefault(key, []).append((values, operator.share))
     terms = {key: _terms(found) for key, found in rows.items()}
     kept = np.array([sizes.kept(one.kept) for one in samples])
-    placed = _placed([seen for seen in same if seen], numbers, terms, block, sizes.at(kept), kept == sizes.whole)
+    placed = _placed(same, numbers, terms, block, sizes.at(kept), kept == sizes.whole)
     made = Fit(sizes, placed, terms, block, (0.0, 1.0, 0.0))
     ratios = np.array([samples[number].ratio for number in numbers])
     found, _ = nnls(_grown(_total(made, kept[list(numbers)])) / ratios[:, None], np.ones(len(ratios)))
@@ -243,7 +276,7 @@ def _fit(samples: Sequence[Sample], same: Sequence[Seen], numbers: Sequence[int]
 def _placed(
     same: Sequence[Seen],
     numbers: Sequence[int],
-    terms: Mapping[Hashable, Numbers],
+    terms: Mapping[_Key, Numbers],
     block: int,
     dimensions: Numbers,
     whole: Flags,
@@ -251,7 +284,7 @@ def _placed(
     """The operators whose presence in the samples of these `numbers` can be told from the widths; `dimensions`
     (samples, sizes) of all programs, and which clusters are `whole` (samples, clusters).
     """
-    made: dict[tuple[str, _Sides, _Sides, Where], float] = {}
+    made: dict[tuple[str, _Sides, _Sides, Where, int | None], float] = {}
     known: dict[tuple[Any, ...], Slot] = {}
     rules: dict[tuple[int, ...], Where | None] = {}
 
@@ -262,7 +295,9 @@ def _placed(
             known[key] = slot(sizes, dimensions[list(having)])
         return known[key]
 
-    for seen in same:
+    for column, seen in enumerate(same):
+        if not seen:
+            continue
         having = tuple(number for number, _ in seen)
         if having not in rules:
             rules[having] = where(np.isin(numbers, having), whole[list(numbers)])
@@ -276,14 +311,20 @@ def _placed(
             )
             for side in ("inputs", "outputs")
         ]
-        told = (work(o.kind, o.inputs, o.outputs, block) for _, o in seen)
+        told = [_told(o, column, block) for _, o in seen]
         predicted = np.array([float(np.dot(terms[key], values)) for key, values in told])
         shares = np.array([o.share for _, o in seen])
         pull = OWN * float(np.mean(predicted**2)) + 1e-18
         factor = (float(predicted @ shares) + pull) / (float(predicted @ predicted) + pull)
-        alike = seen[0][1].kind, sides[0], sides[1], rule
+        alike = seen[0][1].kind, sides[0], sides[1], rule, told[0][0][1]
         made[alike] = made.get(alike, 0.0) + factor
     return tuple(_Placed(*alike, factor) for alike, factor in made.items())
+
+
+def _told(operator: Operator, column: int, block: int) -> tuple[_Key, list[Any]]:
+    """Which costs an operator's time is made of, and how much of each."""
+    found = work(operator.kind, operator.inputs, operator.outputs, block)
+    return (found.key, None if found.shared else column), found.terms
 
 
 def _terms(rows: Sequence[tuple[list[Any], float]]) -> Numbers:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import nn
 from foundation.errors import ConfigError
 from pipeline.channels import analyse
 from pipeline.latency import device, kit, probes, profile
+from pipeline.latency.fitting import work
 from pipeline.latency.probes import Setting
 from pipeline.measurements import Measurements
 from pipeline.models.find import load
@@ -123,6 +125,16 @@ def test_what_a_device_measured_is_read_as_what_this_machine_measures(measured, 
     fit = there.fit(analysis)
     narrow, whole = fit.sizes.kept({"a": 8, "b": 8}), fit.sizes.kept({})
     assert fit.ratio(np.stack([narrow, whole])).argmin() == 0
+
+
+def test_convolutions_of_8_bit_integers_are_read_in_the_layout_that_they_run_in(small, few):
+    analysis, source = small
+    made = profile.measure(analysis, source, replace(SETTING, int8=True), analysis.clusters, Measurements(), Progress())
+    for sample in made.samples:
+        first, second = (o for o in sample.operators if "Conv" in o.kind)
+        a, b = sample.kept["a"], sample.kept["b"]
+        assert work(first.kind, first.inputs, first.outputs, 1).terms[1] == a * 3
+        assert work(second.kind, second.inputs, second.outputs, 1).terms[1] == b * a
 
 
 def test_a_kit_that_was_broken_off_goes_on(measured, tmp_path):

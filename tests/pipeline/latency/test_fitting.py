@@ -121,12 +121,12 @@ def test_a_wider_layer_is_never_said_to_be_free_of_cost():
     ],
 )
 def test_each_kind_of_work_has_terms(kind, inputs, outputs, want):
-    key, terms = work(kind, inputs, outputs, 8)
-    assert key[0] == want and len(terms) > 1 and all(np.isfinite(terms))
+    found = work(kind, inputs, outputs, 8)
+    assert found.key[0] == want and len(found.terms) > 1 and all(np.isfinite(found.terms))
 
 
 def test_a_stride_makes_another_kind_of_work():
-    keys = {work("Conv", [[1, 8, n, n], [8, 1, 3, 3]], [[1, 8, 14, 14]], 8)[0] for n in (14, 28)}
+    keys = {work("Conv", [[1, 8, n, n], [8, 1, 3, 3]], [[1, 8, 14, 14]], 8).key for n in (14, 28)}
     assert len(keys) == 2
 
 
@@ -175,3 +175,39 @@ def test_a_pool_off_the_block_is_slower_and_no_less_for_more_channels():
     pairs = [(int(draw.integers(1, 9)) * 8, int(draw.integers(1, 5)) * 8) for _ in range(15)]
     made = fit([one(a, b) for a, b in pairs], SIZES, (1, 8, 16, 32))
     assert errors(made, [one(a, b) for a in (16, 24, 40, 48, 64) for b in (8, 24, 32)]).max() < 0.05
+
+
+def test_convolutions_whose_kernels_are_not_told_have_costs_of_their_own():
+    """Those of 8-bit integers, channels last, weights packed away: a 1x1 and a 3x3 kernel look alike."""
+
+    def integers(name, ins, outs, kernel):
+        shapes = (((1, 14, 14, ins), (), (), (outs,), (outs,), (), (), (outs,)), ((1, 14, 14, outs),))
+        return Operator(name, "QLinearConv", *shapes, 0.002 + 2e-5 * kernel**2 * ins * outs)
+
+    def one(a, b):
+        pool = Operator("pool", "NhwcMaxPool", ((1, 14, 14, a),), ((1, 7, 7, a),), 1e-3 * a)
+        operators = (integers("in", a, b, 3), integers("beside", a, b, 1), integers("out", b, a, 1), pool)
+        return Sample({"a": a, "b": b}, sum(o.share for o in operators), operators)
+
+    draw = np.random.default_rng(0)
+    pairs = [(64, 32), *((int(draw.integers(1, 9)) * 8, int(draw.integers(1, 5)) * 8) for _ in range(14))]
+    made = fit([one(a, b) for a, b in pairs], SIZES, (1, 8))
+    assert errors(made, [one(a, b) for a in (64, 40, 24, 8) for b in (8, 32)]).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "out", "channels"),
+    [
+        ("QLinearConv", [[1, 8, 8, 24], [], [], [16], [16], [], [], [16]], [1, 8, 8, 16], (24, 16)),
+        ("QLinearConv", [[1, 24, 8, 8], [], [], [16], [16], [], [], [16]], [1, 16, 8, 8], (24, 16)),
+        ("QLinearConv", [[1, 24, 8, 8], [], [], [16, 24, 3, 3], [16], [], [], [16]], [1, 16, 8, 8], (24, 16)),
+        ("NhwcMaxPool", [[1, 8, 8, 24]], [1, 4, 4, 24], (24, 24)),
+        ("QLinearGlobalAveragePool", [[1, 8, 8, 24], [], [], [], []], [1, 1, 1, 24], (24, 24)),
+        ("QLinearGlobalAveragePool", [[1, 24, 8, 8], [], [], [], []], [1, 24, 1, 1], (24, 24)),
+    ],
+)
+def test_channels_are_found_where_they_are(kind, inputs, out, channels):
+    key, terms, _ = work(kind, inputs, [out], 1)
+    assert 24 not in key and 16 not in key and 8 in key
+    if "Conv" in kind:
+        assert terms[1] == channels[0] * channels[1]
