@@ -24,6 +24,7 @@ from .latency import Bound as Bound
 from .latency import LatencyReport as LatencyReport
 from .latency import Ratios as Ratios
 from .latency import RunnerLatency as RunnerLatency
+from .latency import duels as duels
 from .latency import race as race
 from .macs import count_macs as count_macs
 from .matching import Trail as Trail

@@ -47,7 +47,7 @@ from validators.accuracy import (
 )
 from validators.feeds import Feed, random_feeds
 from validators.gates import Measured
-from validators.latency import Bound, LatencyReport, race
+from validators.latency import Bound, LatencyReport, duels
 from validators.macs import count_macs
 from validators.runners import Array, OrtRunner
 from validators.scores import Worse, chance_of_dealing, compared, run, worst
@@ -459,9 +459,10 @@ def _latency(
     ranges: Mapping[str, tuple[int, int]] | None,
 ) -> LatencyReport:
     progress.say(f"  latency of {', '.join(runners)}, {cfg.threads} thread(s), batch {cfg.batch_size}")
-    return race(
+    return duels(
         runners,
         _feed(cfg, runners["shipped"], sizes, ranges),
+        one="shipped",
         reference="dense" if "dense" in runners else "shipped",
         seconds=cfg.seconds,
         seed=cfg.seed,

@@ -1,12 +1,13 @@
 import gc
 import os
 import time
+from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from validators import Bound, Feed, LatencyReport, OrtRunner, ValidationError, latency, race
+from validators import Bound, Feed, LatencyReport, OrtRunner, ValidationError, duels, latency, race
 
 FEED = Feed("f", {"input": np.zeros((1, 3), np.float32)})
 
@@ -195,6 +196,45 @@ def test_a_clear_case_is_decided_early_and_an_unclear_one_uses_its_time(clock, f
     assert not unclear.decided
     assert unclear.seconds == pytest.approx(4, rel=0.1)
     assert 0 < unclear.runners["b"].ratios["a"].detectable < clear.runners["b"].ratios["a"].detectable
+
+
+def test_one_model_races_each_other_one_apart_and_all_of_it_is_one_report(clock, function_runner):
+    """A third model in the turns would take the caches of the first two."""
+    rng, ran = np.random.default_rng(0), []
+
+    def runner(name, base):
+        def takes():
+            ran.append(name)
+            crowded = name == "dense" and "promoted" in ran[-12:]
+            return base * (1.5 if crowded else 1) * (1 + 0.02 * rng.random())
+
+        return clock.runner(function_runner, name, takes)
+
+    runners = {name: runner(name, base) for name, base in (("shipped", 1e-3), ("dense", 4e-3), ("promoted", 2e-3))}
+    bounds = [Bound("shipped", "dense", 0.5), Bound("shipped", "promoted", 0.9)]
+    report = duels(runners, FEED, one="shipped", reference="dense", seconds=8, seed=0, bounds=bounds)
+    assert [name for name, _ in groupby(name for name in ran if name != "shipped")] == ["dense", "promoted"]
+    shipped, promoted = report.runners["shipped"], report.runners["promoted"]
+    assert shipped.ratio.value == shipped.ratios["dense"].median.value == pytest.approx(0.25, rel=0.02)
+    assert shipped.ratios["promoted"].median.value == pytest.approx(0.5, rel=0.02)
+    assert promoted.ratio.low < promoted.ratio.value < promoted.ratio.high
+    assert promoted.ratio.value == pytest.approx(0.5, rel=0.03)
+    assert report.runners["dense"].ratio.value == 1
+    assert report.decided and report.seconds < 2
+    assert LatencyReport.model_validate_json(report.model_dump_json()) == report
+    bound = [Bound("shipped", "promoted", 0.5)]
+    report = duels(runners, FEED, one="shipped", reference="dense", seconds=8, seed=0, bounds=bound)
+    assert not report.decided
+    assert report.seconds == pytest.approx(8, rel=0.1)
+    assert report.confidence == pytest.approx(1 - 0.05 / 4)
+
+
+def test_without_a_third_model_there_is_one_race(clock, function_runner):
+    runners = {name: clock.runner(function_runner, name, lambda: 1e-3) for name in ("dense", "shipped")}
+    report = duels(runners, FEED, one="shipped", reference="dense", seconds=2, seed=0)
+    assert report.seconds == pytest.approx(2, rel=0.1)
+    with pytest.raises(ValidationError, match="no runner other"):
+        duels(runners, FEED, one="shipped", reference="other", seconds=2, seed=0)
 
 
 def gates(clock, function_runner, slower, count):
