@@ -7,6 +7,7 @@ keep to 7 bits (`reduce_range`); onnxruntime's documentation on quantization say
 from __future__ import annotations
 
 import io
+import itertools
 import tempfile
 import time
 from collections import Counter
@@ -332,6 +333,24 @@ def _divergence(held: Array, found: Array) -> float:
     return float((p[there] * np.log(p[there] / q[there])).sum())
 
 
+class _Quantizer(QDQQuantizer):  # type: ignore[misc]  # onnxruntime's tools have no types
+    """onnxruntime's, whose copies of a bias that several nodes share never take the name of something else.
+
+    It numbers them after the other weights alone: the copy of `pad_1` may be `pad_17`, which some node computes.
+    """
+
+    def _dup_initializer(self, initializer: onnx.TensorProto) -> onnx.TensorProto:
+        graph = self.model.model.graph
+        taken = {name for node in graph.node for name in (*node.input, *node.output)}
+        taken |= {one.name for one in (*graph.input, *graph.initializer)}
+        copy = onnx.TensorProto()
+        copy.CopyFrom(initializer)
+        numbered = (f"{initializer.name}_copy_{number}" for number in itertools.count(1))
+        copy.name = next(name for name in numbered if name not in taken)
+        self.model.add_initializer(copy)
+        return copy
+
+
 def _with_ranges(
     model: onnx.ModelProto,
     src: Path,
@@ -349,7 +368,7 @@ def _with_ranges(
     with _explained(src, "Give a float32 model."):
         inferred = save_and_reload_model_with_shape_infer(model)
         activation, weight = _types()
-        quantizer = QDQQuantizer(
+        quantizer = _Quantizer(
             inferred,
             True,
             reduced,

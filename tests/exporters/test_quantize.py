@@ -161,6 +161,28 @@ def test_an_output_that_goes_on_into_the_model_keeps_its_integers(tmp_path, batc
     assert len(integer_weights(made.path)) == 2
 
 
+def test_a_bias_of_several_nodes_gets_a_copy_under_no_name_that_is_taken(tmp_path, batches):
+    """onnxruntime numbers it after other weights alone, `b0` here, which is what the first node computes."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]>
+        g (float[n, 3, 8, 8] input) => (float[n, 8, 8, 8] output) {
+            b0 = Conv <pads = [1, 1, 1, 1]> (input, first, b)
+            b_copy_1 = Conv <pads = [1, 1, 1, 1]> (b0, second, b)
+            output = Conv <pads = [1, 1, 1, 1]> (b_copy_1, second, b)
+        }"""
+    )
+    for node in model.graph.node:
+        node.name = f"node_{node.output[0]}"
+    rng = np.random.default_rng(0)
+    for name, shape in (("first", (8, 3, 3, 3)), ("second", (8, 8, 3, 3)), ("b", (8,))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape).astype("f4"), name))
+    onnx.save(model, tmp_path / "two.onnx")
+    made = quantize(tmp_path / "two.onnx", tmp_path / "q.onnx", batches=batches)
+    x = batches[0]["input"]
+    wanted = run(tmp_path / "two.onnx", x)
+    assert np.abs(run(made.path, x) - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
 def test_what_the_tool_has_to_say_is_returned(exported, batches, tmp_path, capfd, monkeypatch):
     tool = module.create_calibrator
 
