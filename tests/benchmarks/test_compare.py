@@ -44,6 +44,7 @@ def test_ours_is_chosen_by_milliseconds_and_by_operations_at_one_measured_latenc
         (probes, "PROBES", 4),
         (profile, "SECONDS", 0.05),
         (timed, "ROUNDS", 3),
+        (timed, "NEAR", 10.0),  # asked once
         (peers, "STEPS", 3),
     ):
         monkeypatch.setattr(module, name, value)

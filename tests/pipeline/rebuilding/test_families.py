@@ -31,9 +31,13 @@ SIZES = {
     "vocab_size": 100, "max_position_embeddings": 32,
 }  # fmt: skip
 BUILT = {
-    "ResNet": ("torchvision", "from torchvision.models import resnet50\n\ndef build():\n    return resnet50()\n"),
+    "ResNet": (
+        "torchvision", "from torchvision.models import resnet\n\ndef build():\n"
+        "    return resnet.ResNet(resnet.Bottleneck, [1, 2, 1, 1])\n",
+    ),
     "VisionTransformer": (
-        "timm", "import timm\n\ndef build():\n    return timm.create_model('deit_tiny_patch16_224', img_size=64)\n",
+        "timm", "import timm\n\ndef build():\n"
+        "    return timm.create_model('deit_tiny_patch16_224', img_size=64, depth=4)\n",
     ),
     "DetectionModel": (
         "ultralytics", "from ultralytics.nn.tasks import DetectionModel\n\ndef build():\n"
