@@ -169,13 +169,12 @@ def _wait_for_first(place: Place, limit: float) -> None:
             return
         except OSError:
             if time.monotonic() - began > limit:
-                raise _missing(place) from None
+                raise _missing(place, "the first one has not") from None
             time.sleep(0.1)
 
 
-def _missing(place: Place) -> TrainingError:
-    """The first process has this error to raise; where that one is missing, the second speaks, and the others leave."""
-    who = "not all others have" if place.rank == 0 else "the first one has not"
+def _missing(place: Place, who: str = "not all others have") -> TrainingError:
+    """The first process has this error to raise; of the others the second speaks, and all leave."""
     error = TrainingError(
         f"Process {place.rank} of {place.count}: {who} come within {_patience(place):.0f} s, killed or never started.",
         "Start all of them at the same time, as torchrun does; the same command goes on from what is finished.",

@@ -153,6 +153,38 @@ def test_processes_that_have_joined_wait_for_the_first_as_long_as_it_takes(tmp_p
     assert together(tmp_path / "said", waits) == [processes.LONG.total_seconds()] * 2
 
 
+def scripts(text: str, count: int) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of the first two of `count` processes that run a script, started by two alone."""
+    port = of_two.free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", text],
+            env=os.environ | of_two.environment(rank, port, count),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=60) for process in started]
+    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+
+
+COMES = """
+from pipeline.training import launched, processes
+processes.NEAR = 5.0
+with processes.joined(launched.place()):
+    pass
+"""
+
+
+def test_where_a_third_process_never_comes_nobody_takes_the_first_for_missing():
+    (_, _, first), (code, _, second) = scripts(COMES, 3)
+    assert "Process 0 of 3: not all others have come within 5 s" in first
+    assert "Process 1 of 3: not all others have come within 5 s" in second
+    assert code == 3
+
+
 TRAINED = """
 import os
 from pathlib import Path
@@ -173,11 +205,5 @@ def test_processes_that_have_left_keep_no_threads_of_the_group():
     """Such a thread aborts its process where that exits while the thread lets a tensor go. In processes that have
     imported nothing yet: it depends on what is imported when.
     """
-    port = of_two.free_port()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", TRAINED], env=os.environ | of_two.environment(rank, port), stdout=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    assert [process.communicate(timeout=60)[0] for process in started] == [b"[]\n"] * 2
+    first, second = scripts(TRAINED, 2)
+    assert [out for _, out, _ in (first, second)] == ["[]\n"] * 2
