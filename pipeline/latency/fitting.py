@@ -8,7 +8,7 @@ operator of one model is which of another, and which widths have it at all, is f
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
-from pipeline.latency.matching import Flags, Operator, Seen, Where, matched, where
+from pipeline.latency.matching import Operator, Seen, Where, likeliest, matched, where
 from pipeline.latency.sizes import Numbers, Sizes, Slot, slot
 
 Shapes = Sequence[Sequence[Any]]
@@ -265,7 +265,7 @@ def _fit(samples: Sequence[Sample], same: Sequence[Seen], numbers: Sequence[int]
             rows.setdefault(key, []).append((values, operator.share))
     terms = {key: _terms(found) for key, found in rows.items()}
     kept = np.array([sizes.kept(one.kept) for one in samples])
-    placed = _placed(same, numbers, terms, block, sizes.at(kept), kept == sizes.whole)
+    placed = _placed(same, numbers, terms, block, sizes, kept)
     made = Fit(sizes, placed, terms, block, (0.0, 1.0, 0.0))
     ratios = np.array([samples[number].ratio for number in numbers])
     found, _ = nnls(_grown(_total(made, kept[list(numbers)])) / ratios[:, None], np.ones(len(ratios)))
@@ -278,15 +278,16 @@ def _placed(
     numbers: Sequence[int],
     terms: Mapping[_Key, Numbers],
     block: int,
-    dimensions: Numbers,
-    whole: Flags,
+    sizes: Sizes,
+    kept: Numbers,
 ) -> tuple[_Placed, ...]:
-    """The operators whose presence in the samples of these `numbers` can be told from the widths; `dimensions`
-    (samples, sizes) of all programs, and which clusters are `whole` (samples, clusters).
+    """The operators whose presence in the samples of these `numbers` can be told from the widths; `kept` (samples,
+    clusters) groups of all samples.
     """
+    dimensions, whole = sizes.at(kept), (kept == sizes.whole)[list(numbers)]
     made: dict[tuple[str, _Sides, _Sides, Where, int | None], float] = {}
     known: dict[tuple[Any, ...], Slot] = {}
-    rules: dict[tuple[int, ...], Where | None] = {}
+    rules: dict[tuple[int, ...], tuple[Where, ...]] = {}
 
     def follows(sizes: tuple[int, ...], having: tuple[int, ...]) -> Slot:
         """`slot`, asked once for what many operators share."""
@@ -295,30 +296,45 @@ def _placed(
             known[key] = slot(sizes, dimensions[list(having)])
         return known[key]
 
+    sides = [_sides(seen, follows) for seen in same]
+    followed = [_followed(one, sizes) for one in sides]
     for column, seen in enumerate(same):
         if not seen:
             continue
         having = tuple(number for number, _ in seen)
         if having not in rules:
-            rules[having] = where(np.isin(numbers, having), whole[list(numbers)])
-        rule = rules[having]
-        if rule is None:
+            rules[having] = where(np.isin(numbers, having), whole)
+        if not rules[having]:
             continue
-        sides = [
-            tuple(
-                tuple(follows(tuple(getattr(o, side)[i][d] for _, o in seen), having) for d in range(len(shape)))
-                for i, shape in enumerate(getattr(seen[0][1], side))
-            )
-            for side in ("inputs", "outputs")
-        ]
+        rule = likeliest(rules[having], column, followed)
         told = [_told(o, column, block) for _, o in seen]
         predicted = np.array([float(np.dot(terms[key], values)) for key, values in told])
         shares = np.array([o.share for _, o in seen])
         pull = OWN * float(np.mean(predicted**2)) + 1e-18
         factor = (float(predicted @ shares) + pull) / (float(predicted @ predicted) + pull)
-        alike = seen[0][1].kind, sides[0], sides[1], rule, told[0][0][1]
+        alike = seen[0][1].kind, *sides[column], rule, told[0][0][1]
         made[alike] = made.get(alike, 0.0) + factor
     return tuple(_Placed(*alike, factor) for alike, factor in made.items())
+
+
+def _sides(seen: Seen, follows: Callable[[tuple[int, ...], tuple[int, ...]], Slot]) -> tuple[_Sides, _Sides]:
+    """What each dimension of an operator's inputs and outputs `follows`, given its sizes in the models that have it."""
+    having = tuple(number for number, _ in seen)
+
+    def told(side: str) -> _Sides:
+        shapes = [getattr(one, side) for _, one in seen]
+        return tuple(
+            tuple(follows(tuple(shape[i][d] for shape in shapes), having) for d in range(len(one)))
+            for i, one in enumerate(shapes[0] if shapes else ())
+        )
+
+    return told("inputs"), told("outputs")
+
+
+def _followed(sides: tuple[_Sides, _Sides], sizes: Sizes) -> frozenset[int]:
+    """The clusters that any of an operator's sizes follows."""
+    dimensions = {s.of for side in sides for shape in side for s in shape if s.of is not None}
+    return frozenset(int(c) for d in dimensions for c in np.flatnonzero(sizes.each[d]))
 
 
 def _told(operator: Operator, column: int, block: int) -> tuple[_Key, list[Any]]:

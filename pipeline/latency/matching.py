@@ -129,15 +129,27 @@ class Where:
         return found
 
 
-def where(present: Flags, whole: Flags) -> Where | None:
-    """The rule by which measured models have an operator, `present` (models,), given which clusters are `whole`
-    (models, clusters); None where there is none, and most do not have it.
+def where(present: Flags, whole: Flags) -> tuple[Where, ...]:
+    """The rules, equally good, by which measured models have an operator, `present` (models,), given which clusters are
+    `whole` (models, clusters); none where none holds, and most do not have it.
     """
     always = int((~present).sum())
     if not always:
-        return Where()
+        return (Where(),)
     wrong = np.concatenate([(present[:, None] != whole).sum(axis=0), (present[:, None] == whole).sum(axis=0)])
     if wrong.size and wrong.min() < always and wrong.min() <= STRAY * len(present):
-        best = int(wrong.argmin())
-        return Where(best % whole.shape[1], best < whole.shape[1])
-    return Where() if always <= (1 - OFTEN) * len(present) else None
+        clusters = whole.shape[1]
+        return tuple(Where(int(at) % clusters, bool(at < clusters)) for at in np.flatnonzero(wrong == wrong.min()))
+    return (Where(),) if always <= (1 - OFTEN) * len(present) else ()
+
+
+def likeliest(rules: Sequence[Where], at: int, followed: Sequence[frozenset[int]]) -> Where:
+    """Of equally good `rules` for operator number `at` the one of a cluster that the operators nearest to it follow;
+    `followed`: the clusters that the sizes of each operator follow.
+    """
+    for distance in range(len(followed) if len(rules) > 1 else 0):
+        beside = [followed[n] for n in {at - distance, at + distance} if 0 <= n < len(followed)]
+        for rule in rules:
+            if any(rule.of in clusters for clusters in beside):
+                return rule
+    return rules[0]
