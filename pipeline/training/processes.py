@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -44,6 +45,19 @@ WATCH = "leanort/watch"
 """The key under which the first process says where it listens."""
 GRACE = 20.0
 """Seconds in which the first process says what is wrong, before the others leave."""
+
+GROUP_AS_DEFAULT = (
+    "torch.distributed.nn.functional",
+    "torch.distributed.fsdp.sharded_grad_scaler",
+    "torch.distributed.optim.zero_redundancy_optimizer",
+)
+"""Modules whose functions take the group of all as a default, as it is when they are first imported: with the first
+model that is trained by several, say. From then on nothing ends that group. So they are imported before there is one.
+"""
+SETTLE = 0.5
+"""Seconds for the threads of a group that something still holds, as FSDP does, to let go of their last tensors: a
+thread that does so while the interpreter ends aborts the process.
+"""
 
 
 class Over(Exception):  # noqa: N818  # no error: this process has nothing more to do
@@ -120,14 +134,12 @@ def joined(place: Place) -> Iterator[Group]:
             raise
         watch.end()
     if store is not None:
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        _leave()
 
 
 def _initialise(place: Place, store: Store) -> None:
-    # This module takes the group of all as the default of its functions, when it is first imported: with the first
-    # model that is trained by several. Then nothing ever ends the group, whose threads abort a process as it exits.
-    importlib.import_module("torch.distributed.nn.functional")
+    for module in GROUP_AS_DEFAULT:
+        importlib.import_module(module)
     kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available() and place.local < torch.cuda.device_count():
         torch.cuda.set_device(place.local)
@@ -135,6 +147,16 @@ def _initialise(place: Place, store: Store) -> None:
     dist.init_process_group(
         kinds, store=PrefixStore("leanort", store), rank=place.rank, world_size=place.count, timeout=LONG
     )
+
+
+def _leave() -> None:
+    if not dist.is_initialized():  # code of others has left already
+        return
+    group = weakref.ref(dist.group.WORLD)
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
+    if group() is not None:
+        time.sleep(SETTLE)
 
 
 def _patience(place: Place) -> float:

@@ -192,6 +192,7 @@ import torch
 from torch import nn
 from pipeline.training import launched, processes
 with processes.joined(launched.place()):
+    import torch.distributed.fsdp, torch.distributed.optim
     model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
     model(torch.randn(4, 3)).sum().backward()
     del model
@@ -207,3 +208,19 @@ def test_processes_that_have_left_keep_no_threads_of_the_group():
     """
     first, second = scripts(TRAINED, 2)
     assert [out for _, out, _ in (first, second)] == ["[]\n"] * 2
+
+
+HELD = """
+import time
+import torch.distributed as dist
+from pipeline.training import launched, processes
+processes.SETTLE = 3.0
+with processes.joined(launched.place()):
+    group = dist.group.WORLD
+    began = time.monotonic()
+print(time.monotonic() - began > 3)
+"""
+
+
+def test_a_group_that_somebody_holds_gets_the_time_to_let_its_tensors_go():
+    assert [out for _, out, _ in scripts(HELD, 2)] == ["True\n"] * 2
