@@ -78,7 +78,7 @@ house: $(STAMP) ## [MODEL= BEFORE=older/checkout]: start-up of every command tha
 faults: $(STAMP) ## [CAMPAIGNS="kills versions ..." SIZE= SEED=]: attacks on the product, at random; only 0 wrong is right
 	$(BIN)/python -m benchmarks.faults $(CAMPAIGNS) $(if $(SIZE),--size $(SIZE)) $(if $(SEED),--seed $(SEED))
 
-compare: $(STAMP) .compare ## [ARGS="--models resnet18 --seeds 0"]: accuracy against the field's pruning libraries, at equal MACs
+compare: $(STAMP) .compare ## [ARGS="--models resnet18 --seeds 0"]: accuracy against the field's pruning libraries, at equal MACs or latency
 	PYTHONPATH=.compare $(BIN)/python -m benchmarks.compare $(ARGS)
 	PYTHONPATH=.compare $(BIN)/python -m benchmarks.compare --table $(ARGS)
 

@@ -225,6 +225,7 @@ def duels(
     A third model in the turns takes the place of the first two in the caches, which slows the larger one more: of a
     ResNet-50 at 32x32 cut to a seventh, 0.159 of dense became 0.135 to 0.155. The figures of `one` are those of its
     race with `reference`; another model's ratio to `reference` is the product of its own to `one` and that one's.
+    `blocks` and `seconds` are those of all races, `timed_per_block` and `pinned` those of the first.
     `bounds` are on ratios of `one`. Raises ValidationError as `race` does.
     """
     others = sorted((name for name in runners if name != one), key=lambda name: name != reference)

@@ -25,8 +25,6 @@ from pipeline.measurements import Measurements
 from pipeline.models.find import load
 from pipeline.progress import TerminalProgress
 
-ROUNDS = 10
-"""In each of a few sessions, of which the fastest counts: see `device.SESSIONS`."""
 OPSET = 23
 NEAR = 0.02
 """Of the wanted latency: what counts as the same."""
@@ -35,15 +33,14 @@ RANGES = 128
 
 
 class Clock:
-    """One thread, batch 1, float32 or `int8`: a model's time over the dense one's in the same format, both in turns,
-    the median of the rounds, in each one's fastest session.
+    """One thread, batch 1, float32 or `int8`: a model's time over the dense one's in the same format, measured
+    as the latency table's models are.
     """
 
     def __init__(self, dense: nn.Module, problem: Problem, *, int8: bool = False) -> None:
         self.problem, self.int8 = problem, int8
         self.feed = {"input": problem.x[:1].numpy()}
         self._folder = tempfile.TemporaryDirectory()
-        self._clock = device.clock_of(1)
         self.dense = device.fastest(self.file(dense), self.feed, 1)
 
     def file(self, model: nn.Module | ExportedProgram | Path) -> Path:
@@ -62,17 +59,8 @@ class Clock:
 
     def of(self, model: nn.Module | ExportedProgram | Path) -> float:
         """The share of the dense model's time."""
-        path = self.file(model)
-        return min(self._in_turns(device.session(path, 1)) for _ in range(device.SESSIONS))
-
-    def _in_turns(self, session: Any) -> float:
-        for _ in range(device.WARM):
-            device.once(session, self.feed)
-        found = []
-        for _ in range(ROUNDS):
-            reference = device.turn(self.dense, self.feed, self._clock)
-            found.append(device.turn(session, self.feed, self._clock) / reference)
-        return float(np.median(found))
+        took = device.measure(self.dense, self.file(model), self.feed, 1, profile.SECONDS)
+        return float(took["ratio"])
 
     def accuracy(self, model: nn.Module | ExportedProgram | Path) -> float:
         """Percent of the test part that the file is right on."""

@@ -147,9 +147,7 @@ def likeliest(rules: Sequence[Where], at: int, followed: Sequence[frozenset[int]
     """Of equally good `rules` for operator number `at` the one of a cluster that the operators nearest to it follow;
     `followed`: the clusters that the sizes of each operator follow.
     """
-    for distance in range(len(followed) if len(rules) > 1 else 0):
-        beside = [followed[n] for n in {at - distance, at + distance} if 0 <= n < len(followed)]
-        for rule in rules:
-            if any(rule.of in clusters for clusters in beside):
-                return rule
-    return rules[0]
+    by_cluster = {rule.of: rule for rule in reversed(rules)}
+    nearest = sorted(range(len(followed) if len(rules) > 1 else 0), key=lambda n: abs(n - at))
+    found = (cluster for n in nearest for cluster in sorted(followed[n]) if cluster in by_cluster)
+    return by_cluster[next(found, rules[0].of)]

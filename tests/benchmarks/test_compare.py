@@ -43,7 +43,6 @@ def test_ours_is_chosen_by_milliseconds_and_by_operations_at_one_measured_latenc
     for module, name, value in (
         (probes, "PROBES", 4),
         (profile, "SECONDS", 0.05),
-        (timed, "ROUNDS", 3),
         (timed, "NEAR", 10.0),  # asked once
         (peers, "STEPS", 3),
     ):
