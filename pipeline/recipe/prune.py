@@ -35,7 +35,7 @@ class PruneSection(Section):
     )
     samples: int = Field(64, ge=1, le=100_000, description="calibration samples that curves are measured on")
     seconds: Seconds | None = Field(None, description="time for measuring curves; where it is short, fewer points")
-    refit: bool = Field(False, description="measure curves with whatever reads a group fitted anew")
+    refit: bool = Field(True, description="measure curves with whatever reads a group fitted anew")
     allocation: Literal["greedy", "exact"] = Field(
         "greedy", description="widths by curves: the cheapest block first, or an integer program on top of that"
     )

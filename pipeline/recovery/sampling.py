@@ -12,8 +12,8 @@ from pipeline.channels.program.capture import Captured
 
 CHUNK = 32
 """Samples that are computed at once, where the batch is free."""
-ROWS = 4096
-PER_COLUMN = 3
+ROWS = 16384
+PER_COLUMN = 8
 """Rows of a weight: so many, or so many for each of its columns, where the samples have them."""
 MOST = 1 << 26
 """Numbers in the rows of one weight: a quarter of a gigabyte. Fewer positions are drawn beyond."""

@@ -132,6 +132,7 @@ def measured(
         "tensors": curves.digest([*seen.samples, *seen.weights.values()]),
         # Roughly: sums of another number of threads differ in their last digits, and the curves hardly hang on these.
         "scores": [f"{float(np.mean(one)):.1e}" for one in scores.values()],
+        "seen": [f"{float(read.square.mean()):.1e}" for one in seen.readers.values() for read in one if cfg.refit],
         "names": [*seen.weights, *scores],
         "how": [cfg.criterion, cfg.refit, cfg.seconds, apart is None],
         "code": hashlib.sha256(Path(curves.__file__).read_bytes()).hexdigest(),

@@ -1,12 +1,13 @@
 """What each layer's width is worth, measured: the divergence of the outputs from the dense ones as groups go.
 
-For every cluster the network is run with the lowest eighth, quarter, half, ... of its groups masked; the divergence of
-Kullback and Leibler to the dense outputs on unlabelled samples, made convex, is the cluster's curve. Widths follow from
-the curves in `widths`. Forward passes only.
+For every cluster the network is run with the lowest sixteenth, eighth, quarter, ... of its groups masked, and what
+reads them fitted anew; the divergence of Kullback and Leibler to the dense outputs on unlabelled samples, made convex,
+is the cluster's curve. Widths follow from the curves in `widths`. Forward passes only.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
@@ -28,10 +29,12 @@ from pipeline.recovery.sampling import chunked
 from pipeline.selection.activations import ReaderInput
 from pipeline.selection.allocation import lowest
 from pipeline.selection.criteria import Scores
-from pipeline.selection.refit import refitted
+from pipeline.selection.refit import Refits, flops
 
-SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 9 / 10)
+SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 9 / 10)
 """Of a cluster's groups, where its curve is measured."""
+FAINT = 1e-7
+"""Nats, where all that was tried went: what outputs in float32 do not tell from nothing."""
 WORST = 1e3
 """Nats; what an output that is not finite counts as."""
 
@@ -44,11 +47,19 @@ class Curve:
     divergence: tuple[float, ...]
 
     def at(self, removed: float) -> float:
-        """Between the points on a line, beyond the last one on that of the last two."""
-        x, y = self.removed, self.divergence
-        if removed <= x[-1] or len(x) == 1:
-            return float(np.interp(removed, x, y))
-        return y[-1] + (removed - x[-1]) * (y[-1] - y[-2]) / (x[-1] - x[-2])
+        """Between two points, and beyond the last two, the power of `removed` that meets both; up to the first, that of
+        the first two. On straight lines every width between two points would cost alike, and choices would end on the
+        points: the groups that go first are the ones that cost the least.
+        """
+        if removed <= 0 or len(self.removed) == 1:
+            return 0.0
+        counts = np.array(self.removed[1:], float)
+        x, y = np.log(counts), np.log(np.maximum(self.divergence[1:], FAINT * counts / counts[-1]))
+        if len(x) == 1:
+            return float(np.exp(y[0])) * removed / self.removed[1]
+        end = int(np.clip(np.searchsorted(x, np.log(removed)), 1, len(x) - 1))
+        power = (y[end] - y[end - 1]) / (x[end] - x[end - 1])
+        return float(np.exp(y[end] + power * (np.log(removed) - x[end])))
 
 
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -84,7 +95,8 @@ def measure(
 
     `samples`: a tensor for each input. `apart` says how far other outputs are from the dense ones; None: by the
     divergence of class shares in the first. `state`: the weights that count as dense. `readers`: with them, whatever
-    reads a cluster is fitted anew each time before the outputs are compared. Each masked network runs only from the
+    reads a cluster is fitted anew each time before the outputs are compared; on samples that they were observed on, the
+    last layers look as if they could do with less than they can. Each masked network runs only from the
     first node on that it changes; memory is that of one forward pass of all samples, and of one more set of weights.
     `seconds`: a budget, None for none. A first run of the dense network is timed, and says how many of `PLANS` fit:
     fewer shares, then fewer samples; the last one is taken whatever it costs. Deterministic for the same shares and
@@ -95,16 +107,21 @@ def measure(
     trials = _trials(analysis, captured, clusters)
     shares: tuple[float, ...] = SHARES
     if seconds is not None:
-        shares, count = _fitting(captured, clusters, samples, trials, seconds)
+        shares, count = _fitting(captured, clusters, samples, trials, seconds, readers)
         samples = [one[:: len(one) // count][:count] for one in samples]
     counts = {c.name: _points(c.size, shares) for c in clusters}
     tried = [
         _Trial(first, cluster, n) for first, cluster in sorted(trials, key=lambda t: t[0]) for n in counts[cluster.name]
     ]
 
+    @functools.lru_cache(maxsize=1)  # the trials of a cluster follow each other
+    def refits(name: str) -> Refits:
+        cluster = next(c for c in clusters if c.name == name)
+        return Refits(cluster, scores[name], captured.state, readers or {})
+
     def changed(trial: _Trial) -> Captured:
         gone = lowest(scores[trial.cluster.name], trial.count)
-        refit = refitted(trial.cluster, gone, captured.state, readers) if readers is not None else {}
+        refit = refits(trial.cluster.name).without(trial.count) if readers is not None else {}
         return captured.with_state(refit).fold(analysis.masks({trial.cluster.name: gone}))
 
     total: dict[tuple[str, int], float] = {}
@@ -157,7 +174,8 @@ def digest(tensors: Sequence[Tensor]) -> str:
     return found.hexdigest()
 
 
-PLANS = ((SHARES, 1), ((1 / 4, 1 / 2, 9 / 10), 1), ((1 / 4, 1 / 2, 9 / 10), 2), ((1 / 2,), 2), ((1 / 2,), 8))
+FEW = 1 / 4, 1 / 2, 9 / 10
+PLANS = ((SHARES, 1), ((1 / 8, 1 / 4, 1 / 2, 3 / 4, 9 / 10), 1), (FEW, 1), (FEW, 2), ((1 / 2,), 2), ((1 / 2,), 8))
 """Where curves are measured, and on which part of the samples (one in so many): what is tried in a given time."""
 
 
@@ -167,8 +185,11 @@ def _fitting(
     samples: Sequence[Tensor],
     trials: Sequence[tuple[int, Cluster]],
     seconds: float,
+    readers: Mapping[str, tuple[ReaderInput, ...]] | None,
 ) -> tuple[tuple[float, ...], int]:
-    """The shares, and how many samples: the first of `PLANS` that a run of the dense network says will fit."""
+    """The shares, and how many samples: the first of `PLANS` that a run of the dense network says will fit, and of a
+    factor as `Refits` computes it.
+    """
     began = time.perf_counter()
     chunks = _chunks(captured, samples)
     spent = [0.0]
@@ -177,11 +198,24 @@ def _fitting(
     # What is left to run from each node on, for all samples.
     left = [len(chunks) * (spent[-1] - at) for at in spent]
     each = {cluster.name: left[min(first, len(left) - 1)] for first, cluster in trials}
+    second = _flops_in_a_second() if readers else 1.0
     for shares, divisor in PLANS:
         wanted = sum(len(_points(c.size, shares)) * each[c.name] for c in clusters) / divisor
+        # Where the batch is fixed, every chunk has its own round of them.
+        rounds = len(chunks) / divisor if len(chunks) > 1 else 1
+        wanted += sum(
+            rounds * flops(c, _points(c.size, shares), captured.state, readers or {}) / second for c in clusters
+        )
         if wanted <= seconds - (time.perf_counter() - began):
             break
     return shares, max(1, len(samples[0]) // divisor)
+
+
+def _flops_in_a_second(size: int = 768) -> float:
+    """Of a Cholesky factor."""
+    began = time.perf_counter()
+    torch.linalg.cholesky(torch.eye(size, dtype=torch.float64))
+    return size**3 / 3 / max(time.perf_counter() - began, 1e-9)
 
 
 def _chunks(captured: Captured, samples: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:

@@ -23,6 +23,8 @@ from pipeline.training import masks
 BATCH = 64
 ONE_BY_ONE = 256
 """Samples, at the most, whose gradients are taken one by one."""
+JUDGES = 4
+"""One in so many calibration samples, at the most, is kept from the readers."""
 
 
 def observe(
@@ -37,7 +39,8 @@ def observe(
 ) -> Evidence:
     """The weights as the masked model sees them, and what else is `wanted`; `samples` of the calibration part.
 
-    What is masked already counts zero, so that pruning in rounds only ever takes more. `seed` draws the labels of
+    What readers see is observed on others of it: these are there to judge what is fitted to that. One in `JUDGES` of a
+    part is the most that judges then. What is masked already counts zero, so that pruning in rounds only ever takes more. `seed` draws the labels of
     "sampled effects" and the positions of activations. Deterministic. Raises ModelError, naming the layer, for
     gradients and activations that are not finite.
     """
@@ -46,18 +49,19 @@ def observe(
     weights = {name: value * held[name] if name in held else value for name, value in state.items()}
     effects = wanted & {"effects", "sampled effects"}
     readers = wanted & {"activations", "grams"}
+    judges, others = _divided(data, samples if "samples" in wanted else 0) if readers else (data, data)
     captured = analysis.captured.with_state(weights)
     return Evidence(
         weights,
         gradients=_gradients(model, data, task) if "gradients" in wanted else {},
-        samples=data.sample("calibration", samples) if "samples" in wanted else None,
+        samples=judges.sample("calibration", samples) if "samples" in wanted else None,
         scales=norm_scales(captured),
         seed=seed,
         effects=_effects(model, data, task, weights, analysis, "sampled effects" in effects, seed) if effects else {},
         readers=observe_readers(
             captured,
             analysis.clusters,
-            _varied(data.sample("calibration", SAMPLES)),
+            _varied(others.sample("calibration", SAMPLES)),
             grams="grams" in readers,
             seed=seed,
         )
@@ -139,6 +143,20 @@ def _outputs_of_one(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         pass
     twice = named(model(*(torch.cat([one, one]) for one in inputs)))
     return {name: value[:1] for name, value in twice.items()}
+
+
+def _divided(data: Data, judges: int) -> tuple[Data, Data]:
+    """`data` with up to so many samples of its calibration part, evenly spaced, and with all others; with all of them,
+    twice, where nobody judges or nobody would be left.
+    """
+    count = len(data.calibration)
+    judges = min(judges, count // JUDGES)
+    if not judges:
+        return data, data
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[torch.linspace(0, count - 1, judges).long()] = True
+    first, second = (data.only("calibration", some.nonzero().flatten()) for some in (chosen, ~chosen))
+    return first, second
 
 
 def _varied(samples: Inputs) -> Inputs:

@@ -21,7 +21,7 @@ from pipeline.selection.activations import observe_readers
 from pipeline.selection.allocation import Budget, allocate, lowest, widths_allowed
 from pipeline.selection.criteria import RIDGE, Evidence, find
 from pipeline.selection.curves import Curve, convex
-from pipeline.selection.refit import refitted
+from pipeline.selection.refit import Refits, flops
 from pipeline.selection.widths import Steps, cheapest, exactly
 
 # ── greedy and exact ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -124,10 +124,26 @@ def test_a_curve_is_convex_rises_and_lies_below_the_points(values):
     assert all(curve.at(a) <= v + 1e-6 for a, v in zip(at, values, strict=True))
 
 
-def test_a_curve_goes_on_as_it_ended():
-    curve = convex([2, 4], [1.0, 3.0])
-    assert [curve.at(n) for n in (0, 1, 2, 3, 4, 5)] == [0.0, 0.5, 1.0, 2.0, 3.0, 4.0]
+def test_between_its_points_and_beyond_a_curve_is_the_power_that_meets_two_of_them():
+    curve = convex([2, 4, 8], [1.0, 4.0, 32.0])  # of 2 up to the second point, then of 3
+    assert [curve.at(n) for n in (0, 1, 2, 3, 4, 6, 8, 10)] == pytest.approx(
+        [0.0, 0.25, 1.0, 2.25, 4.0, 13.5, 32.0, 62.5]
+    )
+    assert [convex([4], [3.0]).at(n) for n in (0, 2, 4, 8)] == pytest.approx([0.0, 1.5, 3.0, 6.0])
     assert Curve((0,), (0.0,)).at(3) == 0.0
+
+
+@given(values=st.lists(st.floats(0, 1000), min_size=2, max_size=6))
+def test_the_groups_that_go_first_cost_the_least(values):
+    at = [10 * (k + 1) for k in range(len(values))]
+    curve = convex(at, values)
+    found = [curve.at(n) for n in range(at[-1] + 1)]
+    assert (np.diff(found) >= -1e-9).all()
+    ends = list(zip(curve.removed, curve.divergence, strict=True))
+    for (a, low), (b, high) in itertools.pairwise(ends):
+        steps = np.diff(found[a : b + 1])
+        assert (np.diff(steps) >= -1e-6 * max(1.0, high)).all()
+        assert all(found[n] <= low + (high - low) * (n - a) / (b - a) + 1e-6 for n in range(a, b + 1))
 
 
 # ── widths that may be ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -336,7 +352,7 @@ def test_a_refit_is_the_least_squares_solution_and_keeps_the_means(doubled):
     analysis, samples, readers = doubled
     state = analysis.captured.state
     gone = np.arange(16) % 4 == 1
-    made = refitted(analysis.cluster("a"), gone, state, readers)
+    made = Refits(analysis.cluster("a"), np.where(gone, np.arange(16.0), 99.0), state, readers).without(gone.sum())
     assert set(made) == {"b.weight", "after.running_mean"}  # it has no bias: the norm behind it takes the mean
     with torch.no_grad():
         x = nn.functional.conv2d(samples, state["a.weight"], state["a.bias"]).relu()
@@ -351,6 +367,19 @@ def test_a_refit_is_the_least_squares_solution_and_keeps_the_means(doubled):
     assert torch.allclose(new[:, ~out], old[:, ~out] + change.T, atol=1e-4)
     lacks = (old @ mean) - (new.masked_fill(out, 0.0) @ mean)
     assert torch.allclose(made["after.running_mean"].double(), state["after.running_mean"] - lacks, atol=1e-5)
+
+
+def test_a_refit_is_the_same_whatever_went_before(doubled):
+    analysis, _, readers = doubled
+    state, cluster, scores = analysis.captured.state, analysis.cluster("a"), np.arange(16.0)[::-1] % 7
+    together = Refits(cluster, scores, state, readers)
+    for count in (15, 1, 6):
+        alone = Refits(cluster, scores, state, readers).without(count)
+        for name, value in together.without(count).items():
+            assert torch.equal(value, alone[name])
+    few, many = (flops(cluster, counts, state, readers) for counts in ([8], [8, 4]))
+    assert 144**3 / 3 < few < many
+    assert flops(cluster, [8], state, {}) == 0
 
 
 def test_what_a_reader_can_do_without_costs_next_to_nothing_once_it_is_fitted_anew(doubled):
@@ -369,7 +398,7 @@ def test_what_a_reader_can_do_without_costs_next_to_nothing_once_it_is_fitted_an
 def test_readers_without_a_gram_matrix_stay_as_they_are(doubled):
     analysis, samples, _ = doubled
     bare = observe_readers(analysis.captured, analysis.clusters, (samples,), grams=False)
-    assert refitted(analysis.cluster("a"), np.arange(16) < 4, analysis.captured.state, bare) == {}
+    assert Refits(analysis.cluster("a"), np.arange(16.0), analysis.captured.state, bare).without(4) == {}
 
 
 # ── within a time ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -386,7 +415,8 @@ def test_a_budget_in_seconds_takes_points_first_and_samples_then(net, monkeypatc
     found = [within(1.1**power) for power in range(66, -1, -3)]
     few = 1 / 4, 1 / 2, 9 / 10
     plans = list(dict.fromkeys((one.shares, one.samples) for one in found))
-    assert plans == [(curves.SHARES, 24), (few, 24), (few, 12), ((1 / 2,), 12), ((1 / 2,), 3)]
+    five = 1 / 8, 1 / 4, 1 / 2, 3 / 4, 9 / 10
+    assert plans == [(curves.SHARES, 24), (five, 24), (few, 24), (few, 12), ((1 / 2,), 12), ((1 / 2,), 3)]
     assert found[0].curves == measured
     assert found[-1].curves["stem"].removed == (0, 8)
 
@@ -398,11 +428,11 @@ def test_it_says_how_far_it_is(net):
     class Told(Progress):
         @contextmanager
         def bar(self, label, total):
-            assert (label, total) == ("curves", 20)
+            assert (label, total) == ("curves", 32)
             yield lambda done, note="": told.append((done, note))
 
     curves.measure(analysis, analysis.clusters, scores, (samples,), analysis.captured.state, progress=Told())
-    assert [done for done, _ in told] == list(range(1, 21))
+    assert [done for done, _ in told] == list(range(1, 33))
     assert {name for _, name in told} == {c.name for c in analysis.clusters}
 
 
