@@ -346,9 +346,9 @@ def _expected(made: Plan) -> Table:
 def sensitivity(as_json: bool, picture: Path | None, **options: Any) -> None:
     """Show which layers can least do without their channels: what happens to the outputs as each one loses some.
 
-    For every layer, the network is run with the least 1/8, 1/4, 1/2, 3/4 and 9/10 of its groups masked, by
-    prune.criterion. Shown is the divergence of Kullback and Leibler to the dense outputs on prune.samples calibration
-    samples, in nats: below 0.01 hardly any prediction changes, from 1 on most of them do. The worst layers come first;
+    For every layer, the network is run with the least 1/16, 1/8, 1/4, 3/8, 1/2, 5/8, 3/4 and 9/10 of its groups masked,
+    by prune.criterion, and what reads them fitted anew (not with prune.refit=false). Shown is the divergence of
+    Kullback and Leibler to the dense outputs on prune.samples calibration samples, in nats: below 0.01 hardly any prediction changes, from 1 on most of them do. The worst layers come first;
     prune.scope=curves takes least from these. No labels and no training; nothing is written but --picture.
 
     The weights are those of --weights, or of a baseline that was made before with the same options.
@@ -356,7 +356,7 @@ def sensitivity(as_json: bool, picture: Path | None, **options: Any) -> None:
     \b
     leanort sensitivity mynet.py:build --weights model.safetensors --picture curves.svg
     leanort sensitivity resnet50 --set prune.criterion=wanda --set prune.seconds=60
-    leanort sensitivity resnet50 --set prune.refit=true
+    leanort sensitivity resnet50 --set prune.refit=false
     """
     config = recipe_of(**options)
     from pipeline.inquiry import sensitivity as inquiry
@@ -372,11 +372,12 @@ def sensitivity(as_json: bool, picture: Path | None, **options: Any) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("layer")
     table.add_column("groups", justify="right")
-    for share in found.shares:
-        table.add_column(f"-{share:.3g}", justify="right")
+    shown = [at for at, share in enumerate(found.shares) if share in inquiry.SHOWN]
+    for at in shown:
+        table.add_column(f"-{found.shares[at]:.3g}", justify="right")
     table.add_column("MACs, half gone", justify="right")
     for row in found.layers:
-        cells = (f"{value:.3g}" for value in row.divergence)
+        cells = (f"{row.divergence[at]:.3g}" for at in shown)
         table.add_row(plain(row.cluster), str(row.groups), *cells, f"-{row.macs_saved:.1%}")
     console.print(table)
     refit = ", its readers fitted anew each time" if found.refit else ""
@@ -387,6 +388,6 @@ def sensitivity(as_json: bool, picture: Path | None, **options: Any) -> None:
     )
     if len(found.measured_at) < len(found.shares):
         told = ", ".join(f"{share:.3g}" for share in found.measured_at)
-        console.print(f"The time was short: measured at {told} only, straight lines between.", highlight=False)
+        console.print(f"The time was short: measured at {told} only, powers between.", highlight=False)
     if picture is not None:
         console.print(f"The curves are drawn in {plain(str(picture))}.", highlight=False)

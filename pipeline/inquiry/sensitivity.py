@@ -24,6 +24,9 @@ from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
 from pipeline.training import masks
 
+SHOWN = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 9 / 10)
+"""Of the shares where curves are measured, those that a table on a terminal has room for."""
+
 
 @dataclass(frozen=True)
 class LayerCurve:

@@ -23,7 +23,7 @@ from pipeline.training import masks
 BATCH = 64
 ONE_BY_ONE = 256
 """Samples, at the most, whose gradients are taken one by one."""
-JUDGES = 4
+JUDGES = 2
 """One in so many calibration samples, at the most, is kept from the readers."""
 
 
@@ -40,9 +40,9 @@ def observe(
     """The weights as the masked model sees them, and what else is `wanted`; `samples` of the calibration part.
 
     What readers see is observed on others of it: these are there to judge what is fitted to that. One in `JUDGES` of a
-    part is the most that judges then. What is masked already counts zero, so that pruning in rounds only ever takes more. `seed` draws the labels of
-    "sampled effects" and the positions of activations. Deterministic. Raises ModelError, naming the layer, for
-    gradients and activations that are not finite.
+    part is the most that judges then. What is masked already counts zero, so that pruning in rounds only ever takes
+    more. `seed` draws the labels of "sampled effects" and the positions of activations. Deterministic. Raises
+    ModelError, naming the layer, for gradients and activations that are not finite.
     """
     held = masks.masks_of(model)
     state = masks.originals(model)

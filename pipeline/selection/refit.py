@@ -92,10 +92,9 @@ class _Reader:
             # What never changes, such as a tap that meets padding only, can take nothing over.
             moving = (gram.diagonal() > 0).nonzero().flatten()
             order = moving[when[moving].argsort(descending=True, stable=True)]
-            loaded = gram[order][:, order]
-            loaded.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-30))
             self.order.append(order)
-            self.factors.append(torch.linalg.cholesky(loaded))
+            load = RIDGE * float(gram.diagonal().mean().clamp_min(1e-30))
+            self.factors.append(_factor(gram[order][:, order], load))
 
     def without(self, count: int) -> dict[str, Tensor]:
         """The weight, and its bias or the running mean behind it, without the columns whose turn has come."""
@@ -116,3 +115,17 @@ class _Reader:
         elif read.running_mean:
             made[read.running_mean] = state[read.running_mean] - lacks.to(state[read.running_mean].dtype)
         return made
+
+
+def _factor(gram: Tensor, load: float) -> Tensor:
+    """Cholesky's of a Gram matrix, (columns, columns), loaded on its diagonal; ten times as much while it has none:
+    means far larger than what varies about them leave the rounding of float32 behind.
+    """
+    while True:
+        loaded = gram.clone()
+        loaded.diagonal().add_(load)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(loaded)
+        if not int(failed):
+            return factor
+        load *= 10

@@ -5,7 +5,6 @@ import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -13,6 +12,7 @@ from click.testing import CliRunner
 from pipeline.artifacts.eager import Baseline
 from pipeline.cli import main
 from pipeline.selection.criteria import CRITERIA
+from pipeline.selection.curves import SHARES, Curve
 from tests.pipeline.chain import QUICK, TINY, deploy, figures, said
 
 SPEC = f"{TINY}:build"
@@ -48,19 +48,17 @@ def test_sensitivity_shows_the_curves_worst_first_on_the_weights_of_the_baseline
     words = ["sensitivity", SPEC, *QUICK, *CURVES, "--json"]
     found = json.loads(CliRunner().invoke(main, [*words, "--out", str(folder)]).stdout)
     assert found["weights"] == "the baseline of v0001"
-    assert found["shares"] == found["measured_at"] == [0.125, 0.25, 0.5, 0.75, 0.9]
-    halves = [row["divergence"][2] for row in found["layers"]]
+    assert found["shares"] == found["measured_at"] == list(SHARES)
+    halves = [row["divergence"][SHARES.index(1 / 2)] for row in found["layers"]]
     assert halves == sorted(halves, reverse=True) and halves[0] > 2 * halves[-1] > 0
     kept = {row["cluster"]: row for row in table(version / "1-prune" / "prices.csv")}
     corners: dict[str, list[tuple[float, float]]] = {}
     for row in table(version / "1-prune" / "curves.csv"):
-        corners.setdefault(row["cluster"], []).append(
-            (float(row["removed"]) / float(row["of"]), float(row["divergence"]))
-        )
+        corners.setdefault(row["cluster"], []).append((int(row["removed"]), float(row["divergence"])))
     assert {row["cluster"] for row in found["layers"]} == set(corners) == set(kept)
     for row in found["layers"]:  # the very curves that the deploy has decided by
-        x, y = zip(*corners[row["cluster"]], strict=True)
-        assert row["divergence"][:4] == pytest.approx(np.interp(found["shares"][:4], x, y), rel=1e-6)
+        curve = Curve(*zip(*corners[row["cluster"]], strict=True))
+        assert row["divergence"] == pytest.approx([curve.at(s * row["groups"]) for s in SHARES], rel=1e-6)
         assert 0 < row["macs_saved"] < 1
 
 
@@ -131,7 +129,7 @@ def test_the_tables_hold_what_was_chosen(version):
         assert {int(row["group"]) for row in by_rank[: len(gone)]} == set(gone)
         assert {row["criterion"] for row in mine} == {"wanda"}
     assert figures(version, "1-prune")["curves"] == {
-        "shares": [0.125, 0.25, 0.5, 0.75, 0.9], "samples": 64, "refit": False,
+        "shares": list(SHARES), "samples": 64, "refit": True,
         "seconds": figures(version, "1-prune")["curves"]["seconds"],
     }  # fmt: skip
 

@@ -111,10 +111,10 @@ def test_only_the_training_settings_that_were_set_are_written_out(tmp_path):
     [
         ({}, "layer", "l2", None),
         ({"finetune.recover": "train"}, "layer", "l2", None),
-        ({"finetune.recover": "closed-form"}, "curves", "elimination", 120.0),
+        ({"finetune.recover": "closed-form"}, "curves", "elimination", 300.0),
         ({"finetune.recover": "closed-form", "prune.seconds": 5.0}, "curves", "elimination", 5.0),
-        ({"finetune.recover": "closed-form", "prune.criterion": "l1"}, "curves", "l1", 120.0),
-        ({"finetune.recover": "closed-form", "prune.norm": "l1"}, "curves", "l1", 120.0),
+        ({"finetune.recover": "closed-form", "prune.criterion": "l1"}, "curves", "l1", 300.0),
+        ({"finetune.recover": "closed-form", "prune.norm": "l1"}, "curves", "l1", 300.0),
         ({"finetune.recover": "closed-form", "prune.scope": "layer"}, "layer", "l2", None),
         ({"finetune.recover": "closed-form", "prune.method": "2:4"}, "layer", "l2", None),
     ],

@@ -2,6 +2,7 @@
 
 import itertools
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -380,6 +381,16 @@ def test_a_refit_is_the_same_whatever_went_before(doubled):
     few, many = (flops(cluster, counts, state, readers) for counts in ([8], [8, 4]))
     assert 144**3 / 3 < few < many
     assert flops(cluster, [8], state, {}) == 0
+
+
+def test_a_gram_matrix_that_rounding_left_without_a_factor_is_loaded_until_it_has_one(doubled):
+    analysis, _, readers = doubled
+    (read,) = readers["b.weight"]
+    rounded = read.gram.clone()
+    rounded[:, 3, 5] = rounded[:, 5, 3] = 40 * rounded.diagonal(dim1=1, dim2=2).mean()  # no two columns are so alike
+    broken = {"b.weight": (replace(read, gram=rounded),)}
+    made = Refits(analysis.cluster("a"), np.arange(16.0), analysis.captured.state, broken).without(8)
+    assert all(bool(value.isfinite().all()) for value in made.values())
 
 
 def test_what_a_reader_can_do_without_costs_next_to_nothing_once_it_is_fitted_anew(doubled):
