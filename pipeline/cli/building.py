@@ -348,8 +348,9 @@ def sensitivity(as_json: bool, picture: Path | None, **options: Any) -> None:
 
     For every layer, the network is run with the least 1/16, 1/8, 1/4, 3/8, 1/2, 5/8, 3/4 and 9/10 of its groups masked,
     by prune.criterion, and what reads them fitted anew (not with prune.refit=false). Shown is the divergence of
-    Kullback and Leibler to the dense outputs on prune.samples calibration samples, in nats: below 0.01 hardly any prediction changes, from 1 on most of them do. The worst layers come first;
-    prune.scope=curves takes least from these. No labels and no training; nothing is written but --picture.
+    Kullback and Leibler to the dense outputs on prune.samples calibration samples, in nats: below 0.01 hardly any
+    prediction changes, from 1 on most of them do. The worst layers come first; prune.scope=curves takes least from
+    these. No labels and no training; nothing is written but --picture.
 
     The weights are those of --weights, or of a baseline that was made before with the same options.
 
