@@ -20,7 +20,7 @@ from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.target import OFF_TARGET
-from pipeline.selection import criteria, curves, weights, widths
+from pipeline.selection import criteria, curves, refit, weights, widths
 from pipeline.selection.allocation import Budget, Removed, allocate, overridden
 from pipeline.selection.branches import Branch, removable
 from pipeline.selection.cost import Cost, Counted, excess
@@ -135,7 +135,7 @@ def measured(
         "seen": [f"{float(read.square.mean()):.1e}" for one in seen.readers.values() for read in one if cfg.refit],
         "names": [*seen.weights, *scores],
         "how": [cfg.criterion, cfg.refit, cfg.seconds, apart is None],
-        "code": hashlib.sha256(Path(curves.__file__).read_bytes()).hexdigest(),
+        "code": [hashlib.sha256(Path(one.__file__).read_bytes()).hexdigest() for one in (curves, refit)],
     }
     return curves.from_json(kept.kept("curves", key, lambda: curves.to_json(measure())))
 
