@@ -135,7 +135,7 @@ def measured(
         "seen": [f"{float(read.square.mean()):.1e}" for one in seen.readers.values() for read in one if cfg.refit],
         "names": [*seen.weights, *scores],
         "how": [cfg.criterion, cfg.refit, cfg.seconds, apart is None],
-        "code": [hashlib.sha256(Path(one.__file__).read_bytes()).hexdigest() for one in (curves, refit)],
+        "code": [_code_of(curves.__file__), _code_of(refit.__file__)],
     }
     return curves.from_json(kept.kept("curves", key, lambda: curves.to_json(measure())))
 
@@ -316,6 +316,10 @@ class Chooser:
             for name, mask in masks.items()
             if name in self.maskable  # a buffer, such as a fixed position table, holds no weights
         }
+
+
+def _code_of(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def branches_worth(
