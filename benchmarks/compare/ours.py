@@ -20,7 +20,7 @@ from pipeline.channels.removal.rewrite import shrink
 from pipeline.recipe.prune import PruneSection
 from pipeline.recovery import closed_form
 from pipeline.recovery.pruned_size import at_pruned_size
-from pipeline.selection import choose, criteria, widths
+from pipeline.selection import choose, widths
 from pipeline.selection.activations import norm_scales, observe_readers
 from pipeline.selection.allocation import Budget, Removed, allocate
 from pipeline.selection.cost import Timed
@@ -76,12 +76,12 @@ def results(
     began = time.perf_counter()
     state = {name: value.detach() for name, value in captured.state.items()}
     calibration, _ = problem.part("calibration")
-    observes = criteria.find(criterion).observes
+    others = (calibration[CURVE_SAMPLES:SAMPLES],)  # what judges a refit is nothing that it was fitted to
     seen = Evidence(
         state,
         samples=(calibration[:CURVE_SAMPLES],),
         scales=norm_scales(captured),
-        readers=observe_readers(captured, analysis.clusters, (calibration[:SAMPLES],), grams=True) if observes else {},
+        readers=observe_readers(captured, analysis.clusters, others, grams=True) if choose.observed(cfg) else {},
     )
     maskable = masks.maskable(dense)
     worth = choose.measured(analysis, seen, cfg, maskable)
