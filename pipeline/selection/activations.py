@@ -192,8 +192,8 @@ class _Sums:
         if not bool(square.isfinite().all()) or not bool(mean.isfinite().all()) or _broken(gram):
             raise ModelError(
                 f"{self.weight.rpartition('.')[0] or self.weight} reads values that are NaN, infinite or too large.",
-                "Check the weights and the calibration samples, or take a criterion that looks at the weights only: "
-                "--set prune.criterion=l2",
+                "Check the weights and the calibration samples, or look at the weights only: "
+                "--set prune.criterion=l2 --set prune.refit=false",
             )
         return ReaderInput(
             self.weight, self.fold, self.rows, mean, square, gram, *self.shifts, self.reason if asked else ""

@@ -164,7 +164,7 @@ def _varied(samples: Inputs) -> Inputs:
     if len(samples[0]) > 1 and all(bool((one == one[:1]).all()) for one in samples):
         raise DataError(
             f"The {len(samples[0])} calibration samples are all alike: what layers read does not vary over them.",
-            "Give samples that differ, or take a criterion that looks at the weights only: --set prune.criterion=l2",
+            "Give samples that differ, or look at the weights only: --set prune.criterion=l2 --set prune.refit=false",
         )
     return samples
 
