@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.host import vector_block
+from foundation.files import sha256
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.measurements import Measurements
@@ -135,7 +135,7 @@ def measured(
         "seen": [f"{float(read.square.mean()):.1e}" for one in seen.readers.values() for read in one if cfg.refit],
         "names": [*seen.weights, *scores],
         "how": [cfg.criterion, cfg.refit, cfg.seconds, apart is None],
-        "code": [_code_of(curves.__file__), _code_of(refit.__file__)],
+        "code": [sha256(Path(curves.__file__)), sha256(Path(refit.__file__))],
     }
     return curves.from_json(kept.kept("curves", key, lambda: curves.to_json(measure())))
 
@@ -316,10 +316,6 @@ class Chooser:
             for name, mask in masks.items()
             if name in self.maskable  # a buffer, such as a fixed position table, holds no weights
         }
-
-
-def _code_of(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def branches_worth(

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -53,13 +54,18 @@ class Curve:
         """
         if removed <= 0 or len(self.removed) == 1:
             return 0.0
+        x, y = self._logarithms
+        at = math.log(removed)
+        end = min(max(bisect_left(x, at), 1), len(x) - 1)
+        power = (y[end] - y[end - 1]) / (x[end] - x[end - 1]) if end else 1.0
+        return math.exp(y[end] + power * (at - x[end]))
+
+    @functools.cached_property
+    def _logarithms(self) -> tuple[list[float], list[float]]:
+        """Of the points behind the first: widths ask for thousands of places of the same curve."""
         counts = np.array(self.removed[1:], float)
-        x, y = np.log(counts), np.log(np.maximum(self.divergence[1:], FAINT * counts / counts[-1]))
-        if len(x) == 1:
-            return float(np.exp(y[0])) * removed / self.removed[1]
-        end = int(np.clip(np.searchsorted(x, np.log(removed)), 1, len(x) - 1))
-        power = (y[end] - y[end - 1]) / (x[end] - x[end - 1])
-        return float(np.exp(y[end] + power * (np.log(removed) - x[end])))
+        faint = FAINT * counts / counts[-1]
+        return np.log(counts).tolist(), np.log(np.maximum(self.divergence[1:], faint)).tolist()
 
 
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -62,6 +62,20 @@ def eliminated(readings: Sequence[Reading], size: int) -> npt.NDArray[np.float64
     return scores
 
 
+def factored(gram: Tensor, ridge: float) -> Tensor:
+    """Cholesky's factor of a Gram matrix, (columns, columns) and finite, with `ridge` on its diagonal; ten times as
+    much while it has none: means far larger than what varies about them leave the rounding of float32 behind.
+    """
+    while True:
+        loaded = gram.clone()
+        loaded.diagonal().add_(ridge)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(loaded)
+        if not int(failed):
+            return factor
+        ridge *= 10
+
+
 def _losses(left: Sequence[_Left], size: int) -> Tensor:
     return sum((one.losses() for one in left), torch.zeros(size, dtype=torch.float64))
 
@@ -78,9 +92,7 @@ class _Left:
         if reading.gram.dim() == 1:
             self.inverse = 1 / (reading.gram + reading.ridge)
         else:
-            loaded = reading.gram.clone()
-            loaded.diagonal().add_(reading.ridge)
-            self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(loaded))
+            self.inverse = torch.cholesky_inverse(factored(reading.gram, reading.ridge))
 
     def losses(self) -> Tensor:
         """Per group (size,), 0 without columns. With H the Gram matrix of what stays and S a group's columns, the least

@@ -12,8 +12,7 @@ from torch import Tensor
 from pipeline.channels.coupling.groups import Cluster
 from pipeline.selection.activations import ReaderInput
 from pipeline.selection.criteria import RIDGE, Scores
-
-Columns = npt.NDArray[np.int64]
+from pipeline.selection.elimination import factored
 
 
 class Refits:
@@ -65,7 +64,7 @@ def flops(
 
 def _known(
     cluster: Cluster,
-    turn: Columns,
+    turn: npt.NDArray[np.int64],
     state: Mapping[str, Tensor],
     readers: Mapping[str, tuple[ReaderInput, ...]],
 ) -> Iterator[tuple[str, ReaderInput, Tensor]]:
@@ -93,8 +92,8 @@ class _Reader:
             moving = (gram.diagonal() > 0).nonzero().flatten()
             order = moving[when[moving].argsort(descending=True, stable=True)]
             self.order.append(order)
-            load = RIDGE * float(gram.diagonal().mean().clamp_min(1e-30))
-            self.factors.append(_factor(gram[order][:, order], load))
+            ridge = max(RIDGE * float(gram.diagonal().mean()), 1e-30)
+            self.factors.append(factored(gram[order][:, order], ridge))
 
     def without(self, count: int) -> dict[str, Tensor]:
         """The weight, and its bias or the running mean behind it, without the columns whose turn has come."""
@@ -115,17 +114,3 @@ class _Reader:
         elif read.running_mean:
             made[read.running_mean] = state[read.running_mean] - lacks.to(state[read.running_mean].dtype)
         return made
-
-
-def _factor(gram: Tensor, load: float) -> Tensor:
-    """Cholesky's of a Gram matrix, (columns, columns), loaded on its diagonal; ten times as much while it has none:
-    means far larger than what varies about them leave the rounding of float32 behind.
-    """
-    while True:
-        loaded = gram.clone()
-        loaded.diagonal().add_(load)
-        factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(loaded)
-        if not int(failed):
-            return factor
-        load *= 10

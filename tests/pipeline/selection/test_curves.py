@@ -391,6 +391,14 @@ def test_a_gram_matrix_that_rounding_left_without_a_factor_is_loaded_until_it_ha
     broken = {"b.weight": (replace(read, gram=rounded),)}
     made = Refits(analysis.cluster("a"), np.arange(16.0), analysis.captured.state, broken).without(8)
     assert all(bool(value.isfinite().all()) for value in made.values())
+    (gram,) = broken["b.weight"][0].second()
+    ridges = RIDGE * float(gram.diagonal().mean()) * 10.0 ** torch.arange(9, dtype=torch.float64)
+    ridge = next(one for one in ridges if one > -torch.linalg.eigvalsh(gram).min())
+    assert ridge > ridges[0]
+    old, new = (v.flatten(1).double() for v in (analysis.captured.state["b.weight"], made["b.weight"]))
+    out = torch.arange(16).repeat_interleave(9) < 8
+    stay = gram[~out][:, ~out] + ridge * torch.eye(72, dtype=torch.float64)
+    assert torch.allclose((new - old)[:, ~out] @ stay, old[:, out] @ gram[out][:, ~out], rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_reader_can_do_without_costs_next_to_nothing_once_it_is_fitted_anew(doubled):
@@ -430,6 +438,18 @@ def test_a_budget_in_seconds_takes_points_first_and_samples_then(net, monkeypatc
     assert plans == [(curves.SHARES, 24), (five, 24), (few, 24), (few, 12), ((1 / 2,), 12), ((1 / 2,), 3)]
     assert found[0].curves == measured
     assert found[-1].curves["stem"].removed == (0, 8)
+
+
+@pytest.mark.parametrize(("in_a_second", "shares"), [(1e30, curves.SHARES), (1.0, (1 / 2,))])
+def test_a_budget_counts_what_the_refits_take(doubled, monkeypatch, in_a_second, shares):
+    analysis, samples, readers = doubled
+    clusters = [analysis.cluster("a")]
+    scores = {"a": find("l2").score(clusters[0], Evidence(dict(analysis.captured.state)))}
+    monkeypatch.setattr(curves, "_flops_in_a_second", lambda: in_a_second)
+    found = curves.measure(
+        analysis, clusters, scores, (samples,), analysis.captured.state, readers=readers, seconds=3600.0
+    )
+    assert found.shares == shares
 
 
 def test_it_says_how_far_it_is(net):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.selection import elimination
-from pipeline.selection.elimination import Reading, eliminated, together
+from pipeline.selection.elimination import Reading, eliminated, factored, together
 
 RIDGE = 0.01
 
@@ -97,3 +99,17 @@ def test_many_groups_go_in_rounds_and_hardly_worse(monkeypatch):
 
 def test_nothing_reads_nothing_lost():
     assert eliminated([], 3).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("scores", [eliminated, together])
+def test_a_gram_matrix_that_rounding_left_without_a_factor_is_loaded_until_it_has_one(scores):
+    one, _, _ = reading([0, 1, 2, 3])
+    rounded = one.gram.clone()
+    rounded[0, 1] = rounded[1, 0] = 3 * rounded.diagonal().max()  # no two columns are so alike
+    least = float(torch.linalg.eigvalsh(rounded).min())
+    enough = next(RIDGE * 10**power for power in range(9) if RIDGE * 10**power > -least)
+    assert enough > RIDGE
+    factor = factored(rounded, RIDGE)
+    assert torch.allclose(factor @ factor.mT, rounded + enough * torch.eye(4, dtype=torch.float64))
+    found, wanted = (scores([replace(one, gram=rounded, ridge=ridge)], 4) for ridge in (RIDGE, enough))
+    assert found == pytest.approx(wanted)
