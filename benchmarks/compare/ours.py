@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from benchmarks.compare.problems import ALIGN, Problem, accuracy, train
-from benchmarks.compare.timed import Clock, hit, scoring, table
+from benchmarks.compare.timed import OPSET, Clock, hit, scoring, table
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.operators.trace import Policy
 from pipeline.channels.program.capture import Captured, capture
-from pipeline.channels.removal.rewrite import shrink
+from pipeline.latency.probes import Setting
+from pipeline.latency.trial import cut
 from pipeline.recipe.prune import PruneSection
 from pipeline.recovery import closed_form
 from pipeline.recovery.pruned_size import at_pruned_size
-from pipeline.selection import choose, widths
+from pipeline.selection import choose
 from pipeline.selection.activations import norm_scales, observe_readers
-from pipeline.selection.allocation import Budget, Removed, allocate
-from pipeline.selection.cost import Timed
+from pipeline.selection.choose import Weighed
+from pipeline.selection.cost import Counted, Timed
 from pipeline.selection.criteria import Evidence
 from pipeline.selection.kinds import policy_of
 from pipeline.training import masks
 
 SAMPLES = 2000
 CURVE_SAMPLES = 64
-STEPS = 12
 FLOOR = 0.1
 """Of a layer's channels, what curves leave at the least."""
 AFTER_FIT = 5e-4
@@ -85,36 +85,26 @@ def results(
     )
     maskable = masks.maskable(dense)
     worth = choose.measured(analysis, seen, cfg, maskable)
-    ranked = choose.choose_groups(analysis, seen, cfg, 0.0, maskable, worth).ranked  # the same at every ratio
-    scores = {name: one.scores for name, one in ranked.items()}
-    clusters = [c for c in analysis.clusters if c.name in ranked]
-    whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
-
-    def removed_at(ratio: float) -> Removed:
-        budget = Budget(ratio=ratio, align=ALIGN, floor=cfg.floor)
-        if worth is None:
-            return whole | allocate(clusters, scores, budget)
-        return whole | widths.choose(analysis, clusters, scores, worth.curves, budget)
-
-    by_time = None
+    branches = choose.branches_worth(analysis, seen, maskable, None) if worth is not None else {}
+    goal: Counted | Timed = Counted(analysis, "macs", 1.0, analysis.macs / 1e6)
     if by_table:
         assert clock is not None
-        by_time = Timed(table(dense, problem, analysis, clusters, ALIGN, int8=clock.int8), 1.0, 1.0, 1, 1)
+        clusters = choose.choosable(analysis, maskable)
+        goal = Timed(table(dense, problem, analysis, clusters, ALIGN, int8=clock.int8), 1.0, 1.0, 1, 1)
+    whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
 
-    def at_share(share: float) -> Removed:
+    def at_share(share: float) -> Weighed:
         """As much left as asked for, of latency by the table or of MACs."""
-        if by_time is None:
-            return _bisected(removed_at, lambda gone: analysis.estimate(gone).macs / analysis.macs, share)
-        assert worth is not None
-        cost = replace(by_time, goal=min(share, 0.999) * by_time.of(whole))  # the table's shares are of float32
-        return whole | widths.choose(
-            analysis, clusters, scores, worth.curves, Budget(ratio=0.5, align=ALIGN, floor=cfg.floor), [cost]
-        )
+        # A table's shares are of float32.
+        cost = replace(goal, goal=min(share, 0.999) * goal.of(whole)) if by_table else replace(goal, goal=share)
+        return choose.choose_groups(analysis, seen, cfg, cfg.ratio, maskable, worth, [cost], branches)
 
-    def took(removed: Removed) -> float:
+    def smaller(weights: Mapping[str, Tensor], chosen: masks.Masks) -> ExportedProgram:
+        return cut(analysis, weights, chosen, Setting(1, 1, clock is not None and clock.int8, OPSET, ALIGN))
+
+    def took(weighed: Weighed) -> float:
         assert clock is not None
-        folded = captured.fold(analysis.masks(removed))
-        return clock.of(shrink(folded, analysis, removed).program)
+        return clock.of(smaller(state, choose.masks_of(analysis, weighed, maskable)))
 
     score = scoring(problem, clock)
     measuring = time.perf_counter() - began
@@ -122,15 +112,14 @@ def results(
         began = time.perf_counter()
         latency = None
         if clock is None:
-            removed = at_share(share)
+            weighed = at_share(share)
         else:
-            removed, latency = hit(at_share, took, share)
-        chosen = {n: torch.from_numpy(m) for n, m in analysis.masks(removed).items() if n in maskable}
+            weighed, latency = hit(at_share, took, share)
+        chosen = choose.masks_of(analysis, weighed, maskable)
         choosing = measuring + time.perf_counter() - began
-        left = analysis.estimate(removed).macs / analysis.macs
+        left = analysis.estimate(weighed.removed).macs / analysis.macs
         made = closed_form.recover(captured, chosen, (x[:SAMPLES],))
-        fitted = captured.with_state(made.state).fold(chosen)
-        got = score(shrink(fitted, analysis, removed).program if clock else fitted)
+        got = score(smaller(made.state, chosen) if clock else captured.with_state(made.state).fold(chosen))
         yield share, "closed form", Result(got, left, choosing, made.seconds, latency)
         if train_seconds:
             began = time.perf_counter()
@@ -140,19 +129,6 @@ def results(
                 "closed form, trained",
                 Result(got, left, choosing, made.seconds + time.perf_counter() - began, latency),
             )
-
-
-def _bisected(choose_at: Callable[[float], Removed], left: Callable[[Removed], float], wanted: float) -> Removed:
-    low, high = 0.0, 0.98
-    best = choose_at(high)
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        removed = choose_at(middle)
-        if left(removed) <= wanted * 1.01:
-            high, best = middle, removed
-        else:
-            low = middle
-    return best
 
 
 def _trained(

@@ -308,14 +308,19 @@ class Chooser:
         self.weighed = choose_groups(
             self.analysis, seen, self.cfg, ratio, self.maskable, self._measured, self.costs, self._branches
         )
-        masks = dict(self.analysis.masks(self.weighed.removed))
-        for branch in self.weighed.branches:
-            masks |= branch.masks(self.analysis.captured.state)
-        return {
-            name: torch.from_numpy(mask)
-            for name, mask in masks.items()
-            if name in self.maskable  # a buffer, such as a fixed position table, holds no weights
-        }
+        return masks_of(self.analysis, self.weighed, self.maskable)
+
+
+def masks_of(analysis: Analysis, weighed: Weighed, maskable: frozenset[str]) -> Masks:
+    """Parameter name -> mask, of a choice of groups and of whole branches."""
+    made = dict(analysis.masks(weighed.removed))
+    for branch in weighed.branches:
+        made |= branch.masks(analysis.captured.state)
+    return {
+        name: torch.from_numpy(mask)
+        for name, mask in made.items()
+        if name in maskable  # a buffer, such as a fixed position table, holds no weights
+    }
 
 
 def branches_worth(

