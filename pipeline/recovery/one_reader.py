@@ -1,13 +1,16 @@
-"""A weight that one operator reads, fitted where that operator stands: to what it gives in the dense network."""
+"""A weight that one operator reads, fitted where that operator stands: to what it gives in the dense network, and at the
+end of a residual branch to what makes the sum right.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from pipeline.recovery import recurrent, regression
+from pipeline.recovery import recurrent, regression, residuals
 from pipeline.recovery.contractions import Contraction, contraction, weight_of, whole_channels
 from pipeline.recovery.fitted import (
     NOT_FINITE,
@@ -33,8 +36,8 @@ _ELEMENTWISE = (
 
 
 def fit(node: fx.Node, dense: list[Any], networks: Networks) -> list[Fitted]:
-    """Fit the weight of `node`, and its bias, to what `node` gives in the dense network, by chunk; nothing where its
-    weight is fitted elsewhere: with other readers, or cell by cell.
+    """Fit the weight of `node`, and its bias, to what `node` gives in the dense network, by chunk, or has to give at the
+    end of a residual branch; nothing where its weight is fitted elsewhere: with other readers, or cell by cell.
     """
     weights, fixed = networks.weights, networks.fixed
     if node in weights.together or node.target in recurrent.GATES:
@@ -54,7 +57,7 @@ def fit(node: fx.Node, dense: list[Any], networks: Networks) -> list[Fitted]:
     reason = reason or without_samples(node, inputs[0], fixed[held][1])
     if reason:
         return [Fitted(name, reason=reason)]
-    return [_fit(name, node, found, inputs, dense, networks)]
+    return [_fit(name, node, found, inputs, residuals.wanted(node, dense, networks), networks)]
 
 
 def _without_rule(node: fx.Node, networks: Networks) -> list[Fitted]:
@@ -68,7 +71,7 @@ def _without_rule(node: fx.Node, networks: Networks) -> list[Fitted]:
 
 
 def _fit(
-    name: str, node: fx.Node, found: Contraction, inputs: list[Any], dense: list[Any], networks: Networks
+    name: str, node: fx.Node, found: Contraction, inputs: list[Any], dense: Sequence[Any], networks: Networks
 ) -> Fitted:
     """Fit a weight that nothing but its values can keep from it."""
     weights, samples, held = networks.weights, networks.samples, found.weight

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from pipeline.recovery import residuals
 from pipeline.recovery.networks import Networks
 from pipeline.recovery.weights import Weights
 
@@ -27,18 +28,21 @@ def norm_follows(node: fx.Node, weights: Weights) -> bool:
 
 
 def mend(node: fx.Node, networks: Networks) -> None:
-    """Give a norm's shift what its output's mean lacks, per channel; the pruned values move along."""
+    """Give a norm's shift what its output's mean lacks, per channel, or the sum's at the end of a residual branch; the
+    pruned values move along.
+    """
     weights = networks.weights
     shift = _shift_of(node, weights)
     if shift is None:
         return
     dense, pruned = networks.values[node]
+    wanted = residuals.wanted(node, dense, networks)
     axis = -1 if node.target is aten.layer_norm.default else 1
     size = weights.dense[shift.name].shape
     if dense[0].shape[axis] != size[0]:
         return
     lack = torch.zeros(size[0], dtype=torch.float64)
-    for a, b in zip(dense, pruned, strict=True):
+    for a, b in zip(wanted, pruned, strict=True):
         rest = [d for d in range(a.dim()) if d != axis % a.dim()]
         lack += (a - b).mean(rest, dtype=torch.float64) * len(a)
         networks.shelf.rest(a)

@@ -1,0 +1,139 @@
+"""What the last layer of a residual branch has to give: what makes the *sum* come right, and not its own side of it.
+
+What the other side of an addition has lost is lost for all that follows, unless the branch beside it makes up for it
+(He et al. 2017, arXiv:1707.06168, section 3.3). So its last layer is fitted to what it gave plus what the other side
+lacks, taken back through what lies between the two: norms with fixed statistics, scales, turned dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, fx
+
+from foundation.editor import writes
+from pipeline.recovery.networks import Networks
+from pipeline.recovery.shelf import Shelf
+
+aten = torch.ops.aten
+
+ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
+_AS_IT_IS = (aten.dropout.default, aten.clone.default, aten.contiguous.default)
+"""In a captured network, which drops nothing, these give what they read."""
+LEAST_SCALE = 1e-3
+"""Of the largest scale of a norm: through a smaller one nothing that the sum lacks can be given."""
+
+Back = Callable[[Tensor], Tensor]
+"""From a difference in what an operator gives to the difference in what it reads."""
+
+
+def wanted(node: fx.Node, dense: list[Any], networks: Networks) -> Sequence[Any]:
+    """By chunk, what `node` has to give, where `dense` is what it gives in the dense network: the same, but for the
+    last layer of a residual branch whose other side is known by now, and differs.
+    """
+    back: list[Back] = []
+    at = node
+    while len(at.users) == 1:
+        (user,) = at.users
+        if user.target in ADDITIONS:
+            other = _other(user, at)
+            if other is None or other not in networks.values:
+                return dense  # it comes later, and its last layer makes up for this one then
+            if any(writes(reader) for reader in other.users if reader is not user):
+                return dense  # it may be another by then
+            sides = networks.values[other]
+            if sides[0] is sides[1] or not _alike(sides[0], at, dense, back):
+                return dense
+            return _Corrected(dense, sides, tuple(back), networks.shelf)
+        step = _step(user, at, networks)
+        if step is None:
+            return dense
+        back.insert(0, step)
+        at = user
+    return dense
+
+
+def _other(addition: fx.Node, side: fx.Node) -> fx.Node | None:
+    """The other operand of an addition that takes both as they are."""
+    if len(addition.args) != 2 or addition.kwargs.get("alpha", 1) != 1:
+        return None
+    first, second = addition.args
+    other = second if first is side else first
+    return other if isinstance(other, fx.Node) and other is not side else None
+
+
+def _step(node: fx.Node, read: fx.Node, networks: Networks) -> Back | None:
+    """How a difference goes back through `node`, None where it does not."""
+    fixed = networks.fixed
+    if node.target in _AS_IT_IS:
+        return lambda value: value
+    if node.target is aten.permute.default:
+        order: Any = node.args[1]
+        back = [[d % len(order) for d in order].index(d) for d in range(len(order))]
+        return lambda value: value.permute(back)
+    if node.target in (aten.mul.Tensor, aten.mul_.Tensor):
+        first, second = node.args[:2]
+        scale = second if first is read else first
+        if isinstance(scale, fx.Node) and scale in fixed and isinstance(fixed[scale][1], Tensor):
+            return _divided(fixed[scale][1])
+    if node.target is aten.batch_norm.default:
+        weight, variance, training, eps = (node.args[i] for i in (1, 4, 5, 7))
+        if training or not isinstance(variance, fx.Node) or variance not in fixed:
+            return None
+        scale = (fixed[variance][1] + float(eps)).rsqrt()  # type: ignore[arg-type]
+        if isinstance(weight, fx.Node):
+            scale = scale * fixed[weight][1]
+        axes = len(node.meta["val"].shape) - 2
+        return _divided(scale.reshape(-1, *[1] * axes))
+    return None
+
+
+def _divided(scale: Tensor) -> Back:
+    size = scale.abs()
+    enough = size > LEAST_SCALE * size.max()
+    inverse = torch.where(enough, 1 / torch.where(enough, scale, 1.0), 0.0)
+    return lambda value: value * inverse
+
+
+def _alike(sides: list[Any], at: fx.Node, dense: list[Any], back: Sequence[Back]) -> bool:
+    """Whether what the other side lacks has, once it is taken back, the shape of what the layer gives."""
+    first, own = sides[0], dense[0]
+    if not isinstance(first, Tensor) or not isinstance(own, Tensor) or first.dtype != own.dtype:
+        return False
+    try:
+        for one in back:
+            first = one(first)
+    except RuntimeError:
+        return False
+    return first.shape == own.shape
+
+
+class _Corrected(Sequence[Tensor]):
+    """Chunks that are computed when they are asked for: all of them at once would be one more activation to hold."""
+
+    def __init__(self, dense: list[Any], sides: list[list[Any]], back: Sequence[Back], shelf: Shelf) -> None:
+        self.dense, self.sides, self.back, self.shelf = dense, sides, back, shelf
+
+    def __len__(self) -> int:
+        return len(self.dense)
+
+    @overload
+    def __getitem__(self, at: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Tensor]: ...
+    def __getitem__(self, at: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        whole, left = (side[at] for side in self.sides)
+        lack = whole - left
+        for value in (whole, left):
+            self.shelf.rest(value)
+        for one in self.back:
+            lack = one(lack)
+        found: Tensor = self.dense[at] + lack
+        return found
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[at] for at in range(len(self)))
