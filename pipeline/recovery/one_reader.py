@@ -1,5 +1,5 @@
-"""A weight that one operator reads, fitted where that operator stands: to what it gives in the dense network, and at the
-end of a residual branch to what makes the sum right.
+"""A weight that one operator reads, fitted where that operator stands: to what it gives in the dense network, and
+at the end of a residual branch to what makes the sum right.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _ELEMENTWISE = (
 
 
 def fit(node: fx.Node, dense: list[Any], networks: Networks) -> list[Fitted]:
-    """Fit the weight of `node`, and its bias, to what `node` gives in the dense network, by chunk, or has to give at the
-    end of a residual branch; nothing where its weight is fitted elsewhere: with other readers, or cell by cell.
+    """Fit the weight of `node`, and its bias, to what `node` gives in the dense network, by chunk, or has to give at
+    the end of a residual branch; nothing where its weight is fitted elsewhere: with other readers, or cell by cell.
     """
     weights, fixed = networks.weights, networks.fixed
     if node in weights.together or node.target in recurrent.GATES:
