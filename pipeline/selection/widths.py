@@ -71,17 +71,18 @@ def choose_depth(
     least widths do not meet the goals, these are what comes back.
 
     `branches`: name -> (clusters inside, divergence when it goes as a whole). One goes, and with it all groups inside,
-    where the widths that are then enough elsewhere lose less by more than it costs; the one that loses the least for
-    what it saves is tried first, and the search ends when `DOUBTS` of them in a row did not help.
+    where the widths that are then enough elsewhere lose less by more than it costs, or where no widths are enough yet;
+    the one that loses the least for what it saves is tried first, and the search ends when the goals are met and
+    `DOUBTS` of them in a row did not help.
     """
     fixed = overridden([c.name for c in clusters], budget.overrides)
 
-    def solved(gone: Mapping[str, tuple[Sequence[str], float]]) -> tuple[float, bool, Removed]:
-        """What is lost, whether the goals are met, and the choice, once these branches are gone."""
+    def solved(gone: Mapping[str, tuple[Sequence[str], float]]) -> tuple[float, float, Removed]:
+        """By how much the goals are missed, what is lost, and the choice, once these branches are gone."""
         widths = _Widths(analysis, clusters, scores, curves, budget, costs, gone)
         level = _greedy(widths)
         level = _improved(widths, level) if exact else level
-        return widths.lost(level), not widths.missed(widths.left(level)), widths.removed(level)
+        return widths.missed(widths.left(level)), widths.lost(level), widths.removed(level)
 
     best = solved({})
     chosen: dict[str, tuple[Sequence[str], float]] = {}
@@ -98,12 +99,12 @@ def choose_depth(
     doubts = 0
     for name in sorted(prices, key=lambda name: prices[name]):
         tried = solved({**chosen, name: open_[name]})
-        # One that makes a goal possible at all comes first; then what loses least.
-        if (tried[1], -tried[0]) > (best[1], -best[0] * (1 - WORTH)):
+        # What brings a goal nearer that is not met yet comes first, one branch after another; then what loses least.
+        if (tried[0], tried[1]) < (best[0], best[1] * (1 - WORTH)):
             best, chosen, doubts = tried, {**chosen, name: open_[name]}, 0
         else:
             doubts += 1
-            if doubts == DOUBTS:
+            if doubts >= DOUBTS and not best[0]:
                 break
     return best[2], tuple(chosen)
 

@@ -171,3 +171,29 @@ def test_a_target_that_only_depth_reaches_is_not_refused_before_it_is_tried():
     for other in ({"scope": "layer"}, {"scope": "curves", "depth": False}):
         with pytest.raises(ConfigError, match="cannot be reached"):
             targets.check(PruneSection(**shape, **other), analysis, analysis.clusters, [cost], maskable)
+
+
+def test_branches_go_one_after_another_where_no_widths_and_no_single_branch_are_enough():
+    _, analysis = analysed(Net, (2, 3, 8, 8))
+    clusters = analysis.clusters
+    scores = {c.name: np.arange(c.size, dtype=float) for c in clusters}
+    made = {c.name: convex([c.size // 2, c.size], [1.0, 4.0]) for c in clusters}
+    losses = {"blocks.0": 30.0, "blocks.1": 70.0, "blocks.2": 50.0}
+    branches = {name: ([f"{name}.a"], loss) for name, loss in losses.items()}
+    budget = Budget(0.5, align=4, floor=0.5, overrides={"stem": 0.0})
+    whole = {c.name: np.zeros(c.size, dtype=bool) for c in clusters}
+
+    def left(gone):
+        """With these branches gone and half of every other width."""
+        half = {name: np.arange(len(flags)) < len(flags) // 2 for name, flags in whole.items() if name.endswith(".a")}
+        return Counted(analysis, "macs", 1.0, 1.0).of(
+            whole | half | {f"{name}.a": np.ones_like(whole[f"{name}.a"]) for name in gone}
+        )
+
+    goal = (left(["blocks.0", "blocks.2"]) + left(["blocks.0"])) / 2
+    assert goal < left(["blocks.0"])  # one is not enough
+    removed, chosen = choose_depth(
+        analysis, clusters, scores, made, budget, [Counted(analysis, "macs", goal, 1.0)], branches
+    )
+    assert set(chosen) == {"blocks.0", "blocks.2"}  # the two that lose the least
+    assert Counted(analysis, "macs", goal, 1.0).of(removed) <= goal
