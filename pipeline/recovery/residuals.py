@@ -2,13 +2,13 @@
 
 What the other side of an addition has lost is lost for all that follows, unless the branch beside it makes up for it
 (He et al. 2017, arXiv:1707.06168, section 3.3). So its last layer is fitted to what it gave plus what the other side
-lacks, taken back through what lies between the two: norms with fixed statistics, scales, turned dimensions.
+lacks, taken back through what lies between the two: norms with fixed statistics, scales, dimensions in another order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +22,8 @@ aten = torch.ops.aten
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 _AS_IT_IS = (aten.dropout.default, aten.clone.default, aten.contiguous.default)
 """In a captured network, which drops nothing, these give what they read."""
+_RESHAPED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+             aten.unflatten.int)  # fmt: skip
 LEAST_SCALE = 1e-3
 """Of the largest scale of a norm: through a smaller one nothing that the sum lacks can be given."""
 
@@ -69,10 +71,20 @@ def _step(node: fx.Node, read: fx.Node, networks: Networks) -> Back | None:
     fixed = networks.fixed
     if node.target in _AS_IT_IS:
         return lambda value: value
+    if node.target in _RESHAPED:
+        return _shaped(read)
+    if node.target is aten.slice.Tensor and _shape(node) == _shape(read):  # windows that needed no padding
+        return lambda value: value
     if node.target is aten.permute.default:
         order: Any = node.args[1]
         back = [[d % len(order) for d in order].index(d) for d in range(len(order))]
         return lambda value: value.permute(back)
+    if node.target is aten.transpose.int:
+        one, other = cast(tuple[int, int], node.args[1:3])
+        return lambda value: value.transpose(one, other)
+    if node.target is aten.roll.default and len(node.args) == 3:
+        shifts, dims = cast(tuple[list[int], list[int]], node.args[1:])
+        return lambda value: value.roll([-n for n in shifts], dims)
     if node.target in (aten.mul.Tensor, aten.mul_.Tensor):
         first, second = node.args[:2]
         scale = second if first is read else first
@@ -88,6 +100,18 @@ def _step(node: fx.Node, read: fx.Node, networks: Networks) -> Back | None:
         axes = len(node.meta["val"].shape) - 2
         return _divided(scale.reshape(-1, *[1] * axes))
     return None
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _shaped(read: fx.Node) -> Back | None:
+    """Back to the dimensions that `read` has, of which one may follow the batch."""
+    sizes = [size if isinstance(size, int) else -1 for size in _shape(read)]
+    if sizes.count(-1) > 1:
+        return None
+    return lambda value: value.reshape(sizes)
 
 
 def _divided(scale: Tensor) -> Back:

@@ -34,6 +34,10 @@ class Net(nn.Module):
             return self.norm[i](self.b[i](x))
         if self.end == "scaled":  # as in ConvNeXt
             return (self.wide[i](x.permute(0, 2, 3, 1)) * self.scale[i]).permute(0, 3, 1, 2)
+        if self.end == "windows":  # as in Swin: rolled, cut into windows and put together again
+            y = self.wide[i](x.roll((-1, -1), (2, 3)).permute(0, 2, 3, 1).unflatten(2, (2, 4)).transpose(1, 2))
+            y = y.transpose(1, 2).reshape(-1, 8, 8, 8).roll((1, 1), (1, 2))[:, :8, :8]
+            return y.contiguous().permute(0, 3, 1, 2)
         if self.end == "dropped":
             return F.dropout(self.b[i](x), 0.5, training=False)
         return self.b[i](x)
@@ -53,7 +57,7 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-ENDS = ["plain", "norm", "scaled", "dropped", "in place"]
+ENDS = ["plain", "norm", "scaled", "dropped", "in place", "windows"]
 
 
 def images(count, seed):
