@@ -153,8 +153,15 @@ class Analysis:
         return reason if op == "-" else f"{reason} ({op} at {node})"
 
     def estimate(self, removed: Removed) -> Size:
-        """The exact size after the removal, without removing."""
+        """The exact size after the removal, without removing.
+
+        A cluster of which every group goes is one inside a branch that goes as a whole: it does not keep one then, and
+        what reads it and what makes it has no operations left.
+        """
         gone = self.gone(removed)
+        for name, flags in removed.items():
+            if len(flags) and np.asarray(flags).all():
+                gone = gone | np.isin(self.solution.class_of, self.members[name])
         return self.size_without(gone)
 
     def size_without(self, gone: Flags) -> Size:

@@ -8,6 +8,7 @@ from torch import nn
 from foundation.errors import ConfigError
 from pipeline.channels import analyse, capture, liveness, shrink
 from pipeline.channels.dead.branches import without_zero_branches
+from pipeline.channels.program.macs import count_macs
 from pipeline.recipe.prune import PruneSection
 from pipeline.selection import curves, targets
 from pipeline.selection.allocation import Budget
@@ -101,6 +102,16 @@ def test_every_branch_that_may_go_is_found_and_its_masks_make_it_go(build, shape
         small = shrink(left, again, liveness(again, left.state).dead)
         x = torch.randn(shape)
         assert torch.allclose(folded(x), small(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(("build", "shape"), [(Net, (2, 3, 8, 8)), (Text, (2, 7, 6))])
+def test_a_branch_that_goes_is_counted_with_nothing_left_of_it(build, shape):
+    """Not as if one of its heads or channels stayed: of attention with four heads that would be a quarter."""
+    model, analysis = analysed(build, shape)
+    for branch in removable(analysis, masks.maskable(model)):
+        removed = {c.name: np.full(c.size, c.name in branch.inside) for c in analysis.clusters}
+        left, _ = without_zero_branches(analysis.captured.fold(branch.masks(analysis.captured.state)), analysis.policy)
+        assert analysis.estimate(removed).macs == count_macs(left.program)
 
 
 def test_what_cannot_be_masked_does_not_go():
