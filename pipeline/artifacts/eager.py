@@ -178,6 +178,8 @@ class Pruned(Weighted):
     """None where no curves were measured."""
     aims: tuple[Aim, ...] = ()
     """What the recipe asked the widths to come to."""
+    align: int = 1
+    """Chosen counts of channels are multiples of it; 1 where none were chosen."""
 
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> bool tensor of its shape, True = kept."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from exporters.export import to_onnx
 from exporters.quantize import quantize
 from pipeline.channels.centring.centre import RMS_OPSET, centre
+from pipeline.channels.coupling.counts import counts
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.removal.rewrite import shrink
 from pipeline.models.source import ModelSource, example
@@ -54,23 +54,6 @@ def drawn(clusters: Sequence[Cluster], align: int, count: int, seed: int) -> lis
             choice[cluster.name] = gone
         made.append(choice)
     return made
-
-
-def step_of(cluster: Cluster, align: int) -> int:
-    """How many groups hold a multiple of `align` channels: a group of several (a head, a group of a grouped
-    convolution) is aligned by the channels that it holds.
-    """
-    return align // math.gcd(align, cluster.unit)
-
-
-def counts(cluster: Cluster, align: int) -> list[int]:
-    """The counts of groups that are measured, and chosen among: those whose channels are a multiple of `align`, of a
-    cluster no wider than that a multiple of its quarter, and all of them, from the least up.
-    """
-    step = step_of(cluster, align)
-    if cluster.size <= step:
-        step = max(1, step // 4)
-    return [*range(step, cluster.size, step), cluster.size]
 
 
 def write(

@@ -18,6 +18,7 @@ from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.dead.branches import without_zero_branches
 from pipeline.channels.dead.liveness import liveness
+from pipeline.channels.dead.stray import evened
 from pipeline.channels.removal.rewrite import shrink
 from pipeline.latency import probes
 from pipeline.latency.probes import Setting
@@ -94,7 +95,8 @@ def cut(analysis: Analysis, weights: Mapping[str, Any], masks: Mapping[str, Any]
     """The program with these weights, without what `masks` (name -> True = kept) leave dead. Raises RefusedError."""
     folded, branches = without_zero_branches(analysis.captured.with_state(weights).fold(masks), analysis.policy)
     left = analyse(folded, analysis.policy) if branches else analysis
-    program = shrink(folded, left, liveness(left, folded.state).dead).program
+    live = evened(left, folded.state, liveness(left, folded.state), setting.align)
+    program = shrink(folded, left, live.dead).program
     return centre(program).program if setting.opset >= RMS_OPSET else program
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from foundation.errors import ConfigError, nearest
+from pipeline.channels.coupling.counts import counts, step_of
 from pipeline.channels.coupling.groups import Cluster
-from pipeline.latency.probes import counts, step_of
 from pipeline.selection.criteria import Scores, relative
 
 Removed = dict[str, npt.NDArray[np.bool_]]

@@ -27,7 +27,7 @@ from pipeline.recipe.prune import PruneSection
 from pipeline.selection import schedules, targets, weights
 from pipeline.selection.aiming import Attempt, take_aim
 from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import Chooser, chosen_by, observed, outputs_apart, rows
+from pipeline.selection.choose import Chooser, alignment, chosen_by, observed, outputs_apart, rows
 from pipeline.selection.cost import Cost, Timed
 from pipeline.selection.criteria import Evidence
 from pipeline.selection.curves import Measured, points
@@ -151,6 +151,7 @@ def run(
         widths=widths,
         curves=_facts(weighed.measured) if weighed is not None and weighed.measured is not None else None,
         aims=aims,
+        align=alignment(cfg) if cfg.method == "structured" else 1,
     )
 
 

@@ -18,6 +18,7 @@ from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.coupling.layers import layers
 from pipeline.channels.dead.branches import without_zero_branches
 from pipeline.channels.dead.liveness import Liveness, liveness
+from pipeline.channels.dead.stray import evened
 from pipeline.channels.ledger import Ledger
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.macs import count_macs
@@ -107,7 +108,7 @@ class _Cut:
 def _cut(captured: Captured, pruned: Pruned) -> _Cut:
     """What is dead in a captured program, and the program without it."""
     analysis = analyse(captured, policy_of(pruned.kinds))
-    live = liveness(analysis, captured.state)
+    live = evened(analysis, captured.state, liveness(analysis, captured.state), pruned.align)
     return _Cut(analysis, live, channels.shrink(captured, analysis, live.dead, refused=live.refusals))
 
 
