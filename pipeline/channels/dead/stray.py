@@ -1,9 +1,9 @@
 """Channels that are dead by chance, which stay where their going would leave a count that kernels are slow with.
 
 Trained weights hold channels that nobody masked and that are zero all the same: EfficientNet-lite0's have three, in
-three layers. onnxruntime takes channels in blocks, and a layer of 31 is not taken in blocks of 16 at all: the three
-made a model that had been pruned to 0.80 of its operations take 1.24 times as long as the dense one, and 0.9 times
-once they stayed.
+three layers. onnxruntime takes channels in blocks, and a layer of 31 is not taken in blocks of 16 at all: without the
+three a model that had been pruned to 0.80 of its operations took 1.24 times as long as the dense one, with them 0.83
+times (one thread, 224 by 224, AVX-512).
 """
 
 from __future__ import annotations
