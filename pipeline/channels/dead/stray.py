@@ -30,7 +30,7 @@ def evened(analysis: Analysis, state: Mapping[str, Tensor], live: Liveness, alig
     dead, refusals = dict(live.dead), []
     for cluster in analysis.clusters if align > 1 else ():
         flags = dead.get(cluster.name)
-        if flags is None:
+        if flags is None or flags.all():  # inside a branch that goes as a whole
             continue
         left = cluster.size - int(flags.sum())
         stray = np.flatnonzero(flags & _weighty(cluster, state))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pipeline.channels import analyse, capture, liveness, shrink
+from pipeline.channels.dead.liveness import Liveness
 from pipeline.channels.dead.stray import evened
 from pipeline.latency.probes import Setting
 from pipeline.latency.trial import cut
@@ -70,3 +71,10 @@ def test_a_trial_times_the_model_that_ships():
     analysis = net(4)
     program = cut(analysis, {}, {}, Setting(1, 1, False, 23, 16))
     assert program.state_dict["0.weight"].shape[0] == 32
+
+
+def test_a_layer_that_is_dead_as_a_whole_is_not_dead_by_chance():
+    analysis = net()
+    (cluster,) = analysis.clusters
+    found = Liveness({cluster.name: np.ones(cluster.size, bool)}, ())
+    assert evened(analysis, analysis.captured.state, found, 1 << 6) == found  # narrower than that: any count would do
