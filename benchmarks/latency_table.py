@@ -83,7 +83,7 @@ def one(name: str, args: argparse.Namespace) -> None:
             took, said = times.of(choice, gone), Timed(fit, 1.0, table.dense_ms, args.threads, args.batch).of(choice)
             errors.append(abs(said / took - 1))
             if args.verbose:
-                share = analysis.estimate(choice).macs / max(analysis.macs, 1)
+                share = analysis.estimate(choice, branches=True).macs / max(analysis.macs, 1)
                 print(f"  MACs {share:.2f}: predicted {said:.3f}, took {took:.3f} ({said / took - 1:+.1%})", flush=True)
         print(
             f"{name:<30}{table.dense_ms:>10.2f}{spent:>10.0f}{fit.error:>10.1%}"

@@ -117,7 +117,7 @@ def results(
             weighed, latency = hit(at_share, took, share)
         chosen = choose.masks_of(analysis, weighed, maskable)
         choosing = measuring + time.perf_counter() - began
-        left = analysis.estimate(weighed.removed).macs / analysis.macs
+        left = analysis.estimate(weighed.removed, branches=True).macs / analysis.macs
         made = closed_form.recover(captured, chosen, (x[:SAMPLES],))
         got = score(smaller(made.state, chosen) if clock else captured.with_state(made.state).fold(chosen))
         yield share, "closed form", Result(got, left, choosing, made.seconds, latency)

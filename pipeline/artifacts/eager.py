@@ -179,7 +179,7 @@ class Pruned(Weighted):
     aims: tuple[Aim, ...] = ()
     """What the recipe asked the widths to come to."""
     align: int = 1
-    """Chosen counts of channels are multiples of it; 1 where none were chosen."""
+    """What counts of channels are multiples of, by the recipe; 1 where no widths were chosen."""
 
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> bool tensor of its shape, True = kept."""

@@ -159,7 +159,7 @@ def plan(config: Config, progress: Progress | None = None) -> Plan:
         at_ratio = section if ratio is None else section.model_copy(update={"ratio": ratio})
         costs = goals if ratio is None else ()
         weighed = choose_groups(analysis, seen, at_ratio, at_ratio.ratio, maskable, worth, costs)
-        return weighed, analysis.estimate(weighed.removed)
+        return weighed, analysis.estimate(weighed.removed, branches=True)
 
     asked = None if goals else section.ratio
     made = [(ratio, *at(ratio)) for ratio in dict.fromkeys((asked, *RATIOS))]

@@ -144,7 +144,9 @@ def _expected(given: Subject, fit: Fit, ratio: float) -> Expected:
     scores = {c.name: np.arange(c.size, dtype=float) for c in given.clusters}
     removed = allocate(given.clusters, scores, budget_of(given.section, ratio))
     cost = Timed(fit, 1.0, 1.0, 1, 1)
-    return Expected(ratio, given.analysis.estimate(removed).macs / max(1, given.analysis.macs), cost.of(removed))
+    return Expected(
+        ratio, given.analysis.estimate(removed, branches=True).macs / max(1, given.analysis.macs), cost.of(removed)
+    )
 
 
 def _layers(given: Subject, fit: Fit) -> tuple[LayerCost, ...]:

@@ -7,21 +7,19 @@ lacks, taken back through what lies between the two: norms with fixed statistics
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast, overload
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from foundation.editor import writes
+from pipeline.channels.dead.branches import ADDITIONS
 from pipeline.recovery.networks import Networks
 from pipeline.recovery.shelf import Shelf
 
 aten = torch.ops.aten
 
-ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
-_AS_IT_IS = (aten.dropout.default, aten.clone.default, aten.contiguous.default)
-"""In a captured network, which drops nothing, these give what they read."""
+_AS_IT_IS = (aten.clone.default, aten.contiguous.default)
 _RESHAPED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
              aten.unflatten.int)  # fmt: skip
 LEAST_SCALE = 1e-3
@@ -41,10 +39,9 @@ def wanted(node: fx.Node, dense: list[Any], networks: Networks) -> Sequence[Any]
         (user,) = at.users
         if user.target in ADDITIONS:
             other = _other(user, at)
+            # What is written in place is a node of its own. Of two sides the later one makes up for both.
             if other is None or other not in networks.values:
-                return dense  # it comes later, and its last layer makes up for this one then
-            if any(writes(reader) for reader in other.users if reader is not user):
-                return dense  # it may be another by then
+                return dense
             sides = networks.values[other]
             if sides[0] is sides[1] or not _alike(sides[0], at, dense, back):
                 return dense
@@ -69,36 +66,32 @@ def _other(addition: fx.Node, side: fx.Node) -> fx.Node | None:
 def _step(node: fx.Node, read: fx.Node, networks: Networks) -> Back | None:
     """How a difference goes back through `node`, None where it does not."""
     fixed = networks.fixed
-    if node.target in _AS_IT_IS:
+    given: Any = node.args
+    idle = node.target is aten.dropout.default and not given[2]  # one that is on drops in eval mode, too
+    if node.target in _AS_IT_IS or idle:
         return lambda value: value
     if node.target in _RESHAPED:
         return _shaped(read)
     if node.target is aten.slice.Tensor and _shape(node) == _shape(read):  # windows that needed no padding
         return lambda value: value
     if node.target is aten.permute.default:
-        order: Any = node.args[1]
-        back = [[d % len(order) for d in order].index(d) for d in range(len(order))]
+        order = [d % len(given[1]) for d in given[1]]
+        back = [order.index(d) for d in range(len(order))]
         return lambda value: value.permute(back)
     if node.target is aten.transpose.int:
-        one, other = cast(tuple[int, int], node.args[1:3])
-        return lambda value: value.transpose(one, other)
-    if node.target is aten.roll.default and len(node.args) == 3:
-        shifts, dims = cast(tuple[list[int], list[int]], node.args[1:])
-        return lambda value: value.roll([-n for n in shifts], dims)
+        return lambda value: value.transpose(given[1], given[2])
+    if node.target is aten.roll.default and len(given) == 3:
+        return lambda value: value.roll([-n for n in given[1]], given[2])
     if node.target in (aten.mul.Tensor, aten.mul_.Tensor):
-        first, second = node.args[:2]
-        scale = second if first is read else first
-        if isinstance(scale, fx.Node) and scale in fixed and isinstance(fixed[scale][1], Tensor):
+        scale = given[1] if given[0] is read else given[0]
+        if scale in fixed and isinstance(fixed[scale][1], Tensor):
             return _divided(fixed[scale][1])
     if node.target is aten.batch_norm.default:
-        weight, variance, training, eps = (node.args[i] for i in (1, 4, 5, 7))
-        if training or not isinstance(variance, fx.Node) or variance not in fixed:
+        _, weight, _, _, variance, training, _, eps, *_ = given
+        if training or variance not in fixed or (weight is not None and weight not in fixed):
             return None
-        scale = (fixed[variance][1] + float(eps)).rsqrt()  # type: ignore[arg-type]
-        if isinstance(weight, fx.Node):
-            scale = scale * fixed[weight][1]
-        axes = len(node.meta["val"].shape) - 2
-        return _divided(scale.reshape(-1, *[1] * axes))
+        scale = (fixed[variance][1] + eps).rsqrt() * (1.0 if weight is None else fixed[weight][1])
+        return _divided(scale.reshape(-1, *[1] * (len(_shape(node)) - 2)))
     return None
 
 
@@ -143,21 +136,11 @@ class _Corrected(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.dense)
 
-    @overload
-    def __getitem__(self, at: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Tensor]: ...
-    def __getitem__(self, at: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
+    def __getitem__(self, at: Any) -> Any:
         whole, left = (side[at] for side in self.sides)
         lack = whole - left
         for value in (whole, left):
             self.shelf.rest(value)
         for one in self.back:
             lack = one(lack)
-        found: Tensor = self.dense[at] + lack
-        return found
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[at] for at in range(len(self)))
+        return self.dense[at] + lack

@@ -76,7 +76,7 @@ class Counted:
 
     def of(self, removed: Removed) -> float:
         """What is left."""
-        size = self.analysis.estimate(removed)
+        size = self.analysis.estimate(removed, branches=True)
         return size.macs / max(self.analysis.macs, 1) if self.quantity == "macs" else size.params / self.analysis.params
 
     def along(self, removed: Removed, counts: Counts) -> list[list[float]]:

@@ -110,7 +110,7 @@ def run(
     save_tensors(state, out / Pruned.WEIGHTS)
     masks.save(chosen, out / Pruned.MASKS)
     removed = _removed(analysis, chosen)
-    expected = analysis.estimate(removed) if cfg.method == "structured" else None
+    expected = analysis.estimate(removed, branches=True) if cfg.method == "structured" else None
     layers = masks.sparsity({name: state[name] for name in chosen}, chosen)
     write_table(out / "sparsity.csv", layers)
     sparsity_plot(layers, out / "sparsity.svg")

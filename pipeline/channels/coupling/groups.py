@@ -152,14 +152,14 @@ class Analysis:
         op, node, reason = self.solution.why(classes)
         return reason if op == "-" else f"{reason} ({op} at {node})"
 
-    def estimate(self, removed: Removed) -> Size:
+    def estimate(self, removed: Removed, *, branches: bool = False) -> Size:
         """The exact size after the removal, without removing.
 
-        A cluster of which every group goes is one inside a branch that goes as a whole: it does not keep one then, and
-        what reads it and what makes it has no operations left.
+        With `branches`, a cluster of which every group goes lies inside a branch that goes as a whole, and nothing is
+        left of it; else one of its groups stays, as everywhere.
         """
         gone = self.gone(removed)
-        for name, flags in removed.items():
+        for name, flags in removed.items() if branches else ():
             if len(flags) and np.asarray(flags).all():
                 gone = gone | np.isin(self.solution.class_of, self.members[name])
         return self.size_without(gone)

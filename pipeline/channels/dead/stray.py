@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.channels.coupling.counts import counts
 from pipeline.channels.coupling.groups import Analysis, Cluster
-from pipeline.channels.dead.liveness import Liveness
+from pipeline.channels.dead.liveness import Liveness, Slices, zero_slices
 from pipeline.channels.ledger import Refusal
 
 
@@ -27,13 +27,16 @@ def evened(analysis: Analysis, state: Mapping[str, Tensor], live: Liveness, alig
 
     `state`: the folded weights. A group of which every weight is zero, on both sides, was masked, and goes.
     """
+    if align == 1 or not live.dead:
+        return live
     dead, refusals = dict(live.dead), []
-    for cluster in analysis.clusters if align > 1 else ():
+    zero = zero_slices(analysis, state, np.zeros(analysis.solution.reason_of.shape[0], np.bool_))
+    for cluster in analysis.clusters:
         flags = dead.get(cluster.name)
         if flags is None or flags.all():  # inside a branch that goes as a whole
             continue
         left = cluster.size - int(flags.sum())
-        stray = np.flatnonzero(flags & _weighty(cluster, state))
+        stray = np.flatnonzero(flags & _weighty(cluster, zero))
         wanted = next((n for n in counts(cluster, align) if n >= left), left)
         if not left < wanted <= left + len(stray):
             continue
@@ -44,13 +47,11 @@ def evened(analysis: Analysis, state: Mapping[str, Tensor], live: Liveness, alig
     return replace(live, dead={n: f for n, f in dead.items() if f.any()}, refusals=(*live.refusals, *refusals))
 
 
-def _weighty(cluster: Cluster, state: Mapping[str, Tensor]) -> npt.NDArray[np.bool_]:
-    """Whether any weight of each group is not zero."""
+def _weighty(cluster: Cluster, zero: Slices) -> npt.NDArray[np.bool_]:
+    """Whether any weight of each group is not zero, given the slices that are."""
     found = np.zeros(cluster.size, np.bool_)
-    for (name, dim), labels in cluster.labels.items():
-        if name not in state:
-            continue
-        some = (state[name] != 0).movedim(dim, 0).flatten(1).any(1) if state[name].dim() > 1 else state[name] != 0
-        mine = labels >= 0
-        np.logical_or.at(found, labels[mine], some.numpy()[mine])
+    for place, labels in cluster.labels.items():
+        if place in zero:
+            mine = labels >= 0
+            np.logical_or.at(found, labels[mine], ~zero[place][mine])
     return found

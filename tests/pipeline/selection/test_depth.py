@@ -111,7 +111,17 @@ def test_a_branch_that_goes_is_counted_with_nothing_left_of_it(build, shape):
     for branch in removable(analysis, masks.maskable(model)):
         removed = {c.name: np.full(c.size, c.name in branch.inside) for c in analysis.clusters}
         left, _ = without_zero_branches(analysis.captured.fold(branch.masks(analysis.captured.state)), analysis.policy)
-        assert analysis.estimate(removed).macs == count_macs(left.program)
+        assert analysis.estimate(removed, branches=True).macs == count_macs(left.program)
+
+
+@pytest.mark.parametrize(("build", "shape"), [(Net, (2, 3, 8, 8)), (Text, (2, 7, 6))])
+def test_where_no_branch_goes_one_group_of_each_cluster_stays_and_is_counted(build, shape):
+    _, analysis = analysed(build, shape)
+    removed = {c.name: np.ones(c.size, dtype=bool) for c in analysis.clusters}
+    small = shrink(analysis.captured.fold(analysis.masks(removed)), analysis, removed)
+    size = analysis.estimate(removed)
+    assert size.macs == count_macs(small.program)
+    assert size.params == sum(p.numel() for p in small.program.parameters())
 
 
 def test_what_cannot_be_masked_does_not_go():
