@@ -42,8 +42,8 @@ gate: $(STAMP) ## MODEL=resnet50 [POLICY=policy.toml]: judge the newest version 
 	$(BIN)/leanort gate $(MODEL) $(if $(POLICY),--policy $(POLICY)) $(ARGS)
 
 # ---- measurements ------------------------------------------------------------------------------------------------
-zoo: $(STAMP) ## MODELS=models.json [RATIO=0.5 SEED=0 OUT=zoo.jsonl]: prune at random, shrink, prove, many models
-	$(BIN)/python benchmarks/zoo.py $(MODELS) --ratio $(or $(RATIO),0.5) --seed $(or $(SEED),0) --out $(or $(OUT),zoo.jsonl)
+zoo: $(STAMP) ## MODELS=models.json [RATIO=0.5 SEED=0 OUT=zoo.jsonl FIT=16]: prune at random, fit, shrink, prove, many models
+	$(BIN)/python benchmarks/zoo.py $(MODELS) --ratio $(or $(RATIO),0.5) --seed $(or $(SEED),0) --out $(or $(OUT),zoo.jsonl) $(if $(FIT),--fit $(FIT))
 
 bench: $(STAMP) ## the shrink engine against Torch-Pruning, interleaved; growth over depth and width [ARGS=]
 	$(BIN)/python benchmarks/shrink_speed.py --sweep $(ARGS)

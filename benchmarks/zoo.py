@@ -8,6 +8,10 @@ statistics, random groups of every cluster masked, folded, shrunk, proved, expor
 onnxruntime at two batch sizes. One JSON line each, written as soon as it is known; a summary table at the end, also of
 what was done before Ctrl-C.
 
+--fit N fits the kept weights first, in closed form on N random samples, to what the dense network gives. `fit_error`:
+how far the outputs are from the dense ones, masked and fitted, on other samples (share of the dense outputs' norm);
+`fit_left`: the weights that stayed as they were, with the reason; `fit_refused`: why no fit ran.
+
 status: exact    differences within 1e-5·max(1, max|y|) in torch and in onnxruntime, and the control dwarfs that; what
                  onnxruntime differs by may be more where the dense model itself, exported, is as far from torch
         refused  the engine or torch.export said no, or torch.onnx cannot translate even the dense model; the reason
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -37,7 +42,7 @@ from foundation.rounding import allowance, scaled
 KEYS = (
     "model", "status", "reason", "removable_params_share", "params_before", "params_after", "macs_before", "macs_after",
     "max_abs_diff", "output_scale", "control_diff", "ort_max_abs_diff", "dense_ort_diff", "capture_s", "analyse_s",
-    "shrink_s", "peak_mb", "blocked",
+    "shrink_s", "peak_mb", "blocked", "fit_s", "fit_error", "fitted", "fit_left", "fit_refused",
 )  # fmt: skip
 # The control removes the same channels without zeroing them first; ten tolerances away it cannot be rounding.
 CONTROL_FACTOR = 10.0
@@ -57,10 +62,11 @@ def main() -> int:
     parser.add_argument(
         "--no-onnx", action="store_true", help="leave out the ONNX half (status is then of torch alone)"
     )
+    parser.add_argument("--fit", type=int, default=0, metavar="N", help="fit the kept weights on N samples first")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
-        print(json.dumps(shrink_one(json.loads(args.one), args.ratio, args.seed, not args.no_onnx)))
+        print(json.dumps(shrink_one(json.loads(args.one), args.ratio, args.seed, not args.no_onnx, args.fit)))
         return 0
     try:
         entries = read_entries(args.models)
@@ -111,7 +117,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 def in_own_process(entry: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """One model under the limits."""
     command = [sys.executable, __file__, str(args.models), "--ratio", str(args.ratio), "--seed", str(args.seed)]
-    command += ["--one", json.dumps(entry)] + (["--no-onnx"] if args.no_onnx else [])
+    command += ["--one", json.dumps(entry), "--fit", str(args.fit)] + (["--no-onnx"] if args.no_onnx else [])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=printed, stderr=errors, env=environment)
@@ -154,9 +160,12 @@ def resident(pid: int) -> float:
         return 0.0
 
 
-def shrink_one(entry: dict[str, Any], ratio: float, seed: int, onnx: bool, draw: int = 0) -> dict[str, Any]:
-    """The line of one model, made in this process. `draw`: which random weights; where an activation at the end lets
-    nothing through (depth that would be negative), the next ones are taken.
+def shrink_one(
+    entry: dict[str, Any], ratio: float, seed: int, onnx: bool, samples: int = 0, draw: int = 0
+) -> dict[str, Any]:
+    """The line of one model, made in this process. `samples`: how many to fit on, 0 for no fit. `draw`: which random
+    weights; where an activation at the end lets nothing through (depth that would be negative), the next ones are
+    taken.
     """
     import numpy as np
     import torch
@@ -184,6 +193,8 @@ def shrink_one(entry: dict[str, Any], ratio: float, seed: int, onnx: bool, draw:
         line["blocked"] = [[b.op, b.params, b.node, b.reason] for b in analysis.blocked]
         rng = np.random.default_rng(seed)
         removed = {c.name: rng.random(c.size) < ratio for c in analysis.clusters}
+        if samples:
+            captured = fit(captured, analysis, removed, source, samples, line)
         folded = captured.fold(analysis.masks(removed))
         started = time.perf_counter()
         shrunk = shrink(folded, analysis, removed)
@@ -195,7 +206,7 @@ def shrink_one(entry: dict[str, Any], ratio: float, seed: int, onnx: bool, draw:
         proof = prove(folded, shrunk, inputs)
         line["max_abs_diff"], line["output_scale"] = proof.max_abs_diff, proof.output_scale
         if not proof.output_scale and draw < DRAWS - 1:
-            return shrink_one(entry, ratio, seed, onnx, draw + 1)
+            return shrink_one(entry, ratio, seed, onnx, samples, draw + 1)
         line["control_diff"] = control(captured, analysis, removed, inputs[:1])
         if onnx:
             line["ort_max_abs_diff"], scale = in_onnxruntime(folded, shrunk.program, captured)
@@ -211,6 +222,48 @@ def shrink_one(entry: dict[str, Any], ratio: float, seed: int, onnx: bool, draw:
         line["reason"] = f"{type(error).__name__}: {str(error)[:400]}"
     line["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
     return line
+
+
+def fit(captured: Any, analysis: Any, removed: Any, source: Any, samples: int, line: dict[str, Any]) -> Any:
+    """`captured` with its kept weights fitted to what it gives whole, or as it was where no fit runs; what happened is
+    written into `line`. Raises FloatingPointError for a fit that is not finite.
+    """
+    import torch
+
+    from pipeline.recovery.closed_form import recover
+
+    parameters = set(captured.program.graph_signature.inputs_to_parameters.values())
+    every = analysis.masks(removed)
+    masks = {name: torch.from_numpy(mask) for name, mask in every.items() if name in parameters}
+    draw = torch.Generator().manual_seed(samples)
+    inputs = tuple(one.sample(samples, draw) for one in source.inputs)
+    try:
+        made = recover(captured, masks, inputs)
+    except ValueError as error:
+        line["fit_refused"] = str(error)[:400]
+        return captured
+    line["fit_s"] = round(made.seconds, 2)
+    line["fitted"] = sum(not one.reason for one in made.fitted)
+    line["fit_left"] = [[one.name, one.reason] for one in made.fitted if one.reason]
+    fitted = captured.with_state(made.state)
+    unlike = tuple(one.sample(2, draw) for one in source.inputs)
+    line["fit_error"] = [distance(captured, one.fold(every), unlike) for one in (captured, fitted)]
+    if not all(bool(torch.isfinite(v).all()) for v in made.state.values() if v.is_floating_point()):
+        raise FloatingPointError("the fit gave weights that are not finite")
+    return fitted
+
+
+def distance(dense: Any, other: Any, inputs: Any) -> float:
+    """How far the outputs are from the dense ones, as a share of their norm."""
+    import torch
+
+    from pipeline.channels.removal.verify import tensors_of
+
+    with torch.no_grad():
+        pairs = list(zip(tensors_of(dense(*inputs)), tensors_of(other(*inputs)), strict=True))
+    off = sum(float((x.double() - y.double()).square().sum()) for x, y in pairs)
+    whole = sum(float(x.double().square().sum()) for x, _ in pairs)
+    return round(math.sqrt(off / max(whole, 1e-30)), 4)
 
 
 def verdict(line: dict[str, Any], refusals: Any, expected: Any, onnx: bool) -> tuple[str, str | None]:
@@ -366,8 +419,19 @@ def row(line: dict[str, Any]) -> str:
         f"{line['model']:<38} {line['status']:<8} share {show('removable_params_share', '.4f')} left {left} "
         f"diff {show('max_abs_diff', '.1e')} scale {show('output_scale', '.1e')} control {show('control_diff', '.1e')} "
         f"ort {show('ort_max_abs_diff', '.1e')} s {show('capture_s', '.1f')}/{show('analyse_s', '.2f')}/"
-        f"{show('shrink_s', '.2f')} {show('peak_mb', '.0f')} MB {line['reason'] or ''}"
+        f"{show('shrink_s', '.2f')} {show('peak_mb', '.0f')} MB {fit_words(line)}{line['reason'] or ''}"
     )
+
+
+def fit_words(line: dict[str, Any]) -> str:
+    """What the fit did, for `row`; nothing where none was asked for."""
+    if line["fit_refused"]:
+        return f"no fit: {line['fit_refused']} "
+    if line["fit_error"] is None:
+        return ""
+    before, after = line["fit_error"]
+    counts = f"{line['fitted']} fitted, {len(line['fit_left'])} left"
+    return f"fit {line['fit_s']:.1f} s, {counts}, error {before:.3f} -> {after:.3f} "
 
 
 def summary(lines: list[dict[str, Any]]) -> str:

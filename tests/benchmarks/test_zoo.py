@@ -144,3 +144,21 @@ def test_weights_that_let_nothing_through_are_drawn_again(zoo: ModuleType, tmp_p
     assert found["output_scale"] > 0
     zoo.DRAWS = 1
     assert zoo.shrink_one(entry, 0.5, 0, False)["status"] == "failed"
+
+
+def test_a_fit_comes_nearer_to_dense_and_is_shrunk_as_exactly(zoo: ModuleType) -> None:
+    entry = {"model": "resnet18", "input": [3, 32, 32]}
+    plain, fitted = (zoo.shrink_one(entry, 0.5, 0, False, samples) for samples in (0, 12))
+    assert (plain["status"], plain["fit_error"]) == ("exact", None)
+    assert (fitted["status"], fitted["params_after"]) == ("exact", plain["params_after"])
+    before, after = fitted["fit_error"]
+    assert after < 0.5 * before
+    assert fitted["fitted"] > 0
+    assert "error" in zoo.row(fitted)
+
+
+def test_a_fit_that_does_not_run_says_why_and_the_rest_is_proven(zoo: ModuleType) -> None:
+    few = zoo.shrink_one({"model": "resnet18", "input": [3, 32, 32]}, 0.5, 0, False, 3)
+    assert few["status"] == "exact"
+    assert "3" in few["fit_refused"]
+    assert f"no fit: {few['fit_refused']}" in zoo.row(few)
