@@ -4,13 +4,12 @@ at the end of a residual branch to what makes the sum right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from pipeline.recovery import recurrent, regression, residuals
+from pipeline.recovery import rectified, recurrent, regression, residuals
 from pipeline.recovery.contractions import Contraction, contraction, weight_of, whole_channels
 from pipeline.recovery.fitted import (
     NOT_FINITE,
@@ -57,7 +56,7 @@ def fit(node: fx.Node, dense: list[Any], networks: Networks) -> list[Fitted]:
     reason = reason or without_samples(node, inputs[0], fixed[held][1])
     if reason:
         return [Fitted(name, reason=reason)]
-    return [_fit(name, node, found, inputs, residuals.wanted(node, dense, networks), networks)]
+    return [_fit(name, node, found, inputs, dense, networks)]
 
 
 def _without_rule(node: fx.Node, networks: Networks) -> list[Fitted]:
@@ -71,7 +70,7 @@ def _without_rule(node: fx.Node, networks: Networks) -> list[Fitted]:
 
 
 def _fit(
-    name: str, node: fx.Node, found: Contraction, inputs: list[Any], dense: Sequence[Any], networks: Networks
+    name: str, node: fx.Node, found: Contraction, inputs: list[Any], dense: list[Any], networks: Networks
 ) -> Fitted:
     """Fit a weight that nothing but its values can keep from it."""
     weights, samples, held = networks.weights, networks.samples, found.weight
@@ -80,7 +79,11 @@ def _fit(
     reason = too_sparse(kept)
     if reason or not bool(kept.any()):
         return Fitted(name, reason=reason or NOTHING_KEPT)
-    x, y, of = samples.rows(node, found, inputs, dense, matrix, networks.shelf)
+    cut = rectified.cut_behind(node, dense, networks)
+    x, y, of, room = samples.rows(
+        node, found, inputs, residuals.wanted(node, dense, networks), matrix, networks.shelf,
+        room=cut.room if cut else None,
+    )  # fmt: skip
     held_back = samples.held_back[of]
     if not samples.usable(held_back):
         return Fitted(name, reason=TOO_FEW)
@@ -90,9 +93,13 @@ def _fit(
     own_bias = bias is not None and weights.is_own_shift(bias, matrix.shape[0] * matrix.shape[1])
     intercept = own_bias or norm_follows(node, weights)
     if whole_channels(kept):
-        new, made = _solve(x, y, matrix, outputs, columns, held_back, intercept, samples.together)
+        new, made = _solve(x, y, room, matrix, outputs, columns, held_back, intercept, samples.together)
     else:
-        made = [regression.fit(x, y, matrix, held_back, intercept=intercept, kept=kept, together=samples.together)]
+        made = [
+            regression.fit(
+                x, y, matrix, held_back, intercept=intercept, kept=kept, room=room, together=samples.together
+            )
+        ]
         new, outputs = made[0].weight, torch.ones_like(outputs)
     networks.put_weight(held, found.from_matrix(new))
     if own_bias and bias is not None:
@@ -106,6 +113,7 @@ def _fit(
 def _solve(
     x: Tensor,
     y: Tensor,
+    room: Tensor | None,
     matrix: Tensor,
     outputs: Tensor,
     columns: Tensor,
@@ -118,8 +126,9 @@ def _solve(
     alive = outputs.any(1)
     if bool(columns[alive].all()) and bool(outputs[alive].all()):
         made = regression.fit(
-            x[:, alive], y[:, alive], matrix[alive], held_back, intercept=intercept, together=together
-        )
+            x[:, alive], y[:, alive], matrix[alive], held_back, intercept=intercept, together=together,
+            room=None if room is None else room[:, alive],
+        )  # fmt: skip
         new[alive] = made.weight
         return new, [made]
     fits = []
@@ -128,7 +137,7 @@ def _solve(
         part = matrix[group][rows][:, cols].unsqueeze(0)
         made = regression.fit(
             x[:, group : group + 1, cols], y[:, group : group + 1, rows], part, held_back, intercept=intercept,
-            together=together,
+            together=together, room=None if room is None else room[:, group : group + 1, rows],
         )  # fmt: skip
         new[group, rows.unsqueeze(1), cols] = made.weight[0]
         fits.append(made)

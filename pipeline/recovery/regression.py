@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ MOST_STEPS = 30
 """Where it takes more, to end early is one more pull to the old weights, judged on the rows held back like the rest."""
 FLAT = 1e-5
 """Of a column's largest value: who varies by no more is constant."""
+TURNS = 12
+"""Of targets and weights, where a cut follows; twenty leave 2 % less divergence (MobileNetV2, a half of the MACs)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def fit(
     *,
     intercept: bool,
     kept: Tensor | None = None,
+    room: Tensor | None = None,
     together: Together = ALONE,
 ) -> Fit:
     """Weights W' that minimise ‖X W'ᵀ + b - Y‖² + s·d·‖W' - W‖² for each group, d the mean of the diagonal of XᵀX.
@@ -56,6 +60,8 @@ def fit(
     float64, in the smaller of the two spaces (columns, or rows where there are fewer of them). Hoerl & Kennard 1970.
     `kept`: bool like `weight`, where single weights are zero and stay so, other ones in every output (as in SparseGPT,
     Frantar & Alistarh 2023, arXiv:2301.00774); `weight` has to be zero there.
+    `room`: (rows, groups, outputs), how far each prediction may lie off its target for nothing: anywhere below it where
+    it is positive, anywhere above where it is negative. Then strengths are judged, and the errors told, by what counts.
     `together`: the processes that each have a part of the rows; all that the fit needs of them are sums.
     Raises ValueError for values that are not finite, and where no row, or every one, is held back.
     """
@@ -66,6 +72,7 @@ def fit(
         raise ValueError("what weights are fitted to has to be finite")
     if kept is None and rows - judges < weight.shape[2]:  # solved in the space of the rows, of which few are there
         x, y, held = (together.joined(v, 0) for v in (x, y, held))
+        room = None if room is None else together.joined(room, 0)
         together = ALONE
     x, y = x.movedim(1, 0), y.movedim(1, 0)  # groups first
     learn = ~held
@@ -81,28 +88,74 @@ def fit(
     most, largest = (together.largest(_largest(v)) for v in (xs, x))
     xs = xs.masked_fill(most <= FLAT * largest, 0.0)
     rest = ys - xs @ old.mT  # what the old weights leave
-    scale, before = together.sum(_squares(ys[:, held]), _squares(rest[:, held]))
+    free = None if room is None else bounds(room.movedim(1, 0))
+    judged = None if free is None else (free[0][:, held], free[1][:, held])
+    scale, before = together.sum(_squares(ys[:, held]), _lacking(rest[:, held], judged))
     scale = scale or 1.0
     before /= scale
-    best, strength = before, 0.0
+    best, strength, taken = before, 0.0, None
     solver = _Solver(xs[:, learn], rest[:, learn], kept, together)
     for candidate, change in zip(STRENGTHS, _solved(solver, weight, together), strict=True):
-        left = together.sum(_squares(rest[:, held] - xs[:, held] @ change.mT))[0] / scale
+        left = together.sum(_lacking(rest[:, held] - xs[:, held] @ change.mT, judged))[0] / scale
         if left < best:
-            best, strength = left, candidate
+            best, strength, taken = left, candidate, change
+    given = None  # of the targets, to what is as good
+    if free is not None and taken is not None:
+        change, shift = _behind_a_cut(solver, strength, taken, (free[0][:, learn], free[1][:, learn]), intercept)
+        left = together.sum(_lacking(rest[:, held] - xs[:, held] @ change.mT - shift, judged))[0] / scale
+        if left < best:
+            best = left
+            given = torch.clamp(xs @ change.mT - rest + shift, *free)
     new = weight.double()
     if strength:
         # The rows held back are learnt from as well, about the mean of all.
-        change = solver.joined(xs, rest, held, centre=intercept).solve(strength)
+        change = solver.joined(xs, rest, held, centre=intercept).solve(strength, given)
         if bool(change.isfinite().all()):
             new = new + change
         else:
             best, strength = before, 0.0
+    if given is not None:
+        y = y + given
     bias = None
     if intercept:
         all_x, all_y = (together.added(v.sum(1, dtype=torch.float64)) / rows for v in (x, y))
         bias = (all_y - (new @ all_x.unsqueeze(2)).squeeze(2)).to(weight.dtype)
     return Fit(new.to(weight.dtype), bias, strength, before, best)
+
+
+Bounds = tuple[Tensor, Tensor]
+"""Between which values a prediction may lie off its target for nothing."""
+
+
+def bounds(room: Tensor) -> Bounds:
+    """Of what `rectified.Cut.room` gives."""
+    return torch.where(room > 0, -math.inf, room), torch.where(room < 0, math.inf, room)
+
+
+def _behind_a_cut(
+    solver: _Solver, strength: float, change: Tensor, free: Bounds, intercept: bool
+) -> tuple[Tensor, Tensor]:
+    """The change of the weights, and the shift (groups, 1, outputs), that leave the least where what lies between the
+    bounds counts for nothing; begun at `change`.
+
+    Each turn moves the targets to the nearest value that is as good as where the prediction lies, and solves again:
+    squares to such targets lie above the loss and touch it (majorisation and minimisation, Zhang et al. 2015), here
+    with the momentum of Beck & Teboulle 2009, doi:10.1137/080716542.
+    """
+    together, x, rest = solver.together, solver.x, solver.rest
+    rows = together.sum(x.shape[1])[0]
+    shift = rest.new_zeros(rest.shape[0], 1, rest.shape[2])
+    moved = ahead = (x @ change.mT).sub_(rest)
+    pace = 1.0
+    for _ in range(TURNS):
+        given = torch.clamp(ahead, *free)
+        change = solver.solve(strength, given).float()
+        if intercept:
+            shift = (together.added(given.sum(1, keepdim=True, dtype=torch.float64)) / rows).float()
+        last, moved = moved, (x @ change.mT).sub_(rest).add_(shift)
+        faster = (1 + math.sqrt(1 + 4 * pace**2)) / 2
+        ahead, pace = torch.lerp(last, moved, 1 + (pace - 1) / faster), faster
+    return change, shift
 
 
 def _solved(solver: _Solver, weight: Tensor, together: Together) -> Iterator[Tensor]:
@@ -116,6 +169,11 @@ def _solved(solver: _Solver, weight: Tensor, together: Together) -> Iterator[Ten
 def _largest(x: Tensor) -> Tensor:
     """The largest value of each column, (groups, 1, columns); 0 where a process has no rows."""
     return x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1, x.shape[2])
+
+
+def _lacking(rest: Tensor, free: Bounds | None) -> float:
+    """Squares of what is left, but for what counts for nothing."""
+    return _squares(rest if free is None else rest + torch.clamp(-rest, *free))
 
 
 def _squares(x: Tensor) -> float:
@@ -140,6 +198,8 @@ class _Solver:
         traces = self.gram.diagonal(dim1=1, dim2=2).sum(1)  # the same in both spaces
         self.mean = (traces / x.shape[2]).clamp_min(1e-30)
         self.product = None if self.dual else together.added(x.mT @ rest).double()
+        self.factor: tuple[float, Tensor] | None = None
+        self.middle: Tensor | None = None  # of the rows of X, that products are about
 
     def joined(self, x: Tensor, rest: Tensor, more: Tensor, *, centre: bool) -> _Solver:
         """The solver of all rows of `x` and `rest`, about their mean where `centre`; it knew those that are not `more`.
@@ -149,6 +209,7 @@ class _Solver:
         if self.product is None:
             return _Solver(*((v - v.mean(1, keepdim=True) for v in (x, rest)) if centre else (x, rest)))
         made, added = copy.copy(self), self.together.added
+        made.x, made.factor = x, None
         further, left = x[:, more], rest[:, more]
         made.gram = self.gram + added(further.mT @ further).double()
         made.product = self.product + added(further.mT @ left).double()
@@ -157,13 +218,37 @@ class _Solver:
             mean_x, mean_rest = (added(v.sum(1, keepdim=True, dtype=torch.float64)) / rows for v in (x, rest))
             made.gram = made.gram - rows * mean_x.mT @ mean_x
             made.product = made.product - rows * mean_x.mT @ mean_rest
+            made.middle = mean_x
         made.mean = made.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
         return made
 
-    def solve(self, strength: float) -> Tensor:
-        """(groups, outputs, columns); the strength is raised tenfold while the matrix cannot be factored."""
+    def solve(self, strength: float, more: Tensor | None = None) -> Tensor:
+        """(groups, outputs, columns); the strength is raised tenfold while the matrix cannot be factored.
+
+        `more`: what is added to the targets, like R.
+        """
         if self.kept is not None:
-            return self._sparse(strength)
+            return self._sparse(strength, more)
+        if self.factor is None or self.factor[0] != strength:
+            self.factor = strength, self._factored(strength)
+        factor = self.factor[1]
+        if self.dual:
+            rest = self.rest if more is None else self.rest + (more - more.mean(1, keepdim=True))
+            return (self.x.double().mT @ torch.cholesky_solve(rest.double(), factor)).mT
+        return torch.cholesky_solve(self._product(more), factor).mT
+
+    def _product(self, more: Tensor | None) -> Tensor:
+        assert self.product is not None
+        if more is None:
+            return self.product
+        added = self.together.added
+        product: Tensor = self.product + added(self.x.mT @ more).double()
+        if self.middle is not None:
+            product -= self.middle.mT @ added(more.sum(1, keepdim=True, dtype=torch.float64))
+        return product
+
+    def _factored(self, strength: float) -> Tensor:
+        factor: Tensor
         for _ in range(6):
             loaded = self.gram + (strength * self.mean).reshape(-1, 1, 1) * torch.eye(
                 self.gram.shape[1], dtype=torch.float64
@@ -172,22 +257,18 @@ class _Solver:
             if not bool(failed.any()):
                 break
             strength *= 10
-        if self.dual:
-            return (self.x.double().mT @ torch.cholesky_solve(self.rest.double(), factor)).mT
-        assert self.product is not None
-        return torch.cholesky_solve(self.product, factor).mT
+        return factor
 
-    def _sparse(self, strength: float) -> Tensor:
+    def _sparse(self, strength: float, more: Tensor | None) -> Tensor:
         """Every output has columns of its own: conjugate gradients for all outputs at once, so that the one Gram matrix
         serves them all (Hestenes & Stiefel 1952, preconditioned by the diagonal).
         """
-        assert self.product is not None
         assert self.kept is not None
         gram = self.gram.float()  # in float64 a step takes twice as long, and finds nothing else
         load = (strength * self.mean).float().reshape(-1, 1, 1)
         scale = gram.diagonal(dim1=1, dim2=2).unsqueeze(1) + load
         change = torch.zeros_like(self.kept, dtype=torch.float32)
-        left = torch.where(self.kept, self.product.mT.float(), 0.0)
+        left = torch.where(self.kept, self._product(more).mT.float(), 0.0)
         step = left / scale
         power = (left * step).sum(2, keepdim=True)
         enough = power.amax() * CLOSE**2

@@ -38,7 +38,7 @@ def wanted(node: fx.Node, dense: list[Any], networks: Networks) -> Sequence[Any]
     while len(at.users) == 1:
         (user,) = at.users
         if user.target in ADDITIONS:
-            other = _other(user, at)
+            other = other_side(user, at)
             # What is written in place is a node of its own. Of two sides the later one makes up for both.
             if other is None or other not in networks.values:
                 return dense
@@ -46,7 +46,7 @@ def wanted(node: fx.Node, dense: list[Any], networks: Networks) -> Sequence[Any]
             if sides[0] is sides[1] or not _alike(sides[0], at, dense, back):
                 return dense
             return _Corrected(dense, sides, tuple(back), networks.shelf)
-        step = _step(user, at, networks)
+        step = step_back(user, at, networks)
         if step is None:
             return dense
         back.insert(0, step)
@@ -54,7 +54,7 @@ def wanted(node: fx.Node, dense: list[Any], networks: Networks) -> Sequence[Any]
     return dense
 
 
-def _other(addition: fx.Node, side: fx.Node) -> fx.Node | None:
+def other_side(addition: fx.Node, side: fx.Node) -> fx.Node | None:
     """The other operand of an addition that takes both as they are."""
     if len(addition.args) != 2 or addition.kwargs.get("alpha", 1) != 1:
         return None
@@ -63,7 +63,7 @@ def _other(addition: fx.Node, side: fx.Node) -> fx.Node | None:
     return other if isinstance(other, fx.Node) and other is not side else None
 
 
-def _step(node: fx.Node, read: fx.Node, networks: Networks) -> Back | None:
+def step_back(node: fx.Node, read: fx.Node, networks: Networks) -> Back | None:
     """How a difference goes back through `node`, None where it does not."""
     fixed = networks.fixed
     given: Any = node.args
@@ -85,13 +85,15 @@ def _step(node: fx.Node, read: fx.Node, networks: Networks) -> Back | None:
     if node.target in (aten.mul.Tensor, aten.mul_.Tensor):
         scale = given[1] if given[0] is read else given[0]
         if scale in fixed and isinstance(fixed[scale][1], Tensor):
-            return _divided(fixed[scale][1])
+            inverse = _inverse(fixed[scale][1])
+            return lambda value: value * inverse
     if node.target is aten.batch_norm.default:
         _, weight, _, _, variance, training, _, eps, *_ = given
         if training or variance not in fixed or (weight is not None and weight not in fixed):
             return None
         scale = (fixed[variance][1] + eps).rsqrt() * (1.0 if weight is None else fixed[weight][1])
-        return _divided(scale.reshape(-1, *[1] * (len(_shape(node)) - 2)))
+        inverse = _inverse(scale)
+        return lambda value: value * inverse.reshape(-1, *[1] * (value.dim() - 2))
     return None
 
 
@@ -107,11 +109,11 @@ def _shaped(read: fx.Node) -> Back | None:
     return lambda value: value.reshape(sizes)
 
 
-def _divided(scale: Tensor) -> Back:
+def _inverse(scale: Tensor) -> Tensor:
+    """Of each scale, 0 where it is next to nothing."""
     size = scale.abs()
     enough = size > LEAST_SCALE * size.max()
-    inverse = torch.where(enough, 1 / torch.where(enough, scale, 1.0), 0.0)
-    return lambda value: value * inverse
+    return torch.where(enough, 1 / torch.where(enough, scale, 1.0), 0.0)
 
 
 def _alike(sides: list[Any], at: fx.Node, dense: list[Any], back: Sequence[Back]) -> bool:

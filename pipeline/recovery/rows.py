@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +15,11 @@ from pipeline.recovery.recurrent import Drawn
 from pipeline.recovery.sampling import batches, chunked, rows_wanted, seed_of
 from pipeline.recovery.shelf import Shelf
 from pipeline.training.devices import ALONE, Together
+
+Gather = Callable[[Tensor], Tensor]
+"""Of an activation, the rows that are looked at: (rows, ...), all channels in their order behind."""
+Room = Callable[[int, Gather], Tensor]
+"""Of a chunk, how far values like those that are gathered may move for nothing; see `rectified.Cut`."""
 
 
 class Samples:
@@ -81,16 +87,21 @@ class Samples:
         matrix: Tensor,
         shelf: Shelf,
         share: int = 1,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (rows, groups, columns), targets (rows, groups, outputs), of which sample each row is.
+        room: Room | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Rows (rows, groups, columns), targets (rows, groups, outputs), of which sample each row is; and the `room`
+        of the targets.
 
         One in `share` of the rows that a weight is fitted on, of several readers that have to do with these together.
         `shelf`: where `inputs` and `outputs` lie.
         """
         axis = self.axis(found.x)
-        if axis and found.matrix:
-            inputs, outputs = ([v.movedim(axis, 0) for v in side] for side in (inputs, outputs))
-        count = found.count(outputs[0])
+
+        def samples_first(value: Tensor) -> Tensor:
+            return value.movedim(axis, 0) if found.matrix else value
+
+        inputs = [samples_first(x) for x in inputs]
+        count = found.count(samples_first(outputs[0]))
         wanted = rows_wanted(matrix.shape[0], matrix.shape[2]) // share
         counted = self.counted if found.matrix and not axis else None
         if counted is not None and any(y.shape[:-1] != held.shape for y, held in zip(outputs, counted, strict=True)):
@@ -99,17 +110,23 @@ class Samples:
             wanted = round(wanted * self._empty)
         each = min(count, -(-wanted // self._entries(inputs)))
         draw = self._drawing(node.name, count)
-        xs, ys, of = [], [], []
+        xs, ys, of, rooms = [], [], [], []
         for at, (x, y) in enumerate(zip(inputs, outputs, strict=True)):
             # The same places of every sample of a chunk, others in the next.
             places = torch.randperm(count, generator=draw)[:each]
             held = slice(None) if counted is None else counted[at][:, places].flatten()
+
+            def drawn(value: Tensor, places: Tensor = places, held: Any = held) -> Tensor:
+                return found.targets(samples_first(value), places).flatten(0, 1)[held].float()
+
             xs.append(found.rows(x, places).flatten(0, 1)[held].float())
-            ys.append(found.targets(y, places).flatten(0, 1)[held].float())
+            ys.append(drawn(y))
+            if room is not None:
+                rooms.append(room(at, drawn))
             shelf.rest(x)
             shelf.rest(y)
             of.append(self.of(at, len(x)).repeat_interleave(each)[held])
-        return torch.cat(xs), torch.cat(ys), torch.cat(of)
+        return torch.cat(xs), torch.cat(ys), torch.cat(of), torch.cat(rooms) if rooms else None
 
     def sequences(self, name: str, inputs: Sequence[Tensor], columns: int) -> Drawn | None:
         """Steps of a recurrent layer to look at, and sequences to hold back; None where too few can be.

@@ -254,7 +254,7 @@ def _refit(
     outputs &= side.kept
     matrix = side.found.to_matrix(weights[side.held])
     samples = networks.samples
-    x, y, of = samples.rows(side.path.start, side.found, side.x, ys, matrix, networks.shelf)
+    x, y, of, _ = samples.rows(side.path.start, side.found, side.x, ys, matrix, networks.shelf)
     learn = ~samples.held_back[of]
     chooses = samples.choosing[of][learn]
     if not samples.finite(x, y) or not samples.usable(chooses):

@@ -105,7 +105,7 @@ class SeveralReaders:
         if reason:
             return reason
         matrix = found.to_matrix(weight)
-        x, y, of = samples.rows(use.node, found, inputs, dense, matrix, networks.shelf, share=len(tie.uses))
+        x, y, of, _ = samples.rows(use.node, found, inputs, dense, matrix, networks.shelf, share=len(tie.uses))
         if not samples.finite(x, y):
             return NOT_FINITE
         held_back = samples.held_back[of]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from pipeline.recovery import residuals
+from pipeline.recovery import rectified, regression, residuals
 from pipeline.recovery.networks import Networks
+from pipeline.recovery.rectified import Cut
+from pipeline.recovery.sampling import ROWS
 from pipeline.recovery.weights import Weights
 
 aten = torch.ops.aten
@@ -19,6 +23,9 @@ NORMS: dict[Any, int] = {
 """Norms with a shift -> the position of their scale; the shift comes next."""
 _CENTRING = (aten.batch_norm.default, aten.instance_norm.default)
 """Norms that take a wrong mean of a channel for what their own shift can mend."""
+
+STEPS = 6
+"""Of Newton, for a shift; the loss is made of pieces of parabolas, and few of them lie in between."""
 
 
 def norm_follows(node: fx.Node, weights: Weights) -> bool:
@@ -49,6 +56,9 @@ def mend(node: fx.Node, networks: Networks) -> None:
         networks.shelf.rest(b)
     together = networks.samples.together
     lack = together.added(lack) / together.sum(sum(len(a) for a in dense))[0]
+    cut = rectified.cut_behind(node, dense, networks) if axis == 1 else None
+    if cut is not None:
+        lack = _behind_a_cut(lack, cut, wanted, pruned, networks)
     if not bool(lack.isfinite().all()):
         return
     lack[~weights.kept(shift)] = 0
@@ -59,6 +69,38 @@ def mend(node: fx.Node, networks: Networks) -> None:
     for value in pruned:
         value += lack.reshape(shape)
         networks.shelf.rest(value)
+
+
+def _behind_a_cut(lack: Tensor, cut: Cut, wanted: Sequence[Any], pruned: list[Any], networks: Networks) -> Tensor:
+    """Per channel, the shift that makes what gets through `cut` come nearest to what is wanted: Newton's steps from
+    `lack` on.
+    """
+    shape, samples = pruned[0].shape, networks.samples
+    places = math.prod(shape[2:])
+    draw = torch.Generator().manual_seed(samples.seed)
+    each = min(places, -(-ROWS // sum(len(v) for v in pruned)))
+    moved, rooms = [], []
+    for at, (a, b) in enumerate(zip(wanted, pruned, strict=True)):
+        chosen = torch.randperm(places, generator=draw)[:each]
+
+        def drawn(value: Tensor, chosen: Tensor = chosen) -> Tensor:
+            return value.flatten(2)[:, :, chosen].movedim(1, 2).flatten(0, 1) if value.dim() > 2 else value
+
+        moved.append(drawn(b) - drawn(a))
+        rooms.append(cut.room(at, drawn))
+        networks.shelf.rest(a)
+        networks.shelf.rest(b)
+    off, free = torch.cat(moved), regression.bounds(torch.cat(rooms))
+    together = samples.together
+    best, least = lack, torch.full_like(lack, math.inf)
+    for _ in range(STEPS):
+        left = off + lack.float()
+        left -= torch.clamp(left, *free)
+        sums = [v.sum(0, dtype=torch.float64) for v in (left.square(), left, left != 0)]
+        loss, total, count = (together.added(v) for v in sums)
+        best, least = torch.where(loss < least, lack, best), torch.minimum(loss, least)
+        lack = lack - total / count.clamp_min(1.0)
+    return best
 
 
 def _shift_of(norm: fx.Node, weights: Weights) -> fx.Node | None:

@@ -1,0 +1,222 @@
+"""A layer in front of a ReLU is fitted to what gets through, and on the other side of the cut to nothing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.channels.coupling.analyse import analyse
+from pipeline.channels.program.capture import capture
+from pipeline.channels.program.execute import execute, feeds_of
+from pipeline.recovery import one_reader, rectified, regression, shifts
+from pipeline.recovery.closed_form import recover
+
+CUTS = {
+    "relu": F.relu,
+    "relu in place": lambda x: F.relu(x, inplace=True),
+    "relu6": F.relu6,
+    "hardtanh": lambda x: F.hardtanh(x, -0.5, 0.4),
+    "clamp": lambda x: x.clamp(-0.3, 0.6),
+    "clamp from above": lambda x: x.clamp(max=0.2),
+    "clamp by name": lambda x: torch.clamp(x, max=0.5, min=-0.1),
+    "clamp_min": lambda x: x.clamp_min(0.1),
+}
+PATHS = ["bare", "norm", "sum", "rows", "turned", "scaled"]
+
+
+class Net(nn.Module):
+    """Six of the first sixteen channels go; the layer behind them ends in a cut, by way of `path`."""
+
+    def __init__(self, path, cut):
+        super().__init__()
+        self.path, self.cut = path, cut
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(12)
+        self.beside, self.rows = nn.Conv2d(3, 12, 1), nn.BatchNorm1d(12)
+        self.bare, self.flat = nn.Conv2d(16, 12, 3, padding=1, groups=2), nn.Linear(16, 12)
+        self.scale = nn.Parameter(torch.tensor([1.0, -2.0, 0.5, 3.0, 1.5, -1.0] * 2))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        if self.path == "rows":
+            return self.head(self.cut(self.rows(self.flat(y.mean((2, 3))))))
+        if self.path in ("turned", "scaled"):
+            z = self.flat(y.permute(0, 2, 3, 1))
+            z = z.permute(0, 3, 1, 2) if self.path == "turned" else (z * self.scale).permute(0, 3, 1, 2)
+            return self.head(self.cut(z).mean((2, 3)))
+        beside = self.beside(x)
+        z = self.bare(y)
+        if self.path != "bare":
+            z = self.norm(z)
+        if self.path == "sum":
+            z = beside + z
+        return self.head(self.cut(z).mean((2, 3)))
+
+
+def images(seed, count=200):
+    """Smooth ones, of which what is left of a layer tells most of what is lost."""
+    small = torch.randn(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(small, 8, mode="bilinear")
+
+
+def made_of(path, cut="relu", count=200):
+    torch.manual_seed(0)
+    model = Net(path, CUTS[cut]).eval()
+    with torch.no_grad():
+        for norm in (model.norm, model.rows):
+            norm.weight.copy_(torch.tensor([1.0, -2.0, 0.5, 3.0, 1.5, -1.0] * 2))
+            norm.bias.normal_(std=0.3)
+            norm.running_var.uniform_(0.1, 0.5)
+            norm.running_mean.normal_(std=0.3)
+    x = images(1, count)
+    captured = capture(model, (x[:2],))
+    analysis = analyse(captured)
+    removed = {c.name: torch.zeros(c.size, dtype=torch.bool).numpy() for c in analysis.clusters}
+    (cluster,) = (c for c in analysis.clusters if c.size in (8, 16))  # in two groups, a channel of each goes at a time
+    removed[cluster.name][: 6 * cluster.size // 16] = True
+    return captured, {n: torch.from_numpy(m) for n, m in analysis.masks(removed).items()}, x
+
+
+@pytest.mark.parametrize(
+    ("path", "cut"), [*((path, "relu") for path in PATHS), *(("norm", cut) for cut in CUTS), ("sum", "relu in place")]
+)
+def test_a_value_that_moves_by_its_room_is_about_to_get_through(path, cut, monkeypatch):
+    captured, masks, x = made_of(path, cut)
+    seen, found = [], rectified.cut_behind
+
+    def watched(node, dense, networks):
+        made = found(node, dense, networks)
+        if made is not None and node.target is not torch.ops.aten.batch_norm.default:
+            last = dense[0].shape[-1] == 12
+            rows = (lambda value: value) if last else lambda value: value.movedim(1, -1)
+            moves = []
+            for at, value in enumerate(dense):
+                room = made.room(at, lambda value: rows(value).flatten(0, -2)).reshape(rows(value).shape)
+                moves.append(room if last else room.movedim(-1, 1))
+            gates = []
+            for by in (0.0, 0.99, 1.01):
+                shifted = [value + by * room for value, room in zip(dense, moves, strict=True)]
+                gates.append(through(node, shifted, networks))
+            seen.append((torch.cat(moves), gates))
+        return made
+
+    def through(node, values, networks):
+        while True:
+            (user,) = node.users
+            last = rectified._limits(user) is not None
+            made = []
+            for at, value in enumerate(values):
+                args = {
+                    s: networks.values[s][0][at].clone() if s in networks.values else networks.fixed[s][0]
+                    for s in user.all_input_nodes
+                    if s is not node
+                }
+                made.append(networks.call(user, {**args, node: value.clone()}))
+            node, values = user, made
+            if last:
+                return torch.cat(values)
+
+    monkeypatch.setattr(rectified, "cut_behind", watched)
+    recover(captured, masks, (x,))
+    assert seen
+    for room, (dense, nearly, beyond) in seen:
+        assert (room != 0).float().mean() > 0.1
+        assert torch.equal(dense, nearly)
+        # Next to the cut, rounding hides the hundredth.
+        assert (room.abs() > 1e-4).sum() <= (dense != beyond).sum() <= (room != 0).sum()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_less_is_lost_behind_the_cut_than_by_a_fit_that_does_not_know_it(path, monkeypatch):
+    captured, masks, x = made_of(path)
+    other, lost = images(2), []
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr(rectified, "cut_behind", lambda *_: None)
+        pruned = captured.with_state(recover(captured, masks, (x,)).state).fold(masks)
+        with torch.no_grad():
+            lost.append(float((behind(captured, other) - behind(pruned, other)).square().sum()))
+    assert lost[0] < 0.995 * lost[1], lost
+
+
+def behind(captured, x):
+    """What gets through the last cut."""
+    found = []
+    execute(
+        captured.program.graph,
+        feeds_of(captured.program, (x,), captured.state),
+        watch=lambda node, value: found.append(value) if rectified._limits(node) else None,
+    )
+    return found[-1]
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_the_fit_is_the_best_of_all_weights_by_what_gets_through(intercept, monkeypatch):
+    monkeypatch.setattr(regression, "STRENGTHS", (1e-3,))
+    rows, columns = 400, 10
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(rows, 1, columns, generator=draw)
+    y = torch.einsum("rgc,goc->rgo", x, torch.randn(1, 4, columns, generator=draw)) - 0.5
+    y = y + torch.randn(rows, 1, 4, generator=draw)
+    old = 0.3 * torch.randn(1, 4, columns, generator=draw)
+    held = torch.arange(rows) % 5 == 0
+    room = (-y).clamp_min(0.0)  # a ReLU
+    made = regression.fit(x, y, old, held, intercept=intercept, room=room)
+    assert made.error_after < made.error_before
+    # The same by a general method, on the loss itself.
+    moments = (x - x.mean(0)) if intercept else x
+    load = made.strength * float(moments.square().sum()) / columns
+    weight, bias = old.double().clone().requires_grad_(), torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=400, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def loss(weight, bias):
+        off = torch.einsum("rgc,goc->rgo", x.double(), weight) + (bias if intercept else 0.0) - y
+        off = off - torch.minimum(off, room) * (room > 0)
+        return off.square().sum() + load * (weight - old).square().sum()
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(weight, bias)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    plain = regression.fit(x, y, old, held, intercept=intercept)
+    best, ours, linear = (
+        float(loss(w.double(), b if b is not None else torch.zeros(1, 4)))
+        for w, b in ((weight, bias), (made.weight, made.bias), (plain.weight, plain.bias))
+    )
+    assert best <= ours
+    assert ours - best < 0.05 * (linear - best)
+
+
+def test_a_cut_that_leaves_nothing_free_changes_nothing():
+    draw = torch.Generator().manual_seed(3)
+    x, y, old = (torch.randn(size, generator=draw) for size in ((100, 1, 6), (100, 1, 3), (1, 3, 6)))
+    held = torch.arange(100) % 5 == 0
+    plain, free = (regression.fit(x, y, old, held, intercept=True, room=room) for room in (None, torch.zeros_like(y)))
+    torch.testing.assert_close(free.weight, plain.weight)
+    torch.testing.assert_close(free.bias, plain.bias)
+
+
+def test_the_shift_of_a_norm_is_the_best_by_what_gets_through(monkeypatch):
+    captured, masks, x = made_of("norm")
+    monkeypatch.setattr(one_reader, "fit", lambda *_: [])  # the norm alone has to mend it
+    found, shift = [], shifts._behind_a_cut
+
+    def lost(wanted, pruned, by):
+        """By the loss that fits take: what gets through in the dense network counts on both sides of the cut."""
+        off = [b + by.reshape(-1, 1, 1) - a for a, b in zip(wanted, pruned, strict=True)]
+        free = [torch.minimum(o, -a) * (a < 0) for a, o in zip(wanted, off, strict=True)]
+        return torch.stack([(o - f).square().sum((0, 2, 3)) for o, f in zip(off, free, strict=True)]).sum(0)
+
+    def watched(lack, cut, wanted, pruned, networks):
+        made = shift(lack, cut, wanted, pruned, networks)
+        found.append([lost(wanted, pruned, by) for by in (made, lack, made + 0.05, made - 0.05)])
+        return made
+
+    monkeypatch.setattr(shifts, "_behind_a_cut", watched)
+    recover(captured, masks, (x,))
+    ((best, plain, more, less),) = found
+    assert float(best.sum()) < 0.9 * float(plain.sum())
+    assert bool((best <= torch.minimum(more, less)).all())
