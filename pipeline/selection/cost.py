@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.channels.coupling.groups import Analysis, Cluster, Size
 from pipeline.latency.fitting import Fit
 from pipeline.latency.sizes import Numbers
 from pipeline.recipe.target import Quantity
@@ -76,20 +76,24 @@ class Counted:
 
     def of(self, removed: Removed) -> float:
         """What is left."""
-        size = self.analysis.estimate(removed, branches=True)
+        return self._share(self.analysis.estimate(removed, branches=True))
+
+    def _share(self, size: Size) -> float:
         return size.macs / max(self.analysis.macs, 1) if self.quantity == "macs" else size.params / self.analysis.params
 
     def along(self, removed: Removed, counts: Counts) -> list[list[float]]:
         """What is left, on a straight line through the present width and the one beside it: what one group saves
-        hardly depends on the other groups of its cluster, and each count costs a walk over the graph.
+        hardly depends on the other groups of its cluster.
         """
-        here, found = self.of(removed), []
+        here, pairs = self.of(removed), []
         for cluster, kept in counts:
             now = cluster.size - int(removed[cluster.name].sum())
-            beside = min((n for n in kept if n != now), key=lambda n: abs(n - now), default=now)
-            each = 0.0
-            if beside != now:
-                each = (here - self.of({**removed, cluster.name: first_gone(cluster, beside)})) / (now - beside)
+            pairs.append((now, min((n for n in kept if n != now), key=lambda n: abs(n - now), default=now)))
+        changes = [{c.name: first_gone(c, to)} for (c, _), (_, to) in zip(counts, pairs, strict=True)]
+        sizes = self.analysis.estimates(removed, changes, branches=True)
+        found = []
+        for (_, kept), (now, beside), size in zip(counts, pairs, sizes, strict=True):
+            each = (here - self._share(size)) / (now - beside) if beside != now else 0.0
             found.append([here + each * (n - now) for n in kept])
         return found
 

@@ -15,6 +15,7 @@ from torch import fx
 from foundation.errors import UserError, nearest
 from pipeline.channels.coupling.frozen import frozen_part, still_used
 from pipeline.channels.coupling.solve import Solution
+from pipeline.channels.coupling.tally import Tally
 from pipeline.channels.coupling.walk import Slot
 from pipeline.channels.operators.trace import Policy, Trace
 from pipeline.channels.operators.values import Atoms, Flags, Value
@@ -99,17 +100,7 @@ class Analysis:
         One group of every cluster, and one index of every tensor dimension, stays whatever was asked.
         """
         classes = np.zeros(self.solution.reason_of.shape[0], np.bool_)
-        for name, going in removed.items():
-            cluster = self.cluster(name)
-            flags = np.asarray(going, dtype=np.bool_)
-            if flags.shape != (cluster.size,):
-                raise UserError(
-                    f"Cluster '{name}' has {cluster.size} groups, the choice names {flags.shape}.",
-                    "Give one flag per group, True = goes.",
-                )
-            if flags.all():
-                flags = flags.copy()
-                flags[0] = False
+        for name, flags in self._stays(removed, branches=False).items():
             classes[self.members[name][flags]] = True
         gone: Flags = classes[self.solution.class_of]
         for atoms in self.dimensions:  # no tensor may become empty (half of a chunk, one input of a concatenation)
@@ -117,6 +108,22 @@ class Analysis:
                 classes[self.solution.class_of[atoms[0]]] = False
                 gone = classes[self.solution.class_of]
         return gone
+
+    def _checked(self, name: str, going: npt.NDArray[np.bool_]) -> Flags:
+        size = self._sizes.get(name)
+        if size is None:
+            size = self.cluster(name).size  # raises, naming the nearest
+        flags: Flags = np.asarray(going, dtype=np.bool_)
+        if flags.shape != (size,):
+            raise UserError(
+                f"Cluster '{name}' has {size} groups, the choice names {flags.shape}.",
+                "Give one flag per group, True = goes.",
+            )
+        return flags
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {c.name: c.size for c in self.clusters}
 
     def masks(self, removed: Removed) -> dict[str, npt.NDArray[np.bool_]]:
         """Parameter name -> bool array of its shape, False in every slice of a removed group, producers and
@@ -158,6 +165,31 @@ class Analysis:
         With `branches`, a cluster of which every group goes lies inside a branch that goes as a whole, and nothing is
         left of it; else one of its groups stays, as everywhere.
         """
+        return self.estimates(removed, [{}], branches=branches)[0]
+
+    def estimates(self, removed: Removed, changes: Sequence[Removed], *, branches: bool = False) -> list[Size]:
+        """`estimate` of `removed` with each of `changes` in turn."""
+        if self._tally.exact:
+            choice, *others = (self._stays(one, branches) for one in (removed, *changes))
+            return [Size(params, macs) for params, macs in self._tally.beside(choice, others)]
+        return [self._estimate({**removed, **change}, branches) for change in changes]
+
+    @functools.cached_property
+    def _tally(self) -> Tally:
+        return Tally(self)
+
+    def _stays(self, removed: Removed, branches: bool) -> dict[str, Flags]:
+        """`removed` with one group of every cluster left but, with `branches`, of those that go as a whole."""
+        made = {}
+        for name, going in removed.items():
+            flags = self._checked(name, going)
+            if flags.all() and not branches:
+                flags = flags.copy()
+                flags[:1] = False
+            made[name] = flags
+        return made
+
+    def _estimate(self, removed: Removed, branches: bool) -> Size:
         gone = self.gone(removed)
         for name, flags in removed.items() if branches else ():
             if len(flags) and np.asarray(flags).all():
