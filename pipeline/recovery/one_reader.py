@@ -89,6 +89,8 @@ def _fit(
         return Fitted(name, reason=TOO_FEW)
     if not samples.finite(x, y):
         return Fitted(name, reason=NOT_FINITE)
+    if room is not None and not samples.finite(room):  # the other side of a sum may be anything
+        room = None
     bias = found.bias
     own_bias = bias is not None and weights.is_own_shift(bias, matrix.shape[0] * matrix.shape[1])
     intercept = own_bias or norm_follows(node, weights)

@@ -88,8 +88,8 @@ def fit(
     most, largest = (together.largest(_largest(v)) for v in (xs, x))
     xs = xs.masked_fill(most <= FLAT * largest, 0.0)
     rest = ys - xs @ old.mT  # what the old weights leave
-    free = None if room is None else bounds(room.movedim(1, 0))
-    judged = None if free is None else (free[0][:, held], free[1][:, held])
+    room = None if room is None else room.movedim(1, 0)
+    judged = None if room is None else bounds(room[:, held])
     scale, before = together.sum(_squares(ys[:, held]), _lacking(rest[:, held], judged))
     scale = scale or 1.0
     before /= scale
@@ -100,12 +100,12 @@ def fit(
         if left < best:
             best, strength, taken = left, candidate, change
     given = None  # of the targets, to what is as good
-    if free is not None and taken is not None:
-        change, shift = _behind_a_cut(solver, strength, taken, (free[0][:, learn], free[1][:, learn]), intercept)
+    if room is not None and taken is not None:
+        change, shift = _behind_a_cut(solver, strength, taken, bounds(room[:, learn]), intercept)
         left = together.sum(_lacking(rest[:, held] - xs[:, held] @ change.mT - shift, judged))[0] / scale
         if left < best:
             best = left
-            given = torch.clamp(xs @ change.mT - rest + shift, *free)
+            given = torch.clamp(xs @ change.mT - rest + shift, *bounds(room))
     new = weight.double()
     if strength:
         # The rows held back are learnt from as well, about the mean of all.
@@ -113,7 +113,7 @@ def fit(
         if bool(change.isfinite().all()):
             new = new + change
         else:
-            best, strength = before, 0.0
+            best, strength, given = before, 0.0, None
     if given is not None:
         y = y + given
     bias = None

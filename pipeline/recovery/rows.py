@@ -108,8 +108,8 @@ class Samples:
             counted = None
         elif counted is not None:  # enough of them when those that hold nothing are left out
             wanted = round(wanted * self._empty)
-        each = min(count, -(-wanted // self._entries(inputs)))
-        draw = self._drawing(node.name, count)
+        each = min(count, -(-wanted // self.entries(inputs)))
+        draw = self.drawing(node.name, count)
         xs, ys, of, rooms = [], [], [], []
         for at, (x, y) in enumerate(zip(inputs, outputs, strict=True)):
             # The same places of every sample of a chunk, others in the next.
@@ -133,8 +133,8 @@ class Samples:
 
         `inputs`: (steps, batch, ...) by chunk; `columns`: of the matrices, `name` that of the first.
         """
-        wanted = -(-rows_wanted(1, columns) // self._entries([x.transpose(0, 1) for x in inputs]))
-        draw = self._drawing(name, len(inputs[0]))
+        wanted = -(-rows_wanted(1, columns) // self.entries([x.transpose(0, 1) for x in inputs]))
+        draw = self.drawing(name, len(inputs[0]))
         steps, judges, chooses = [], [], []
         for at, x in enumerate(inputs):
             steps.append(torch.randperm(len(x), generator=draw)[: min(len(x), wanted)])
@@ -156,11 +156,11 @@ class Samples:
         """Whether every number is finite, on all processes."""
         return self.together.every(all(regression.finite(v) for v in values))
 
-    def _entries(self, inputs: Sequence[Tensor]) -> int:
+    def entries(self, inputs: Sequence[Tensor]) -> int:
         """How many entries the chunks of all processes have."""
         return int(self.together.sum(sum(len(x) for x in inputs))[0])
 
-    def _drawing(self, name: str, count: int) -> torch.Generator:
+    def drawing(self, name: str, count: int) -> torch.Generator:
         """Draws for the chunks of this process; those before it have had theirs, out of `count` each."""
         draw = torch.Generator().manual_seed(self.seed + 1 + seed_of(name))
         for _ in range(self.first):

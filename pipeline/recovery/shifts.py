@@ -58,7 +58,7 @@ def mend(node: fx.Node, networks: Networks) -> None:
     lack = together.added(lack) / together.sum(sum(len(a) for a in dense))[0]
     cut = rectified.cut_behind(node, dense, networks) if axis == 1 else None
     if cut is not None:
-        lack = _behind_a_cut(lack, cut, wanted, pruned, networks)
+        lack = _behind_a_cut(node.name, lack, cut, wanted, pruned, networks)
     if not bool(lack.isfinite().all()):
         return
     lack[~weights.kept(shift)] = 0
@@ -71,14 +71,16 @@ def mend(node: fx.Node, networks: Networks) -> None:
         networks.shelf.rest(value)
 
 
-def _behind_a_cut(lack: Tensor, cut: Cut, wanted: Sequence[Any], pruned: list[Any], networks: Networks) -> Tensor:
-    """Per channel, the shift that makes what gets through `cut` come nearest to what is wanted: Newton's steps from
-    `lack` on.
+def _behind_a_cut(
+    name: str, lack: Tensor, cut: Cut, wanted: Sequence[Any], pruned: list[Any], networks: Networks
+) -> Tensor:
+    """Per channel, the shift of the norm `name` that makes what gets through `cut` come nearest to what is wanted:
+    Newton's steps from `lack` on.
     """
     shape, samples = pruned[0].shape, networks.samples
     places = math.prod(shape[2:])
-    draw = torch.Generator().manual_seed(samples.seed)
-    each = min(places, -(-ROWS // sum(len(v) for v in pruned)))
+    draw = samples.drawing(name, places)
+    each = min(places, -(-ROWS // samples.entries(pruned)))
     moved, rooms = [], []
     for at, (a, b) in enumerate(zip(wanted, pruned, strict=True)):
         chosen = torch.randperm(places, generator=draw)[:each]

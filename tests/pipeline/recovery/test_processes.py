@@ -22,6 +22,7 @@ from pipeline.training import devices, launched, masks, processes
 from pipeline.training.devices import Together
 from tests.pipeline.recovery import test_attention as attention
 from tests.pipeline.recovery import test_closed_form as whole
+from tests.pipeline.recovery import test_rectified as rectified
 from tests.pipeline.recovery import test_recurrent as recurrent
 from tests.pipeline.training.test_processes import digits, source
 from tests.pipeline.training.two import led, together
@@ -37,6 +38,9 @@ def cases(*names: str) -> Iterator[Case]:
         if not names or name in names:
             captured, inputs = whole.built(name, SAMPLES)
             yield name, captured, whole.cut(captured), inputs, None
+    if not names or "behind a cut" in names:  # more places than a shift is found on
+        captured, gone, x = rectified.made_of("norm", count=SAMPLES, side=12)
+        yield "behind a cut", captured, gone, (x,), None
     if not names or "single weights" in names:
         captured, inputs = whole.built("mlp", SAMPLES)
         draw = torch.Generator().manual_seed(0)
@@ -107,7 +111,7 @@ def alike(tmp_path: Path, *names: str) -> None:
 
 
 def test_two_processes_fit_what_one_does(tmp_path):
-    alike(tmp_path, "residual", "mlp", "single weights")
+    alike(tmp_path, "residual", "mlp", "behind a cut", "single weights")
 
 
 @pytest.mark.examples

@@ -53,13 +53,13 @@ class Net(nn.Module):
         return self.head(self.cut(z).mean((2, 3)))
 
 
-def images(seed, count=200):
+def images(seed, count=200, side=8):
     """Smooth ones, of which what is left of a layer tells most of what is lost."""
     small = torch.randn(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
-    return F.interpolate(small, 8, mode="bilinear")
+    return F.interpolate(small, side, mode="bilinear")
 
 
-def made_of(path, cut="relu", count=200):
+def made_of(path, cut="relu", count=200, side=8):
     torch.manual_seed(0)
     model = Net(path, CUTS[cut]).eval()
     with torch.no_grad():
@@ -68,7 +68,7 @@ def made_of(path, cut="relu", count=200):
             norm.bias.normal_(std=0.3)
             norm.running_var.uniform_(0.1, 0.5)
             norm.running_mean.normal_(std=0.3)
-    x = images(1, count)
+    x = images(1, count, side)
     captured = capture(model, (x[:2],))
     analysis = analyse(captured)
     removed = {c.name: torch.zeros(c.size, dtype=torch.bool).numpy() for c in analysis.clusters}
@@ -210,8 +210,8 @@ def test_the_shift_of_a_norm_is_the_best_by_what_gets_through(monkeypatch):
         free = [torch.minimum(o, -a) * (a < 0) for a, o in zip(wanted, off, strict=True)]
         return torch.stack([(o - f).square().sum((0, 2, 3)) for o, f in zip(off, free, strict=True)]).sum(0)
 
-    def watched(lack, cut, wanted, pruned, networks):
-        made = shift(lack, cut, wanted, pruned, networks)
+    def watched(name, lack, cut, wanted, pruned, networks):
+        made = shift(name, lack, cut, wanted, pruned, networks)
         found.append([lost(wanted, pruned, by) for by in (made, lack, made + 0.05, made - 0.05)])
         return made
 
@@ -220,3 +220,14 @@ def test_the_shift_of_a_norm_is_the_best_by_what_gets_through(monkeypatch):
     ((best, plain, more, less),) = found
     assert float(best.sum()) < 0.9 * float(plain.sum())
     assert bool((best <= torch.minimum(more, less)).all())
+
+
+def test_another_side_that_is_not_finite_leaves_the_fit_as_it_would_be_without_a_cut(monkeypatch):
+    captured, masks, x = made_of("sum")
+    found = rectified.Cut.room
+    monkeypatch.setattr(rectified.Cut, "room", lambda *given: found(*given) * float("nan"))
+    monkeypatch.setattr(shifts, "_behind_a_cut", lambda name, lack, *_: lack)
+    broken = recover(captured, masks, (x,))
+    monkeypatch.setattr(rectified, "cut_behind", lambda *_: None)
+    plain = recover(captured, masks, (x,))
+    assert all(torch.equal(broken.state[name], value) for name, value in plain.state.items())
