@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from foundation.editor import writes
 from pipeline.channels.dead.branches import ADDITIONS
 from pipeline.recovery.networks import Networks
-from pipeline.recovery.residuals import Back, other_side, step_back
+from pipeline.recovery.residuals import Back, other_side, shape_of, step_back
 from pipeline.recovery.rows import Gather
 
 aten = torch.ops.aten
@@ -94,7 +94,7 @@ def cut_behind(node: fx.Node, dense: Sequence[Any], networks: Networks) -> Cut |
             return Cut(dense, path, limits, back, networks)
         if user.target in ADDITIONS:
             other = other_side(user, read)
-            if other is None or other not in networks.values or _shape(other) != _shape(read):
+            if other is None or other not in networks.values or shape_of(other) != shape_of(read):
                 return None
         else:
             step = step_back(user, read, networks)
@@ -116,7 +116,3 @@ def _limits(node: fx.Node) -> tuple[float, float] | None:
     if isinstance(low, fx.Node) or isinstance(high, fx.Node):
         return None
     return -math.inf if low is None else float(low), math.inf if high is None else float(high)
-
-
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    return tuple(node.meta["val"].shape)

@@ -72,7 +72,7 @@ def step_back(node: fx.Node, read: fx.Node, networks: Networks) -> Back | None:
         return lambda value: value
     if node.target in _RESHAPED:
         return _shaped(read)
-    if node.target is aten.slice.Tensor and _shape(node) == _shape(read):  # windows that needed no padding
+    if node.target is aten.slice.Tensor and shape_of(node) == shape_of(read):  # windows that needed no padding
         return lambda value: value
     if node.target is aten.permute.default:
         order = [d % len(given[1]) for d in given[1]]
@@ -97,13 +97,14 @@ def step_back(node: fx.Node, read: fx.Node, networks: Networks) -> Back | None:
     return None
 
 
-def _shape(node: fx.Node) -> tuple[Any, ...]:
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """Sizes of the tensor that `node` gives; those that follow the batch are symbols."""
     return tuple(node.meta["val"].shape)
 
 
 def _shaped(read: fx.Node) -> Back | None:
     """Back to the dimensions that `read` has, of which one may follow the batch."""
-    sizes = [size if isinstance(size, int) else -1 for size in _shape(read)]
+    sizes = [size if isinstance(size, int) else -1 for size in shape_of(read)]
     if sizes.count(-1) > 1:
         return None
     return lambda value: value.reshape(sizes)

@@ -85,15 +85,15 @@ class Counted:
         """What is left, on a straight line through the present width and the one beside it: what one group saves
         hardly depends on the other groups of its cluster.
         """
-        here, pairs = self.of(removed), []
+        pairs = []
         for cluster, kept in counts:
             now = cluster.size - int(removed[cluster.name].sum())
             pairs.append((now, min((n for n in kept if n != now), key=lambda n: abs(n - now), default=now)))
         changes = [{c.name: first_gone(c, to)} for (c, _), (_, to) in zip(counts, pairs, strict=True)]
-        sizes = self.analysis.estimates(removed, changes, branches=True)
+        here, *left = map(self._share, self.analysis.estimates(removed, [{}, *changes], branches=True))
         found = []
-        for (_, kept), (now, beside), size in zip(counts, pairs, sizes, strict=True):
-            each = (here - self._share(size)) / (now - beside) if beside != now else 0.0
+        for (_, kept), (now, beside), there in zip(counts, pairs, left, strict=True):
+            each = (here - there) / (now - beside) if beside != now else 0.0
             found.append([here + each * (n - now) for n in kept])
         return found
 

@@ -89,10 +89,13 @@ class Analysis:
 
     def cluster(self, name: str) -> Cluster:
         """The cluster called `name`. Raises UserError naming the nearest ones."""
-        for cluster in self.clusters:
-            if cluster.name == name:
-                return cluster
-        raise UserError(f"There is no cluster '{name}'.", nearest(name, (c.name for c in self.clusters)))
+        if name not in self._by_name:
+            raise UserError(f"There is no cluster '{name}'.", nearest(name, self._by_name))
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Cluster]:
+        return {c.name: c for c in self.clusters}
 
     def gone(self, removed: Removed) -> Flags:
         """Atom -> True = goes, for `removed` (cluster name -> bool array, True = goes).
@@ -108,22 +111,6 @@ class Analysis:
                 classes[self.solution.class_of[atoms[0]]] = False
                 gone = classes[self.solution.class_of]
         return gone
-
-    def _checked(self, name: str, going: npt.NDArray[np.bool_]) -> Flags:
-        size = self._sizes.get(name)
-        if size is None:
-            size = self.cluster(name).size  # raises, naming the nearest
-        flags: Flags = np.asarray(going, dtype=np.bool_)
-        if flags.shape != (size,):
-            raise UserError(
-                f"Cluster '{name}' has {size} groups, the choice names {flags.shape}.",
-                "Give one flag per group, True = goes.",
-            )
-        return flags
-
-    @functools.cached_property
-    def _sizes(self) -> dict[str, int]:
-        return {c.name: c.size for c in self.clusters}
 
     def masks(self, removed: Removed) -> dict[str, npt.NDArray[np.bool_]]:
         """Parameter name -> bool array of its shape, False in every slice of a removed group, producers and
@@ -180,12 +167,17 @@ class Analysis:
 
     def _stays(self, removed: Removed, branches: bool) -> dict[str, Flags]:
         """`removed` with one group of every cluster left but, with `branches`, of those that go as a whole."""
-        made = {}
+        made: dict[str, Flags] = {}
         for name, going in removed.items():
-            flags = self._checked(name, going)
+            size, flags = self.cluster(name).size, np.asarray(going, dtype=np.bool_)
+            if flags.shape != (size,):
+                raise UserError(
+                    f"Cluster '{name}' has {size} groups, the choice names {flags.shape}.",
+                    "Give one flag per group, True = goes.",
+                )
             if flags.all() and not branches:
                 flags = flags.copy()
-                flags[:1] = False
+                flags[0] = False
             made[name] = flags
         return made
 
@@ -208,17 +200,14 @@ class Analysis:
         params += difference
         counts: dict[int, int] = {}
 
-        def shape(node: fx.Node) -> tuple[int, ...]:
-            value = self.trace.values.get(node)
-            if not isinstance(value, Value):
-                return self.trace.shape(node)
-            return tuple(n if a is None else kept(a) for a, n in zip(value.atoms, value.shape, strict=True))
-
         def kept(atoms: Atoms) -> int:
             key = id(atoms)
             if key not in counts:
                 counts[key] = int(atoms.shape[0] - gone[atoms].sum())
             return counts[key]
+
+        def shape(node: fx.Node) -> tuple[int, ...]:
+            return self.trace.left_of(node, kept)
 
         macs: int = sum(node_macs(n, shape) for n in self.counted if n not in once)
         return Size(params, macs // self.batch)

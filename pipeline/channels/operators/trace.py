@@ -99,6 +99,13 @@ class Trace:
         """Sizes of a fake tensor at the example's batch."""
         return tuple(self.size_of(s) for s in val.shape)
 
+    def left_of(self, node: fx.Node, kept: Callable[[Atoms], int]) -> tuple[int, ...]:
+        """`shape` once so many indices of each labelled dimension are `kept`."""
+        value = self.values.get(node)
+        if not isinstance(value, Value):
+            return self.shape(node)
+        return tuple(n if a is None else kept(a) for a, n in zip(value.atoms, value.shape, strict=True))
+
     def value(self, node: Any) -> Value:
         """The value of a tensor argument; a constant computed from nothing gets free atoms on first use."""
         value = self.values.get(node)
