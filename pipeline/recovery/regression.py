@@ -151,7 +151,7 @@ def _behind_a_cut(
         given = torch.clamp(ahead, *free)
         change = solver.solve(strength, given).float()
         if intercept:
-            shift = (together.added(given.sum(1, keepdim=True, dtype=torch.float64)) / rows).float()
+            shift = together.added(given.sum(1, keepdim=True)) / rows
         last, moved = moved, (x @ change.mT).sub_(rest).add_(shift)
         faster = (1 + math.sqrt(1 + 4 * pace**2)) / 2
         ahead, pace = torch.lerp(last, moved, 1 + (pace - 1) / faster), faster
