@@ -61,7 +61,8 @@ def fit(
     `kept`: bool like `weight`, where single weights are zero and stay so, other ones in every output (as in SparseGPT,
     Frantar & Alistarh 2023, arXiv:2301.00774); `weight` has to be zero there.
     `room`: (rows, groups, outputs), how far each prediction may lie off its target for nothing: anywhere below it where
-    it is positive, anywhere above where it is negative. Then strengths are judged, and the errors told, by what counts.
+    it is positive, anywhere above where it is negative. Then strengths are judged, and the errors told, by what counts;
+    the old weights stay where neither the best linear fit, nor what is made of it, leaves less.
     `together`: the processes that each have a part of the rows; all that the fit needs of them are sums.
     Raises ValueError for values that are not finite, and where no row, or every one, is held back.
     """
@@ -93,7 +94,7 @@ def fit(
     scale, before = together.sum(_squares(ys[:, held]), _lacking(rest[:, held], judged))
     scale = scale or 1.0
     before /= scale
-    best, strength, taken = before, 0.0, None
+    best, strength, taken = math.inf, 0.0, None
     solver = _Solver(xs[:, learn], rest[:, learn], kept, together)
     for candidate, change in zip(STRENGTHS, _solved(solver, weight, together), strict=True):
         left = together.sum(_lacking(rest[:, held] - xs[:, held] @ change.mT, judged))[0] / scale
@@ -106,6 +107,8 @@ def fit(
         if left < best:
             best = left
             given = torch.clamp(xs @ change.mT - rest + shift, *bounds(room))
+    if not best < before:
+        best, strength, given = before, 0.0, None
     new = weight.double()
     if strength:
         # The rows held back are learnt from as well, about the mean of all.

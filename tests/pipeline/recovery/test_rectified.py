@@ -190,6 +190,20 @@ def test_the_fit_is_the_best_of_all_weights_by_what_gets_through(intercept, monk
     assert ours - best < 0.05 * (linear - best)
 
 
+def test_old_weights_that_are_better_than_any_linear_fit_are_still_fitted_to_what_gets_through(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 1, 12, generator=draw)
+    weight = torch.randn(1, 4, 12, generator=draw)
+    y = torch.einsum("rgc,goc->rgo", x, weight) + 0.01 * torch.randn(300, 1, 4, generator=draw)
+    old = weight + 0.1 * torch.randn(weight.shape, generator=draw)
+    y = torch.where(y < 0, 20 * y * torch.rand(y.shape, generator=draw), y)  # behind a ReLU, noise that nobody sees
+    held, room = torch.arange(300) % 5 == 0, (-y).clamp_min(0.0)
+    made = regression.fit(x, y, old, held, intercept=False, room=room)
+    assert made.error_after < 0.6 * made.error_before
+    monkeypatch.setattr(regression, "TURNS", 0)  # the linear fits alone
+    assert regression.fit(x, y, old, held, intercept=False, room=room).strength == 0
+
+
 def test_a_cut_that_leaves_nothing_free_changes_nothing():
     draw = torch.Generator().manual_seed(3)
     x, y, old = (torch.randn(size, generator=draw) for size in ((100, 1, 6), (100, 1, 3), (1, 3, 6)))
