@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from pipeline.channels.operators.table import bind
+from pipeline.recovery import sums
 from pipeline.recovery.contractions import weight_of
 from pipeline.training.devices import ALONE, Together
 
@@ -226,7 +227,7 @@ def lack(
     wrong = total = 0.0
     for q, k, a, b, use in zip(*dense, *pruned, judges, strict=True):
         one, two = (x[use] @ (y[use] - y[use].mean(1, keepdim=True)).mT for x, y in ((q, k), (a, b)))
-        wrong += float((one - two).double().square().sum())
-        total += float(one.double().square().sum())
+        wrong += sums.squares(one - two)
+        total += sums.squares(one)
     wrong, total = together.sum(wrong, total)
     return wrong / (total or 1.0)

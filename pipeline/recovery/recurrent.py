@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pipeline.recovery import regression
+from pipeline.recovery import regression, sums
 from pipeline.training.devices import ALONE, Together
 
 aten = torch.ops.aten
@@ -134,7 +134,7 @@ def fit(
     first = states(cell, pruned)
     given = kept[-1 if cell.projection else 1].any(1)
     unit = given if cell.projection else given.reshape(GATES[cell.target], -1).any(0)
-    if not together.every(all(regression.finite(v) for v in (*wanted, *dense.x, *pruned.x))):
+    if not together.every(all(sums.finite(v) for v in (*wanted, *dense.x, *pruned.x))):
         return None
     before = best = _lack(wanted, first, drawn.judges, unit, together)
     weights, own, strength, rows = pruned.weights, first, 0.0, 0
@@ -163,7 +163,7 @@ def _lack(
     wanted: list[Tensor], reached: list[Tensor], judges: Sequence[Tensor], unit: Tensor, together: Together
 ) -> float:
     """Squares that the states lack over those of the centred wanted ones; infinite where any state is no number."""
-    if not together.every(all(map(regression.finite, reached))):
+    if not together.every(all(map(sums.finite, reached))):
         return math.inf
     pairs = [(a[:, j][..., unit].double(), b[:, j][..., unit].double())
              for a, b, j in zip(wanted, reached, judges, strict=True)]  # fmt: skip
@@ -236,7 +236,7 @@ def _refitted(
         intercept = cell.biases and free[shift]
         others = [2 + s for s in sides if cell.biases and not (intercept and 2 + s == shift)]
         y = y - sum((old[b][part].float() for b in others), torch.zeros(()))
-        if not together.every(all(map(regression.finite, (x, y, matrix)))):
+        if not together.every(all(map(sums.finite, (x, y, matrix)))):
             return None
         made, outputs = _solve(x, y, matrix, kept_here, chooses, together, intercept=intercept)
         strengths.append(made.strength)
@@ -251,7 +251,7 @@ def _refitted(
         p = cell.projection
         x = torch.cat([v[s].flatten(0, 1) for v, s in zip(hidden, drawn.steps, strict=True)]).float()[learn]
         y = torch.cat([v[s].flatten(0, 1) for v, s in zip(wanted, drawn.steps, strict=True)]).float()[learn]
-        if not together.every(all(map(regression.finite, (x, y)))):
+        if not together.every(all(map(sums.finite, (x, y)))):
             return None
         made, _ = _solve(x, y, old[p].float(), kept[p], chooses, together, intercept=False)
         new[p] = made.weight[0].to(new[p].dtype)
@@ -261,7 +261,7 @@ def _refitted(
 
 def _size(x: Tensor, together: Together) -> float:
     """The root of the mean square; 1 where all is zero."""
-    squares, count = together.sum(float(x.double().square().sum()), x.numel())
+    squares, count = together.sum(sums.squares(x), x.numel())
     return math.sqrt(squares / max(count, 1)) or 1.0
 
 

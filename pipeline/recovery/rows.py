@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from pipeline.channels.program.capture import Captured
-from pipeline.recovery import regression
+from pipeline.recovery import regression, sums
 from pipeline.recovery.contractions import Contraction
 from pipeline.recovery.recurrent import Drawn
 from pipeline.recovery.sampling import batches, chunked, rows_wanted, seed_of
@@ -154,7 +154,7 @@ class Samples:
 
     def finite(self, *values: Tensor) -> bool:
         """Whether every number is finite, on all processes."""
-        return self.together.every(all(regression.finite(v) for v in values))
+        return self.together.every(all(sums.finite(v) for v in values))
 
     def entries(self, inputs: Sequence[Tensor]) -> int:
         """How many entries the chunks of all processes have."""

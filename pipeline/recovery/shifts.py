@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pipeline.recovery import rectified, regression, residuals
+from pipeline.recovery import rectified, regression, residuals, sums
 from pipeline.recovery.networks import Networks
 from pipeline.recovery.rectified import Cut
 from pipeline.recovery.weights import Weights
@@ -54,7 +54,7 @@ def mend(node: fx.Node, networks: Networks) -> None:
     lack = torch.zeros(size[0], dtype=torch.float64)
     for a, b in zip(wanted, pruned, strict=True):
         rest = [d for d in range(a.dim()) if d != axis % a.dim()]
-        lack += (a - b).mean(rest, dtype=torch.float64) * len(a)
+        lack += sums.over(a - b, rest) * len(a) * len(lack) / a.numel()
         networks.shelf.rest(a)
         networks.shelf.rest(b)
     together = networks.samples.together

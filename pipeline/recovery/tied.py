@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pipeline.recovery import sums
 from pipeline.recovery.contractions import Contraction, contraction, weight_of
-from pipeline.recovery.regression import STRENGTHS, finite
+from pipeline.recovery.regression import STRENGTHS
 from pipeline.training.devices import ALONE, Together
 
 aten = torch.ops.aten
@@ -139,7 +140,7 @@ def fit(parts: Sequence[Rows], lookups: Sequence[Lookups], weight: Tensor, toget
     """
     if any(judges in (0, rows) for rows, judges in (together.sum(len(p.held), int(p.held.sum())) for p in parts)):
         raise ValueError("rows have to be held back, and not all of them")
-    if not together.every(all(finite(v) for v in (weight, *(v for part in parts for v in (part.x, part.y))))):
+    if not together.every(all(sums.finite(v) for v in (weight, *(v for part in parts for v in (part.x, part.y))))):
         raise ValueError("what weights are fitted to has to be finite")
     old = weight.double()
     means = _means(parts, together)
@@ -149,7 +150,7 @@ def fit(parts: Sequence[Rows], lookups: Sequence[Lookups], weight: Tensor, toget
         mean_x, mean_y = means[part.shift] if part.shift is not None else (0.0, 0.0)
         x, y = part.x - mean_x, part.y - mean_y
         rest = y - x @ (weight if part.turned else weight.mT).to(x.dtype)
-        share = 1.0 / (together.sum(float(y.double().square().sum()))[0] or 1.0)
+        share = 1.0 / (together.sum(sums.squares(y))[0] or 1.0)
         for system, rows in ((learn, ~part.held), (held, part.held)):
             system.add(x[rows], y[rows], rest[rows], share, turned=part.turned)
     learn, held = learn.added(together), held.added(together)
@@ -188,9 +189,9 @@ def _means(parts: Sequence[Rows], together: Together) -> dict[Hashable, tuple[Te
     for shift in {part.shift: None for part in parts if part.shift is not None}:
         same = [part for part in parts if part.shift == shift]
         count = together.sum(sum(len(part.x) for part in same))[0]
-        sums = [together.added(sum((v.sum(0, dtype=torch.float64) for v in side), torch.zeros(()))) / count
-                for side in ([part.x for part in same], [part.y for part in same])]  # fmt: skip
-        made[shift] = sums[0].float(), sums[1].float()
+        mean_x, mean_y = (together.added(sum((sums.over(v, 0) for v in side), torch.zeros(()))) / count
+                          for side in ([part.x for part in same], [part.y for part in same]))  # fmt: skip
+        made[shift] = mean_x.float(), mean_y.float()
     return made
 
 
@@ -221,8 +222,8 @@ class _System:
         else:
             self.straight += gram
             self.product += product
-        self.rest += share * float(rest.double().square().sum())
-        self.total += share * float(y.double().square().sum())
+        self.rest += share * sums.squares(rest)
+        self.total += share * sums.squares(y)
 
     def look(self, counts: Tensor, lack: Tensor, spread: Tensor) -> None:
         """Each row of W `counts` times (outputs,), of which `lack` (outputs, columns) is missing."""
