@@ -123,6 +123,7 @@ def torch_pruning(kind: str, problem: Problem) -> Make:
         for module in model.modules():
             if hasattr(module, "qkv") and hasattr(module, "num_heads"):
                 module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+                module.attn_dim = module.num_heads * module.head_dim
             if hasattr(module, "attention_head_size") and isinstance(getattr(module, "query", None), nn.Linear):
                 module.attention_head_size = module.query.out_features // module.num_attention_heads
                 module.all_head_size = module.query.out_features
