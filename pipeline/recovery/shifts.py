@@ -54,7 +54,7 @@ def mend(node: fx.Node, networks: Networks) -> None:
     lack = torch.zeros(size[0], dtype=torch.float64)
     for a, b in zip(wanted, pruned, strict=True):
         rest = [d for d in range(a.dim()) if d != axis % a.dim()]
-        lack += sums.over(a - b, rest) * len(a) * len(lack) / a.numel()
+        lack += sums.over(a - b, rest) * (len(a) * len(lack) / a.numel())  # of each sample, the mean over its places
         networks.shelf.rest(a)
         networks.shelf.rest(b)
     together = networks.samples.together
