@@ -101,8 +101,7 @@ def _behind_a_cut(
     for _ in range(STEPS):
         left = off + lack.float()
         left -= torch.clamp(left, *free)
-        # Their means need no more than float32; summing as float64 takes most of a mending.
-        loss, total, count = (together.added(v.sum(0).double()) for v in (left.square(), left, left != 0))
+        loss, total, count = (together.added(sums.over(v, 0)) for v in (left.square(), left, left != 0))
         best, least = torch.where(loss < least, lack, best), torch.minimum(loss, least)
         lack = lack - total / count.clamp_min(1.0)
     return best

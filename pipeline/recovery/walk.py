@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pipeline.recovery import cells, one_reader, recurrent, scores, shifts
+from pipeline.recovery import cells, one_reader, recurrent, scores, shifts, sums
 from pipeline.recovery.fitted import Fitted
 from pipeline.recovery.networks import Networks
 from pipeline.recovery.rows import Samples
@@ -120,8 +120,8 @@ class Walk:
             for at, (dense, pruned) in enumerate(zip(*self.networks.values.get(node, [[], []]), strict=True)):
                 if isinstance(dense, Tensor) and dense.dim() and dense.is_floating_point():
                     held = self.samples.held(at, len(dense))
-                    wrong += float((pruned[held].double() - dense[held].double()).square().sum())
-                    total += float(dense[held].double().square().sum())
+                    wrong += sums.squares(pruned[held].double() - dense[held].double())
+                    total += sums.squares(dense[held])
             wrong, total = self.samples.together.sum(wrong, total)
             shares.append(wrong / (total or 1.0))
         mean = sum(shares) / max(len(shares), 1)

@@ -27,11 +27,11 @@ def test_squares_beyond_float32_are_summed(size):
     assert sums.squares(x) == pytest.approx(1000 * size**2, rel=1e-6)
 
 
-@pytest.mark.parametrize(("bad", "want"), [(math.nan, math.nan), (math.inf, math.inf)])
-def test_squares_of_what_is_no_number_are_none(bad, want):
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_squares_of_what_is_no_number_are_none(bad):
     x = torch.ones(4, 5)
     x[2, 3] = bad
-    assert sums.squares(x) == pytest.approx(want, nan_ok=True)
+    assert sums.squares(x) == pytest.approx(bad, nan_ok=True)
 
 
 def test_finite_numbers_are_told_from_others_even_where_their_sum_is_none():
