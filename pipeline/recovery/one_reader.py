@@ -4,12 +4,14 @@ at the end of a residual branch to what makes the sum right.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from pipeline.recovery import rectified, recurrent, regression, residuals
+from pipeline.recovery import recurrent, regression, residuals
+from pipeline.recovery.behind import behind
 from pipeline.recovery.contractions import Contraction, contraction, weight_of, whole_channels
 from pipeline.recovery.fitted import (
     NOT_FINITE,
@@ -23,6 +25,7 @@ from pipeline.recovery.fitted import (
 )
 from pipeline.recovery.networks import Networks
 from pipeline.recovery.shifts import norm_follows
+from pipeline.recovery.shown import Shown
 from pipeline.training.devices import Together
 
 aten = torch.ops.aten
@@ -79,27 +82,28 @@ def _fit(
     reason = too_sparse(kept)
     if reason or not bool(kept.any()):
         return Fitted(name, reason=reason or NOTHING_KEPT)
-    cut = rectified.cut_behind(node, dense, networks)
-    x, y, of, room = samples.rows(
+    after = behind(node, dense, networks)
+    x, y, of, facts = samples.rows(
         node, found, inputs, residuals.wanted(node, dense, networks), matrix, networks.shelf,
-        room=cut.room if cut else None,
+        facts=after.facts if after else None,
     )  # fmt: skip
     held_back = samples.held_back[of]
     if not samples.usable(held_back):
         return Fitted(name, reason=TOO_FEW)
     if not samples.finite(x, y):
         return Fitted(name, reason=NOT_FINITE)
-    if room is not None and not samples.finite(room):  # the other side of a sum may be anything
-        room = None
+    shown = None
+    if after is not None and facts is not None and samples.finite(facts):  # the other side of a sum may be anything
+        shown = after.shown(facts)
     bias = found.bias
     own_bias = bias is not None and weights.is_own_shift(bias, matrix.shape[0] * matrix.shape[1])
     intercept = own_bias or norm_follows(node, weights)
     if whole_channels(kept):
-        new, made = _solve(x, y, room, matrix, outputs, columns, held_back, intercept, samples.together)
+        new, made = _solve(x, y, shown, matrix, outputs, columns, held_back, intercept, samples.together)
     else:
         made = [
             regression.fit(
-                x, y, matrix, held_back, intercept=intercept, kept=kept, room=room, together=samples.together
+                x, y, matrix, held_back, intercept=intercept, kept=kept, shown=shown, together=samples.together
             )
         ]
         new, outputs = made[0].weight, torch.ones_like(outputs)
@@ -115,7 +119,7 @@ def _fit(
 def _solve(
     x: Tensor,
     y: Tensor,
-    room: Tensor | None,
+    shown: Shown | None,
     matrix: Tensor,
     outputs: Tensor,
     columns: Tensor,
@@ -129,7 +133,7 @@ def _solve(
     if bool(columns[alive].all()) and bool(outputs[alive].all()):
         made = regression.fit(
             x[:, alive], y[:, alive], matrix[alive], held_back, intercept=intercept, together=together,
-            room=None if room is None else room[:, alive],
+            shown=shown and shown.map(lambda v: v[:, alive]),
         )  # fmt: skip
         new[alive] = made.weight
         return new, [made]
@@ -139,11 +143,16 @@ def _solve(
         part = matrix[group][rows][:, cols].unsqueeze(0)
         made = regression.fit(
             x[:, group : group + 1, cols], y[:, group : group + 1, rows], part, held_back, intercept=intercept,
-            together=together, room=None if room is None else room[:, group : group + 1, rows],
+            together=together, shown=shown and shown.map(_part_of(group, rows)),
         )  # fmt: skip
         new[group, rows.unsqueeze(1), cols] = made.weight[0]
         fits.append(made)
     return new, fits
+
+
+def _part_of(group: int, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """From (rows, groups, outputs) those of one group."""
+    return lambda value: value[:, group : group + 1, outputs]
 
 
 def thinned(node: fx.Node, networks: Networks) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.recovery import sums
+from pipeline.recovery.shown import Shown, lacking
 from pipeline.training.devices import ALONE, Together
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
@@ -26,7 +28,7 @@ FLAT = 1e-5
 ROUNDING = 1e-12
 """Of the targets' squares: old weights that leave no more are right, but for what float32 rounds by."""
 TURNS = 12
-"""Of targets and weights, where a cut follows; twenty leave 2 % less divergence (MobileNetV2, a half of the MACs)."""
+"""Of targets and weights, where an activation follows; twenty leave 2 % less (MobileNetV2, a half of the MACs)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def fit(
     *,
     intercept: bool,
     kept: Tensor | None = None,
-    room: Tensor | None = None,
+    shown: Shown | None = None,
     together: Together = ALONE,
 ) -> Fit:
     """Weights W' that minimise ‖X W'ᵀ + b - Y‖² + s·d·‖W' - W‖² for each group, d the mean of the diagonal of XᵀX.
@@ -63,9 +65,9 @@ def fit(
     float64, in the smaller of the two spaces (columns, or rows where there are fewer of them). Hoerl & Kennard 1970.
     `kept`: bool like `weight`, where single weights are zero and stay so, other ones in every output (as in SparseGPT,
     Frantar & Alistarh 2023, arXiv:2301.00774); `weight` has to be zero there.
-    `room`: (rows, groups, outputs), how far each prediction may lie off its target for nothing: anywhere below it where
-    it is positive, anywhere above where it is negative. Then strengths are judged, and the errors told, by what counts;
-    the old weights stay where neither the best linear fit, nor what is made of it, leaves less.
+    `shown`: what of each output, (rows, groups, outputs), shows behind an activation. Then strengths are judged, and
+    the errors told, by that; the old weights stay where neither the best linear fit, nor what is made of it, leaves
+    less.
     `together`: the processes that each have a part of the rows; all that the fit needs of them are sums.
     Raises ValueError for values that are not finite, and where no row, or every one, is held back.
     """
@@ -75,8 +77,9 @@ def fit(
     if not together.every(all(sums.finite(v) for v in (x, y, weight))):
         raise ValueError("what weights are fitted to has to be finite")
     if kept is None and rows - judges < weight.shape[2]:  # solved in the space of the rows, of which few are there
-        x, y, held = (together.joined(v, 0) for v in (x, y, held))
-        room = None if room is None else together.joined(room, 0)
+        joined = functools.partial(together.joined, dim=0)
+        x, y, held = map(joined, (x, y, held))
+        shown = shown and shown.map(joined)
         together = ALONE
     x, y = x.movedim(1, 0), y.movedim(1, 0)  # groups first
     learn = ~held
@@ -91,25 +94,25 @@ def fit(
     most, largest = (together.largest(_largest(v)) for v in (xs, x))
     xs = xs.masked_fill(most <= FLAT * largest, 0.0)
     rest = ys - xs @ old.mT  # what the old weights leave
-    room = None if room is None else room.movedim(1, 0)
-    judged = None if room is None else bounds(room[:, held])
-    scale, before = together.sum(sums.squares(ys[:, held]), _lacking(rest[:, held], judged))
+    shown = shown and shown.map(lambda v: v.movedim(1, 0))
+    judged = shown and shown.map(lambda v: v[:, held])
+    scale, before = together.sum(sums.squares(ys[:, held]), lacking(rest[:, held], judged))
     scale = scale or 1.0
     before /= scale
     best, strength, taken = math.inf, 0.0, None
     solver = _Solver(xs[:, learn], rest[:, learn], kept, together)
     solved = zip(STRENGTHS, _solved(solver, weight, together), strict=True) if before > ROUNDING else ()
     for candidate, change in solved:
-        left = together.sum(_lacking(rest[:, held] - xs[:, held] @ change.mT, judged))[0] / scale
+        left = together.sum(lacking(rest[:, held] - xs[:, held] @ change.mT, judged))[0] / scale
         if left < best:
             best, strength, taken = left, candidate, change
     given = None  # of the targets, to what is as good
-    if room is not None and taken is not None:
-        change, shift = _behind_a_cut(solver, strength, taken, bounds(room[:, learn]), intercept)
-        left = together.sum(_lacking(rest[:, held] - xs[:, held] @ change.mT - shift, judged))[0] / scale
+    if shown is not None and taken is not None:
+        change, shift = _by_what_shows(solver, strength, taken, shown.map(lambda v: v[:, learn]), intercept)
+        left = together.sum(lacking(rest[:, held] - xs[:, held] @ change.mT - shift, judged))[0] / scale
         if left < best:
             best = left
-            given = torch.clamp(xs @ change.mT - rest + shift, *bounds(room))
+            given = shown.nearest(xs @ change.mT - rest + shift)
     if not best < before:
         best, strength, given = before, 0.0, None
     new = weight.double()
@@ -129,24 +132,16 @@ def fit(
     return Fit(new.to(weight.dtype), bias, strength, before, best)
 
 
-Bounds = tuple[Tensor, Tensor]
-"""Between which values a prediction may lie off its target for nothing."""
-
-
-def bounds(room: Tensor) -> Bounds:
-    """Of what `rectified.Cut.room` gives."""
-    return torch.where(room > 0, -math.inf, room), torch.where(room < 0, math.inf, room)
-
-
-def _behind_a_cut(
-    solver: _Solver, strength: float, change: Tensor, free: Bounds, intercept: bool
+def _by_what_shows(
+    solver: _Solver, strength: float, change: Tensor, shown: Shown, intercept: bool
 ) -> tuple[Tensor, Tensor]:
-    """The change of the weights, and the shift (groups, 1, outputs), that leave the least where what lies between the
-    bounds counts for nothing; begun at `change`.
+    """The change of the weights, and the shift (groups, 1, outputs), that leave the least of what shows; begun at
+    `change`.
 
     Each turn moves the targets to the nearest value that is as good as where the prediction lies, and solves again:
     squares to such targets lie above the loss and touch it (majorisation and minimisation, Zhang et al. 2015), here
-    with the momentum of Beck & Teboulle 2009, doi:10.1137/080716542.
+    with the momentum of Beck & Teboulle 2009, doi:10.1137/080716542. Behind a smooth activation they are only near it
+    where it bends and much is wrong; the rows held back say whether the turns helped.
     """
     together, x, rest = solver.together, solver.x, solver.rest
     rows = together.sum(x.shape[1])[0]
@@ -154,7 +149,7 @@ def _behind_a_cut(
     moved = ahead = (x @ change.mT).sub_(rest)
     pace = 1.0
     for _ in range(TURNS):
-        given = torch.clamp(ahead, *free)
+        given = shown.nearest(ahead)
         change = solver.solve(strength, given).float()
         if intercept:
             shift = together.added(given.sum(1, keepdim=True)) / rows
@@ -175,11 +170,6 @@ def _solved(solver: _Solver, weight: Tensor, together: Together) -> Iterator[Ten
 def _largest(x: Tensor) -> Tensor:
     """The largest value of each column, (groups, 1, columns); 0 where a process has no rows."""
     return x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1, x.shape[2])
-
-
-def _lacking(rest: Tensor, free: Bounds | None) -> float:
-    """Squares of what is left, but for what counts for nothing."""
-    return sums.squares(rest if free is None else rest + torch.clamp(-rest, *free))
 
 
 class _Solver:

@@ -18,8 +18,8 @@ from pipeline.training.devices import ALONE, Together
 
 Gather = Callable[[Tensor], Tensor]
 """Of an activation, the rows that are looked at: (rows, ...), all channels in their order behind."""
-Room = Callable[[int, Gather], Tensor]
-"""Of a chunk, how far values like those that are gathered may move for nothing; see `rectified.Cut`."""
+Facts = Callable[[int, Gather], Tensor]
+"""Of a chunk, what is known of each of the values that are gathered; see `behind.Behind`."""
 
 
 class Samples:
@@ -87,9 +87,9 @@ class Samples:
         matrix: Tensor,
         shelf: Shelf,
         share: int = 1,
-        room: Room | None = None,
+        facts: Facts | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Rows (rows, groups, columns), targets (rows, groups, outputs), of which sample each row is; and the `room`
+        """Rows (rows, groups, columns), targets (rows, groups, outputs), of which sample each row is; and the `facts`
         of the targets.
 
         One in `share` of the rows that a weight is fitted on, of several readers that have to do with these together.
@@ -110,7 +110,7 @@ class Samples:
             wanted = round(wanted * self._empty)
         each = min(count, -(-wanted // self.entries(inputs)))
         draw = self.drawing(node.name, count)
-        xs, ys, of, rooms = [], [], [], []
+        xs, ys, of, known = [], [], [], []
         for at, (x, y) in enumerate(zip(inputs, outputs, strict=True)):
             # The same places of every sample of a chunk, others in the next.
             places = torch.randperm(count, generator=draw)[:each]
@@ -121,12 +121,12 @@ class Samples:
 
             xs.append(found.rows(x, places).flatten(0, 1)[held].float())
             ys.append(drawn(y))
-            if room is not None:
-                rooms.append(room(at, drawn))
+            if facts is not None:
+                known.append(facts(at, drawn))
             shelf.rest(x)
             shelf.rest(y)
             of.append(self.of(at, len(x)).repeat_interleave(each)[held])
-        return torch.cat(xs), torch.cat(ys), torch.cat(of), torch.cat(rooms) if rooms else None
+        return torch.cat(xs), torch.cat(ys), torch.cat(of), torch.cat(known) if known else None
 
     def sequences(self, name: str, inputs: Sequence[Tensor], columns: int) -> Drawn | None:
         """Steps of a recurrent layer to look at, and sequences to hold back; None where too few can be.

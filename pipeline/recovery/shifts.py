@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pipeline.recovery import rectified, regression, residuals, sums
+from pipeline.recovery import residuals, sums
+from pipeline.recovery.behind import Behind, behind
 from pipeline.recovery.networks import Networks
-from pipeline.recovery.rectified import Cut
 from pipeline.recovery.weights import Weights
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ ROWS = 4096
 same divergence (ResNet-18, MobileNetV2), in four times as long.
 """
 STEPS = 6
-"""Of Newton, for a shift; the loss is made of pieces of parabolas, and few of them lie in between."""
+"""Of Newton, for a shift; behind a cut the loss is made of pieces of parabolas, and few of them lie in between."""
 
 
 def norm_follows(node: fx.Node, weights: Weights) -> bool:
@@ -59,9 +59,9 @@ def mend(node: fx.Node, networks: Networks) -> None:
         networks.shelf.rest(b)
     together = networks.samples.together
     lack = together.added(lack) / together.sum(sum(len(a) for a in dense))[0]
-    cut = rectified.cut_behind(node, dense, networks) if axis == 1 else None
-    if cut is not None:
-        lack = _behind_a_cut(node.name, lack, cut, wanted, pruned, networks)
+    after = behind(node, dense, networks) if axis == 1 else None
+    if after is not None:
+        lack = _by_what_shows(node.name, lack, after, wanted, pruned, networks)
     if not bool(lack.isfinite().all()):
         return
     lack[~weights.kept(shift)] = 0
@@ -74,17 +74,17 @@ def mend(node: fx.Node, networks: Networks) -> None:
         networks.shelf.rest(value)
 
 
-def _behind_a_cut(
-    name: str, lack: Tensor, cut: Cut, wanted: Sequence[Any], pruned: list[Any], networks: Networks
+def _by_what_shows(
+    name: str, lack: Tensor, after: Behind, wanted: Sequence[Any], pruned: list[Any], networks: Networks
 ) -> Tensor:
-    """Per channel, the shift of the norm `name` that makes what gets through `cut` come nearest to what is wanted:
-    Newton's steps from `lack` on.
+    """Per channel, the shift of the norm `name` with which what shows behind the activation comes nearest to what is
+    wanted: Gauss and Newton's steps from `lack` on.
     """
     shape, samples = pruned[0].shape, networks.samples
     places = math.prod(shape[2:])
     draw = samples.drawing(name, places)
     each = min(places, -(-ROWS // samples.entries(pruned)))
-    moved, rooms = [], []
+    moved, facts = [], []
     for at, (a, b) in enumerate(zip(wanted, pruned, strict=True)):
         chosen = torch.randperm(places, generator=draw)[:each]
 
@@ -92,16 +92,15 @@ def _behind_a_cut(
             return value.flatten(2)[:, :, chosen].movedim(1, 2).flatten(0, 1) if value.dim() > 2 else value
 
         moved.append(drawn(b) - drawn(a))
-        rooms.append(cut.room(at, drawn))
+        facts.append(after.facts(at, drawn))
         networks.shelf.rest(a)
         networks.shelf.rest(b)
-    off, free = torch.cat(moved), regression.bounds(torch.cat(rooms))
+    off, shown = torch.cat(moved), after.shown(torch.cat(facts))
     together = samples.together
     best, least = lack, torch.full_like(lack, math.inf)
     for _ in range(STEPS):
-        left = off + lack.float()
-        left -= torch.clamp(left, *free)
-        loss, total, count = (together.added(sums.over(v, 0)) for v in (left.square(), left, left != 0))
+        left, slope = shown.gap(off + lack.float())
+        loss, total, count = (together.added(sums.over(v, 0)) for v in (left.square(), left * slope, slope.square()))
         best, least = torch.where(loss < least, lack, best), torch.minimum(loss, least)
         lack = lack - total / count.clamp_min(1.0)
     return best

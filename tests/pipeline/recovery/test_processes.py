@@ -21,8 +21,8 @@ from pipeline.stages import s2_finetune
 from pipeline.training import devices, launched, masks, processes
 from pipeline.training.devices import Together
 from tests.pipeline.recovery import test_attention as attention
+from tests.pipeline.recovery import test_behind as behind
 from tests.pipeline.recovery import test_closed_form as whole
-from tests.pipeline.recovery import test_rectified as rectified
 from tests.pipeline.recovery import test_recurrent as recurrent
 from tests.pipeline.training.test_processes import digits, source
 from tests.pipeline.training.two import led, together
@@ -39,7 +39,7 @@ def cases(*names: str) -> Iterator[Case]:
             captured, inputs = whole.built(name, SAMPLES)
             yield name, captured, whole.cut(captured), inputs, None
     if not names or "behind a cut" in names:  # more places than a shift is found on
-        captured, gone, x = rectified.made_of("norm", count=SAMPLES, side=12)
+        captured, gone, x = behind.made_of("norm", count=SAMPLES, side=12)
         yield "behind a cut", captured, gone, (x,), None
     if not names or "single weights" in names:
         captured, inputs = whole.built("mlp", SAMPLES)

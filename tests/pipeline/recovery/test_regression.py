@@ -6,6 +6,7 @@ import torch
 
 from pipeline.recovery import regression
 from pipeline.recovery.regression import STRENGTHS, fit
+from pipeline.recovery.shown import Cut
 
 
 def drawn(rows, columns, outputs, groups=1, noise=0.1, seed=0):
@@ -91,7 +92,7 @@ def test_old_weights_that_are_right_are_not_fitted_to_rounding(cut):
     x, _, old, held = drawn(300, 12, 5)
     off = 5e-7 * torch.randn(old.shape, generator=torch.Generator().manual_seed(1))
     y = torch.einsum("rgc,goc->rgo", x.double(), (old + off).double()).float()
-    made = fit(x, y, old, held, intercept=True, room=torch.zeros_like(y) if cut else None)
+    made = fit(x, y, old, held, intercept=True, shown=Cut.of(torch.zeros_like(y)) if cut else None)
     assert made.strength == 0
     assert torch.equal(made.weight, old)
 

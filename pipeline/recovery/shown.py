@@ -1,0 +1,119 @@
+"""How much of a wrong output shows behind the activation that follows it.
+
+Layers are fitted to what shows. Where a target is not the only value that is as good, it moves: to the nearest one that
+is, for an activation that cuts (Zhang et al. 2015, arXiv:1411.4229), or by a step downhill, for one that is smooth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.recovery import sums
+
+Elementwise = Callable[[Tensor], Tensor]
+"""From a tensor to one of its shape, each number by itself."""
+
+_REACH, _PROBES = 8.0, 4097
+"""Between which values, on both sides of 0, and at how many of them an activation is asked for its steepest slope."""
+
+
+class Shown(Protocol):
+    """Of targets (rows, groups, outputs, or in any other order) what shows of predictions that are not they."""
+
+    def gap(self, off: Tensor) -> tuple[Tensor, Tensor]:
+        """What shows of being `off` by so much, in the unit of the targets, and how it changes with `off`."""
+
+    def nearest(self, off: Tensor) -> Tensor:
+        """Where targets may move to, so that squares to them fall with the squares of the gap at `off`."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Shown:
+        """Of other targets: `change` takes them from these, or orders them anew."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Behind a ReLU, a ReLU6 or a clamp: beyond the cut one value is as good as another. `low`, `high`: between which
+    values a prediction may lie off its target for nothing.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, room: Tensor) -> Cut:
+        """`room`: how far each target may move until it gets through. Positive: anywhere below that is as good,
+        negative: anywhere above.
+        """
+        return cls(torch.where(room > 0, -math.inf, room), torch.where(room < 0, math.inf, room))
+
+    def gap(self, off: Tensor) -> tuple[Tensor, Tensor]:
+        """What lies beyond the room; it grows as `off` does."""
+        beyond = off - self.nearest(off)
+        return beyond, (beyond != 0).to(beyond.dtype)
+
+    def nearest(self, off: Tensor) -> Tensor:
+        """As far as there is room."""
+        return torch.clamp(off, self.low, self.high)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Cut:
+        """Of other targets."""
+        return Cut(change(self.low), change(self.high))
+
+
+@dataclass(frozen=True)
+class Curved:
+    """Behind a GELU, a SiLU or another `activation` that is flat in some places.
+
+    `there`: what it reads where a target is met, in the target's unit. `unit`: how much of a target makes one there, 0
+    where nothing of it arrives, None where all of them are the same. `steepest`: the largest slope, squared.
+    """
+
+    activation: Elementwise
+    there: Tensor
+    unit: Tensor | None
+    steepest: float
+
+    def gap(self, off: Tensor) -> tuple[Tensor, Tensor]:
+        """The difference behind the activation, taken back to the targets' unit; and its slope."""
+        there, here = self.there, self.there + off
+        if self.unit is not None:
+            inverse = torch.where(self.unit == 0, 0.0, 1 / self.unit)
+            there, here = there * inverse, here * inverse
+        value, slope = with_slope(self.activation, here)
+        gap = value - self.activation(there)
+        return (gap if self.unit is None else gap * self.unit), slope
+
+    def nearest(self, off: Tensor) -> Tensor:
+        """A step down the squares of the gap, as long as the steepest slope allows."""
+        gap, slope = self.gap(off)
+        return torch.addcmul(off, gap, slope, value=-1 / self.steepest)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Curved:
+        """Of other targets."""
+        return replace(self, there=change(self.there), unit=None if self.unit is None else change(self.unit))
+
+
+def lacking(rest: Tensor, shown: Shown | None) -> float:
+    """Squares of what predictions leave of their targets, or of what shows of it."""
+    return sums.squares(rest if shown is None else shown.gap(-rest)[0])
+
+
+def with_slope(activation: Elementwise, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the activation gives, and its derivative."""
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        value = activation(at)
+        (slope,) = torch.autograd.grad(value, at, torch.ones_like(value))
+    return value.detach(), slope
+
+
+def steepest(activation: Elementwise) -> float:
+    """The largest slope of an activation that is flat or straight far from 0, squared."""
+    _, slope = with_slope(activation, torch.linspace(-_REACH, _REACH, _PROBES))
+    return float(slope.square().max())
