@@ -18,7 +18,7 @@ from pipeline.channels.dead.branches import ADDITIONS
 from pipeline.recovery.networks import Networks
 from pipeline.recovery.residuals import Back, other_side, shape_of, step_back
 from pipeline.recovery.rows import Gather
-from pipeline.recovery.shown import Curved, Cut, Shown, steepest
+from pipeline.recovery.shown import Curved, Cut, Shown
 
 aten = torch.ops.aten
 
@@ -67,7 +67,7 @@ class Behind:
         """What shows of values with these facts, in the order in which they are."""
         if self.limits is not None:
             return Cut.of(facts[..., 0])
-        return Curved(self._activation, facts[..., 0], facts[..., 1] if self.back else None, steepest(self._activation))
+        return Curved.of(self._activation, facts[..., 0], facts[..., 1] if self.back else None)
 
     def _of(self, value: Tensor) -> list[Tensor]:
         """The facts, of what the activation reads."""

@@ -70,24 +70,30 @@ class Cut:
 class Curved:
     """Behind a GELU, a SiLU or another `activation` that is flat in some places.
 
-    `there`: what it reads where a target is met, in the target's unit. `unit`: how much of a target makes one there, 0
-    where nothing of it arrives, None where all of them are the same. `steepest`: the largest slope, squared.
+    `reads`, `gives`: what it does where targets are met. `unit`: how much of a target makes one of what it reads, 0
+    where nothing of it arrives, and `inverse`; None where all of them are one. `steepest`: the largest slope, squared.
     """
 
     activation: Elementwise
-    there: Tensor
+    reads: Tensor
+    gives: Tensor
     unit: Tensor | None
+    inverse: Tensor | None
     steepest: float
+
+    @classmethod
+    def of(cls, activation: Elementwise, there: Tensor, unit: Tensor | None = None) -> Curved:
+        """`there`: what the activation reads where targets are met, in the unit of the targets."""
+        inverse = None if unit is None else torch.where(unit == 0, 0.0, 1 / unit)
+        reads = there if inverse is None else there * inverse
+        return cls(activation, reads, activation(reads), unit, inverse, _steepest(activation))
 
     def gap(self, off: Tensor) -> tuple[Tensor, Tensor]:
         """The difference behind the activation, taken back to the targets' unit; and its slope."""
-        there, here = self.there, self.there + off
-        if self.unit is not None:
-            inverse = torch.where(self.unit == 0, 0.0, 1 / self.unit)
-            there, here = there * inverse, here * inverse
-        value, slope = with_slope(self.activation, here)
-        gap = value - self.activation(there)
-        return (gap if self.unit is None else gap * self.unit), slope
+        here = self.reads + off if self.inverse is None else torch.addcmul(self.reads, off, self.inverse)
+        value, slope = _with_slope(self.activation, here)
+        gap = value.sub_(self.gives)
+        return (gap if self.unit is None else gap.mul_(self.unit)), slope
 
     def nearest(self, off: Tensor) -> Tensor:
         """A step down the squares of the gap, as long as the steepest slope allows."""
@@ -96,7 +102,8 @@ class Curved:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Curved:
         """Of other targets."""
-        return replace(self, there=change(self.there), unit=None if self.unit is None else change(self.unit))
+        unit, inverse = (None if one is None else change(one) for one in (self.unit, self.inverse))
+        return replace(self, reads=change(self.reads), gives=change(self.gives), unit=unit, inverse=inverse)
 
 
 def lacking(rest: Tensor, shown: Shown | None) -> float:
@@ -104,16 +111,16 @@ def lacking(rest: Tensor, shown: Shown | None) -> float:
     return sums.squares(rest if shown is None else shown.gap(-rest)[0])
 
 
-def with_slope(activation: Elementwise, x: Tensor) -> tuple[Tensor, Tensor]:
+def _with_slope(activation: Elementwise, x: Tensor) -> tuple[Tensor, Tensor]:
     """What the activation gives, and its derivative."""
     with torch.enable_grad():
         at = x.detach().requires_grad_()
         value = activation(at)
-        (slope,) = torch.autograd.grad(value, at, torch.ones_like(value))
+        (slope,) = torch.autograd.grad(value, at, torch.ones((), dtype=value.dtype).expand_as(value))
     return value.detach(), slope
 
 
-def steepest(activation: Elementwise) -> float:
+def _steepest(activation: Elementwise) -> float:
     """The largest slope of an activation that is flat or straight far from 0, squared."""
-    _, slope = with_slope(activation, torch.linspace(-_REACH, _REACH, _PROBES))
+    _, slope = _with_slope(activation, torch.linspace(-_REACH, _REACH, _PROBES))
     return float(slope.square().max())

@@ -10,7 +10,7 @@ from pipeline.channels.program.capture import capture
 from pipeline.channels.program.execute import execute, feeds_of
 from pipeline.recovery import behind, one_reader, regression, shifts
 from pipeline.recovery.closed_form import recover
-from pipeline.recovery.shown import Curved, Cut, steepest
+from pipeline.recovery.shown import Curved, Cut
 
 CUTS = {
     "relu": F.relu,
@@ -228,7 +228,7 @@ def test_the_fit_is_the_best_of_all_weights_by_what_shows(intercept, activation,
     old = 0.3 * torch.randn(1, 4, columns, generator=draw)
     held = torch.arange(rows) % 5 == 0
     room = (-y).clamp_min(0.0)
-    shown = Cut.of(room) if activation == "relu" else Curved(F.gelu, y, None, steepest(F.gelu))
+    shown = Cut.of(room) if activation == "relu" else Curved.of(F.gelu, y)
     made = regression.fit(x, y, old, held, intercept=intercept, shown=shown)
     assert made.error_after < made.error_before
     # The same by a general method, on the loss itself.
