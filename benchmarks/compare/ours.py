@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -57,19 +58,23 @@ def results(
     choice: str,
     train_seconds: float = 0.0,
     clock: Clock | None = None,
+    *,
+    align: int = ALIGN,
+    score: Callable[[Any], float] | None = None,
 ) -> Iterator[tuple[float, str, Result]]:
     """For each share of MACs: ("closed form", its result) and, with seconds to train, ("closed form, trained", ...).
 
     `choice`: a scope and a criterion of the recipe, such as "curves:l2"; a criterion that needs no labels. With a
     `clock`, shares are of latency: "milliseconds:l2" chooses by a latency table, other scopes by MACs, and either is
-    asked again until a whole model takes as long as wanted.
+    asked again until a whole model takes as long as wanted. `align`: what counts of channels are multiples of.
+    `score`: what stands for the accuracy of a network, by default the percentage of the test part that it is right on.
     """
     scope, _, criterion = choice.partition(":")
     captured = capture(dense, (problem.x[:2],))
     by_table = scope == "milliseconds"
     scope = "curves" if by_table else scope
     cfg = PruneSection(
-        scope=scope, criterion=criterion, align=ALIGN, floor=0.0 if scope == "layer" else FLOOR, ratio=0.5
+        scope=scope, criterion=criterion, align=align, floor=0.0 if scope == "layer" else FLOOR, ratio=0.5
     )
     analysis = analyse(captured, policy_of(cfg.groups))
     x, _ = problem.part("train")
@@ -90,7 +95,7 @@ def results(
     if by_table:
         assert clock is not None
         clusters = choose.choosable(analysis, maskable)
-        goal = Timed(table(dense, problem, analysis, clusters, ALIGN, int8=clock.int8), 1.0, 1.0, 1, 1)
+        goal = Timed(table(dense, problem, analysis, clusters, align, int8=clock.int8), 1.0, 1.0, 1, 1)
     whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
 
     def at_share(share: float) -> Weighed:
@@ -100,13 +105,13 @@ def results(
         return choose.choose_groups(analysis, seen, cfg, cfg.ratio, maskable, worth, [cost], branches)
 
     def smaller(weights: Mapping[str, Tensor], chosen: masks.Masks) -> ExportedProgram:
-        return cut(analysis, weights, chosen, Setting(1, 1, clock is not None and clock.int8, OPSET, ALIGN))
+        return cut(analysis, weights, chosen, Setting(1, 1, clock is not None and clock.int8, OPSET, align))
 
     def took(weighed: Weighed) -> float:
         assert clock is not None
         return clock.of(smaller(state, choose.masks_of(analysis, weighed, maskable)))
 
-    score = scoring(problem, clock)
+    score = score or scoring(problem, clock)
     measuring = time.perf_counter() - began
     for share in wanted:
         began = time.perf_counter()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.compare import __main__ as main
-from benchmarks.compare import fashion, ours, peers, tables, timed
+from benchmarks.compare import fashion, ours, peers, pretrained, tables, timed
 from benchmarks.compare.problems import Problem
 from benchmarks.compare.timed import hit
 from pipeline.latency import probes, profile
@@ -117,3 +117,24 @@ def test_fashion_images_come_from_the_package_that_was_asked_for_alone(tmp_path,
     for label, image in zip(y, x, strict=True):
         assert image.min() == image.max() and image[0, 0] in (label, 100 + label, 200)
     assert len({int(one) for one in x[:2, 0, 0]}) == 2  # none twice
+
+
+def test_a_pretrained_model_is_judged_by_what_the_dense_one_says_of_other_images(monkeypatch):
+    monkeypatch.setattr(ours, "CURVE_SAMPLES", 16)
+    torch.manual_seed(0)
+    learnt, test, dense = torch.randn(60, 3, 16, 16), torch.randn(40, 3, 16, 16), TinyNet().eval()
+    asked = []
+    monkeypatch.setattr(pretrained, "outputs", lambda run, x, made=pretrained.outputs: asked.append(x) or made(run, x))
+    ((result, found),) = pretrained.measured(dense, learnt, test, (0.6,), "curves:l2")
+    assert 0.3 < result.macs <= 0.61 and result.accuracy == found.same
+    assert found.nats > 0 and found.cosine < 1
+    assert len(asked) == 2 and torch.equal(asked[1], test)
+
+
+def test_agreement_counts_first_answers_and_those_that_dense_is_sure_of():
+    dense = torch.tensor([[9.0, 0.0, 0.0], [0.4, 0.5, 0.3], [0.0, 9.0, 0.0], [0.2, 0.2, 0.3]])
+    pruned = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    found = pretrained.agreement(dense, pruned)
+    assert (found.same, found.sure) == (50.0, 50.0)
+    assert pretrained.agreement(dense, dense) == pretrained.Agreement(100.0, 100.0, pytest.approx(1), pytest.approx(0))
+    assert pretrained.agreement(dense[:2], pruned[:2]).sure == 100.0
