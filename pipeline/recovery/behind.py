@@ -1,6 +1,6 @@
 """The activation that a layer's outputs end in, and what of them shows behind it.
 
-Beyond the cut of a ReLU one value is as good as another, and where a GELU is flat hardly any shows. So a layer is
+Beyond the cut of a ReLU one value is as good as another, and where a SiLU is flat hardly any shows. So a layer is
 fitted to what its activation gives in the dense network, by way of all that lies in between.
 """
 
@@ -29,12 +29,14 @@ _BETWEEN = {
 }  # fmt: skip
 """Operators that let through what lies between their next two arguments -> what these are where they are not given."""
 _SMOOTH = (
-    aten.gelu.default, aten.gelu_.default, aten.silu.default, aten.silu_.default, aten.mish.default, aten.mish_.default,
-    aten.hardswish.default, aten.hardswish_.default, aten.elu.default, aten.elu_.default, aten.leaky_relu.default,
-    aten.leaky_relu_.default, aten.softplus.default, aten.sigmoid.default, aten.sigmoid_.default,
-    aten.hardsigmoid.default, aten.hardsigmoid_.default, aten.tanh.default, aten.tanh_.default,
+    aten.silu.default, aten.silu_.default, aten.mish.default, aten.mish_.default, aten.hardswish.default,
+    aten.hardswish_.default, aten.elu.default, aten.elu_.default, aten.leaky_relu.default, aten.leaky_relu_.default,
+    aten.softplus.default, aten.sigmoid.default, aten.sigmoid_.default, aten.hardsigmoid.default,
+    aten.hardsigmoid_.default, aten.tanh.default, aten.tanh_.default,
 )  # fmt: skip
-"""Operators of one tensor and numbers, each value by itself, that change by no more than so much with it."""
+"""Operators of one tensor and numbers, each value by itself, with a slope that has a bound. Not the GELU: on a BERT of
+four layers the fit came no nearer by it, and one of six takes 121 s instead of 93.
+"""
 
 
 class Behind:

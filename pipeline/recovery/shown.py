@@ -68,7 +68,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Curved:
-    """Behind a GELU, a SiLU or another `activation` that is flat in some places.
+    """Behind a SiLU, a hard swish or another `activation` that is flat in some places.
 
     `reads`, `gives`: what it does where targets are met. `unit`: how much of a target makes one of what it reads, 0
     where nothing of it arrives, and `inverse`; None where all of them are one. `steepest`: the largest slope, squared.

@@ -23,8 +23,6 @@ CUTS = {
     "clamp_min": lambda x: x.clamp_min(0.1),
 }
 CURVES = {
-    "gelu": F.gelu,
-    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "silu in place": lambda x: F.silu(x, inplace=True),
     "mish": F.mish,
@@ -38,7 +36,7 @@ CURVES = {
     "tanh": torch.tanh,
 }
 STEP = 1e-2
-LAST = (torch.ops.aten.relu.default, torch.ops.aten.gelu.default)
+LAST = (torch.ops.aten.relu.default, torch.ops.aten.sigmoid.default)
 PATHS = ["bare", "norm", "sum", "rows", "turned", "scaled"]
 
 
@@ -152,7 +150,8 @@ def watch(monkeypatch, found):
 
 
 @pytest.mark.parametrize(
-    ("path", "curve"), [*((path, "gelu") for path in PATHS), *(("norm", curve) for curve in CURVES), ("sum", "silu")]
+    ("path", "curve"),
+    [*((path, "silu") for path in PATHS), *(("norm", curve) for curve in CURVES), ("sum", "silu in place")],
 )
 def test_the_gap_is_what_differs_behind_a_smooth_activation(path, curve, monkeypatch):
     captured, masks, x = made_of(path, curve)
@@ -189,7 +188,7 @@ def test_the_gap_is_what_differs_behind_a_smooth_activation(path, curve, monkeyp
         assert float((slope - changes).abs().median()) < 5e-3
 
 
-@pytest.mark.parametrize(("activation", "size"), [("relu", 1.0), ("gelu", 6.0)])  # a GELU is flat far from 0 only
+@pytest.mark.parametrize(("activation", "size"), [("relu", 1.0), ("sigmoid", 6.0)])  # flat far from 0 only
 @pytest.mark.parametrize("path", PATHS)
 def test_less_is_lost_behind_an_activation_than_by_a_fit_that_does_not_know_it(path, activation, size, monkeypatch):
     captured, masks, x = made_of(path, activation, size=size)
