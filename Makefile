@@ -10,7 +10,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan sweep gate test test-examples test-long lint format zoo bench bench-huge bench-norms bench-latency bench-recovery bench-training smaller race bundle-versions house faults alarms compare examples clean
+.PHONY: help setup deploy plan sweep gate test test-examples test-long lint format zoo bench bench-huge bench-norms bench-latency bench-recovery bench-training smaller race bundle-versions house faults alarms compare photographs examples clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,9 @@ faults: $(STAMP) ## [CAMPAIGNS="kills versions ..." SIZE= SEED=]: attacks on the
 compare: $(STAMP) .compare ## [ARGS="--models resnet18 --seeds 0"]: accuracy against the field's pruning libraries, at equal MACs or latency
 	PYTHONPATH=.compare $(BIN)/python -m benchmarks.compare $(ARGS)
 	PYTHONPATH=.compare $(BIN)/python -m benchmarks.compare --table $(ARGS)
+
+photographs: $(STAMP) .compare ## FOLDER=photographs [ARGS="--macs 0.8 --images 256"]: real weights, agreement with dense on unlabelled images
+	PYTHONPATH=.compare $(BIN)/python -m benchmarks.compare.pretrained $(FOLDER) $(ARGS)
 
 # Beside the environment, not in it: nothing of ours needs them.
 .compare:

@@ -1,7 +1,6 @@
 """EfficientNet-lite0 with its ImageNet weights, pruned with unlabelled photographs: how often it says what it said.
 
-    make .compare
-    PYTHONPATH=.compare .venv/bin/python -m benchmarks.compare.pretrained photographs --macs 0.8,0.7,0.5
+    make photographs FOLDER=photographs ARGS="--macs 0.8,0.7,0.5"
 
 The folder is one that `benchmarks.compare.photographs` wrote. Nothing is trained, and no label is looked at.
 """
