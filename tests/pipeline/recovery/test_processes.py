@@ -38,9 +38,10 @@ def cases(*names: str) -> Iterator[Case]:
         if not names or name in names:
             captured, inputs = whole.built(name, SAMPLES)
             yield name, captured, whole.cut(captured), inputs, None
-    if not names or "behind a cut" in names:  # more places than a shift is found on
-        captured, gone, x = behind.made_of("norm", count=SAMPLES, side=12)
-        yield "behind a cut", captured, gone, (x,), None
+    for name, activation in (("behind a cut", "relu"), ("behind a curve", "silu")):
+        if not names or name in names:  # more places than a shift is found on
+            captured, gone, x = behind.made_of("norm", activation, count=SAMPLES, side=12)
+            yield name, captured, gone, (x,), None
     if not names or "single weights" in names:
         captured, inputs = whole.built("mlp", SAMPLES)
         draw = torch.Generator().manual_seed(0)
