@@ -279,6 +279,15 @@ def test_a_write_to_a_whole_tensor_stays_in_place() -> None:
     assert held(captured) == ["relu_"]
 
 
+def test_a_dropout_in_place_behind_a_view_holds_no_channel(experiment: Any) -> None:
+    """As at the end of torchvision's EfficientNets: in evaluation it writes what is there."""
+    net = [nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2, inplace=True), nn.Linear(8, 4)]
+    e = experiment(nn.Sequential(*net), IMAGE)
+    assert e.analysis.removable_share > 0.9
+    assert not e.shrunk.refused and e.control > 1e-3
+    assert e.shrunk.program.state_dict["0.weight"].shape[0] < 8
+
+
 def strided_over_memory(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     y.as_strided((4,), (7,)).mul_(2)
     return y
