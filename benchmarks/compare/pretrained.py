@@ -32,12 +32,12 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Photographs(Problem):
-    """Images that are learnt from, and of them `x`, others to judge by; `y` is what the dense model says of all."""
+    """Of the images `x` the first `learnt` are learnt from, and the others judge; `y` is what the dense model says."""
 
     learnt: int = 0
 
     def part(self, name: str) -> tuple[Tensor, Tensor]:
-        """The first images for the test, the others for the rest."""
+        """The others for the test, the first ones for training and calibration alike."""
         chosen = slice(self.learnt, None) if name == "test" else slice(0, self.learnt)
         return self.x[chosen], self.y[chosen]
 

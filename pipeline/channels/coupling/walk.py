@@ -114,8 +114,7 @@ def _after_write(t: Trace, node: fx.Node) -> None:
     """
     if not writes(node) or not node.args or not isinstance(node.args[0], fx.Node):
         return
-    card = find(node.target)
-    if card is not None and card.kind == "dropout" and not draws(node):  # it writes what is there
+    if kind_of(node) == "dropout" and not draws(node):  # it writes what is there
         return
     target: Any = node.args[0]
     result = t.values.get(node)
