@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx
 
 from pipeline.channels.dead.branches import ADDITIONS
+from pipeline.channels.operators.table import draws, kind_of
 from pipeline.recovery.networks import Networks
 from pipeline.recovery.shelf import Shelf
 
 aten = torch.ops.aten
 
-_AS_IT_IS = (aten.clone.default, aten.contiguous.default)
 _RESHAPED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
              aten.unflatten.int)  # fmt: skip
 LEAST_SCALE = 1e-3
@@ -67,8 +67,7 @@ def step_back(node: fx.Node, read: fx.Node, networks: Networks) -> Back | None:
     """How a difference goes back through `node`, None where it does not."""
     fixed = networks.fixed
     given: Any = node.args
-    idle = node.target is aten.dropout.default and not given[2]  # one that is on drops in eval mode, too
-    if node.target in _AS_IT_IS or idle:
+    if kind_of(node) in ("same", "dropout") and not draws(node):  # a dropout that is on drops in eval mode, too
         return lambda value: value
     if node.target in _RESHAPED:
         return _shaped(read)

@@ -99,7 +99,7 @@ def _by_what_shows(
     together = samples.together
     best, least = lack, torch.full_like(lack, math.inf)
     for _ in range(STEPS):
-        left, slope = shown.gap(off + lack.float())
+        left, slope = shown.gap_and_slope(off + lack.float())
         loss, total, count = (together.added(sums.over(v, 0)) for v in (left.square(), left * slope, slope.square()))
         best, least = torch.where(loss < least, lack, best), torch.minimum(loss, least)
         lack = lack - total / count.clamp_min(1.0)

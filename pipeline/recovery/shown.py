@@ -26,8 +26,11 @@ _REACH, _PROBES = 8.0, 4097
 class Shown(Protocol):
     """Of targets (rows, groups, outputs, or in any other order) what shows of predictions that are not they."""
 
-    def gap(self, off: Tensor) -> tuple[Tensor, Tensor]:
-        """What shows of being `off` by so much, in the unit of the targets, and how it changes with `off`."""
+    def gap(self, off: Tensor) -> Tensor:
+        """What shows of being `off` by so much, in the unit of the targets."""
+
+    def gap_and_slope(self, off: Tensor) -> tuple[Tensor, Tensor]:
+        """That, and how it changes with `off`."""
 
     def nearest(self, off: Tensor) -> Tensor:
         """Where targets may move to, so that squares to them fall with the squares of the gap at `off`."""
@@ -52,9 +55,13 @@ class Cut:
         """
         return cls(torch.where(room > 0, -math.inf, room), torch.where(room < 0, math.inf, room))
 
-    def gap(self, off: Tensor) -> tuple[Tensor, Tensor]:
-        """What lies beyond the room; it grows as `off` does."""
-        beyond = off - self.nearest(off)
+    def gap(self, off: Tensor) -> Tensor:
+        """What lies beyond the room."""
+        return off - self.nearest(off)
+
+    def gap_and_slope(self, off: Tensor) -> tuple[Tensor, Tensor]:
+        """Beyond the room it grows as `off` does."""
+        beyond = self.gap(off)
         return beyond, (beyond != 0).to(beyond.dtype)
 
     def nearest(self, off: Tensor) -> Tensor:
@@ -88,16 +95,18 @@ class Curved:
         reads = there if inverse is None else there * inverse
         return cls(activation, reads, activation(reads), unit, inverse, _steepest(activation))
 
-    def gap(self, off: Tensor) -> tuple[Tensor, Tensor]:
-        """The difference behind the activation, taken back to the targets' unit; and its slope."""
-        here = self.reads + off if self.inverse is None else torch.addcmul(self.reads, off, self.inverse)
-        value, slope = _with_slope(self.activation, here)
-        gap = value.sub_(self.gives)
-        return (gap if self.unit is None else gap.mul_(self.unit)), slope
+    def gap(self, off: Tensor) -> Tensor:
+        """The difference behind the activation, taken back to the targets' unit."""
+        return self._taken_back(self.activation(self._at(off)))
+
+    def gap_and_slope(self, off: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the activation's slope."""
+        value, slope = _with_slope(self.activation, self._at(off))
+        return self._taken_back(value), slope
 
     def nearest(self, off: Tensor) -> Tensor:
         """A step down the squares of the gap, as long as the steepest slope allows."""
-        gap, slope = self.gap(off)
+        gap, slope = self.gap_and_slope(off)
         return torch.addcmul(off, gap, slope, value=-1 / self.steepest)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Curved:
@@ -105,10 +114,19 @@ class Curved:
         unit, inverse = (None if one is None else change(one) for one in (self.unit, self.inverse))
         return replace(self, reads=change(self.reads), gives=change(self.gives), unit=unit, inverse=inverse)
 
+    def _at(self, off: Tensor) -> Tensor:
+        """What the activation reads of a prediction that is off."""
+        return self.reads + off if self.inverse is None else torch.addcmul(self.reads, off, self.inverse)
+
+    def _taken_back(self, value: Tensor) -> Tensor:
+        """How far `value`, which is written into, is from what the activation should give."""
+        gap = value.sub_(self.gives)
+        return gap if self.unit is None else gap.mul_(self.unit)
+
 
 def lacking(rest: Tensor, shown: Shown | None) -> float:
     """Squares of what predictions leave of their targets, or of what shows of it."""
-    return sums.squares(rest if shown is None else shown.gap(-rest)[0])
+    return sums.squares(rest if shown is None else shown.gap(-rest))
 
 
 def _with_slope(activation: Elementwise, x: Tensor) -> tuple[Tensor, Tensor]:

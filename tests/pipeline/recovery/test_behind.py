@@ -169,7 +169,7 @@ def test_the_gap_is_what_differs_behind_a_smooth_activation(path, curve, monkeyp
             return (value if last else value.movedim(1, -1)).flatten(0, -2)
 
         shown = made.shown(made.facts(0, rows))
-        gap, slope = shown.gap(rows(off))
+        gap, slope = shown.gap_and_slope(rows(off))
         there, moved, nearby = (
             through(made, node, [value, *dense[1:]], networks)[: len(off)]
             for value in (dense[0], dense[0] + off, dense[0] + off + STEP)

@@ -38,8 +38,8 @@ class Net(nn.Module):
             y = self.wide[i](x.roll((-1, -1), (2, 3)).permute(0, 2, 3, 1).unflatten(2, (2, 4)).transpose(1, 2))
             y = y.transpose(1, 2).reshape(-1, 8, 8, 8).roll((1, 1), (1, 2))[:, :8, :8]
             return y.contiguous().permute(0, 3, 1, 2)
-        if self.end in ("dropped", "noisy"):
-            return F.dropout(self.b[i](x), 0.5, training=self.end == "noisy")
+        if self.end in ("dropped", "noisy", "dropped in place"):
+            return F.dropout(self.b[i](x), 0.5, training=self.end == "noisy", inplace=self.end == "dropped in place")
         return self.b[i](x)
 
     def forward(self, x):
@@ -61,7 +61,7 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-ENDS = ["plain", "norm", "scaled", "dropped", "in place", "windows"]
+ENDS = ["plain", "norm", "scaled", "dropped", "dropped in place", "in place", "windows"]
 
 
 def made_of(end):
