@@ -151,8 +151,16 @@ def run(
         widths=widths,
         curves=_facts(weighed.measured) if weighed is not None and weighed.measured is not None else None,
         aims=aims,
-        align=alignment(cfg) if cfg.method == "structured" else 1,
+        align=_left_aligned(cfg),
     )
+
+
+def _left_aligned(cfg: PruneSection) -> int:
+    """What counts of channels are to be multiples of, when the dead ones go: of a checkpoint that was pruned elsewhere
+    all go, unless the recipe says a number.
+    """
+    asked = cfg.method == "structured" or (cfg.method == "given" and cfg.align != "auto")
+    return alignment(cfg) if asked else 1
 
 
 def _given(cfg: PruneSection, model: nn.Module, progress: Progress) -> Masks:

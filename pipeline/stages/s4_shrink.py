@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from exporters.host import vector_block
 from pipeline import channels
 from pipeline.artifacts import archive
 from pipeline.artifacts.base import WidthChange, write_table
@@ -82,7 +83,7 @@ def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: 
     return Shrunk(
         folder=out,
         removed=params < folded.params,
-        statement=_statement(pruned, folded, params, small.ledger),
+        statement=_statement(pruned, folded, params, small.ledger) + _uneven(analysis, pruned, live),
         params_before=folded.params,
         params_after=params,
         macs_before=analysis.macs,
@@ -108,8 +109,14 @@ class _Cut:
 def _cut(captured: Captured, pruned: Pruned) -> _Cut:
     """What is dead in a captured program, and the program without it."""
     analysis = analyse(captured, policy_of(pruned.kinds))
-    live = evened(analysis, captured.state, liveness(analysis, captured.state), pruned.align)
+    live = _evened(analysis, pruned, pruned.align)
     return _Cut(analysis, live, channels.shrink(captured, analysis, live.dead, refused=live.refusals))
+
+
+def _evened(analysis: Analysis, pruned: Pruned, align: int) -> Liveness:
+    """What goes, where counts of channels are to be multiples of `align`."""
+    state = analysis.captured.state
+    return evened(analysis, state, liveness(analysis, state), align, by_chance=pruned.method != "given")
 
 
 def _drawing(analysis: Analysis, ledger: Ledger, title: str) -> str:
@@ -137,6 +144,31 @@ def _statement(pruned: Pruned, folded: Folded, params: int, ledger: Ledger) -> s
             'file is smaller. For speed, prune channels (prune.method = "structured").'
         )
     return "Nothing was removed: no channel is dead in the folded weights."
+
+
+def _uneven(analysis: Analysis, pruned: Pruned, live: Liveness) -> str:
+    """Of a checkpoint that was pruned elsewhere: which counts of channels kernels may be slow with, and what helps; ""
+    where there are none, or the recipe says what counts are to be multiples of.
+    """
+    if pruned.method != "given" or pruned.align != 1:
+        return ""
+    block = vector_block()
+    even = _evened(analysis, pruned, block).dead
+    stay = {
+        c.name: int((gone & ~even.get(c.name, False)).sum())
+        for c in analysis.clusters
+        if (gone := live.dead.get(c.name)) is not None
+    }
+    stay = {name: count for name, count in stay.items() if count}
+    if not stay:
+        return ""
+    first = next(c for c in analysis.clusters if c.name in stay)
+    left = first.size - int(live.dead[first.name].sum())
+    layers_left = "1 layer is" if len(stay) == 1 else f"{len(stay)} layers are"
+    return (
+        f" {layers_left} left with counts of channels that kernels may be slow with ({first.name}: {left} of "
+        f"{first.size}); with prune.align={block}, {sum(stay.values()):,} dead ones stay for even counts."
+    )
 
 
 def _kept_back(analysis: Analysis, ledger: Ledger) -> tuple[str, ...]:

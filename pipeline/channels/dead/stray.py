@@ -1,4 +1,4 @@
-"""Channels that are dead by chance, which stay where their going would leave a count that kernels are slow with.
+"""Dead channels that stay, since their going would leave a count that kernels are slow with.
 
 Trained weights hold channels that nobody masked and that are zero all the same: EfficientNet-lite0's have three, in
 three layers. onnxruntime takes channels in blocks, and a layer of 31 is not taken in blocks of 16 at all: without the
@@ -21,11 +21,14 @@ from pipeline.channels.dead.liveness import Liveness, Slices, zero_slices
 from pipeline.channels.ledger import Refusal
 
 
-def evened(analysis: Analysis, state: Mapping[str, Tensor], live: Liveness, align: int) -> Liveness:
-    """`live` without as many groups of each cluster that are dead by chance as it takes to leave a multiple of `align`
-    channels, or all of them; with a refusal for these. Where too few are, all of them go.
+def evened(
+    analysis: Analysis, state: Mapping[str, Tensor], live: Liveness, align: int, *, by_chance: bool = True
+) -> Liveness:
+    """`live` without as many groups of each cluster as it takes to leave a multiple of `align` channels, or all of
+    them; with a refusal for these. Where too few are dead, all of them go.
 
-    `state`: the folded weights. A group of which every weight is zero, on both sides, was masked, and goes.
+    `state`: the folded weights. `by_chance`: a group of which every weight is zero, on both sides, was chosen, and
+    goes; nothing was chosen in a checkpoint that was pruned elsewhere, where any group may stay.
     """
     if align == 1 or not live.dead:
         return live
@@ -36,13 +39,14 @@ def evened(analysis: Analysis, state: Mapping[str, Tensor], live: Liveness, alig
         if flags is None or flags.all():  # inside a branch that goes as a whole
             continue
         left = cluster.size - int(flags.sum())
-        stray = np.flatnonzero(flags & _weighty(cluster, zero))
+        stray = np.flatnonzero(flags & _weighty(cluster, zero) if by_chance else flags)
         wanted = next((n for n in counts(cluster, align) if n >= left), left)
         if not left < wanted <= left + len(stray):
             continue
         stay = stray[: wanted - left]
         dead[cluster.name] = flags & ~np.isin(np.arange(cluster.size), stay)
-        reason = f"dead by chance: {wanted} are faster than {left} where {align} channels are taken at once"
+        dead_how = "dead by chance" if by_chance else "dead"
+        reason = f"{dead_how}: {wanted} are faster than {left} where {align} channels are taken at once"
         refusals.append(Refusal(cluster.name, tuple(stay.tolist()), "width", cluster.name, reason))
     return replace(live, dead={n: f for n, f in dead.items() if f.any()}, refusals=(*live.refusals, *refusals))
 

@@ -208,3 +208,43 @@ def test_a_foreign_pruned_checkpoint_is_shrunk_without_any_mask(source, digits, 
     shrunk = s4_shrink.run(ShrinkSection(), tmp_path / "shrink", source, digits, pruned, folded)
     widths = {w.cluster: (w.before, w.after) for w in shrunk.widths}
     assert widths["blocks.0.conv1"] == (32, 29)
+
+
+@pytest.mark.parametrize("sides", ["one side", "both sides"])
+def test_dead_channels_of_a_foreign_checkpoint_stay_where_a_count_is_asked_for(
+    sides, source, digits, baseline, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(s4_shrink, "vector_block", lambda: 16)
+    state, gone = baseline.weights(), [1, 5, 9]
+    for name in ("blocks.0.conv1.weight", "blocks.0.bn1.weight", "blocks.0.bn1.bias"):
+        state[name][gone] = 0.0
+    if sides == "both sides":
+        state["blocks.0.conv2.weight"][:, gone] = 0.0
+    save_tensors(state, tmp_path / "pruned.safetensors")
+
+    def shrunk(folder, **settings):
+        given = {"method": "given", "weights": str(tmp_path / "pruned.safetensors"), **settings}
+        folder.mkdir()
+        pruned = prune(source, digits, baseline, folder / "prune", **given)
+        for name in ("finetune", "fold", "shrink"):
+            (folder / name).mkdir()
+        cfg = FinetuneSection(recover="none")
+        tuned = s2_finetune.run(cfg, folder / "finetune", source, digits, baseline, pruned, TASK, SILENT)
+        folded = s3_fold.run(FoldSection(), folder / "fold", source, digits, pruned, tuned).save()
+        made = s4_shrink.run(ShrinkSection(), folder / "shrink", source, digits, pruned, folded)
+        width = next(w for w in made.widths if w.cluster == "blocks.0.conv1")
+        assert width.before == 32
+        return width.after, made
+
+    left, made = shrunk(tmp_path / "all")
+    assert left == 29
+    assert made.statement.endswith(
+        "1 layer is left with counts of channels that kernels may be slow with (blocks.0.conv1: 29 of 32); with "
+        "prune.align=16, 3 dead ones stay for even counts."
+    )
+    left, made = shrunk(tmp_path / "even", align=16)
+    assert left == 32
+    assert "prune.align" not in made.statement
+    assert any("3 groups of blocks.0.conv1" in line and "32 are faster than 29" in line for line in made.kept_back)
+    left, made = shrunk(tmp_path / "one", align=1)
+    assert left == 29
