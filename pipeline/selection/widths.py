@@ -271,7 +271,8 @@ def _improved(widths: _Widths, level: dict[str, int]) -> dict[str, int]:
     """`level`, or one that loses less and meets the goals as well.
 
     What a block saves depends on the other widths, so that the integer program holds near a level only: it may move
-    each cluster by as many blocks as `reach` says, half as many whenever that did not help.
+    each cluster by as many blocks as `reach` says, half as many whenever that did not help, until it gains no more than
+    `GAP`.
     """
     best, lost = level, widths.lost(level)
     if not widths.free or widths.missed(widths.left(best)) or not widths.missed(widths.dense):
@@ -295,12 +296,20 @@ def _improved(widths: _Widths, level: dict[str, int]) -> dict[str, int]:
         taken = exactly(steps, wanted[0], wanted[1:])
         new = {c.name: first + n for (c, first, _), n in zip(ends, taken, strict=True)}
         missing = np.array([over(v, cost.goal) for v, cost in zip(widths.left(new), widths.costs, strict=True)])
-        if (missing <= 0).all() and widths.lost(new) < lost * (1 - 1e-9):
-            best, lost = new, widths.lost(new)
-            margin[:] = 0
-        else:  # as much more has to be saved as the straight line was wrong by
-            margin = margin + np.maximum(missing, 0) if (missing > 0).any() else np.zeros(len(widths.costs))
+        if (missing > 0).any():  # as much more has to be saved as the straight line was wrong by
+            margin = margin + np.maximum(missing, 0)
             reach //= 2
+            continue
+        before, less = lost, widths.lost(new)
+        if less < lost:
+            best, lost = new, less
+        if less < before * (1 - GAP):
+            margin = np.zeros(len(widths.costs))
+        elif margin.any():  # more was saved than had to be
+            margin = np.zeros(len(widths.costs))
+            reach //= 2
+        else:  # the program tells no smaller gains, and a smaller reach holds no choice that this one did not
+            break
     return best
 
 
