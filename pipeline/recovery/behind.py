@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from foundation.editor import writes
 from pipeline.channels.dead.branches import ADDITIONS
 from pipeline.recovery.networks import Networks
-from pipeline.recovery.residuals import Back, other_side, shape_of, step_back
+from pipeline.recovery.residuals import Back, onward, other_side, shape_of
 from pipeline.recovery.rows import Gather
 from pipeline.recovery.shown import Curved, Cut, Shown
 
@@ -113,19 +113,16 @@ def behind(node: fx.Node, dense: Sequence[Any], networks: Networks) -> Behind | 
     if not isinstance(dense[0], Tensor) or not dense[0].is_floating_point():
         return None
     path, back = [node], list[Back]()
-    while len(path[-1].users) == 1:
-        read = path[-1]
-        (user,) = read.users
+    for user, read, step in onward(node, networks):
         if limits_of(user) is not None or (user.target in _SMOOTH and user.all_input_nodes == [read]):
             return Behind(dense, path, user, back, networks)
         if user.target in ADDITIONS:
             other = other_side(user, read)
             if other is None or other not in networks.values or shape_of(other) != shape_of(read):
                 return None
+        elif step is None:
+            return None
         else:
-            step = step_back(user, read, networks)
-            if step is None:
-                return None
             back.insert(0, step)
         path.append(user)
     return None

@@ -7,7 +7,7 @@ lacks, taken back through what lies between the two: norms with fixed statistics
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +34,7 @@ def wanted(node: fx.Node, dense: list[Any], networks: Networks) -> Sequence[Any]
     last layer of a residual branch whose other side is known by now, and differs.
     """
     back: list[Back] = []
-    at = node
-    while len(at.users) == 1:
-        (user,) = at.users
+    for user, at, step in onward(node, networks):
         if user.target in ADDITIONS:
             other = other_side(user, at)
             # What is written in place is a node of its own. Of two sides the later one makes up for both.
@@ -46,12 +44,20 @@ def wanted(node: fx.Node, dense: list[Any], networks: Networks) -> Sequence[Any]
             if sides[0] is sides[1] or not _alike(sides[0], at, dense, back):
                 return dense
             return _Corrected(dense, sides, tuple(back), networks.shelf)
-        step = step_back(user, at, networks)
         if step is None:
             return dense
         back.insert(0, step)
-        at = user
     return dense
+
+
+def onward(node: fx.Node, networks: Networks) -> Iterator[tuple[fx.Node, fx.Node, Back | None]]:
+    """(the reader, what it reads, how a difference goes back through it or None), from `node` on as long as what is
+    read has no other reader.
+    """
+    while len(node.users) == 1:
+        (user,) = node.users
+        yield user, node, step_back(user, node, networks)
+        node = user
 
 
 def other_side(addition: fx.Node, side: fx.Node) -> fx.Node | None:
