@@ -204,10 +204,12 @@ def shrink(
 
     CHECKPOINT holds zeros in place of what was pruned, or still has torch.nn.utils.prune on it (weight_orig and
     weight_mask). Nothing is trained. Where --dense is left out, the release is held against the checkpoint itself, and
-    the verdict says that what pruning cost was not measured.
+    the verdict says that what pruning cost was not measured. All dead channels go, or with prune.align as many as leave
+    a multiple, which kernels are faster with.
 
     \b
     leanort shrink pruned.pt --model resnet50
+    leanort shrink pruned.pt --model resnet50 --set prune.align=16
     leanort shrink pruned.pt --model mynet.py:build --dense before.pt --data imagefolder:photos
     """
     chosen = (
