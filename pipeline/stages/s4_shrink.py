@@ -28,6 +28,7 @@ from pipeline.data.parts import Data
 from pipeline.drawing.widths import widths_svg
 from pipeline.models.graph import graph_of
 from pipeline.models.source import ModelSource
+from pipeline.progress import Progress
 from pipeline.rebuilding.rebuild import rebuild
 from pipeline.recipe.removal import ShrinkSection
 from pipeline.selection.kinds import policy_of
@@ -35,7 +36,15 @@ from pipeline.selection.kinds import policy_of
 REAL_SAMPLES = 8
 
 
-def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: Pruned, folded: Folded) -> Shrunk:
+def run(
+    cfg: ShrinkSection,
+    out: Path,
+    source: ModelSource,
+    data: Data,
+    pruned: Pruned,
+    folded: Folded,
+    progress: Progress,
+) -> Shrunk:
     """Find what is dead from the folded weights alone, cut it, compare folded and shrunk on random and real inputs.
 
     Raises RefusedError when the two differ by more than float32 rounding; CaptureError when torch.export cannot follow.
@@ -80,10 +89,12 @@ def run(cfg: ShrinkSection, out: Path, source: ModelSource, data: Data, pruned: 
     write_table(out / "widths.csv", widths)
     (out / "widths.svg").write_text(_drawing(analysis, small.ledger, source.spec), encoding="utf-8")
     params = sum(p.numel() for p in {id(p): p for p in small.program.parameters()}.values())  # tied ones once
+    statement = _statement(pruned, folded, params, small.ledger) + _uneven(analysis, pruned, live)
+    progress.say(f"  {statement}")
     return Shrunk(
         folder=out,
         removed=params < folded.params,
-        statement=_statement(pruned, folded, params, small.ledger) + _uneven(analysis, pruned, live),
+        statement=statement,
         params_before=folded.params,
         params_after=params,
         macs_before=analysis.macs,

@@ -94,7 +94,7 @@ def shrink(source, digits, dense: Baseline, criterion: str, folders: list[Path])
     cfg = FinetuneSection(train=TRAIN)
     tuned = s2_finetune.run(cfg, folders[1], source, digits, dense, pruned, TASK, progress).save()
     folded = s3_fold.run(FoldSection(), folders[2], source, digits, pruned, tuned).save()
-    return s4_shrink.run(ShrinkSection(), folders[3], source, digits, pruned, folded).save()
+    return s4_shrink.run(ShrinkSection(), folders[3], source, digits, pruned, folded, progress).save()
 
 
 @pytest.mark.examples

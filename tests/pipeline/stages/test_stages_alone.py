@@ -55,7 +55,7 @@ def finish(source, digits, baseline, pruned: Pruned, tmp_path: Path):
     cfg = FinetuneSection(train=TrainSettings(epochs=1, lr=0.01))
     tuned = s2_finetune.run(cfg, folders[0], source, digits, baseline, pruned, TASK, SILENT).save()
     folded = s3_fold.run(FoldSection(), folders[1], source, digits, pruned, tuned).save()
-    shrunk = s4_shrink.run(ShrinkSection(), folders[2], source, digits, pruned, folded).save()
+    shrunk = s4_shrink.run(ShrinkSection(), folders[2], source, digits, pruned, folded, SILENT).save()
     return folded, shrunk
 
 
@@ -205,7 +205,7 @@ def test_a_foreign_pruned_checkpoint_is_shrunk_without_any_mask(source, digits, 
         folder=tmp_path / "fold", sparsity=0.0, zeros=zeros, params=baseline.params,
         score=evaluate(TASK, model, digits, "test").score, max_abs_diff_to_masked=0.0,
     )  # fmt: skip
-    shrunk = s4_shrink.run(ShrinkSection(), tmp_path / "shrink", source, digits, pruned, folded)
+    shrunk = s4_shrink.run(ShrinkSection(), tmp_path / "shrink", source, digits, pruned, folded, SILENT)
     widths = {w.cluster: (w.before, w.after) for w in shrunk.widths}
     assert widths["blocks.0.conv1"] == (32, 29)
 
@@ -221,6 +221,8 @@ def test_dead_channels_of_a_foreign_checkpoint_stay_where_a_count_is_asked_for(
     if sides == "both sides":
         state["blocks.0.conv2.weight"][:, gone] = 0.0
     save_tensors(state, tmp_path / "pruned.safetensors")
+    lines, told = [], Progress()
+    monkeypatch.setattr(told, "say", lines.append)
 
     def shrunk(folder, **settings):
         given = {"method": "given", "weights": str(tmp_path / "pruned.safetensors"), **settings}
@@ -231,7 +233,8 @@ def test_dead_channels_of_a_foreign_checkpoint_stay_where_a_count_is_asked_for(
         cfg = FinetuneSection(recover="none")
         tuned = s2_finetune.run(cfg, folder / "finetune", source, digits, baseline, pruned, TASK, SILENT)
         folded = s3_fold.run(FoldSection(), folder / "fold", source, digits, pruned, tuned).save()
-        made = s4_shrink.run(ShrinkSection(), folder / "shrink", source, digits, pruned, folded)
+        made = s4_shrink.run(ShrinkSection(), folder / "shrink", source, digits, pruned, folded, told)
+        assert lines.pop().strip() == made.statement
         width = next(w for w in made.widths if w.cluster == "blocks.0.conv1")
         assert width.before == 32
         return width.after, made
