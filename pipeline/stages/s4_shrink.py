@@ -154,6 +154,12 @@ def _statement(pruned: Pruned, folded: Folded, params: int, ledger: Ledger) -> s
             "onnxruntime's dense CPU kernels multiply zeros at full price. Expect no speed-up; only the compressed "
             'file is smaller. For speed, prune channels (prune.method = "structured").'
         )
+    stay = sum(len(refusal.groups) for refusal in ledger.refusals)
+    if stay:
+        groups_stay = (
+            "1 channel group is dead, and stays" if stay == 1 else f"{stay:,} channel groups are dead, and stay"
+        )
+        return f"Nothing was removed: {groups_stay} ({ledger.refusals[0].reason})."
     return "Nothing was removed: no channel is dead in the folded weights."
 
 
