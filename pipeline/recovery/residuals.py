@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from pipeline.channels.dead.branches import ADDITIONS
-from pipeline.channels.operators.table import draws, kind_of
+from pipeline.channels.operators.table import gives_operand
 from pipeline.recovery.networks import Networks
 from pipeline.recovery.shelf import Shelf
 
@@ -73,7 +73,7 @@ def step_back(node: fx.Node, read: fx.Node, networks: Networks) -> Back | None:
     """How a difference goes back through `node`, None where it does not."""
     fixed = networks.fixed
     given: Any = node.args
-    if kind_of(node) in ("same", "dropout") and not draws(node):  # a dropout that is on drops in eval mode, too
+    if gives_operand(node):
         return lambda value: value
     if node.target in _RESHAPED:
         return _shaped(read)

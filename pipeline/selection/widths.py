@@ -303,13 +303,11 @@ def _improved(widths: _Widths, level: dict[str, int]) -> dict[str, int]:
         before, less = lost, widths.lost(new)
         if less < lost:
             best, lost = new, less
-        if less < before * (1 - GAP):
-            margin = np.zeros(len(widths.costs))
-        elif margin.any():  # more was saved than had to be
-            margin = np.zeros(len(widths.costs))
+        if not less < before * (1 - GAP):
+            if not margin.any():  # no smaller gains are told, and a smaller reach holds no choice that this one did not
+                break
             reach //= 2
-        else:  # the program tells no smaller gains, and a smaller reach holds no choice that this one did not
-            break
+        margin = np.zeros(len(widths.costs))
     return best
 
 

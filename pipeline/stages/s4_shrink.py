@@ -120,14 +120,9 @@ class _Cut:
 def _cut(captured: Captured, pruned: Pruned) -> _Cut:
     """What is dead in a captured program, and the program without it."""
     analysis = analyse(captured, policy_of(pruned.kinds))
-    live = _evened(analysis, pruned, pruned.align)
+    live = liveness(analysis, captured.state)
+    live = evened(analysis, captured.state, live, pruned.align, by_chance=pruned.method != "given")
     return _Cut(analysis, live, channels.shrink(captured, analysis, live.dead, refused=live.refusals))
-
-
-def _evened(analysis: Analysis, pruned: Pruned, align: int) -> Liveness:
-    """What goes, where counts of channels are to be multiples of `align`."""
-    state = analysis.captured.state
-    return evened(analysis, state, liveness(analysis, state), align, by_chance=pruned.method != "given")
 
 
 def _drawing(analysis: Analysis, ledger: Ledger, title: str) -> str:
@@ -165,26 +160,22 @@ def _statement(pruned: Pruned, folded: Folded, params: int, ledger: Ledger) -> s
 
 def _uneven(analysis: Analysis, pruned: Pruned, live: Liveness) -> str:
     """Of a checkpoint that was pruned elsewhere: which counts of channels kernels may be slow with, and what helps; ""
-    where there are none, or the recipe says what counts are to be multiples of.
+    where there are none, or the recipe says what counts are to be multiples of. `live`: all that is dead.
     """
     if pruned.method != "given" or pruned.align != 1:
         return ""
     block = vector_block()
-    even = _evened(analysis, pruned, block).dead
-    stay = {
-        c.name: int((gone & ~even.get(c.name, False)).sum())
-        for c in analysis.clusters
-        if (gone := live.dead.get(c.name)) is not None
-    }
-    stay = {name: count for name, count in stay.items() if count}
+    even = evened(analysis, analysis.captured.state, live, block, by_chance=False)
+    stay = even.refusals[len(live.refusals) :]
     if not stay:
         return ""
-    first = next(c for c in analysis.clusters if c.name in stay)
+    first = next(c for c in analysis.clusters if c.name == stay[0].cluster)
     left = first.size - int(live.dead[first.name].sum())
+    count = sum(len(one.groups) for one in stay)
     layers_left = "1 layer is" if len(stay) == 1 else f"{len(stay)} layers are"
     return (
         f" {layers_left} left with counts of channels that kernels may be slow with ({first.name}: {left} of "
-        f"{first.size}); with prune.align={block}, {sum(stay.values()):,} dead ones stay for even counts."
+        f"{first.size}); with prune.align={block}, {count:,} dead ones stay for even counts."
     )
 
 

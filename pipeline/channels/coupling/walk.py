@@ -18,7 +18,7 @@ from foundation.editor import writes
 from foundation.files import memory_of
 from pipeline.channels.coupling.shuffle import find_shuffles
 from pipeline.channels.operators.strict import BUGS, strict
-from pipeline.channels.operators.table import base_name, bind, draws, find, kind_of
+from pipeline.channels.operators.table import base_name, bind, find, gives_operand, kind_of
 from pipeline.channels.operators.trace import NoRule, Policy, Trace
 from pipeline.channels.operators.values import Atoms, Flags, Value, opaque
 from pipeline.channels.program.capture import Captured
@@ -114,7 +114,7 @@ def _after_write(t: Trace, node: fx.Node) -> None:
     """
     if not writes(node) or not node.args or not isinstance(node.args[0], fx.Node):
         return
-    if kind_of(node) == "dropout" and not draws(node):  # it writes what is there
+    if gives_operand(node):  # it writes what is there
         return
     target: Any = node.args[0]
     result = t.values.get(node)

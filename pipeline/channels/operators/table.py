@@ -75,6 +75,11 @@ def draws(node: fx.Node) -> bool:
     return card.random
 
 
+def gives_operand(node: fx.Node) -> bool:
+    """Whether the node gives its first operand itself, or a copy; a dropout does, unless it is on in evaluation."""
+    return kind_of(node) in ("same", "dropout") and not draws(node)
+
+
 @lru_cache(maxsize=4096)
 def is_pointwise(target: Any) -> bool:
     """Whether PyTorch itself tags the operator, or the out-of-place twin of it, as pointwise."""
