@@ -10,7 +10,7 @@ PIP_ARGS ?=
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy plan sweep gate test test-examples test-long lint format zoo bench bench-huge bench-norms bench-latency bench-recovery bench-training smaller race bundle-versions house faults alarms compare photographs examples clean
+.PHONY: help setup deploy plan sweep gate test test-examples test-long lint format zoo bench bench-huge bench-norms bench-latency bench-allocation bench-recovery bench-training smaller race bundle-versions house faults alarms compare photographs examples clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ bench-norms: $(STAMP) ## forms of a LayerNorm over removed channels in onnxrunti
 
 bench-latency: $(STAMP) ## [ARGS="resnet18 --tests 12 --verbose"]: latency tables against models that they have not seen
 	$(BIN)/python benchmarks/latency_table.py $(ARGS)
+
+bench-allocation: $(STAMP) ## [ARGS="--layers 200 --latency"]: seconds to choose all widths together, greedily and by integer program
+	$(BIN)/python benchmarks/allocation.py $(ARGS)
 
 bench-recovery: $(STAMP) ## seconds and memory of the closed-form fit: ResNet-50 at 32 and 224, a BERT [ARGS="small --profile"]
 	$(BIN)/python benchmarks/recovery.py $(ARGS)

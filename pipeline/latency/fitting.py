@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
-from pipeline.latency.matching import Operator, Seen, Where, likeliest, matched, where
+from pipeline.latency.matching import Flags, Operator, Seen, Where, likeliest, matched, where
 from pipeline.latency.sizes import Numbers, Sizes, Slot, slot
 
 Shapes = Sequence[Sequence[Any]]
@@ -168,6 +168,21 @@ class _Placed:
             {s.of for side in (self.inputs, self.outputs) for shape in side for s in shape if s.of is not None}
         )
 
+    def at(self, dimensions: Numbers, whole: Flags, terms: Mapping[_Key, Numbers], block: int) -> Numbers:
+        """What it takes at each choice, of which these are the program's `dimensions` (choices, dimensions) and the
+        clusters that are `whole` (choices, clusters). A file has nothing of a branch that goes as a whole, whose sizes
+        are zero: it does not even cost its constant.
+        """
+        sides = self.inputs, self.outputs
+        inputs, outputs = ([[s.at(dimensions) for s in shape] for shape in side] for side in sides)
+        found = work(self.kind, inputs, outputs, block)
+        cost = terms.get((found.key, self.column))
+        if cost is None:
+            return np.zeros(len(dimensions))
+        took = self.factor * sum(c * v for c, v in zip(cost, found.terms, strict=True))
+        made: Numbers = ((dimensions[:, self.follows] > 0).all(axis=1) & self.where.at(whole)) * took
+        return made
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -185,7 +200,67 @@ class Fit:
 
     def ratio(self, kept: Numbers) -> Numbers:
         """(choices, clusters) groups kept -> (choices,) time of the dense model's."""
-        made: Numbers = _grown(_total(self, kept)) @ np.array(self.scale)
+        made: Numbers = _grown(self._total(kept)) @ np.array(self.scale)
+        return made
+
+    def of(self, kept: Numbers) -> float:
+        """(clusters,) groups kept -> time of the dense model's: `ratio` of one choice. An operator that is asked again
+        for the sizes that it had is not worked out again: a choice is mostly one of many that differ in a layer.
+        """
+        return float((_grown(self._each(kept).sum(keepdims=True)) @ np.array(self.scale))[0])
+
+    def along(self, kept: Numbers, counts: Sequence[tuple[int, Sequence[int]]]) -> list[Numbers]:
+        """(clusters,) groups kept -> for each (number of a cluster, counts of groups) the time of the dense model's
+        when that cluster keeps so many, and all else is as in `kept`: `ratio` of these, for which an operator is worked
+        out for the clusters alone that it follows.
+        """
+        of = np.repeat([number for number, _ in counts], [len(each) for _, each in counts]).astype(int)
+        values = np.array([n for _, each in counts for n in each], float)
+        rows = np.arange(len(of))
+        dimensions = self.sizes.at(kept[None]) + (values - kept[of])[:, None] * self.sizes.each.T[of]
+        whole = np.repeat((kept == self.sizes.whole)[None], len(of), axis=0)
+        whole[rows, of] = values == self.sizes.whole[of]
+        here = self._each(kept)
+        total = np.full(len(of), here.sum())
+        for one, clusters, now in zip(self.placed, self._clusters, here, strict=True):
+            at = np.flatnonzero(clusters[of])
+            if at.size:
+                total[at] += one.at(dimensions[at], whole[at], self.terms, self.block) - now
+        found = _grown(total) @ np.array(self.scale)
+        return np.split(found, np.cumsum([len(each) for _, each in counts]))[: len(counts)]
+
+    def _total(self, kept: Numbers) -> Numbers:
+        """What the operators of each choice take together."""
+        dimensions, whole = self.sizes.at(kept), kept == self.sizes.whole
+        return sum((one.at(dimensions, whole, self.terms, self.block) for one in self.placed), np.zeros(len(kept)))
+
+    def _each(self, kept: Numbers) -> Numbers:
+        """What each operator takes at one choice, (clusters,)."""
+        dimensions, whole = self.sizes.at(kept[None]), (kept == self.sizes.whole)[None]
+        sizes, flags = dimensions[0].tolist(), whole[0].tolist()
+        found = np.empty(len(self.placed))
+        for number, one in enumerate(self.placed):
+            key = number, one.where.of is None or flags[one.where.of], *[sizes[d] for d in one.follows]
+            took = self._known.get(key)
+            if took is None:
+                took = self._known[key] = float(one.at(dimensions, whole, self.terms, self.block)[0])
+            found[number] = took
+        return found
+
+    @cached_property
+    def _known(self) -> dict[tuple[Any, ...], float]:
+        """(number of an operator, whether the cluster that decides on it is whole, sizes that it follows) -> share."""
+        return {}
+
+    @cached_property
+    def _clusters(self) -> list[Flags]:
+        """Of each operator: which clusters what it takes depends on."""
+        made = []
+        for one in self.placed:
+            depends = (self.sizes.each[one.follows] != 0).any(axis=0)
+            if one.where.of is not None:
+                depends[one.where.of] = True
+            made.append(depends)
         return made
 
 
@@ -194,22 +269,6 @@ def _grown(total: Numbers) -> Numbers:
     own time, as much as they say, and more the larger the model is, whose tensors push each other out of the caches.
     """
     return np.stack([np.ones_like(total), total, total**BENDING], axis=1)
-
-
-def _total(made: Fit, kept: Numbers) -> Numbers:
-    """What the operators of each choice take together. A file has none of those of a branch that goes as a whole, whose
-    sizes are zero: they do not even cost their constant.
-    """
-    dimensions, whole = made.sizes.at(kept), kept == made.sizes.whole
-    total, left = np.zeros(len(kept)), dimensions > 0
-    for one in made.placed:
-        inputs, outputs = ([[s.at(dimensions) for s in shape] for shape in side] for side in (one.inputs, one.outputs))
-        found = work(one.kind, inputs, outputs, made.block)
-        cost = made.terms.get((found.key, one.column))
-        if cost is not None:
-            took = one.factor * sum(c * v for c, v in zip(cost, found.terms, strict=True))
-            total += (left[:, one.follows].all(axis=1) & one.where.at(whole)) * took
-    return total
 
 
 def _levelled(samples: Sequence[Sample]) -> list[Sample]:
@@ -268,7 +327,7 @@ def _fit(samples: Sequence[Sample], same: Sequence[Seen], numbers: Sequence[int]
     placed = _placed(same, numbers, terms, block, sizes, kept)
     made = Fit(sizes, placed, terms, block, (0.0, 1.0, 0.0))
     ratios = np.array([samples[number].ratio for number in numbers])
-    found, _ = nnls(_grown(_total(made, kept[list(numbers)])) / ratios[:, None], np.ones(len(ratios)))
+    found, _ = nnls(_grown(made._total(kept[list(numbers)])) / ratios[:, None], np.ones(len(ratios)))
     fixed, growing, bending = found.tolist()
     return replace(made, scale=(fixed, growing, bending))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -135,17 +134,14 @@ class Timed:
 
     def of(self, removed: Removed) -> float:
         """What is left."""
-        return self.correction * float(self.fit.ratio(self._kept(removed)[None])[0])
+        return self.correction * self.fit.of(self._kept(removed))
 
     def along(self, removed: Removed, counts: Counts) -> list[list[float]]:
-        """What is left at each count: all of them are one step of the table."""
-        rows = np.repeat(self._kept(removed)[None], sum(len(kept) for _, kept in counts), axis=0)
-        at = 0
-        for cluster, kept in counts:
-            rows[at : at + len(kept), self.fit.sizes.clusters.index(cluster.name)] = kept
-            at += len(kept)
-        left = iter((self.correction * self.fit.ratio(rows)).tolist())
-        return [list(itertools.islice(left, len(kept))) for _, kept in counts]
+        """What is left at each count."""
+        numbers = [self.fit.sizes.clusters.index(cluster.name) for cluster, _ in counts]
+        kept = [widths for _, widths in counts]
+        left = self.fit.along(self._kept(removed), list(zip(numbers, kept, strict=True)))
+        return [(self.correction * one).tolist() for one in left]
 
     def towards(self, share: float) -> Timed:
         """The same with a goal on the way to this one's."""

@@ -40,6 +40,23 @@ def drawn(count, seed, step=8, **more):
     return [sample(a, b, **more) for a, b in pairs]
 
 
+def reordered(a, b):
+    """A layer that is not whole costs an operator more, and the others other names."""
+    if a == 64:
+        return sample(a, b)
+    operators = (
+        conv("first", 3, a, block=8, space=28), conv("x_second", a, b, block=8), conv("x_third", b, a, block=8),
+        Operator("x_reorder", "Reorder", ((1, b, 14, 14),), ((1, b, 14, 14),), 6e-4 * b), linear("x_head", a, 10),
+    )  # fmt: skip
+    return Sample({"a": a, "b": b}, 0.01 + sum(o.share for o in operators), operators)
+
+
+def fit_of_reordered():
+    draw = np.random.default_rng(0)
+    pairs = [(64, 32), *((int(draw.choice([64, 56, 40, 24, 8])), int(draw.integers(1, 5)) * 8) for _ in range(17))]
+    return fit([reordered(a, b) for a, b in pairs], SIZES, (8,))
+
+
 def errors(made, samples):
     kept = np.array([SIZES.kept(one.kept) for one in samples])
     return np.abs(made.ratio(kept) / [one.ratio for one in samples] - 1)
@@ -71,20 +88,23 @@ def test_what_writing_down_costs_and_a_disturbed_profile_are_not_the_models_time
 
 
 def test_where_the_graph_hangs_on_a_width_each_graph_has_operators_of_its_own():
-    def one(a, b):
-        if a == 64:
-            return sample(a, b)
-        operators = (
-            conv("first", 3, a, block=8, space=28), conv("x_second", a, b, block=8), conv("x_third", b, a, block=8),
-            Operator("x_reorder", "Reorder", ((1, a, 14, 14),), ((1, a, 14, 14),), 3e-4 * a), linear("x_head", a, 10),
-        )  # fmt: skip
-        return Sample({"a": a, "b": b}, 0.01 + sum(o.share for o in operators), operators)
+    test = [reordered(a, b) for a in (64, 48, 32, 16) for b in (8, 24)]
+    assert errors(fit_of_reordered(), test).max() < 0.02
 
-    draw = np.random.default_rng(0)
-    pairs = [(64, 32), *((int(draw.choice([64, 56, 40, 24, 8])), int(draw.integers(1, 5)) * 8) for _ in range(17))]
-    made = fit([one(a, b) for a, b in pairs], SIZES, (8,))
-    test = [one(a, b) for a in (64, 48, 32, 16) for b in (8, 24)]
-    assert errors(made, test).max() < 0.02
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_choice_and_its_neighbours_cost_what_all_of_them_together_do(seed):
+    made, draw = fit_of_reordered(), np.random.default_rng(seed)
+    assert any(one.where.of is not None for one in made.placed)
+    for _ in range(6):  # with what went as a whole, and more than once the same sizes
+        kept = np.array([draw.choice([64, 40, 8, 0]), draw.choice([32, 16, 0])], float)
+        counts = [(1, (32, 24, 8, 0)), (0, (64, 60, 8))][:: int(draw.choice([1, -1]))]
+        assert made.of(kept) == pytest.approx(made.ratio(kept[None])[0], rel=1e-12)
+        for (number, each), found in zip(counts, made.along(kept, counts), strict=True):
+            rows = np.repeat(kept[None], len(each), axis=0)
+            rows[:, number] = each
+            np.testing.assert_allclose(found, made.ratio(rows), rtol=1e-12)
+    assert made.along(kept, []) == []
 
 
 def test_operators_that_the_runtime_put_in_are_told_by_their_places_for_their_names_change():

@@ -262,9 +262,9 @@ def aimed_at(source, monkeypatch, goal, took):
     cfg = PruneSection(target={"latency": goal}, align=1, scope="layer", criterion="l2")
 
     def share(fit, kept):
-        return kept.sum(axis=1) / fit.sizes.whole.sum()
+        return kept.sum() / fit.sizes.whole.sum()
 
-    monkeypatch.setattr(Fit, "ratio", share)
+    monkeypatch.setattr(Fit, "of", share)
     table = Fit(sizes_of(analysis), (), {}, 1, (0.0, 1.0), error=0.02)
     cost = targets.Timed(table, goal, 10.0, 1, 1)
     chooser = Chooser(cfg, analysis, model, costs=(cost,))
