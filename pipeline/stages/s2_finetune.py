@@ -71,14 +71,15 @@ def run(
     fitted = False
     if cfg.recover != "none" and chosen and not ladder.near(now, dense):
         inputs = data.sample("train", cfg.samples)
-        made, now = ladder.climb(
-            "closed form",
-            model,
-            data,
-            task,
-            now,
-            lambda: _closed_form(cfg, out, inputs, data, graph, model, teacher, chosen, progress),
-        )
+
+        def fit() -> str:
+            did = _closed_form(cfg, out, inputs, data, graph, model, teacher, chosen, progress)
+            if baseline.trained_here:  # it is surer of the samples that it was trained on than of others
+                return did
+            others = data.sample("calibration", ladder.COMPARED)
+            return "; ".join(filter(None, (did, ladder.few_samples(model, teacher, task, inputs, others))))
+
+        made, now = ladder.climb("closed form", model, data, task, now, fit)
         fitted = made.kept
         if not fitted:
             (out / FITTED).unlink(missing_ok=True)  # what it tells is of no weight that is there

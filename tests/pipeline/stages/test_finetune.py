@@ -68,10 +68,10 @@ def stage(tmp_path, trained, digits):
     save_tensors(trained, tmp_path / "0-baseline" / Baseline.WEIGHTS)
     save_tensors(trained, tmp_path / "1-prune" / Pruned.WEIGHTS)
     source = models.load(net(), num_classes=10, input_size=SIZE)
-    baseline = Baseline.model_construct(folder=tmp_path / "0-baseline")
     pruned = Pruned.model_construct(folder=tmp_path / "1-prune", kinds=GroupSwitches())
 
-    def run(chosen, own=digits, **settings):
+    def run(chosen, own=digits, trained_here=False, **settings):
+        baseline = Baseline.model_construct(folder=tmp_path / "0-baseline", trained_here=trained_here)
         masks.save(chosen, tmp_path / "1-prune" / Pruned.MASKS)
         cfg = FinetuneSection(**settings)
         return s2_finetune.run(cfg, tmp_path / "2-finetune", source, own, baseline, pruned, TASK, Progress())
@@ -186,6 +186,18 @@ def test_fewer_rows_than_columns_are_told_and_do_no_harm(stage, digits):
     with (made.folder / "fitted.csv").open() as file:
         head = next(line for line in csv.DictReader(file) if line["name"] == "9.weight")
     assert (int(head["rows"]), int(head["columns"])) == (12, 48)
+
+
+@pytest.mark.parametrize(("count", "said"), [(24, True), (None, False)])
+def test_a_fit_that_lacks_samples_says_so(stage, digits, count, said):
+    own = replace(digits, train=data.parts.picked(digits.train, torch.arange(count))) if count else digits
+    why = stage(halved(), own, recover="closed-form").rungs[1].why
+    assert ("samples that it did not learn from: more would help" in why) is said
+
+
+def test_of_a_model_that_was_trained_on_the_samples_nothing_is_said(stage, digits):
+    few = replace(digits, train=data.parts.picked(digits.train, torch.arange(24)))
+    assert "did not learn from" not in stage(halved(), few, True, recover="closed-form").rungs[1].why
 
 
 def given(digits, change):
