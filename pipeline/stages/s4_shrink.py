@@ -35,6 +35,9 @@ from pipeline.selection.kinds import policy_of
 
 REAL_SAMPLES = 8
 
+EMPTY = "a tensor would become empty"
+"""Why groups stay that are all that a dimension has."""
+
 
 def run(
     cfg: ShrinkSection,
@@ -149,12 +152,14 @@ def _statement(pruned: Pruned, folded: Folded, params: int, ledger: Ledger) -> s
             "onnxruntime's dense CPU kernels multiply zeros at full price. Expect no speed-up; only the compressed "
             'file is smaller. For speed, prune channels (prune.method = "structured").'
         )
-    stay = sum(len(refusal.groups) for refusal in ledger.refusals)
-    if stay:
+    stays = [(len(one.groups), one.reason) for one in ledger.refusals]
+    stays += [(len(spared), EMPTY) for spared in ledger.spared.values()]
+    count = sum(groups for groups, _ in stays)
+    if count:
         groups_stay = (
-            "1 channel group is dead, and stays" if stay == 1 else f"{stay:,} channel groups are dead, and stay"
+            "1 channel group is dead, and stays" if count == 1 else f"{count:,} channel groups are dead, and stay"
         )
-        return f"Nothing was removed: {groups_stay} ({ledger.refusals[0].reason})."
+        return f"Nothing was removed: {groups_stay} ({stays[0][1]})."
     return "Nothing was removed: no channel is dead in the folded weights."
 
 
@@ -183,5 +188,5 @@ def _kept_back(analysis: Analysis, ledger: Ledger) -> tuple[str, ...]:
     """Why what stays has to stay: operators that block channels, and groups that were dead yet could not go."""
     blocked = [f"{b.op} at {b.node}: {b.reason} ({b.params:,} parameters)" for b in analysis.blocked]
     refused = [f"{len(r.groups)} groups of {r.cluster}: {r.op} at {r.node}: {r.reason}" for r in ledger.refusals]
-    refused += [f"{len(g)} groups of {name}: a tensor would become empty" for name, g in ledger.spared.items()]
+    refused += [f"{len(g)} groups of {name}: {EMPTY}" for name, g in ledger.spared.items()]
     return (*blocked, *refused)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from foundation.errors import MaskError
 from foundation.files import save_tensors
@@ -12,7 +13,7 @@ from pipeline.artifacts.eager import Baseline, Folded, Pruned
 from pipeline.measurements import Measurements
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
-from pipeline.recipe.removal import FoldSection, ShrinkSection
+from pipeline.recipe.removal import FoldSection, GroupSwitches, ShrinkSection
 from pipeline.recipe.source import BaselineSection
 from pipeline.recipe.train import FinetuneSection, TrainSettings
 from pipeline.stages import s0_baseline, s1_prune, s2_finetune, s3_fold, s4_shrink
@@ -254,3 +255,29 @@ def test_dead_channels_of_a_foreign_checkpoint_stay_where_a_count_is_asked_for(
     assert any("3 groups of blocks.0.conv1" in line and "32 are faster than 29" in line for line in made.kept_back)
     left, made = shrunk(tmp_path / "one", align=1)
     assert left == 29
+
+
+class Rolled(nn.Module):
+    """The last channel alone is one input of the concatenation."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 10, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(torch.cat([x[:, 3:], x[:, :3]], 1)).mean((2, 3))
+
+
+def test_what_is_dead_and_stays_because_a_tensor_would_become_empty_is_said_to_be_dead(digits, tmp_path):
+    source = models.load(Rolled(), num_classes=10, input_size=digits.input_size)
+    state = source.build().state_dict()
+    state["first.weight"][3], state["first.bias"][3] = 0.0, 0.0
+    save_tensors(state, tmp_path / Folded.WEIGHTS)
+    folded = Folded.model_construct(
+        folder=tmp_path, sparsity=0.0, params=sum(value.numel() for value in state.values())
+    )
+    pruned = Pruned.model_construct(folder=tmp_path, kinds=GroupSwitches(), method="structured", align=1)
+    made = s4_shrink.run(ShrinkSection(), tmp_path, source, digits, pruned, folded, SILENT)
+    assert made.statement == "Nothing was removed: 1 channel group is dead, and stays (a tensor would become empty)."
+    assert "1 groups of first: a tensor would become empty" in made.kept_back
