@@ -17,6 +17,7 @@ from pipeline.inquiry.dense import dense_model
 from pipeline.models.graph import graph_of
 from pipeline.progress import Progress
 from pipeline.recipe.config import Config
+from pipeline.recipe.prune import PruneSection
 from pipeline.release.reuse import folder_of
 from pipeline.selection import choose
 from pipeline.selection.curves import SHARES
@@ -67,7 +68,8 @@ def sensitivity(config: Config, progress: Progress | None = None) -> Sensitivity
             f"Curves are of whole groups, and prune.method is {config.prune.method!r}.",
             "Leave the method out, or set it to structured.",
         )
-    cfg = config.prune.model_copy(update={"scope": "curves"})
+    said = {name: getattr(config.prune, name) for name in config.prune.model_fields_set}
+    cfg = PruneSection(**said | {"scope": "curves"})
     source, data, task = runner.sources(config.model, None, config)
     folder = folder_of(config)
     model, origin = dense_model(config.baseline, source, folder, runner.steps(config, folder, source, data, task))

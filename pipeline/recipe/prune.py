@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
@@ -69,6 +69,18 @@ class PruneSection(Section):
     def code(self) -> dict[str, str]:
         """Each file of the pruned checkpoint, and the file of a device -> its sha256."""
         return self.target.code() | ({} if self.weights is None else checkpoints.digests(self.weights))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _streams_by_curves(cls, values: Any) -> Any:
+        """Where curves decide, residual streams may go as well unless the recipe says otherwise: what one loses is
+        measured like anything else, and the layers around a whole stream come to the end of what they can save.
+        """
+        if not isinstance(values, dict) or values.get("scope") != "curves":
+            return values
+        groups = values.get("groups", {})
+        named = groups.model_dump(exclude_unset=True) if isinstance(groups, GroupSwitches) else groups
+        return {**values, "groups": {"residual": True, **named}} if isinstance(named, dict) else values
 
     @model_validator(mode="after")
     def _given(self) -> PruneSection:

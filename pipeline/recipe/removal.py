@@ -14,7 +14,10 @@ class GroupSwitches(Section):
     neurons: bool = Field(True, description="feed-forward neurons")
     heads: bool = Field(True, description="whole attention heads")
     head_positions: bool = Field(False, description="the same positions inside every head")
-    residual: bool = Field(False, description="residual streams under LayerNorm, with the exact norm rewrite")
+    residual: bool = Field(
+        False,
+        description="residual streams under LayerNorm; left out: true where curves decide",
+    )
 
 
 class FoldSection(Section):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from foundation.errors import ConfigError
 from pipeline.recipe import config
 from pipeline.recipe.config import Config
+from pipeline.recipe.removal import GroupSwitches
 
 
 def recipe(tmp_path: Path, text: str) -> Path:
@@ -122,6 +123,25 @@ def test_only_the_training_settings_that_were_set_are_written_out(tmp_path):
 def test_where_nothing_is_trained_curves_choose_unless_a_scope_is_named(settings, scope, criterion, seconds, tmp_path):
     made = config.load(None, settings)
     assert (made.prune.scope, made.prune.criterion, made.prune.seconds) == (scope, criterion, seconds)
+    assert made.prune.groups.residual == (scope == "curves")
     path = tmp_path / "again.toml"
     path.write_text(config.to_toml(made))
     assert config.load(path) == made
+
+
+@pytest.mark.parametrize("settings", [{"finetune.recover": "closed-form"}, {"prune.scope": "curves"}])
+def test_a_recipe_that_keeps_residual_streams_keeps_them_where_curves_choose(settings, tmp_path):
+    made = config.load(None, settings | {"prune.groups.residual": False})
+    assert (made.prune.scope, made.prune.groups.residual) == ("curves", False)
+    path = tmp_path / "again.toml"
+    path.write_text(config.to_toml(made))
+    assert config.load(path) == made
+    assert config.load(None, settings | {"prune.groups.heads": False}).prune.groups == GroupSwitches(
+        heads=False, residual=True
+    )
+
+
+@pytest.mark.parametrize("groups", ["heads", 3, None, [True]])
+def test_groups_that_are_no_table_are_refused_where_curves_choose(groups):
+    with pytest.raises(ConfigError, match="prune.groups"):
+        config.load(None, {"prune.scope": "curves", "prune.groups": groups})
