@@ -35,7 +35,8 @@ from pipeline.models.at_home import at_home, own_class
 from pipeline.models.calling import OtherInTrainingError
 from pipeline.rebuilding.fit import fit, tensors
 from pipeline.rebuilding.numbers import Use, module_of, put, running_in, uses
-from pipeline.rebuilding.structure import Place, Setting, Structure
+from pipeline.rebuilding.padding import pad, paddings, parameters
+from pipeline.rebuilding.structure import Padding, Place, Setting, Structure
 
 TRIES = 8
 """How often channels are given back to a kind of module that cannot do without them."""
@@ -71,7 +72,7 @@ def rebuild(
     for _ in range(TRIES):
         made = None
         try:
-            made, biases, numbers = _made(model, captured, base)
+            made, biases, numbers, padded = _made(model, captured, base)
             worst, scale = compare(made, captured, shrunk, precise=precise)
             _try_training(made, captured)
             break
@@ -98,7 +99,8 @@ def rebuild(
         for name, value in tensors(made).items()
         if name not in before or before[name].shape != value.shape
     }
-    own = base.ledger.kept
+    whole = parameters(model, padded)
+    own = {name: left for name, left in base.ledger.kept.items() if name not in whole}
     kept = {
         name: {dim: tuple(where) for dim, where in own.get(name, {}).items()}
         for name in shrunk.ledger.kept
@@ -108,8 +110,9 @@ def rebuild(
     if kept_whole:
         words += f"; {', '.join(dict.fromkeys(kept_whole))} keep their pruned channels, as zeros ({first})"
     return made, Structure(
-        original=True, why=words, kind=called, shapes=shapes, biases=biases, kept=kept, numbers=tuple(numbers.items())
-    )
+        original=True, why=words, kind=called, shapes=shapes, biases=biases, kept=kept, numbers=tuple(numbers.items()),
+        padded=padded,
+    )  # fmt: skip
 
 
 def _refused(kind: type, called: str, reason: str) -> Structure:
@@ -124,14 +127,17 @@ def _parameters(program: ExportedProgram) -> int:
 
 def _made(
     model: nn.Module, captured: Captured, shrunk: Shrunk
-) -> tuple[nn.Module, dict[str, str], dict[Place, Setting]]:
-    """A copy of `model` with the tensors and numbers of `shrunk`, not yet compared with anything."""
+) -> tuple[nn.Module, dict[str, str], dict[Place, Setting], dict[str, Padding]]:
+    """A copy of `model` with the tensors and numbers of `shrunk`, not yet compared with anything; and what it took."""
     biases = _biases(captured, shrunk.ledger)
-    numbers = _settings(model, captured, shrunk)
+    padded = paddings(model, captured, shrunk)
+    numbers = {place: to for place, to in _settings(model, captured, shrunk).items() if place[0] not in padded}
     made = copy.deepcopy(model).eval()
     put(made, numbers)
-    fit(made, state_of(shrunk.program, shrunk.ledger, captured.state, biases))
-    return made, biases, numbers
+    whole: dict[str, dict[int, tuple[int, ...]]] = {name: {} for name in parameters(model, padded)}
+    fit(made, state_of(shrunk.program, shrunk.ledger, captured.state, biases, whole))
+    pad(made, padded)
+    return made, biases, numbers, padded
 
 
 def _failing(made: nn.Module, captured: Captured) -> str | None:

@@ -19,6 +19,7 @@ from pipeline.models.at_home import at_home, own_class
 from pipeline.models.source import build_module
 from pipeline.rebuilding.fit import fit, tensors
 from pipeline.rebuilding.numbers import put
+from pipeline.rebuilding.padding import pad
 from pipeline.rebuilding.structure import FILE, Structure
 
 WEIGHTS = "model.safetensors"
@@ -44,6 +45,7 @@ def restructured(dense: nn.Module, structure: Structure, state: Mapping[str, Ten
     try:
         put(dense, dict(structure.numbers))
         fit(dense, state)
+        pad(dense, structure.padded)
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(
             f"The model is not built as the one that was pruned: {first_line(error)}.",

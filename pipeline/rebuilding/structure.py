@@ -17,6 +17,16 @@ Setting = int | tuple[int, ...]
 """What an attribute becomes: a number, or sizes where all were one number before."""
 
 
+class Padding(BaseModel):
+    """Of what a norm is given: `kept`, which of `size` channels in dimension `dim` (counted from the last) are left."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: int
+    size: int
+    kept: tuple[int, ...]
+
+
 class Structure(BaseModel):
     """Everything about the smaller module but its weights.
 
@@ -26,6 +36,7 @@ class Structure(BaseModel):
     that is another one than in the dense model; a bias that was put in is among them. `biases`: the program's name of
     such a bias -> its name here. `kept`: tensor -> dimension -> what it has left, where that is more than in the
     program, since the class cannot do without. `numbers`: attributes that `forward` reads, and what they become.
+    `padded`: norms that count channels which are gone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +53,7 @@ class Structure(BaseModel):
     biases: dict[str, str] = {}
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
     numbers: tuple[tuple[Place, Setting], ...] = ()
+    padded: dict[str, Padding] = {}
 
     def write(self, folder: Path) -> None:
         """Write it into `folder`."""
@@ -70,5 +82,6 @@ class Structure(BaseModel):
                 "kept": {inner(name): left for name, left in self.kept.items()},
                 "biases": {name: inner(there) for name, there in self.biases.items()},
                 "numbers": tuple(((inner(str(name)), *rest), value) for (name, *rest), value in self.numbers),
+                "padded": {inner(name): one for name, one in self.padded.items()},
             }
         )

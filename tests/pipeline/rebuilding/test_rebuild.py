@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -428,3 +429,72 @@ def test_following_numbers_leaves_the_model_as_it_was() -> None:
     found = uses(model, (SEQUENCES,))
     assert {place for use in found for place in use.number.places} == {("", name) for name in ("heads", "dim", "inner")}
     assert pickle.dumps(model) == before
+
+
+class ByHand(nn.Module):
+    """A norm of one's own over the last dimension, as language models write it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class OverChannels(nn.LayerNorm):
+    """Of images, over their channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Stream(nn.Module):
+    """A residual stream under norms; of images where `last` is false."""
+
+    def __init__(self, norm: Any, *, last: bool = True) -> None:
+        super().__init__()
+        layer = nn.Linear if last else (lambda a, b: nn.Conv2d(a, b, 1))
+        self.stem, self.norms = layer(12 if last else 3, 16), nn.ModuleList(norm(16) for _ in range(3))
+        self.up, self.down, self.mix = layer(16, 32), layer(32, 16), layer(16, 16)
+        self.head, self.dims = layer(16, 4), (1,) if last else (2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.mix(self.norms[0](x))
+        x = x + self.down(self.up(self.norms[1](x)).relu())
+        return self.head(self.norms[2](x)).mean(self.dims)
+
+
+@pytest.mark.parametrize(
+    ("norm", "inputs"),
+    [
+        (nn.LayerNorm, SEQUENCES),
+        (partial(nn.RMSNorm, eps=1e-6), SEQUENCES),
+        (ByHand, SEQUENCES),
+        (OverChannels, IMAGES),
+    ],
+)
+def test_norms_over_a_stream_that_lost_channels_still_count_them_and_training_leaves_them(norm, inputs) -> None:
+    model = Stream(norm, last=inputs.dim() == 3)
+    rebuilt = check(model, inputs)
+    assert rebuilt.stem.weight.shape[0] == rebuilt.mix.weight.shape[1] == 8
+    assert [len(one.weight) for one in rebuilt.norms] == [16, 16, 16]
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(rebuilt)))  # as a checkpoint of one's own holds it
+    torch.testing.assert_close(twin(inputs), rebuilt(inputs))
+    held = [one.weight == 0 for one in twin.norms]
+    assert all(int(zeros.sum()) == 8 for zeros in held)
+    optimizer = torch.optim.AdamW(twin.train().parameters(), 0.01, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        twin(inputs).square().mean().backward()
+        optimizer.step()
+    assert all(torch.equal(one.weight == 0, zeros) for one, zeros in zip(twin.norms, held, strict=True))
+    exported = torch.export.export(twin.eval(), (inputs,)).module()
+    torch.testing.assert_close(exported(inputs), twin(inputs))
+
+
+def test_of_a_submodule_the_norms_are_named_from_within() -> None:
+    _, structure, *_ = made(nn.Sequential(Stream(nn.LayerNorm)), SEQUENCES)
+    assert sorted(structure.padded) == ["0.norms.0", "0.norms.1", "0.norms.2"]
+    assert sorted(structure.within("0").padded) == ["norms.0", "norms.1", "norms.2"]
