@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from foundation.errors import ModelError
 from pipeline.artifacts.eager import Rung
 from pipeline.data.parts import Data, Inputs
 from pipeline.models.calling import named
@@ -118,9 +119,13 @@ def far(new: Standing, dense: Standing) -> bool:
 
 def few_samples(model: nn.Module, dense: nn.Module, task: Task, learnt: Inputs, others: Inputs) -> str:
     """What to say of a fit to `learnt` that comes much nearer to the dense model on these than on `others`; "" where it
-    does not. Both models in eval mode, `others` inputs that nothing has learnt from.
+    does not, or where the task cannot tell how far outputs are apart, such as boxes of which one model finds more. Both
+    models in eval mode, `others` inputs that nothing has learnt from.
     """
-    near, off = (_divergence(model, dense, task, _spaced(inputs)) for inputs in (learnt, others))
+    try:
+        near, off = (_divergence(model, dense, task, _spaced(inputs)) for inputs in (learnt, others))
+    except ModelError:
+        return ""
     if not max(LACKING * near, FAINT) < off:
         return ""
     times = f"{off / near:.2g}" if near > off / 100 else "over 100"

@@ -20,6 +20,7 @@ from pipeline.recipe.train import FinetuneSection, TrainSettings
 from pipeline.recovery import ladder
 from pipeline.stages import s2_finetune
 from pipeline.tasks import classification
+from pipeline.tasks.task import apart
 from pipeline.training import loop, masks
 from pipeline.training.defaults import default_settings
 
@@ -193,6 +194,15 @@ def test_a_fit_that_lacks_samples_says_so(stage, digits, count, said):
     own = replace(digits, train=data.parts.picked(digits.train, torch.arange(count))) if count else digits
     why = stage(halved(), own, recover="closed-form").rungs[1].why
     assert ("samples that it did not learn from: more would help" in why) is said
+
+
+def test_nothing_is_said_where_outputs_cannot_be_compared(digits):
+    def outputs(boxes):
+        return lambda x: {"boxes": torch.zeros(len(x), boxes, 4)}
+
+    task = replace(TASK, reads=("boxes",), divergence=lambda *pair: apart(*pair))
+    inputs = digits.sample("calibration", 8)
+    assert ladder.few_samples(outputs(3), outputs(2), task, inputs, inputs) == ""
 
 
 def test_of_a_model_that_was_trained_on_the_samples_nothing_is_said(stage, digits):
