@@ -26,13 +26,11 @@ from pipeline.measurements import Measurements
 from pipeline.models.find import load
 from pipeline.models.graph import graph_of
 from pipeline.progress import TerminalProgress
+from pipeline.recipe.prune import PruneSection
 from pipeline.selection import widths
 from pipeline.selection.allocation import Budget, Removed
 from pipeline.selection.cost import Cost, Counted, Timed
 from pipeline.selection.curves import SHARES, Curve
-
-FLOOR = 0.1
-"""Share of each layer's channels that always stays: a recipe's default."""
 
 
 def main() -> int:
@@ -86,7 +84,7 @@ def _timed(
 ) -> tuple[float, float, float]:
     """(seconds of the greedy choice, of the exact one, the exact one's loss over the greedy one's)."""
     scores = {cluster.name: np.arange(cluster.size, dtype=float) for cluster in analysis.clusters}
-    budget = Budget(0.5, align=align, floor=FLOOR)
+    budget = Budget(0.5, align=align, floor=PruneSection().floor)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     lost = {}
     for _ in range(rounds):

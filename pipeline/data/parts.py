@@ -296,8 +296,7 @@ class Data:
 
     def some(self, part: Part, count: int) -> Data:
         """The same data with at most `count` samples of `part`, evenly spaced."""
-        most = len(self.split(part))
-        return self.only(part, torch.linspace(0, most - 1, min(count, most)).long())
+        return self.only(part, evenly(len(self.split(part)), count))
 
     def only(self, part: Part, chosen: Tensor) -> Data:
         """The same data with the samples of `part` at the positions `chosen`."""
@@ -311,6 +310,11 @@ def _fit(images: Tensor, size: Size) -> Tensor:
     if tuple(images.shape[2:]) != (height, width):
         images = F.interpolate(images, (height, width), mode="bilinear", align_corners=False, antialias=True)
     return images.expand(-1, channels, -1, -1) if images.shape[1] != channels else images
+
+
+def evenly(most: int, count: int) -> Tensor:
+    """Positions of at most `count` of `most` samples, evenly spaced."""
+    return torch.linspace(0, most - 1, min(count, most)).long()
 
 
 def picked(split: Split, chosen: Tensor) -> Split:

@@ -200,14 +200,13 @@ class Fit:
 
     def ratio(self, kept: Numbers) -> Numbers:
         """(choices, clusters) groups kept -> (choices,) time of the dense model's."""
-        made: Numbers = _grown(self._total(kept)) @ np.array(self.scale)
-        return made
+        return self._scaled(self._total(kept))
 
     def of(self, kept: Numbers) -> float:
         """(clusters,) groups kept -> time of the dense model's: `ratio` of one choice. An operator that is asked again
         for the sizes that it had is not worked out again: a choice is mostly one of many that differ in a layer.
         """
-        return float((_grown(self._each(kept).sum(keepdims=True)) @ np.array(self.scale))[0])
+        return float(self._scaled(self._each(kept).sum(keepdims=True))[0])
 
     def along(self, kept: Numbers, counts: Sequence[tuple[int, Sequence[int]]]) -> list[Numbers]:
         """(clusters,) groups kept -> for each (number of a cluster, counts of groups) the time of the dense model's
@@ -216,18 +215,21 @@ class Fit:
         """
         of = np.repeat([number for number, _ in counts], [len(each) for _, each in counts]).astype(int)
         values = np.array([n for _, each in counts for n in each], float)
-        rows = np.arange(len(of))
         dimensions = self.sizes.at(kept[None]) + (values - kept[of])[:, None] * self.sizes.each.T[of]
         whole = np.repeat((kept == self.sizes.whole)[None], len(of), axis=0)
-        whole[rows, of] = values == self.sizes.whole[of]
+        whole[np.arange(len(of)), of] = values == self.sizes.whole[of]
         here = self._each(kept)
         total = np.full(len(of), here.sum())
         for one, clusters, now in zip(self.placed, self._clusters, here, strict=True):
             at = np.flatnonzero(clusters[of])
             if at.size:
                 total[at] += one.at(dimensions[at], whole[at], self.terms, self.block) - now
-        found = _grown(total) @ np.array(self.scale)
-        return np.split(found, np.cumsum([len(each) for _, each in counts]))[: len(counts)]
+        return np.split(self._scaled(total), np.cumsum([len(each) for _, each in counts]))[: len(counts)]
+
+    def _scaled(self, total: Numbers) -> Numbers:
+        """(choices,) what the operators take together -> time of the dense model's."""
+        made: Numbers = _grown(total) @ np.array(self.scale)
+        return made
 
     def _total(self, kept: Numbers) -> Numbers:
         """What the operators of each choice take together."""

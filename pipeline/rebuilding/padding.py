@@ -7,6 +7,7 @@ what comes out the channels that are left go on. Beside the products around it t
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -26,16 +27,18 @@ def paddings(model: nn.Module, captured: Captured, shrunk: Shrunk) -> dict[str, 
     """
     before = {node.name: node for node in captured.program.graph.nodes}
     after = {node.name: node for node in shrunk.program.graph.nodes}
-    state = {
-        *captured.program.graph_signature.inputs_to_parameters,
-        *captured.program.graph_signature.inputs_to_buffers,
-    }
+    signature = captured.program.graph_signature
+    state = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
+    calls: dict[str, set[fx.Node]] = defaultdict(set)
+    for node in before.values():
+        if node.op == "call_function":
+            calls[module_of(node)].add(node)
     found: dict[str, Padding] = {}
     for rewrite in shrunk.ledger.rewrites:
-        node = before.get(rewrite.node)
-        path = module_of(node) if node is not None and rewrite.argument == "operator" else ""
+        at = before.get(rewrite.node)
+        path = module_of(at) if at is not None and rewrite.argument == "operator" else ""
         kept = _kept(model, shrunk, path) if path and path not in found else ()
-        source = _given(path, captured, state) if kept else None
+        source = _given(calls[path], state) if kept else None
         if source is None or source.name not in after:
             continue
         old, new = (list(one.meta["val"].shape) for one in (source, after[source.name]))
@@ -67,16 +70,10 @@ def _kept(model: nn.Module, shrunk: Shrunk, path: str) -> tuple[int, ...]:
     return lists.pop() if plain and len(lists) == 1 else ()
 
 
-def _given(path: str, captured: Captured, state: set[str]) -> fx.Node | None:
-    """The tensor that a module is given, where it is one."""
-    within = [node for node in captured.program.graph.nodes if node.op == "call_function" and module_of(node) == path]
-    outside = {
-        source: None
-        for node in within
-        for source in node.all_input_nodes
-        if source not in within and source.name not in state
-    }
-    return next(iter(outside)) if len(outside) == 1 else None
+def _given(calls: set[fx.Node], state: set[str]) -> fx.Node | None:
+    """The tensor that a module with these `calls` is given, where it is one; `state`: names of what holds weights."""
+    outside = {source for node in calls for source in node.all_input_nodes if source.name not in state} - calls
+    return outside.pop() if len(outside) == 1 else None
 
 
 def _whole(padding: Padding, _module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -78,6 +78,8 @@ class PruneSection(Section):
         """
         if not isinstance(values, dict) or values.get("scope") != "curves":
             return values
+        if values.get("method", "structured") != "structured":  # what is given, or stays, was chosen by nothing
+            return values
         groups = values.get("groups", {})
         named = groups.model_dump(exclude_unset=True) if isinstance(groups, GroupSwitches) else groups
         return {**values, "groups": {"residual": True, **named}} if isinstance(named, dict) else values

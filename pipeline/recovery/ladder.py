@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from foundation.errors import ModelError
 from pipeline.artifacts.eager import Rung
-from pipeline.data.parts import Data, Inputs
+from pipeline.data.parts import Data, Inputs, evenly
 from pipeline.models.calling import named
 from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.task import Task
@@ -120,23 +120,17 @@ def far(new: Standing, dense: Standing) -> bool:
 def few_samples(model: nn.Module, dense: nn.Module, task: Task, learnt: Inputs, others: Inputs) -> str:
     """What to say of a fit to `learnt` that comes much nearer to the dense model on these than on `others`; "" where it
     does not, or where the task cannot tell how far outputs are apart, such as boxes of which one model finds more. Both
-    models in eval mode, `others` inputs that nothing has learnt from.
+    models in eval mode, `others` inputs that nothing has learnt from. Of `learnt` at most `COMPARED` are looked at.
     """
+    some = evenly(len(learnt[0]), COMPARED)
     try:
-        near, off = (_divergence(model, dense, task, _spaced(inputs)) for inputs in (learnt, others))
+        near, off = (_divergence(model, dense, task, inputs) for inputs in (tuple(x[some] for x in learnt), others))
     except ModelError:
         return ""
     if not max(LACKING * near, FAINT) < off:
         return ""
     times = f"{off / near:.2g}" if near > off / 100 else "over 100"
     return f"{times} times as far from the dense model on samples that it did not learn from: more would help"
-
-
-def _spaced(inputs: Inputs) -> Inputs:
-    """At most `COMPARED` samples, evenly spaced."""
-    count = len(inputs[0])
-    at = torch.linspace(0, count - 1, min(count, COMPARED)).long()
-    return tuple(one[at] for one in inputs)
 
 
 def _divergence(model: nn.Module, dense: nn.Module, task: Task, inputs: Inputs) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from foundation.errors import DataError, ModelError
 from pipeline.channels.coupling.groups import Analysis
-from pipeline.data.parts import Data, Inputs, picked
+from pipeline.data.parts import Data, Inputs
 from pipeline.models.calling import named
 from pipeline.selection.activations import SAMPLES, norm_scales, observe_readers
 from pipeline.selection.criteria import Evidence, Observation, Scores, over_indices, per_index
@@ -112,8 +111,7 @@ def _effects(
     places = {place for cluster in analysis.clusters for place in cluster.labels}
     total = {cluster.name: np.zeros(cluster.size) for cluster in analysis.clusters}
     draw = torch.Generator().manual_seed(seed)
-    chosen = torch.linspace(0, len(data.calibration) - 1, min(ONE_BY_ONE, len(data.calibration))).long()
-    part = replace(data, calibration=picked(data.calibration, chosen))
+    part = data.some("calibration", ONE_BY_ONE)
     with _differentiable(model) as parameters:
         for inputs, target in part.batches("calibration", 1):
             outputs = _outputs_of_one(model, inputs)

@@ -141,6 +141,10 @@ def test_a_recipe_that_keeps_residual_streams_keeps_them_where_curves_choose(set
     )
 
 
+def test_streams_stay_where_the_recipe_names_curves_and_nothing_is_chosen():
+    assert not config.load(None, {"prune.scope": "curves", "prune.method": "none"}).prune.groups.residual
+
+
 @pytest.mark.parametrize("groups", ["heads", 3, None, [True]])
 def test_groups_that_are_no_table_are_refused_where_curves_choose(groups):
     with pytest.raises(ConfigError, match="prune.groups"):
