@@ -182,6 +182,23 @@ def test_a_whole_model_may_take_longer_than_its_operators_the_more_the_larger_it
     assert errors(fit(told, SIZES, (8,)), test).max() < 0.05
 
 
+def test_what_writing_down_costs_is_told_from_what_operators_cost():
+    """Of twelve small ones it takes more than of a convolution, and more than they take themselves."""
+
+    def written(a, b):
+        made = sample(a, b, fixed=0.0)
+        small = [Operator(f"cast_{n}", "Cast", ((1, a),), ((1, a),), 0.001 + 1e-6 * a) for n in range(12)]
+        ratio = made.ratio + sum(o.share for o in small)
+        operators = [replace(o, share=o.share + 0.002) for o in made.operators]
+        operators += [replace(o, share=o.share + 0.02) for o in small]
+        return replace(made, ratio=ratio, operators=tuple(operators))
+
+    draw = np.random.default_rng(0)
+    pairs = [(64, 32), *((int(draw.integers(1, 9)) * 8, int(draw.integers(1, 5)) * 8) for _ in range(14))]
+    made = fit([written(a, b) for a, b in pairs], SIZES, (8,))
+    assert errors(made, [written(a, b) for a in (8, 24, 40, 64) for b in (8, 16, 32)]).max() < 0.06
+
+
 def test_a_pool_off_the_block_is_slower_and_no_less_for_more_channels():
     def pool(width, space=28):
         slow = 4 if width % 16 else 1
