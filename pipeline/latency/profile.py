@@ -32,6 +32,8 @@ SECONDS = 1.5
 SEED = 0
 MOST_BYTES = 64 << 20
 """Of a device's file."""
+ALIKE = {"FusedConv": "Conv"}
+"""Operators that count as another one: the widths decide which of both a convolution with its activation becomes."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _profile(what: Mapping[str, Any], machine: Mapping[str, str], measured: Sequ
             kept=kept,
             ratio=float(one["ratio"]),
             operators=tuple(
-                Operator(str(name), str(kind), _shapes(inputs), _shapes(outputs), float(share))
+                Operator(str(name), ALIKE.get(kind, str(kind)), _shapes(inputs), _shapes(outputs), float(share))
                 for name, kind, inputs, outputs, share in one["operators"]
             ),
         )

@@ -36,6 +36,14 @@ class Small(nn.Module):
         return self.head(self.b(self.a(x).relu()).relu().mean((2, 3)))
 
 
+class OffTheBlock(Small):
+    """30 channels: no kernel takes so many together, and the runtime has another operator for that."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 30, 3, padding=1), nn.Conv2d(30, 64, 3, padding=1)
+
+
 class Other(Small):
     def __init__(self):
         super().__init__()
@@ -135,6 +143,17 @@ def test_convolutions_of_8_bit_integers_are_read_in_the_layout_that_they_run_in(
         a, b = sample.kept["a"], sample.kept["b"]
         assert work(first.kind, first.inputs, first.outputs, 1).terms[1] == a * 3
         assert work(second.kind, second.inputs, second.outputs, 1).terms[1] == b * a
+
+
+def test_a_convolution_is_the_same_operator_on_the_kernels_block_and_off_it(few, tmp_path):
+    analysis, source = subject(OffTheBlock)
+    feed = profile.dense_file(analysis, source, SETTING, tmp_path / "dense.onnx")
+    dense = device.fastest(tmp_path / "dense.onnx", feed, 1)
+    raw = device.measure(dense, tmp_path / "dense.onnx", feed, 1, profile.SECONDS)["operators"]
+    assert "FusedConv" in {kind for _, kind, *_ in raw}
+    made = profile.measure(analysis, source, SETTING, analysis.clusters, Measurements(), Progress())
+    for sample in made.samples:
+        assert [o.kind for o in sample.operators if "Conv" in o.kind] == ["Conv", "Conv"]
 
 
 def test_a_kit_that_was_broken_off_goes_on(measured, tmp_path):
