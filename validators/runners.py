@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import onnx
@@ -70,6 +70,14 @@ class Runner(Protocol):
         """Run once: input name -> array in, output name -> array out."""
 
 
+@runtime_checkable
+class Reopening(Runner, Protocol):
+    """A runner whose place in memory is drawn anew when it is opened again."""
+
+    def reopened(self) -> Runner:
+        """The same model, in a new session."""
+
+
 class OrtRunner:
     """An ONNX file on onnxruntime's CPU provider.
 
@@ -92,12 +100,13 @@ class OrtRunner:
         self.path = Path(path)
         self.name = name or self.path.name
         self.threads = threads
+        self._optimize, self._entries = optimize, dict(session or {})
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3  # errors only; they arrive as exceptions too
-        for key, value in (session or {}).items():
+        for key, value in self._entries.items():
             options.add_session_config_entry(key, value)
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -118,6 +127,12 @@ class OrtRunner:
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(feed)), strict=True))
         except Exception as error:  # see __init__
             raise ValidationError(f"{self.name} cannot run: {first_line(error)}") from error
+
+    def reopened(self) -> OrtRunner:
+        """The same file in a new session. Raises ValidationError where it is gone."""
+        return OrtRunner(
+            self.path, threads=self.threads, optimize=self._optimize, name=self.name, session=self._entries
+        )
 
 
 class TorchRunner:

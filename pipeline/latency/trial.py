@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.export import ExportedProgram
 
 from exporters.candidates import CANDIDATES, NotApplicable, Source, make
@@ -29,13 +28,10 @@ from validators.gates import Measured
 from validators.latency import RunnerLatency, race
 from validators.runners import OrtRunner
 
-SECONDS = 1.5
+SECONDS = 6.0
+"""For the race of the file that would ship against the dense one."""
 RIVAL_SECONDS = 4.0
 """For the race among files that may ship, about as long as the race of a release: it decides by the same rule."""
-REPEATS = 4
-"""Races of the file that would ship against the dense one, each in new sessions: their median counts. A session's place
-in memory, and what the machine does for a second or two, moves a ratio by more than its own interval.
-"""
 RIVALS = tuple(
     name
     for name, one in CANDIDATES.items()
@@ -82,13 +78,9 @@ def tried(
             found = against_dense(files, RIVAL_SECONDS, SEED)
             faster = [key for key in files if found[key].ratio.high < found[first].ratio.low]
             best = min(faster, key=lambda key: found[key].ratio.value, default=first)
-        timed = [against_dense([best], SECONDS, SEED + number)[best] for number in range(1, 1 + REPEATS)]
+        timed = against_dense([best], SECONDS, SEED + 1)[best]
     # One thread computes: its own time is told from what other programs take.
-    ratios = [one.cpu_ratio if setting.threads == 1 else one.ratio for one in timed]
-    value, low, high = (
-        float(np.median([getattr(ratio, name) for ratio in ratios])) for name in ("value", "low", "high")
-    )
-    return Trial(Measured(value=value, low=low, high=high), best)
+    return Trial(timed.cpu_ratio if setting.threads == 1 else timed.ratio, best)
 
 
 def cut(analysis: Analysis, weights: Mapping[str, Any], masks: Mapping[str, Any], setting: Setting) -> ExportedProgram:

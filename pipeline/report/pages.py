@@ -273,6 +273,7 @@ def _latencies(folder: Path) -> Strips | None:
         shown = f"{percent(beyond)} beyond" if beyond > 0.015 else ""
         rows.append(Strip(name, outline, 100 * p50 / top, milliseconds(p50), milliseconds(p99), words, shown))
     count = f"{grouped(race.blocks)} blocks of {race.timed_per_block} inferences in {duration(race.seconds)}"
+    count += f" and {race.sessions} sessions" if race.sessions > 1 else ""
     return Strips(tuple(rows), milliseconds(top), f"{count}, each interval at {percent(race.confidence)} confidence")
 
 

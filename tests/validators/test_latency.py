@@ -1,3 +1,4 @@
+import copy
 import gc
 import os
 import time
@@ -196,6 +197,73 @@ def test_a_clear_case_is_decided_early_and_an_unclear_one_uses_its_time(clock, f
     assert not unclear.decided
     assert unclear.seconds == pytest.approx(4, rel=0.1)
     assert 0 < unclear.runners["b"].ratios["a"].detectable < clear.runners["b"].ratios["a"].detectable
+
+
+class Placed:
+    """A model whose time hangs on where its session lies; opening one takes `opens` seconds."""
+
+    def __init__(self, clock, function_runner, name, base, luck, opens=0.0):
+        self.clock, self.luck, self.opens, self.base = clock, luck, opens, base
+        self.name, self.threads, self.inputs = name, 1, ()
+        self.make = function_runner
+        self._open()
+
+    def _open(self):
+        self.clock.now += self.opens
+        takes = self.base * (1 + self.luck())
+        self.runner = self.clock.runner(
+            self.make, self.name, lambda: takes * (1 + 0.001 * np.sin(1e3 * self.clock.now))
+        )
+
+    def infer(self, feed):
+        return self.runner.infer(feed)
+
+    def reopened(self):
+        new = copy.copy(self)
+        new._open()
+        return new
+
+
+def test_an_interval_tells_of_the_sessions_that_a_model_may_get(clock, function_runner):
+    """Most of them hold the ratio over all sessions, where each session is sure of another one."""
+    rng, held, widths = np.random.default_rng(0), 0, []
+    for seed in range(20):
+        runners = {
+            name: Placed(clock, function_runner, name, base, lambda: rng.uniform(-0.05, 0.05))
+            for name, base in (("a", 2e-3), ("b", 1e-3))
+        }
+        report = race(runners, FEED, reference="a", seconds=2, seed=seed)
+        assert report.sessions == latency.SESSIONS
+        ratio = report.runners["b"].ratio
+        held += ratio.low <= 0.5 <= ratio.high
+        widths.append((ratio.high - ratio.low) / ratio.value)
+    assert held >= 15
+    assert 0.02 < np.median(widths) < 0.1
+
+
+def test_a_model_that_takes_long_to_open_is_opened_less_often(clock, function_runner):
+    runners = {name: Placed(clock, function_runner, name, 1e-3, lambda: 0.0, opens=1.0) for name in ("a", "b")}
+    began = clock.now
+    report = race(runners, FEED, reference="a", seconds=3, seed=0)
+    assert 1 < report.sessions < latency.SESSIONS
+    assert report.seconds == pytest.approx(3, rel=0.1)
+    assert clock.now - began < 3 + 3 + 2 + 0.5  # at most one more opening than the race takes
+
+
+def test_one_sessions_luck_decides_nothing_and_is_no_drift(clock, function_runner):
+    def runners(later):
+        place = iter([0.0, *[later] * 20])
+        return {
+            "a": clock.runner(function_runner, "a", 2e-3),
+            "b": Placed(clock, function_runner, "b", 1e-3, lambda: next(place)),
+        }
+
+    bound = [Bound("b", "a", 0.55)]
+    report = race(runners(0.2), FEED, reference="a", seconds=4, seed=0, bounds=bound)
+    assert report.runners["b"].ratio.high > 0.55 and report.warnings == ()
+    clear = race(runners(0.0), FEED, reference="a", seconds=4, seed=0, bounds=bound)
+    assert clear.decided and clear.seconds == pytest.approx(2, rel=0.1)
+    assert clear.sessions >= latency.LOOK_SESSIONS
 
 
 def test_one_model_races_each_other_one_apart_and_all_of_it_is_one_report(clock, function_runner):
