@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import onnx
@@ -100,25 +101,27 @@ class OrtRunner:
         self.path = Path(path)
         self.name = name or self.path.name
         self.threads = threads
-        self._optimize, self._entries = optimize, dict(session or {})
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3  # errors only; they arrive as exceptions too
-        for key, value in self._entries.items():
-            options.add_session_config_entry(key, value)
+        self._options = ort.SessionOptions()
+        self._options.intra_op_num_threads = threads
+        self._options.inter_op_num_threads = 1
+        self._options.add_session_config_entry("session.force_spinning_stop", "1")
+        self._options.log_severity_level = 3  # errors only; they arrive as exceptions too
+        for key, value in (session or {}).items():
+            self._options.add_session_config_entry(key, value)
         if not optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            self._options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self._session = self._opened()
+        self.inputs = tuple(_ort_spec(value) for value in self._session.get_inputs())
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def _opened(self) -> ort.InferenceSession:
         try:
-            self._session = _session(self.path, options)
+            return _session(self.path, self._options)
         except Exception as error:  # onnxruntime's exception classes share no base of their own
             raise ValidationError(
                 f"onnxruntime {ort.__version__} cannot load {self.path}: {first_line(error)}",
                 "Give an .onnx file that this version supports.",
             ) from error
-        self.inputs = tuple(_ort_spec(value) for value in self._session.get_inputs())
-        self._outputs = [value.name for value in self._session.get_outputs()]
 
     def infer(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. Raises ValidationError when the feed does not fit or onnxruntime fails."""
@@ -128,11 +131,11 @@ class OrtRunner:
         except Exception as error:  # see __init__
             raise ValidationError(f"{self.name} cannot run: {first_line(error)}") from error
 
-    def reopened(self) -> OrtRunner:
+    def reopened(self) -> Self:
         """The same file in a new session. Raises ValidationError where it is gone."""
-        return OrtRunner(
-            self.path, threads=self.threads, optimize=self._optimize, name=self.name, session=self._entries
-        )
+        new = copy.copy(self)
+        new._session = self._opened()
+        return new
 
 
 class TorchRunner:

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import onnx
 import pytest
@@ -95,3 +97,24 @@ def test_what_does_not_fit_is_one_line(linear_onnx, linear_torch, tmp_path, capf
         TorchRunner(linear_torch.train(), example=(torch.zeros(1, 3),), threads=1)
     with pytest.raises(ValidationError, match="2 example tensors for 1 input names"):
         TorchRunner(linear_torch.eval(), example=(torch.zeros(1), torch.zeros(1)), threads=1)
+
+
+def test_a_runner_is_opened_anew_as_it_is(linear_onnx, tmp_path):
+    """Of its own class and with its own settings, in another session of the same file."""
+
+    class Doubled(OrtRunner):
+        factor = 1
+
+        def infer(self, feed):
+            return {name: self.factor * value for name, value in super().infer(feed).items()}
+
+    runner = Doubled(shutil.copy(linear_onnx(), tmp_path), threads=1, name="twice", optimize=False)
+    runner.factor = 2
+    again = runner.reopened()
+    assert type(again) is Doubled and (again.name, again.threads, again.inputs) == ("twice", 1, runner.inputs)
+    assert again._session is not runner._session
+    feed = {"input": np.ones((1, 3), np.float32)}
+    np.testing.assert_array_equal(again.infer(feed)["output"], runner.infer(feed)["output"])
+    runner.path.unlink()
+    with pytest.raises(ValidationError, match="cannot load"):
+        again.reopened()
