@@ -250,7 +250,9 @@ def test_a_model_that_takes_long_to_open_is_opened_less_often(clock, function_ru
     assert clock.now - began < 3 + 3 + 2 + 0.5  # at most one more opening than the race takes
 
 
-def test_one_sessions_luck_decides_nothing_and_is_no_drift(clock, function_runner):
+def test_one_sessions_luck_decides_nothing_and_is_no_drift(clock, function_runner, monkeypatch):
+    monkeypatch.setattr(latency, "_load", lambda: 0.0)
+
     def runners(later):
         place = iter([0.0, *[later] * 20])
         return {

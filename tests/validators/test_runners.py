@@ -108,7 +108,7 @@ def test_a_runner_is_opened_anew_as_it_is(linear_onnx, tmp_path):
         def infer(self, feed):
             return {name: self.factor * value for name, value in super().infer(feed).items()}
 
-    runner = Doubled(shutil.copy(linear_onnx(), tmp_path), threads=1, name="twice", optimize=False)
+    runner = Doubled(shutil.copy(linear_onnx(), tmp_path / "copy.onnx"), threads=1, name="twice", optimize=False)
     runner.factor = 2
     again = runner.reopened()
     assert type(again) is Doubled and (again.name, again.threads, again.inputs) == ("twice", 1, runner.inputs)
