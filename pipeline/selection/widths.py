@@ -77,9 +77,10 @@ def choose_depth(
     least widths do not meet the goals, these are what comes back.
 
     `branches`: name -> (clusters inside, divergence when it goes as a whole). One goes, and with it all groups inside,
-    where the widths that are then enough elsewhere lose less by more than it costs, or where no widths are enough yet;
-    the one that loses the least for what it saves is tried first, and the search ends when the goals are met and
-    `DOUBTS` of them in a row did not help.
+    where the widths that are then enough elsewhere lose less by more than it costs, or where no widths are enough yet.
+    The one that loses the least for what it saves beside the choice so far is tried first, alone and with those that
+    were tried in vain before it. The search ends when the goals are met and `DOUBTS` of them in a row did not help;
+    last, each that went is tried without again, and with one in its place that loses less.
     """
     fixed = overridden([c.name for c in clusters], budget.overrides)
 
@@ -93,24 +94,45 @@ def choose_depth(
     best = solved({})
     chosen: dict[str, tuple[Sequence[str], float]] = {}
     open_ = {n: b for n, b in (branches or {}).items() if costs and not set(b[0]) & fixed.keys()}
-    if not open_ or not any(gone.any() for gone in best[2].values()):
+    if not any(gone.any() for gone in best[2].values()):
         return best[2], ()
-    whole = {c.name: np.zeros(c.size, np.bool_) for c in clusters}
-    dense = sum(cost.of(whole) for cost in costs)
-    prices = {}
-    for name, (inside, divergence) in open_.items():
-        saved = dense - sum(cost.of({**whole, **{c: np.ones_like(whole[c]) for c in inside}}) for cost in costs)
-        if saved > 0:
-            prices[name] = divergence / saved
-    doubts = 0
-    for name in sorted(prices, key=lambda name: prices[name]):
-        tried = solved({**chosen, name: open_[name]})
-        # What brings a goal nearer that is not met yet comes first, one branch after another; then what loses least.
-        if (tried[0], tried[1]) < (best[0], best[1] * (1 - WORTH)):
-            best, chosen, doubts = tried, {**chosen, name: open_[name]}, 0
-        else:
-            doubts += 1
+
+    def by_price() -> list[str]:
+        """The branches that are left, by what they lose for what they save beside the best choice so far."""
+        beside = best[2]
+        here, prices = sum(cost.of(beside) for cost in costs), {}
+        for name, (inside, divergence) in open_.items():
+            there = sum(cost.of({**beside, **{c: np.ones_like(beside[c]) for c in inside}}) for cost in costs)
+            if name not in chosen and there < here:
+                prices[name] = divergence / (here - there)
+        return sorted(prices, key=lambda name: prices[name])
+
+    def further() -> tuple[tuple[float, float, Removed], dict[str, tuple[Sequence[str], float]]] | None:
+        """A choice with more branches gone that is better than the best one so far."""
+        together = chosen
+        for doubts, name in enumerate(by_price()):
             if doubts >= DOUBTS and not best[0]:
+                break
+            together = {**together, name: open_[name]}
+            # Alone, or with those that were tried in vain before it: what one saves may be less than a block takes.
+            for gone in ({**chosen, name: open_[name]}, together)[: doubts + 1]:
+                tried = solved(gone)
+                # What brings a goal nearer that is not met yet comes first; then what loses least.
+                if (tried[0], tried[1]) < (best[0], best[1] * (1 - WORTH)):
+                    return tried, gone
+        return None
+
+    while (step := further()) is not None:
+        best, chosen = step
+    # What went first may have to go no more, and one that loses less may do as well.
+    for name in list(chosen):
+        fewer = {other: branch for other, branch in chosen.items() if other != name}
+        cheaper = [n for n, (_, lost) in open_.items() if n not in chosen and lost < open_[name][1]]
+        for other in ((), *((n,) for n in sorted(cheaper, key=lambda n: open_[n][1])[:DOUBTS])):
+            gone = fewer | {n: open_[n] for n in other}
+            tried = solved(gone)
+            if (tried[0], tried[1]) < (best[0], best[1]):
+                best, chosen = tried, gone
                 break
     return best[2], tuple(chosen)
 

@@ -1,5 +1,7 @@
 """Whole residual branches as a choice: which there are, what masks make them add nothing, and when one goes."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from pipeline.channels import analyse, capture, liveness, shrink
 from pipeline.channels.dead.branches import without_zero_branches
 from pipeline.channels.program.macs import count_macs
 from pipeline.recipe.prune import PruneSection
-from pipeline.selection import curves, targets
+from pipeline.selection import curves, targets, widths
 from pipeline.selection.allocation import Budget
 from pipeline.selection.branches import removable
 from pipeline.selection.cost import Counted
@@ -218,3 +220,33 @@ def test_branches_go_one_after_another_where_no_widths_and_no_single_branch_are_
     )
     assert set(chosen) == {"blocks.0", "blocks.2"}  # the two that lose the least
     assert Counted(analysis, "macs", goal, 1.0).of(removed) <= goal
+
+
+def test_branches_go_together_where_one_alone_saves_less_than_a_block_elsewhere():
+    """Of all sets of branches about the best is found at each goal, also where a single one makes nothing better."""
+    _, analysis = analysed(Net, (2, 3, 8, 8))
+    clusters = analysis.clusters
+    scores = {c.name: np.arange(c.size, dtype=float) for c in clusters}
+    steep = {"stem": [0.6, 4.0], "blocks.0.a": [0.01, 0.05], "blocks.1.a": [0.01, 0.05], "blocks.2.a": [0.01, 0.05]}
+    made = {c.name: convex([c.size // 2, c.size], steep[c.name]) for c in clusters}
+    branches = {f"blocks.{at}": ([f"blocks.{at}.a"], loss) for at, loss in enumerate((0.12, 0.1, 0.14))}
+    budget = Budget(0.5, align=4, floor=0.1)
+
+    def lost(cost, gone):
+        found = widths._Widths(
+            analysis, clusters, scores, made, budget, [cost], {name: branches[name] for name in gone}
+        )
+        level = widths._greedy(found)
+        return np.inf if found.missed(found.left(level)) else found.lost(level)
+
+    helped = []
+    for goal in np.linspace(0.1, 0.7, 25):
+        cost = Counted(analysis, "macs", float(goal), 1.0)
+        removed, chosen = choose_depth(analysis, clusters, scores, made, budget, [cost], branches)
+        every = [gone for n in range(4) for gone in itertools.combinations(branches, n)]
+        best = min(lost(cost, gone) for gone in every)
+        assert cost.of(removed) <= goal
+        assert lost(cost, chosen) <= best * 1.05
+        single = min(lost(cost, gone) for gone in every if len(gone) < 2)
+        helped.append(lost(cost, ()) <= single and best < single * 0.9)
+    assert any(helped)
