@@ -87,6 +87,7 @@ def results(
         samples=(calibration[:CURVE_SAMPLES],),
         scales=norm_scales(captured),
         readers=observe_readers(captured, analysis.clusters, others, grams=True) if choose.observed(cfg) else {},
+        others=others,
     )
     maskable = masks.maskable(dense)
     worth = choose.measured(analysis, seen, cfg, maskable)

@@ -20,9 +20,9 @@ from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.target import OFF_TARGET
-from pipeline.selection import criteria, curves, refit, weights, widths
+from pipeline.selection import branches, criteria, curves, refit, weights, widths
 from pipeline.selection.allocation import Budget, Removed, allocate, overridden
-from pipeline.selection.branches import Branch, removable
+from pipeline.selection.branches import Branch
 from pipeline.selection.cost import Cost, Counted, excess
 from pipeline.selection.criteria import Evidence, Observation, Ranked, Scores
 from pipeline.selection.curves import Apart, Measured
@@ -304,7 +304,9 @@ class Chooser:
                 self.analysis, seen, self.cfg, self.maskable, self.apart, self.progress, self.kept
             )
             if self.costs and self.cfg.depth and self._measured is not None:
-                self._branches = branches_worth(self.analysis, seen, self.maskable, self.apart)
+                self._branches = branches_worth(
+                    self.analysis, seen, self.maskable, self.apart, self.progress, self.kept, refit=self.cfg.refit
+                )
         self.weighed = choose_groups(
             self.analysis, seen, self.cfg, ratio, self.maskable, self._measured, self.costs, self._branches
         )
@@ -324,14 +326,35 @@ def masks_of(analysis: Analysis, weighed: Weighed, maskable: frozenset[str]) -> 
 
 
 def branches_worth(
-    analysis: Analysis, seen: Evidence, maskable: frozenset[str], apart: Apart | None
+    analysis: Analysis,
+    seen: Evidence,
+    maskable: frozenset[str],
+    apart: Apart | None,
+    progress: Progress | None = None,
+    kept: Measurements | None = None,
+    *,
+    refit: bool = True,
 ) -> dict[Branch, float]:
-    """Every residual branch that may go as a whole, with the divergence from the dense outputs when it does."""
-    found = removable(analysis, maskable)
+    """Every residual branch that may go as a whole, with the divergence from the dense outputs when it does. As they
+    were `kept` where the same was measured before.
+    """
+    found = branches.removable(analysis, maskable)
     if not found or seen.samples is None:
         return {}
-    sets = {branch.node: branch.masks(analysis.captured.state) for branch in found}
-    lost = curves.masked(analysis, sets, seen.samples, seen.weights, apart)
+
+    def measure() -> dict[str, float]:
+        return branches.lost(analysis, found, seen, maskable, apart, progress or Progress(), refit=refit)
+
+    if kept is None or kept.folder is None:
+        lost = measure()
+    else:
+        key = {
+            "tensors": curves.digest([*seen.samples, *(seen.others or ()), *seen.weights.values()]),
+            "names": [*seen.weights, *(branch.node for branch in found)],
+            "how": [refit, apart is None],
+            "code": [sha256(Path(curves.__file__)), sha256(Path(branches.__file__))],
+        }
+        lost = kept.kept("branches", key, measure)
     return {branch: lost[branch.node] for branch in found}
 
 

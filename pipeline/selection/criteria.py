@@ -42,7 +42,7 @@ class Evidence:
     `weights`: the state dict as the masked model sees it. `scales`: the parameters among them that are scales of norms.
     `seed`: the recipe's. `gradients`: of the task's loss, mean over the calibration part, one per trained parameter.
     `effects`: cluster -> mean over samples of (Σ g·w over the group)². `readers`: weight -> what the contractions with
-    it read. `samples`: of the calibration part, without labels.
+    it read. `samples`: of the calibration part, without labels; `others` of it are what readers were observed on.
     """
 
     weights: Mapping[str, Tensor]
@@ -52,6 +52,7 @@ class Evidence:
     seed: int = 0
     effects: Mapping[str, Scores] = field(default_factory=dict)
     readers: Mapping[str, tuple[ReaderInput, ...]] = field(default_factory=dict)
+    others: tuple[Tensor, ...] | None = None
     _ranked: dict[tuple[str, str], tuple[Cluster, Ranked]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

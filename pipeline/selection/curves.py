@@ -299,20 +299,23 @@ def masked(
     samples: Sequence[Tensor],
     state: Mapping[str, Tensor],
     apart: Apart | None = None,
+    fitted: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """The divergence (nats) of the outputs on `samples` when masks (tensor -> False = goes) are on, each set of them
-    by its name, one after another.
+    by its name, one after another; with the weights `fitted` beside them, where there are any.
     """
     captured = analysis.captured.with_state(state)
     first = _first_changed(captured)
+    more = fitted or {}
     tried = sorted(
-        (_Masked(min(map(first, one), default=0), name, one) for name, one in masks.items()), key=lambda t: t.first
+        (_Masked(min(map(first, [*one, *more]), default=0), name, one) for name, one in masks.items()),
+        key=lambda t: t.first,
     )
     total: dict[str, float] = dict.fromkeys(masks, 0.0)
     chunks = _chunks(captured, samples)
     for chunk in chunks:
         for trial, found in _divergences(
-            captured, chunk, tried, lambda trial: captured.fold(trial.masks), apart or class_shares
+            captured, chunk, tried, lambda trial: captured.with_state(more).fold(trial.masks), apart or class_shares
         ):
             total[trial.name] += found / len(chunks)
     return total

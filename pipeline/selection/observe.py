@@ -50,6 +50,7 @@ def observe(
     readers = wanted & {"activations", "grams"}
     judges, others = _divided(data, samples if "samples" in wanted else 0) if readers else (data, data)
     captured = analysis.captured.with_state(weights)
+    read = _varied(others.sample("calibration", SAMPLES)) if readers else None
     return Evidence(
         weights,
         gradients=_gradients(model, data, task) if "gradients" in wanted else {},
@@ -57,15 +58,8 @@ def observe(
         scales=norm_scales(captured),
         seed=seed,
         effects=_effects(model, data, task, weights, analysis, "sampled effects" in effects, seed) if effects else {},
-        readers=observe_readers(
-            captured,
-            analysis.clusters,
-            _varied(others.sample("calibration", SAMPLES)),
-            grams="grams" in readers,
-            seed=seed,
-        )
-        if readers
-        else {},
+        readers=observe_readers(captured, analysis.clusters, read, grams="grams" in readers, seed=seed) if read else {},
+        others=read,
     )
 
 

@@ -11,11 +11,14 @@ from foundation.errors import ConfigError
 from pipeline.channels import analyse, capture, liveness, shrink
 from pipeline.channels.dead.branches import without_zero_branches
 from pipeline.channels.program.macs import count_macs
+from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
-from pipeline.selection import curves, targets, widths
+from pipeline.recovery import closed_form
+from pipeline.selection import branches, curves, targets, widths
 from pipeline.selection.allocation import Budget
 from pipeline.selection.branches import removable
 from pipeline.selection.cost import Counted
+from pipeline.selection.criteria import Evidence
 from pipeline.selection.curves import convex
 from pipeline.selection.widths import choose_depth
 from pipeline.training import masks
@@ -250,3 +253,43 @@ def test_branches_go_together_where_one_alone_saves_less_than_a_block_elsewhere(
         single = min(lost(cost, gone) for gone in every if len(gone) < 2)
         helped.append(lost(cost, ()) <= single and best < single * 0.9)
     assert any(helped)
+
+
+def seen_of(analysis, judges=32, others=64):
+    x = torch.randn(judges + others, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return Evidence(dict(analysis.captured.state), samples=(x[:judges],), others=(x[judges:],))
+
+
+def test_what_a_branch_costs_is_measured_after_the_rest_was_fitted():
+    """To samples that do not judge it; what the fit reaches is what a recovery of the same masks reaches."""
+    model, analysis = analysed(Net, (2, 3, 8, 8))
+    maskable, seen = masks.maskable(model), seen_of(analysis)
+    found = removable(analysis, maskable)
+    plain, fitted = (
+        branches.lost(analysis, found, seen, maskable, None, Progress(), refit=refit) for refit in (False, True)
+    )
+    captured = analysis.captured
+    for one in found:
+        gone = one.masks(captured.state)
+        made = closed_form.recover(captured, {name: torch.from_numpy(mask) for name, mask in gone.items()}, seen.others)
+        cut = captured.with_state(made.state).fold(gone)
+        want = curves.class_shares((model(*seen.samples),))((cut(*seen.samples),))
+        assert fitted[one.node] == pytest.approx(min(plain[one.node], want), rel=1e-3)
+    assert sum(fitted.values()) < 0.7 * sum(plain.values())
+
+
+def test_branches_that_there_is_no_time_to_fit_count_as_the_others_do(monkeypatch):
+    model, analysis = analysed(Net, (2, 3, 8, 8))
+    maskable, seen = masks.maskable(model), seen_of(analysis)
+    found = removable(analysis, maskable)
+
+    def lost(seconds, seen=seen):
+        monkeypatch.setattr(branches, "SECONDS", seconds)
+        return branches.lost(analysis, found, seen, maskable, None, Progress(), refit=True)
+
+    plain = branches.lost(analysis, found, seen, maskable, None, Progress(), refit=False)
+    first = min(plain, key=plain.get)
+    parts = {name: value / plain[name] for name, value in lost(0.0).items()}
+    assert parts[first] == pytest.approx(lost(60.0)[first] / plain[first])
+    assert list(parts.values()) == pytest.approx([parts[first]] * 3) and parts[first] < 1
+    assert lost(60.0, seen_of(analysis, others=4)) == plain  # too few samples for a fit
