@@ -29,7 +29,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +178,16 @@ def race(
     looks, decided = 0, False
     blocks: dict[str, list[list[_Times]]] = {name: [] for name in names}
     open_now = dict(runners)
-    sessions, opening = _Sessions(), 0.0
+    sessions, opening = [0], 0.0  # blocks of each session, and seconds that went into opening them
     collecting = gc.isenabled()
+
+    def raced() -> float:
+        """Seconds so far."""
+        return time.perf_counter() - start - opening
+
+    def may_reopen() -> bool:
+        return opening <= seconds and any(isinstance(runner, Reopening) for runner in runners.values())
+
     with _pinned(runners.values()) as pinned:
         warmups = {name: _warm_up(runner, feed) for name, runner in runners.items()}
         slowest = max(last for _, last in warmups.values())
@@ -187,34 +195,33 @@ def race(
         gc.disable()
         start = time.perf_counter()
         try:
-            while len(blocks[reference]) < BLOCKS_AT_LEAST or time.perf_counter() - start - opening < seconds:
-                shares = (time.perf_counter() - start - opening) / max(seconds, 1e-9), sessions.blocks / BLOCKS_AT_LEAST
-                if sessions.behind(min(shares)) and opening <= seconds and _can_reopen(runners):
+            while len(blocks[reference]) < BLOCKS_AT_LEAST or raced() < seconds:
+                share = min(raced() / max(seconds, 1e-9), len(blocks[reference]) / BLOCKS_AT_LEAST)
+                if sessions[-1] and share * SESSIONS >= len(sessions) and may_reopen():
                     began = time.perf_counter()
                     for name, runner in open_now.items():
                         if isinstance(runner, Reopening):
                             open_now[name] = runner.reopened()
                             _warm_up(open_now[name], feed)
-                    sessions.sizes.append(0)
+                    sessions.append(0)
                     opening += time.perf_counter() - began
                 for index in rng.permutation(len(names)):
                     runner = open_now[names[index]]
                     _once(runner, feed)
                     blocks[names[index]].append([_once(runner, feed) for _ in range(timed)])
-                sessions.sizes[-1] += 1
-                spent = time.perf_counter() - start - opening
-                if bounds and looks < len(LOOKS) - 1 and spent >= LOOKS[looks] * seconds:
+                sessions[-1] += 1
+                if bounds and looks < len(LOOKS) - 1 and raced() >= LOOKS[looks] * seconds:
                     looks += 1
-                    enough = len(sessions.sizes) >= LOOK_SESSIONS or not _can_reopen(runners) or opening > seconds
+                    enough = len(sessions) >= LOOK_SESSIONS or not may_reopen()
                     if len(blocks[reference]) >= LOOK_BLOCKS and enough:
-                        decided = _decided(bounds, _Draws(blocks, sessions.sizes, seed, resamples, each))
+                        decided = _decided(bounds, _Draws(blocks, sessions, seed, resamples, each))
                         if decided:
                             break
         finally:
             if collecting:
                 gc.enable()
-        spent = time.perf_counter() - start - opening
-    draws = _Draws(blocks, sessions.sizes, seed, resamples, each)
+        spent = raced()
+    draws = _Draws(blocks, sessions, seed, resamples, each)
     return LatencyReport(
         reference=reference,
         feed=feed.label,
@@ -229,7 +236,7 @@ def race(
         looks=looks + (not decided),
         decided=decided or (bool(bounds) and _decided(bounds, draws)),
         pinned=pinned,
-        sessions=len(sessions.sizes),
+        sessions=len(sessions),
         warnings=_disturbances(draws.times, runners, load, _throttled() - throttled),
     )
 
@@ -306,26 +313,6 @@ def _product(first: Measured, second: Measured) -> Measured:
         math.hypot(*(math.log(getattr(one, end) / one.value) for one in (first, second))) for end in ("low", "high")
     )
     return Measured(value=value, low=value * math.exp(-low), high=value * math.exp(high))
-
-
-@dataclass
-class _Sessions:
-    """How many blocks each session of a race has had; the last one goes on."""
-
-    sizes: list[int] = field(default_factory=lambda: [0])
-
-    @property
-    def blocks(self) -> int:
-        """Of all of them."""
-        return sum(self.sizes)
-
-    def behind(self, share: float) -> bool:
-        """Whether the last one has had its part, when this `share` of the race is over."""
-        return self.sizes[-1] > 0 and share * SESSIONS >= len(self.sizes)
-
-
-def _can_reopen(runners: Mapping[str, Runner]) -> bool:
-    return any(isinstance(runner, Reopening) for runner in runners.values())
 
 
 class _Draws:

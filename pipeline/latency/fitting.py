@@ -308,7 +308,7 @@ def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int]) -> Fit:
     ratios = np.array([one.ratio for one in samples])
 
     def corrected(numbers: Sequence[int], block: int) -> list[Fit]:
-        made = _fit(samples, same, numbers, sizes, block)
+        made = _fit(same, numbers, sizes, kept, block)
         return [correct(made, kept[list(numbers)], ratios[list(numbers)]) for correct in CORRECTIONS]
 
     tried: list[tuple[float, int, int, tuple[tuple[float, float], ...]]] = []
@@ -327,8 +327,10 @@ def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int]) -> Fit:
     return replace(corrected(range(len(samples)), block)[number], error=error, checked=checked)
 
 
-def _fit(samples: Sequence[Sample], same: Sequence[Seen], numbers: Sequence[int], sizes: Sizes, block: int) -> Fit:
-    """The fit of the samples of these `numbers`; `same`: which operators of all samples are one."""
+def _fit(same: Sequence[Seen], numbers: Sequence[int], sizes: Sizes, kept: Numbers, block: int) -> Fit:
+    """The fit of the samples of these `numbers`; `same`: which operators of all samples are one. `kept` (samples,
+    clusters): groups of all samples.
+    """
     told = set(numbers)
     same = [[(number, o) for number, o in seen if number in told] for seen in same]
     rows: dict[_Key, list[tuple[list[Any], float]]] = {}
@@ -337,7 +339,6 @@ def _fit(samples: Sequence[Sample], same: Sequence[Seen], numbers: Sequence[int]
             key, values = _told(operator, column, block)
             rows.setdefault(key, []).append((values, operator.share))
     terms = {key: _terms(found) for key, found in rows.items()}
-    kept = np.array([sizes.kept(one.kept) for one in samples])
     placed = _placed(same, numbers, terms, block, sizes, kept)
     return Fit(sizes, placed, terms, block, (0.0, 1.0, 0.0))
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
+from foundation.errors import first_line
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.dead.branches import ADDITIONS, out_of_place, zero_sides
@@ -88,7 +89,6 @@ def lost(
     analysis: Analysis,
     branches: Sequence[Branch],
     seen: Evidence,
-    maskable: frozenset[str],
     apart: Apart | None,
     progress: Progress,
     *,
@@ -113,21 +113,18 @@ def lost(
         for done, one in enumerate(waiting):
             if done and (time.perf_counter() - began) * (done + 1) / done > SECONDS:  # the next takes as long as these
                 break
-            masks = {name: torch.from_numpy(mask) for name, mask in sets[one.node].items() if name in maskable}
+            masks = {name: torch.from_numpy(mask) for name, mask in sets[one.node].items()}
             try:
                 made = closed_form.recover(captured, masks, inputs)
-            except ValueError:  # too few samples, or a graph that cannot be run node by node
+            except ValueError as error:  # too few samples, or a graph that cannot be run node by node
+                progress.say(f"  branches are weighed without a fit: {first_line(error)}")
                 return found
             changed = {n: v for n, v in made.state.items() if not torch.equal(v, captured.state[n])}
             after = curves.masked(analysis, {one.node: sets[one.node]}, seen.samples, seen.weights, apart, changed)
             parts.append(min(1.0, after[one.node] / max(found[one.node], 1e-12)))
             bar(done + 1, one.name)
-    usual = float(np.median(parts)) if parts else 1.0
-    return {
-        one.node: found[one.node] * part
-        for one, part in itertools.zip_longest(waiting, parts, fillvalue=usual)
-        if isinstance(one, Branch)
-    }
+    parts += [float(np.median(parts))] * (len(waiting) - len(parts))
+    return {one.node: found[one.node] * part for one, part in zip(waiting, parts, strict=True)}
 
 
 def _ends(side: fx.Node, targets: Mapping[str, str]) -> frozenset[str]:

@@ -20,6 +20,7 @@ from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.target import OFF_TARGET
+from pipeline.recovery import closed_form
 from pipeline.selection import branches, criteria, curves, refit, weights, widths
 from pipeline.selection.allocation import Budget, Removed, allocate, overridden
 from pipeline.selection.branches import Branch
@@ -343,18 +344,16 @@ def branches_worth(
         return {}
 
     def measure() -> dict[str, float]:
-        return branches.lost(analysis, found, seen, maskable, apart, progress or Progress(), refit=refit)
+        return branches.lost(analysis, found, seen, apart, progress or Progress(), refit=refit)
 
-    if kept is None or kept.folder is None:
-        lost = measure()
-    else:
-        key = {
-            "tensors": curves.digest([*seen.samples, *(seen.others or ()), *seen.weights.values()]),
-            "names": [*seen.weights, *(branch.node for branch in found)],
-            "how": [refit, apart is None],
-            "code": [sha256(Path(curves.__file__)), sha256(Path(branches.__file__))],
-        }
-        lost = kept.kept("branches", key, measure)
+    fit = sorted(Path(closed_form.__file__).parent.glob("*.py"))
+    key = {
+        "tensors": curves.digest([*seen.samples, *(seen.others or ()), *seen.weights.values()]),
+        "names": [*seen.weights, *(branch.node for branch in found)],
+        "how": [refit, apart is None],
+        "code": [sha256(path) for path in (Path(curves.__file__), Path(branches.__file__), *fit)],
+    }
+    lost = (kept or Measurements()).kept("branches", key, measure)
     return {branch: lost[branch.node] for branch in found}
 
 

@@ -7,6 +7,7 @@ it is solved again and again on the way, greedily or by an integer program.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,22 +85,24 @@ def choose_depth(
     """
     fixed = overridden([c.name for c in clusters], budget.overrides)
 
-    def solved(gone: Mapping[str, tuple[Sequence[str], float]]) -> tuple[float, float, Removed]:
+    open_ = {n: b for n, b in (branches or {}).items() if costs and not set(b[0]) & fixed.keys()}
+
+    @functools.cache  # the search comes back to sets that it had
+    def solved(gone: frozenset[str]) -> tuple[float, float, Removed]:
         """By how much the goals are missed, what is lost, and the choice, once these branches are gone."""
-        widths = _Widths(analysis, clusters, scores, curves, budget, costs, gone)
+        whole = {name: branch for name, branch in open_.items() if name in gone}
+        widths = _Widths(analysis, clusters, scores, curves, budget, costs, whole)
         level = _greedy(widths)
         level = _improved(widths, level) if exact else level
         return widths.missed(widths.left(level)), widths.lost(level), widths.removed(level)
 
-    best = solved({})
-    chosen: dict[str, tuple[Sequence[str], float]] = {}
-    open_ = {n: b for n, b in (branches or {}).items() if costs and not set(b[0]) & fixed.keys()}
-    if not any(gone.any() for gone in best[2].values()):
-        return best[2], ()
+    chosen: frozenset[str] = frozenset()
+    if not any(gone.any() for gone in solved(chosen)[2].values()):
+        return solved(chosen)[2], ()
 
     def by_price() -> list[str]:
         """The branches that are left, by what they lose for what they save beside the best choice so far."""
-        beside = best[2]
+        beside = solved(chosen)[2]
         here, prices = sum(cost.of(beside) for cost in costs), {}
         for name, (inside, divergence) in open_.items():
             there = sum(cost.of({**beside, **{c: np.ones_like(beside[c]) for c in inside}}) for cost in costs)
@@ -107,34 +110,32 @@ def choose_depth(
                 prices[name] = divergence / (here - there)
         return sorted(prices, key=lambda name: prices[name])
 
-    def further() -> tuple[tuple[float, float, Removed], dict[str, tuple[Sequence[str], float]]] | None:
-        """A choice with more branches gone that is better than the best one so far."""
+    def further() -> frozenset[str] | None:
+        """More branches than are gone so far, with which the choice is better."""
+        missed, lost, _ = solved(chosen)
         together = chosen
         for doubts, name in enumerate(by_price()):
-            if doubts >= DOUBTS and not best[0]:
+            if doubts >= DOUBTS and not missed:
                 break
-            together = {**together, name: open_[name]}
+            together |= {name}
             # Alone, or with those that were tried in vain before it: what one saves may be less than a block takes.
-            for gone in ({**chosen, name: open_[name]}, together)[: doubts + 1]:
-                tried = solved(gone)
+            for gone in (chosen | {name}, together):
                 # What brings a goal nearer that is not met yet comes first; then what loses least.
-                if (tried[0], tried[1]) < (best[0], best[1] * (1 - WORTH)):
-                    return tried, gone
+                if solved(gone)[:2] < (missed, lost * (1 - WORTH)):
+                    return gone
         return None
 
-    while (step := further()) is not None:
-        best, chosen = step
+    while (more := further()) is not None:
+        chosen = more
     # What went first may have to go no more, and one that loses less may do as well.
-    for name in list(chosen):
-        fewer = {other: branch for other, branch in chosen.items() if other != name}
+    for name in [name for name in open_ if name in chosen]:
         cheaper = [n for n, (_, lost) in open_.items() if n not in chosen and lost < open_[name][1]]
         for other in ((), *((n,) for n in sorted(cheaper, key=lambda n: open_[n][1])[:DOUBTS])):
-            gone = fewer | {n: open_[n] for n in other}
-            tried = solved(gone)
-            if (tried[0], tried[1]) < (best[0], best[1]):
-                best, chosen = tried, gone
+            gone = chosen - {name} | {*other}
+            if solved(gone)[:2] < solved(chosen)[:2]:
+                chosen = gone
                 break
-    return best[2], tuple(chosen)
+    return solved(chosen)[2], tuple(name for name in open_ if name in chosen)
 
 
 def least(clusters: Sequence[Cluster], scores: Mapping[str, Scores], budget: Budget) -> Removed:

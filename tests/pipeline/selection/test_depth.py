@@ -263,11 +263,8 @@ def seen_of(analysis, judges=32, others=64):
 def test_what_a_branch_costs_is_measured_after_the_rest_was_fitted():
     """To samples that do not judge it; what the fit reaches is what a recovery of the same masks reaches."""
     model, analysis = analysed(Net, (2, 3, 8, 8))
-    maskable, seen = masks.maskable(model), seen_of(analysis)
-    found = removable(analysis, maskable)
-    plain, fitted = (
-        branches.lost(analysis, found, seen, maskable, None, Progress(), refit=refit) for refit in (False, True)
-    )
+    seen, found = seen_of(analysis), removable(analysis, masks.maskable(model))
+    plain, fitted = (branches.lost(analysis, found, seen, None, Progress(), refit=refit) for refit in (False, True))
     captured = analysis.captured
     for one in found:
         gone = one.masks(captured.state)
@@ -280,14 +277,13 @@ def test_what_a_branch_costs_is_measured_after_the_rest_was_fitted():
 
 def test_branches_that_there_is_no_time_to_fit_count_as_the_others_do(monkeypatch):
     model, analysis = analysed(Net, (2, 3, 8, 8))
-    maskable, seen = masks.maskable(model), seen_of(analysis)
-    found = removable(analysis, maskable)
+    seen, found = seen_of(analysis), removable(analysis, masks.maskable(model))
 
     def lost(seconds, seen=seen):
         monkeypatch.setattr(branches, "SECONDS", seconds)
-        return branches.lost(analysis, found, seen, maskable, None, Progress(), refit=True)
+        return branches.lost(analysis, found, seen, None, Progress(), refit=True)
 
-    plain = branches.lost(analysis, found, seen, maskable, None, Progress(), refit=False)
+    plain = branches.lost(analysis, found, seen, None, Progress(), refit=False)
     first = min(plain, key=plain.get)
     parts = {name: value / plain[name] for name, value in lost(0.0).items()}
     assert parts[first] == pytest.approx(lost(60.0)[first] / plain[first])
