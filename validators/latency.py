@@ -1,8 +1,8 @@
 """Which of several models is faster, measured in one run.
 
 The models take turns: a block lets each of them run a few times, in an order drawn anew per block, so that whatever
-slows the machine down for a while slows all of them. The first inference of a turn is not counted: it finds the caches
-filled by another model, which a model that runs alone never does.
+slows the machine down for a while slows all of them. The first few inferences of a turn are not counted: they find the
+caches filled by another model, which a model that runs alone never does.
 
 A ratio is taken within each block, of the two models' medians there, and the interquartile mean of those ratios is what
 counts: what a block has in common cancels, and the quarter of the blocks that was disturbed on either side is left out.
@@ -38,9 +38,11 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 from foundation.errors import ValidationError
+from validators.apart import taking_turns
 from validators.feeds import Feed
 from validators.gates import Measured
-from validators.runners import Array, Reopening, Runner
+from validators.runners import Array, Runner
+from validators.turns import Times
 
 # A turn lasts about this long, or TIMED counted inferences, whichever is longer.
 TURN_SECONDS = 0.01
@@ -51,10 +53,6 @@ BLOCKS_AT_LEAST = 10
 # A race is run in so many sessions of each model; it is looked whether the bounds are decided when so many are behind.
 SESSIONS = 8
 LOOK_SESSIONS = 4
-# Warm: the median of the last few inferences is within this share of the median of the few before.
-WARM_WITHIN = 0.05
-WARM_WINDOW = 3
-WARM_LIMIT = 30
 # Of an interval.
 CONFIDENCE = 0.95
 # Shares of the time budget after which it is looked whether the bounds are decided already, and the least blocks then.
@@ -118,10 +116,6 @@ class Bound:
     of: str = "median"
 
 
-# Seconds on the wall and of CPU time for one inference.
-_Times = tuple[float, float]
-
-
 class LatencyReport(BaseModel):
     """A race, in so many `sessions` of each model. `cpus` are those that the process may run on; `load` is the system's
     one-minute load before and after.
@@ -162,6 +156,7 @@ def race(
 ) -> LatencyReport:
     """Time `runners` against each other on one feed for at most `seconds`, warm-up not counted, at least ten blocks.
 
+    Files run in a process of their own that holds onnxruntime alone, as they would be deployed.
     Each is warmed up until its times no longer fall, and opened anew several times on the way, where it can be; that is
     not counted in `seconds`, and ends where it has taken as long. The interval of a ratio is the percentile bootstrap
     over sessions and blocks, all models' times of a block drawn together. With `bounds`, it ends early once all of them
@@ -176,8 +171,7 @@ def race(
     load, throttled = _load(), _throttled()
     each = _each(confidence) if bounds else confidence
     looks, decided = 0, False
-    blocks: dict[str, list[list[_Times]]] = {name: [] for name in names}
-    open_now = dict(runners)
+    blocks: dict[str, list[list[Times]]] = {name: [] for name in names}
     sessions, opening = [0], 0.0  # blocks of each session, and seconds that went into opening them
     collecting = gc.isenabled()
 
@@ -186,10 +180,10 @@ def race(
         return time.perf_counter() - start - opening
 
     def may_reopen() -> bool:
-        return opening <= seconds and any(isinstance(runner, Reopening) for runner in runners.values())
+        return turns.reopens and opening <= seconds
 
-    with _pinned(runners.values()) as pinned:
-        warmups = {name: _warm_up(runner, feed) for name, runner in runners.items()}
+    with _pinned(runners.values()) as pinned, taking_turns(runners, feed) as turns:
+        warmups = turns.open()
         slowest = max(last for _, last in warmups.values())
         timed = int(np.clip(TURN_SECONDS / slowest, TIMED, TIMED_LIMIT))
         gc.disable()
@@ -199,16 +193,12 @@ def race(
                 share = min(raced() / max(seconds, 1e-9), len(blocks[reference]) / BLOCKS_AT_LEAST)
                 if sessions[-1] and share * SESSIONS >= len(sessions) and may_reopen():
                     began = time.perf_counter()
-                    for name, runner in open_now.items():
-                        if isinstance(runner, Reopening):
-                            open_now[name] = runner.reopened()
-                            _warm_up(open_now[name], feed)
+                    turns.open()
                     sessions.append(0)
                     opening += time.perf_counter() - began
-                for index in rng.permutation(len(names)):
-                    runner = open_now[names[index]]
-                    _once(runner, feed)
-                    blocks[names[index]].append([_once(runner, feed) for _ in range(timed)])
+                order = [names[index] for index in rng.permutation(len(names))]
+                for name, times in zip(order, turns.take(order, timed), strict=True):
+                    blocks[name].append(times)
                 sessions[-1] += 1
                 if bounds and looks < len(LOOKS) - 1 and raced() >= LOOKS[looks] * seconds:
                     looks += 1
@@ -322,7 +312,7 @@ class _Draws:
 
     def __init__(
         self,
-        blocks: Mapping[str, list[list[_Times]]],
+        blocks: Mapping[str, list[list[Times]]],
         sizes: Sequence[int],
         seed: int,
         resamples: int,
@@ -418,26 +408,6 @@ def _midmean(values: Array) -> Any:
 def _decided(bounds: Sequence[Bound], draws: _Draws) -> bool:
     ratios = [(bound, draws.ratio(bound.runner, bound.reference, bound.of)) for bound in bounds]
     return all(ratio.high <= bound.value or ratio.low > bound.value for bound, ratio in ratios)
-
-
-def _once(runner: Runner, feed: Feed) -> _Times:
-    """Run once."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    runner.infer(feed.arrays)
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _warm_up(runner: Runner, feed: Feed) -> tuple[int, float]:
-    """Run until the times are steady. Returns how many inferences it took and the last window's median in seconds."""
-    times: list[float] = []
-    while len(times) < WARM_LIMIT:
-        times.append(_once(runner, feed)[0])
-        if len(times) >= 2 * WARM_WINDOW:
-            before = float(np.median(times[-2 * WARM_WINDOW : -WARM_WINDOW]))
-            now = float(np.median(times[-WARM_WINDOW:]))
-            if now >= before * (1 - WARM_WITHIN):
-                break
-    return len(times), float(np.median(times[-WARM_WINDOW:]))
 
 
 def _disturbances(

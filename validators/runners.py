@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from foundation.errors import ValidationError, first_line
 from foundation.links import plain_files
+from validators.turns import session_options
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -101,22 +102,15 @@ class OrtRunner:
         self.path = Path(path)
         self.name = name or self.path.name
         self.threads = threads
-        self._options = ort.SessionOptions()
-        self._options.intra_op_num_threads = threads
-        self._options.inter_op_num_threads = 1
-        self._options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._options.log_severity_level = 3  # errors only; they arrive as exceptions too
-        for key, value in (session or {}).items():
-            self._options.add_session_config_entry(key, value)
-        if not optimize:
-            self._options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self.optimize = optimize
+        self.entries = dict(session or {})
         self._session = self._opened()
         self.inputs = tuple(_ort_spec(value) for value in self._session.get_inputs())
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def _opened(self) -> ort.InferenceSession:
         try:
-            return _session(self.path, self._options)
+            return _session(self.path, session_options(self.threads, self.optimize, self.entries))
         except Exception as error:  # onnxruntime's exception classes share no base of their own
             raise ValidationError(
                 f"onnxruntime {ort.__version__} cannot load {self.path}: {first_line(error)}",
@@ -125,7 +119,7 @@ class OrtRunner:
 
     def infer(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. Raises ValidationError when the feed does not fit or onnxruntime fails."""
-        _check_names(self, feed)
+        check_names(self, feed)
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(feed)), strict=True))
         except Exception as error:  # see __init__
@@ -175,7 +169,7 @@ class TorchRunner:
 
     def infer(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. Raises ValidationError when the feed or the number of outputs does not fit, or PyTorch fails."""
-        _check_names(self, feed)
+        check_names(self, feed)
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
@@ -217,7 +211,8 @@ def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
-def _check_names(runner: Runner, feed: Mapping[str, Array]) -> None:
+def check_names(runner: Runner, feed: Mapping[str, Array]) -> None:
+    """Raises ValidationError where the feed is not of the inputs that the model takes."""
     names = [spec.name for spec in runner.inputs]
     if set(feed) != set(names):
         raise ValidationError(f"{runner.name} takes {', '.join(names)}; the feed holds {', '.join(feed) or 'nothing'}.")

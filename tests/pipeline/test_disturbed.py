@@ -20,7 +20,7 @@ from pipeline.artifacts.program import Exported, Shrunk
 from pipeline.release import store
 from pipeline.stages import s7_validate
 from tests.pipeline.chain import QUICK, STAGES, TINY, deploy, figures, forked, said
-from validators import OrtRunner
+from validators import OrtRunner, turns
 
 
 @pytest.mark.slow
@@ -139,11 +139,15 @@ def test_a_session_that_dies_while_it_runs_is_sealed_as_a_fail(artifacts, versio
 
     real = OrtRunner.infer
     monkeypatch.setattr(OrtRunner, "infer", infer)
+    dying = tmp_path / "dying.py"  # in the process that times, as a kernel that is killed does
+    dying.write_text("import os, sys\nsys.stdin.readline()\nos.kill(os.getpid(), 9)\n")
+    monkeypatch.setattr(turns, "__file__", str(dying))
     folder = sealed(artifacts, tmp_path)
     said(folder, "deploy", f"{TINY}:build", *QUICK, "--set", "gate.seed=1", code=1)
     newest, reasons = crashed(folder)
-    for what in ("accuracy", "latency"):
-        assert f"{what} could not be measured: RuntimeError: the kernel gave up" in reasons
+    assert "accuracy could not be measured: RuntimeError: the kernel gave up" in reasons
+    assert "latency could not be measured: The process that times" in reasons
+    assert "ended (exit code -9)" in reasons
     assert "latency (of dense) was not measured" in reasons
     assert figures(newest, "7-validate")["bytes"] > 0
     assert not (newest / "7-validate" / "latency.json").exists()
