@@ -22,7 +22,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
-FORMAT = 2
+FORMAT = 1
 KIT, FEED, RESULT = "kit.json", "feed.npz", "device.json"
 LONGEST = 4 << 20
 """Bytes of a kit's own description."""
@@ -34,17 +34,10 @@ open, and never makes it faster.
 ROUNDS_AT_LEAST, ROUNDS_AT_MOST = 3, 150
 """Of one session."""
 WARM = 2
-SETTLED, SETTLED_SECONDS = 8, 0.05
-"""So many inferences before those that count in a turn, or as many as take so long: they find the caches filled by the
-other model. Of a MobileNetV2 at 224x224 and half of it the ratio is 0.558 in the first one, then 0.472, 0.442, 0.436,
-and 0.445 from the eighth on.
-"""
 TIMED = 2
-"""Inferences that count in a turn."""
-WATCHED = 4
-"""Inferences with each operator's time written down, in a turn; only the last one counts, for the same reason. Fewer,
-since a profile of all would be long.
-"""
+"""Inferences that count in a turn; the one before them finds the caches filled by the other model."""
+WATCHED = 2
+"""Inferences with each operator's time written down, in a turn; only the last one counts, for the same reason."""
 
 
 def session(path: Any, threads: int, profile: str | None = None) -> Any:
@@ -66,12 +59,8 @@ def once(model: Any, feed: dict[str, Any], clock: Any = time.perf_counter) -> fl
 
 
 def turn(model: Any, feed: dict[str, Any], clock: Any = time.perf_counter) -> float:
-    """Seconds of one inference, the median of a few after some that do not count."""
-    began = time.perf_counter()
-    for _ in range(SETTLED):
-        once(model, feed)
-        if time.perf_counter() - began >= SETTLED_SECONDS:
-            break
+    """Seconds of one inference, the median of a few after one that does not count."""
+    once(model, feed)
     return float(np.median([once(model, feed, clock) for _ in range(TIMED)]))
 
 

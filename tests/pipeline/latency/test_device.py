@@ -250,14 +250,13 @@ def test_of_two_runs_at_once_one_measures_and_the_other_waits_for_it(small, few,
     assert len(calls) == len(one.samples)
 
 
-def test_operators_of_a_profile_count_once_a_run_the_first_ones_of_a_turn_left_out():
+def test_operators_of_a_profile_count_once_a_run_the_first_of_a_turn_left_out():
     shapes = {"input_type_shape": [{"float": [1, 3]}], "output_type_shape": [{"float": [1, 5]}]}
 
     def event(name, dur):
         return {"cat": "Node", "name": f"{name}_kernel_time", "dur": dur, "args": {"op_name": "Conv", **shapes}}
 
-    cold = [500] * (device.WATCHED - 1)  # in each turn, those that do not count
-    spent = [900] * device.WARM + [*cold, 100, *cold, 200, *cold, 300]
+    spent = [900] * device.WARM + [500, 100, 500, 200, 500, 300]  # each turn: one that does not count, one that does
     events = [event("conv", dur) for dur in spent] + [{"cat": "Session", "name": "x"}]
     (row,) = device.operators(events, np.array([1e-3, 1e-3, 1e-3]))
     assert row == ["conv", "Conv", [[1, 3]], [[1, 5]], pytest.approx(0.2)]
