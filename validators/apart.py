@@ -65,7 +65,7 @@ def taking_turns(runners: Mapping[str, Runner], feed: Feed) -> Iterator[Turns]:
             for name, runner in files.items()
         }
         given = {"feed": str(folder / "feed.npz"), "inputs": list(feed.arrays), "models": models}
-        errors = stack.enter_context((folder / "stderr").open("w+", errors="replace"))
+        errors = stack.enter_context((folder / "stderr").open("wb"))
         process = subprocess.Popen(
             [sys.executable, turns.__file__, json.dumps(given)],
             stdin=subprocess.PIPE,
@@ -74,7 +74,7 @@ def taking_turns(runners: Mapping[str, Runner], feed: Feed) -> Iterator[Turns]:
             text=True,
         )
         try:
-            yield Apart(process, list(models))
+            yield Apart(process, list(models), folder / "stderr")
         finally:
             process.kill()  # it holds nothing but what it read
             process.communicate()
@@ -111,8 +111,8 @@ class Apart:
 
     reopens = True
 
-    def __init__(self, process: subprocess.Popen[str], names: Sequence[str]) -> None:
-        self._process, self._names = process, names
+    def __init__(self, process: subprocess.Popen[str], names: Sequence[str], errors: Path) -> None:
+        self._process, self._names, self._errors = process, names, errors
 
     def open(self) -> dict[str, tuple[int, float]]:
         """Each file in a new session."""
@@ -134,8 +134,10 @@ class Apart:
             line = ""
         if not line:
             code = self._process.wait()
-            raise ValidationError(f"The process that times {', '.join(self._names)} ended (exit code {code}).")
+            lines = self._errors.read_text(errors="replace").strip().splitlines()
+            said = f": {first_line(RuntimeError(lines[-1]))}" if lines else ""
+            raise ValidationError(f"The process that times {', '.join(self._names)} ended (exit code {code}){said}")
         answer = json.loads(line)
         if isinstance(answer, dict):
-            raise ValidationError(f"{answer['failed']} cannot run: {first_line(answer['reason'])}")
+            raise ValidationError(f"{answer['failed']} cannot run: {first_line(RuntimeError(answer['reason']))}")
         return list(answer)

@@ -101,7 +101,7 @@ def test_what_goes_wrong_there_is_told_here(runners, tmp_path, monkeypatch):
         with pytest.raises(ValidationError, match=r"two cannot run: .*two\.onnx"):
             there.open()
     broken = tmp_path / "broken.py"
-    broken.write_text("import sys\nsys.stdin.readline()\nsys.exit(7)\n")
+    broken.write_text("import sys\nsys.stdin.readline()\nprint('no room', file=sys.stderr)\nsys.exit(7)\n")
     monkeypatch.setattr(turns, "__file__", str(broken))
-    with pytest.raises(ValidationError, match=r"The process that times one, two ended \(exit code 7\)"):
+    with pytest.raises(ValidationError, match=r"The process that times one, two ended \(exit code 7\): no room"):
         race({**runners, "two": runners["one"]}, FEED, reference="one", seconds=0, seed=0)
