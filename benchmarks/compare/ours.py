@@ -91,7 +91,7 @@ def results(
     )
     maskable = masks.maskable(dense)
     worth = choose.measured(analysis, seen, cfg, maskable)
-    branches = choose.branches_worth(analysis, seen, maskable, None) if worth is not None else {}
+    branches = choose.branches_worth(analysis, seen, maskable, None) if worth is not None else choose.Offered()
     goal: Counted | Timed = Counted(analysis, "macs", 1.0, analysis.macs / 1e6)
     if by_table:
         assert clock is not None

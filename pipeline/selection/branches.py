@@ -105,26 +105,47 @@ def lost(
     found = curves.masked(analysis, sets, seen.samples, seen.weights, apart)
     if not refit or seen.others is None:
         return found
-    captured = analysis.captured.with_state(seen.weights)
-    inputs = [one[evenly(len(one), FITTED_ON)] for one in seen.others]
     began, parts = time.perf_counter(), []
     waiting = sorted(branches, key=lambda one: found[one.node])  # those that lose little are asked for first
     with progress.bar("branches", len(waiting)) as bar:
         for done, one in enumerate(waiting):
             if done and (time.perf_counter() - began) * (done + 1) / done > SECONDS:  # the next takes as long as these
                 break
-            masks = {name: torch.from_numpy(mask) for name, mask in sets[one.node].items()}
             try:
-                made = closed_form.recover(captured, masks, inputs)
+                after = _fitted(analysis, sets[one.node], seen, apart)
             except ValueError as error:  # too few samples, or a graph that cannot be run node by node
                 progress.say(f"  branches are weighed without a fit: {first_line(error)}")
                 return found
-            changed = {n: v for n, v in made.state.items() if not torch.equal(v, captured.state[n])}
-            after = curves.masked(analysis, {one.node: sets[one.node]}, seen.samples, seen.weights, apart, changed)
-            parts.append(min(1.0, after[one.node] / max(found[one.node], 1e-12)))
+            parts.append(min(1.0, after / max(found[one.node], 1e-12)))
             bar(done + 1, one.name)
     parts += [float(np.median(parts))] * (len(waiting) - len(parts))
     return {one.node: found[one.node] * part for one, part in zip(waiting, parts, strict=True)}
+
+
+def lost_with(analysis: Analysis, masks: Masks, seen: Evidence, apart: Apart | None, *, refit: bool) -> float:
+    """The divergence (nats) of the outputs on `seen.samples` with these masks on; with `refit`, once the rest was
+    fitted to other samples.
+    """
+    assert seen.samples is not None
+    plain = curves.masked(analysis, {"": masks}, seen.samples, seen.weights, apart)[""]
+    if not refit or seen.others is None:
+        return plain
+    try:
+        return min(plain, _fitted(analysis, masks, seen, apart))
+    except ValueError:  # which `lost` has told
+        return plain
+
+
+def _fitted(analysis: Analysis, masks: Masks, seen: Evidence, apart: Apart | None) -> float:
+    """The divergence of the outputs with these masks on, once the rest was fitted. Raises ValueError for a graph that
+    cannot be run node by node, or too few samples.
+    """
+    assert seen.samples is not None and seen.others is not None
+    captured = analysis.captured.with_state(seen.weights)
+    inputs = [one[evenly(len(one), FITTED_ON)] for one in seen.others]
+    made = closed_form.recover(captured, {name: torch.from_numpy(mask) for name, mask in masks.items()}, inputs)
+    changed = {n: v for n, v in made.state.items() if not torch.equal(v, captured.state[n])}
+    return curves.masked(analysis, {"": masks}, seen.samples, seen.weights, apart, changed)[""]
 
 
 def _ends(side: fx.Node, targets: Mapping[str, str]) -> frozenset[str]:

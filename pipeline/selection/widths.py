@@ -12,6 +12,7 @@ import heapq
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +56,18 @@ def choose(
     exact: bool = False,
 ) -> Removed:
     """`choose_depth` where no branch may go as a whole: cluster name -> True = goes."""
-    return choose_depth(analysis, clusters, scores, curves, budget, costs, exact=exact)[0]
+    return choose_depth(analysis, clusters, scores, curves, budget, costs, exact=exact).removed
+
+
+class Depth(NamedTuple):
+    """What `choose_depth` chooses: cluster name -> True = goes, and the names of the branches that go as a whole; by
+    how much the goals are missed, and what is promised to be lost (nats).
+    """
+
+    removed: Removed
+    branches: tuple[str, ...]
+    missed: float
+    lost: float
 
 
 def choose_depth(
@@ -68,9 +80,9 @@ def choose_depth(
     branches: Mapping[str, tuple[Sequence[str], float]] | None = None,
     *,
     exact: bool = False,
-) -> tuple[Removed, tuple[str, ...]]:
-    """(cluster name -> True = goes, branches that go as a whole): the goals of all `costs` are met, spread by the
-    curves. Without costs, as few multiply-accumulates are left as `budget` would leave layer by layer.
+) -> Depth:
+    """Widths and branches with which the goals of all `costs` are met, spread by the curves. Without costs, as few
+    multiply-accumulates are left as `budget` would leave layer by layer.
 
     Greedily, the cheapest block per saved share first; `exact` improves on that by integer programming, as long as the
     curves promise a smaller loss. Alignment and floors hold in every cluster; a cluster that `budget` overrides is cut
@@ -98,7 +110,8 @@ def choose_depth(
 
     chosen: frozenset[str] = frozenset()
     if not any(gone.any() for gone in solved(chosen)[2].values()):
-        return solved(chosen)[2], ()
+        missed, lost, removed = solved(chosen)
+        return Depth(removed, (), missed, lost)
 
     def by_price() -> list[str]:
         """The branches that are left, by what they lose for what they save beside the best choice so far."""
@@ -135,7 +148,8 @@ def choose_depth(
             if solved(gone)[:2] < solved(chosen)[:2]:
                 chosen = gone
                 break
-    return solved(chosen)[2], tuple(name for name in open_ if name in chosen)
+    missed, lost, removed = solved(chosen)
+    return Depth(removed, tuple(name for name in open_ if name in chosen), missed, lost)
 
 
 def least(clusters: Sequence[Cluster], scores: Mapping[str, Scores], budget: Budget) -> Removed:

@@ -11,16 +11,17 @@ from foundation.errors import ConfigError
 from pipeline.channels import analyse, capture, liveness, shrink
 from pipeline.channels.dead.branches import without_zero_branches
 from pipeline.channels.program.macs import count_macs
+from pipeline.measurements import Measurements
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recovery import closed_form
-from pipeline.selection import branches, curves, targets, widths
+from pipeline.selection import branches, choose, curves, targets, widths
 from pipeline.selection.allocation import Budget
 from pipeline.selection.branches import removable
 from pipeline.selection.cost import Counted
 from pipeline.selection.criteria import Evidence
 from pipeline.selection.curves import convex
-from pipeline.selection.widths import choose_depth
+from pipeline.selection.widths import Depth, choose_depth
 from pipeline.training import masks
 
 
@@ -156,7 +157,7 @@ def test_a_branch_goes_where_that_loses_less_than_width_elsewhere(loss, gone):
     inside = {f"blocks.{at}": [f"blocks.{at}.a"] for at in range(3)}
     branches = {name: (clusters, loss if name == "blocks.1" else 90.0) for name, clusters in inside.items()}
     cost = Counted(analysis, "macs", 0.6, 1.0)
-    removed, chosen = choose_depth(
+    removed, chosen, *_ = choose_depth(
         analysis,
         analysis.clusters,
         scores,
@@ -169,7 +170,7 @@ def test_a_branch_goes_where_that_loses_less_than_width_elsewhere(loss, gone):
     assert cost.of(removed) <= 0.6
     assert removed["blocks.1.a"].all() == bool(gone)
     if gone:  # the others keep more than they would without
-        alone, _ = choose_depth(
+        alone, *_ = choose_depth(
             analysis, analysis.clusters, scores, made, Budget(0.5, align=4, floor=0.1, overrides={"stem": 0.0}), [cost]
         )
         assert sum(int(g.sum()) for n, g in removed.items() if n != "blocks.1.a") < sum(
@@ -184,8 +185,8 @@ def test_a_goal_that_width_alone_does_not_reach_is_reached_with_depth():
     branches = {f"blocks.{at}": ([f"blocks.{at}.a"], 30.0) for at in range(3)}
     cost = Counted(analysis, "macs", 0.4, 1.0)
     budget = Budget(0.5, align=4, floor=0.5, overrides={"stem": 0.0})
-    without, _ = choose_depth(analysis, analysis.clusters, scores, made, budget, [cost])
-    removed, chosen = choose_depth(analysis, analysis.clusters, scores, made, budget, [cost], branches)
+    without, *_ = choose_depth(analysis, analysis.clusters, scores, made, budget, [cost])
+    removed, chosen, *_ = choose_depth(analysis, analysis.clusters, scores, made, budget, [cost], branches)
     assert cost.of(without) > 0.4 >= cost.of(removed) and chosen
 
 
@@ -218,7 +219,7 @@ def test_branches_go_one_after_another_where_no_widths_and_no_single_branch_are_
 
     goal = (left(["blocks.0", "blocks.2"]) + left(["blocks.0"])) / 2
     assert goal < left(["blocks.0"])  # one is not enough
-    removed, chosen = choose_depth(
+    removed, chosen, *_ = choose_depth(
         analysis, clusters, scores, made, budget, [Counted(analysis, "macs", goal, 1.0)], branches
     )
     assert set(chosen) == {"blocks.0", "blocks.2"}  # the two that lose the least
@@ -245,7 +246,7 @@ def test_branches_go_together_where_one_alone_saves_less_than_a_block_elsewhere(
     helped = []
     for goal in np.linspace(0.1, 0.7, 25):
         cost = Counted(analysis, "macs", float(goal), 1.0)
-        removed, chosen = choose_depth(analysis, clusters, scores, made, budget, [cost], branches)
+        removed, chosen, *_ = choose_depth(analysis, clusters, scores, made, budget, [cost], branches)
         every = [gone for n in range(4) for gone in itertools.combinations(branches, n)]
         best = min(lost(cost, gone) for gone in every)
         assert cost.of(removed) <= goal
@@ -289,3 +290,47 @@ def test_branches_that_there_is_no_time_to_fit_count_as_the_others_do(monkeypatc
     assert parts[first] == pytest.approx(lost(60.0)[first] / plain[first])
     assert list(parts.values()) == pytest.approx([parts[first]] * 3) and parts[first] < 1
     assert lost(60.0, seen_of(analysis, others=4)) == plain  # too few samples for a fit
+
+
+def test_a_whole_choice_is_tried_after_a_fit_and_kept_by_what_goes(tmp_path):
+    model, analysis = analysed(Net, (2, 3, 8, 8))
+    maskable, seen, kept = masks.maskable(model), seen_of(analysis), Measurements(tmp_path)
+    offered = choose.branches_worth(analysis, seen, maskable, None, kept=kept)
+    assert set(offered.alone) == set(removable(analysis, maskable))
+    gone = {name: mask for one in offered.alone for name, mask in one.masks(analysis.captured.state).items()}
+    made = closed_form.recover(
+        analysis.captured, {name: torch.from_numpy(mask) for name, mask in gone.items()}, seen.others
+    )
+    cut = analysis.captured.with_state(made.state).fold(gone)
+    want = curves.class_shares((model(*seen.samples),))((cut(*seen.samples),))
+    assert offered.tried(gone) == pytest.approx(want, rel=1e-3)
+    files = len(list(tmp_path.glob("branches-*")))
+    assert offered.tried(dict(reversed(gone.items()))) == offered.tried(gone)
+    assert len(list(tmp_path.glob("branches-*"))) == files == 2
+    fewer = {name: np.ones_like(mask) for name, mask in gone.items()}
+    assert offered.tried(fewer) == pytest.approx(0, abs=1e-6)
+
+
+def found(branches, missed=0.0):
+    return Depth({}, tuple(branches), missed, 0.0)
+
+
+def test_of_dearer_and_dearer_branches_the_choice_that_loses_least_as_a_whole_is_taken(monkeypatch):
+    """Whatever was promised; what misses its goal is none, and what there is no time for is not taken."""
+    led = {1.0: found("abc"), 4.0: found("a"), 1e9: found("")}
+    loses = {("a", "b", "c"): 0.5, ("a",): 0.2, (): 0.3}
+    asked = []
+
+    def tried(depth):
+        asked.append(depth.branches)
+        return loses[depth.branches]
+
+    assert choose._deep(led.__getitem__, tried) == led[4.0]
+    assert asked == [(), ("a",), ("a", "b", "c")]
+    loses["a", "b", "c"] = 0.1
+    assert choose._deep(led.__getitem__, tried) == led[1.0]
+    needed = {1.0: found("abc"), 4.0: found("a", missed=0.1), 1e9: found("a", missed=0.1)}
+    assert choose._deep(needed.__getitem__, lambda depth: 1 / 0) == needed[1.0]
+    assert choose._deep({1.0: found("")}.__getitem__, lambda depth: 1 / 0).branches == ()
+    monkeypatch.setattr(choose, "SECONDS", 0.0)
+    assert choose._deep(led.__getitem__, tried) == led[1e9]
