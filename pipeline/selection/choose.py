@@ -418,7 +418,9 @@ def branches_worth(
         def measure() -> float:
             return branches.lost_with(analysis, given, seen, apart, refit=refit)
 
-        return float(kept.kept("branches", key | {"going": going}, measure))
+        nats = float(kept.kept("branches", key | {"going": going}, measure))
+        told.say(f"  a choice of widths and branches, fitted as a whole: {nats:.3g} nats")
+        return nats
 
     return Offered({branch: lost[branch.node] for branch in found}, tried)
 
