@@ -60,14 +60,13 @@ def choose(
 
 
 class Depth(NamedTuple):
-    """What `choose_depth` chooses: cluster name -> True = goes, and the names of the branches that go as a whole; by
-    how much the goals are missed, and what is promised to be lost (nats).
+    """What `choose_depth` chooses: cluster name -> True = goes, and the names of the branches that go as a whole; and
+    by how much the goals are missed.
     """
 
     removed: Removed
     branches: tuple[str, ...]
     missed: float
-    lost: float
 
 
 def choose_depth(
@@ -110,8 +109,8 @@ def choose_depth(
 
     chosen: frozenset[str] = frozenset()
     if not any(gone.any() for gone in solved(chosen)[2].values()):
-        missed, lost, removed = solved(chosen)
-        return Depth(removed, (), missed, lost)
+        missed, _, removed = solved(chosen)
+        return Depth(removed, (), missed)
 
     def by_price() -> list[str]:
         """The branches that are left, by what they lose for what they save beside the best choice so far."""
@@ -148,8 +147,8 @@ def choose_depth(
             if solved(gone)[:2] < solved(chosen)[:2]:
                 chosen = gone
                 break
-    missed, lost, removed = solved(chosen)
-    return Depth(removed, tuple(name for name in open_ if name in chosen), missed, lost)
+    missed, _, removed = solved(chosen)
+    return Depth(removed, tuple(name for name in open_ if name in chosen), missed)
 
 
 def least(clusters: Sequence[Cluster], scores: Mapping[str, Scores], budget: Budget) -> Removed:

@@ -312,7 +312,7 @@ def test_a_whole_choice_is_tried_after_a_fit_and_kept_by_what_goes(tmp_path):
 
 
 def found(branches, missed=0.0):
-    return Depth({}, tuple(branches), missed, 0.0)
+    return Depth({}, tuple(branches), missed)
 
 
 def test_of_dearer_and_dearer_branches_the_choice_that_loses_least_as_a_whole_is_taken(monkeypatch):
