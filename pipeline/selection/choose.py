@@ -49,6 +49,8 @@ class Weighed:
     prices: Sequence[Price] = ()
     branches: tuple[Branch, ...] = ()
     """Whole branches that go, all groups inside them with them."""
+    dearer: float = 1.0
+    """How many times as dear as by itself each branch was reckoned."""
 
 
 @dataclass(frozen=True)
@@ -144,14 +146,26 @@ def measured(
     return curves.from_json(kept.kept("curves", key, lambda: curves.to_json(measure())))
 
 
+DEARER = (4.0, 1e9)
+"""How many times what each branch loses by itself is reckoned with, too; the last leaves all that need not go."""
+SECONDS = 60.0
+"""For trying what these lead to. Fewer branches are tried first, and those that there is no time for do not go."""
+AGAIN = 0.05
+"""Of a goal: one that lies nearer to that of a choice before takes over how dear branches were best. Else they come and
+go from one aim to the next, and what one took says little of the other.
+"""
+
+
 @dataclass(frozen=True)
 class Offered:
     """Residual branches that may go as a whole: the divergence from the dense outputs (nats) when each does `alone`,
-    and when a whole choice is `tried`, widths and branches (parameter name -> False = goes).
+    and when a whole choice is `tried`, widths and branches (parameter name -> False = goes). `dearer`: how many times
+    as dear as alone they are reckoned, in turns.
     """
 
     alone: Mapping[Branch, float] = field(default_factory=dict)
     tried: Callable[[branches.Masks], float] = lambda masks: 0.0
+    dearer: Sequence[float] = (1.0, *DEARER)
 
 
 def choose_groups(
@@ -196,40 +210,41 @@ def choose_groups(
                 _masks(analysis, whole | depth.removed, [known[name] for name in depth.branches], maskable)
             )
 
-        found = _deep(solved, tried)
+        found, dearer = _deep(solved, tried, offered.dearer)
         chosen = whole | found.removed
         below = min((1 - cost.of(chosen) / cost.goal for cost in costs), default=0.0)
         if below <= OFF_TARGET:  # else too much was cut
             break
     prices = widths.prices(analysis, clusters, worth.curves, budget, chosen, costs[0] if costs else None)
-    return Weighed(chosen, ranked, worth, prices, tuple(known[name] for name in found.branches))
+    return Weighed(chosen, ranked, worth, prices, tuple(known[name] for name in found.branches), dearer)
 
 
-DEARER = (4.0, 1e9)
-"""How many times what each branch loses by itself is reckoned with, too; the last leaves all that need not go."""
-SECONDS = 60.0
-"""For trying what these lead to. Fewer branches are tried first, and those that there is no time for do not go."""
-
-
-def _deep(solved: Callable[[float], Depth], tried: Callable[[Depth], float]) -> Depth:
-    """Of what dearer and dearer branches lead to (`solved`: how many times dearer -> choice), what loses least when it
-    is `tried` as a whole (choice -> nats).
+def _deep(
+    solved: Callable[[float], Depth], tried: Callable[[Depth], float], dearer: Sequence[float] = (1.0, *DEARER)
+) -> tuple[Depth, float]:
+    """Of what `dearer` and dearer branches lead to (`solved`: how many times as dear -> choice), what loses least when
+    it is `tried` as a whole (choice -> nats); and which led there.
 
     What branches and widths lose apart does not add up. Of a BERT of four layers that keeps 0.15 of its operations,
     four branches gone promised 0.13 nats and none 0.22 to 0.32, and 84.3 and 86.5 % were right with them (two seeds),
     89.4 and 91.1 without. Of a ResNet-50, without eight that cost next to nothing alone, 80.7 instead of 92.3.
     """
-    first = solved(1.0)
+    first = solved(dearer[0])
     if not first.branches:
-        return first
-    found = {one.branches: one for one in (first, *(solved(dearer) for dearer in DEARER))}
-    near = min(one.missed for one in found.values())
-    waiting = sorted((one for one in found.values() if one.missed == near), key=lambda one: len(one.branches))
+        return first, dearer[0]
+    found = {first.branches: (first, dearer[0])}
+    for times in dearer[1:]:
+        one = solved(times)
+        found.setdefault(one.branches, (one, times))
+    near = min(one.missed for one, _ in found.values())
+    waiting = sorted(
+        (pair for pair in found.values() if pair[0].missed == near), key=lambda pair: len(pair[0].branches)
+    )
     if len(waiting) == 1:
         return waiting[0]
     nats: list[float] = []
     began = time.perf_counter()
-    for one in waiting:
+    for one, _ in waiting:
         if nats and (time.perf_counter() - began) * (len(nats) + 1) / len(nats) > SECONDS:
             break
         nats.append(tried(one))
@@ -334,6 +349,7 @@ class Chooser:
         self.weighed: Weighed | None = None
         self._measured: Measured | None = None
         self._branches = Offered()
+        self._tried: dict[tuple[float, ...], float] = {}  # goals -> how dear branches were in the best choice
 
     def choose(self, seen: Evidence, ratio: float) -> Masks:
         """Parameter name -> mask, for what is seen of the model as it is now."""
@@ -359,10 +375,20 @@ class Chooser:
                 self._branches = branches_worth(
                     self.analysis, seen, self.maskable, self.apart, self.progress, self.kept, refit=self.cfg.refit
                 )
+        goals = tuple(cost.towards(ratio / self.cfg.ratio if self.cfg.ratio else 0.0).asked for cost in self.costs)
+        near = next((known for known in self._tried if _near(known, goals)), None)
+        offered = self._branches if near is None else replace(self._branches, dearer=(self._tried[near],))
         self.weighed = choose_groups(
-            self.analysis, seen, self.cfg, ratio, self.maskable, self._measured, self.costs, self._branches
+            self.analysis, seen, self.cfg, ratio, self.maskable, self._measured, self.costs, offered
         )
+        if near is None and (self.weighed.branches or self.weighed.dearer != offered.dearer[0]):
+            self._tried[goals] = self.weighed.dearer
         return masks_of(self.analysis, self.weighed, self.maskable)
+
+
+def _near(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether goals are next to the same."""
+    return all(abs(a / b - 1) <= AGAIN for a, b in zip(one, other, strict=True))
 
 
 def masks_of(analysis: Analysis, weighed: Weighed, maskable: frozenset[str]) -> Masks:

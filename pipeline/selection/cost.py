@@ -38,6 +38,10 @@ class Cost(Protocol):
         """The share that is to be left, above 0."""
 
     @property
+    def asked(self) -> float:
+        """The goal that this sets to what is counted, or to what a table says before it is corrected."""
+
+    @property
     def unit(self) -> tuple[str, float]:
         """What one is told in, and how many of these the dense model pays: ("ms", 97.0)."""
 
@@ -67,6 +71,11 @@ class Counted:
     def name(self) -> str:
         """In words."""
         return {"macs": "multiply-accumulates", "params": "parameters", "size": "file size"}[self.quantity]
+
+    @property
+    def asked(self) -> float:
+        """The goal."""
+        return self.goal
 
     @property
     def unit(self) -> tuple[str, float]:
@@ -123,6 +132,11 @@ class Timed:
     def name(self) -> str:
         """In words."""
         return f"latency ({self.threads} {'thread' if self.threads == 1 else 'threads'}, batch {self.batch})"
+
+    @property
+    def asked(self) -> float:
+        """The goal by the table alone."""
+        return self.goal / self.correction
 
     @property
     def unit(self) -> tuple[str, float]:

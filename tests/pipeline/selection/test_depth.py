@@ -325,12 +325,37 @@ def test_of_dearer_and_dearer_branches_the_choice_that_loses_least_as_a_whole_is
         asked.append(depth.branches)
         return loses[depth.branches]
 
-    assert choose._deep(led.__getitem__, tried) == led[4.0]
+    assert choose._deep(led.__getitem__, tried) == (led[4.0], 4.0)
     assert asked == [(), ("a",), ("a", "b", "c")]
     loses["a", "b", "c"] = 0.1
-    assert choose._deep(led.__getitem__, tried) == led[1.0]
+    assert choose._deep(led.__getitem__, tried) == (led[1.0], 1.0)
     needed = {1.0: found("abc"), 4.0: found("a", missed=0.1), 1e9: found("a", missed=0.1)}
-    assert choose._deep(needed.__getitem__, lambda depth: 1 / 0) == needed[1.0]
-    assert choose._deep({1.0: found("")}.__getitem__, lambda depth: 1 / 0).branches == ()
+    assert choose._deep(needed.__getitem__, lambda depth: 1 / 0) == (needed[1.0], 1.0)
+    assert choose._deep({1.0: found("")}.__getitem__, lambda depth: 1 / 0)[0].branches == ()
     monkeypatch.setattr(choose, "SECONDS", 0.0)
-    assert choose._deep(led.__getitem__, tried) == led[1e9]
+    assert choose._deep(led.__getitem__, tried) == (led[1e9], 1e9)
+
+
+def test_a_goal_next_to_the_one_before_takes_over_how_dear_branches_were_best(monkeypatch):
+    """An aim asks for nearly the same again and again: branches do not come and go, and nothing is tried anew."""
+    model, analysis = analysed(Net, (2, 3, 8, 8))
+    tried = []
+
+    def worth(analysis, seen, maskable, *args, **options):
+        alone = dict.fromkeys(removable(analysis, maskable), 1e-6)
+        return choose.Offered(alone, lambda given: tried.append(given) or len(tried))
+
+    monkeypatch.setattr(choose, "branches_worth", worth)
+    cfg = PruneSection(target={"macs": 0.4}, scope="curves", criterion="l2", refit=False, align=1)
+    chooser = choose.Chooser(cfg, analysis, model)
+
+    def asked(goal):
+        chooser.costs = (Counted(analysis, "macs", goal, 1.0),)
+        chooser.choose(seen_of(analysis), cfg.ratio)
+        return len(tried)
+
+    first = asked(0.4)
+    assert first > 1 and chooser.weighed.dearer != 1.0  # the first to be tried loses least here
+    assert asked(0.39) == asked(0.41) == first
+    more = asked(0.3)
+    assert more > first and asked(0.4) == more
