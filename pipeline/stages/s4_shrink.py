@@ -187,6 +187,10 @@ def _uneven(analysis: Analysis, pruned: Pruned, live: Liveness) -> str:
 def _kept_back(analysis: Analysis, ledger: Ledger) -> tuple[str, ...]:
     """Why what stays has to stay: operators that block channels, and groups that were dead yet could not go."""
     blocked = [f"{b.op} at {b.node}: {b.reason} ({b.params:,} parameters)" for b in analysis.blocked]
-    refused = [f"{len(r.groups)} groups of {r.cluster}: {r.op} at {r.node}: {r.reason}" for r in ledger.refusals]
-    refused += [f"{len(g)} groups of {name}: {EMPTY}" for name, g in ledger.spared.items()]
+    refused = [f"{_groups(len(r.groups))} of {r.cluster}: {r.op} at {r.node}: {r.reason}" for r in ledger.refusals]
+    refused += [f"{_groups(len(g))} of {name}: {EMPTY}" for name, g in ledger.spared.items()]
     return (*blocked, *refused)
+
+
+def _groups(count: int) -> str:
+    return "1 group" if count == 1 else f"{count} groups"

@@ -280,4 +280,4 @@ def test_what_is_dead_and_stays_because_a_tensor_would_become_empty_is_said_to_b
     pruned = Pruned.model_construct(folder=tmp_path, kinds=GroupSwitches(), method="structured", align=1)
     made = s4_shrink.run(ShrinkSection(), tmp_path, source, digits, pruned, folded, SILENT)
     assert made.statement == "Nothing was removed: 1 channel group is dead, and stays (a tensor would become empty)."
-    assert "1 groups of first: a tensor would become empty" in made.kept_back
+    assert "1 group of first: a tensor would become empty" in made.kept_back
