@@ -49,10 +49,11 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Trial:
-    """The time of the file that would ship over the dense model's, and which candidate that is."""
+    """The time of the file that would ship over the dense model's, which candidate that is, and the time itself."""
 
     ratio: Measured
     shipped: str
+    ms: float
 
 
 def tried(
@@ -85,12 +86,17 @@ def tried(
             faster = [key for key in files if found[key].ratio.high < found[first].ratio.low]
             best = min(faster, key=lambda key: found[key].ratio.value, default=first)
 
+        took: list[float] = []
+
         def ratio(number: int) -> Measured:
             timed = against_dense([best], SECONDS, SEED + 1 + number)[best]
             # One thread computes: its own time is told from what other programs take.
-            return timed.cpu_ratio if setting.threads == 1 else timed.ratio
+            alone = setting.threads == 1
+            took.append(timed.cpu_median_ms if alone else timed.median_ms)
+            return timed.cpu_ratio if alone else timed.ratio
 
-        return Trial(until_sure(ratio), best)
+        sure = until_sure(ratio)
+    return Trial(sure, best, float(np.median(took)))
 
 
 def until_sure(race: Callable[[int], Measured]) -> Measured:

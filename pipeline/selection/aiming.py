@@ -23,6 +23,7 @@ from pipeline.selection.choose import Chooser
 from pipeline.selection.cost import Cost, Timed
 from pipeline.selection.criteria import Evidence
 from pipeline.selection.targets import check_met, settings
+from validators.gates import Measured
 
 ATTEMPTS = 6
 """Choices that are timed at the most: the first by the table alone, each of the others corrected by what those before
@@ -72,7 +73,7 @@ def take_aim(
             if any(_same(removed, one.removed) for one in attempts):
                 break  # no width lies nearer
             used.append(chooser.costs)
-            attempts.append(_attempt(goals, analysis, weights, removed, chosen, source, places, dense))
+            attempts.append(_attempt(cfg, goals, analysis, weights, removed, chosen, source, places, dense))
             bar(number + 1, _words(attempts[-1]))
             chooser.costs = corrected(goals, attempts)
             if not places or _missed(goals, attempts)[-1] <= NEAR:
@@ -119,6 +120,7 @@ def _same(one: Removed, other: Removed) -> bool:
 
 
 def _attempt(
+    cfg: PruneSection,
     costs: Sequence[Cost],
     analysis: Analysis,
     weights: Mapping[str, Any],
@@ -128,11 +130,23 @@ def _attempt(
     places: Mapping[int, Setting],
     dense: Path,
 ) -> Attempt:
-    measured = tuple(
-        tried(analysis, weights, masks, source, places[number], dense) if number in places else None
-        for number in range(len(costs))
-    )
-    return Attempt(removed, tuple(cost.of(removed) for cost in costs), measured)
+    asked = cfg.target.amounts.get("latency")
+    measured: list[Trial | None] = []
+    for number, cost in enumerate(costs):
+        trial = tried(analysis, weights, masks, source, places[number], dense) if number in places else None
+        if trial is not None and isinstance(cost, Timed) and asked is not None and asked.absolute is not None:
+            trial = _in_milliseconds(trial, cost.dense_ms)
+        measured.append(trial)
+    return Attempt(removed, tuple(cost.of(removed) for cost in costs), tuple(measured))
+
+
+def _in_milliseconds(trial: Trial, dense_ms: float) -> Trial:
+    """The trial where milliseconds were asked for: as the share that they are of what the dense model took when the
+    table was made, for of that the goal is a share. The dense model takes another time in another process, or minute.
+    """
+    factor = trial.ms / dense_ms / trial.ratio.value
+    shares = {end: factor * getattr(trial.ratio, end) for end in ("value", "low", "high")}
+    return replace(trial, ratio=Measured(**shares))
 
 
 def _words(attempt: Attempt) -> str:

@@ -253,13 +253,13 @@ def test_what_dense_meets_already_is_refused_as_needing_no_pruning(source, targe
 # ── the aim ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def aimed_at(source, monkeypatch, goal, took):
+def aimed_at(source, monkeypatch, goal, took, target=None, dense_ms=10.0):
     """Take aim where the table says that time goes with the share of groups that are kept, and whole models take
-    `took(share)`.
+    `took(share)`. The dense model took 10 ms for the table, and takes `dense_ms` now.
     """
     model = source.build()
     analysis = analyse(graph_of(model, source))
-    cfg = PruneSection(target={"latency": goal}, align=1, scope="layer", criterion="l2")
+    cfg = PruneSection(target={"latency": target or goal}, align=1, scope="layer", criterion="l2")
 
     def share(fit, kept):
         return kept.sum() / fit.sizes.whole.sum()
@@ -275,7 +275,7 @@ def aimed_at(source, monkeypatch, goal, took):
         kept = sum(int((~gone).sum()) for gone in removed.values()) / sum(gone.size for gone in removed.values())
         seen.append(kept)
         value = took(kept)
-        return Trial(Measured(value=value, low=value, high=value), "exported")
+        return Trial(Measured(value=value, low=value, high=value), "exported", value * dense_ms)
 
     monkeypatch.setattr(aiming, "tried", tried)
     state = {name: value.detach() for name, value in model.state_dict().items()}
@@ -297,6 +297,14 @@ def test_what_a_whole_model_took_corrects_the_table(source, monkeypatch, factor)
     assert attempts[-1].measured[0].ratio.value == pytest.approx(0.5, rel=0.03)
     assert kept == pytest.approx(0.5 / factor, rel=0.03)  # what is masked in the end is what was timed last
     assert kept == pytest.approx(seen[-1])
+
+
+def test_milliseconds_are_hit_where_the_dense_model_takes_another_time_than_for_the_table(source, monkeypatch):
+    """A share of dense is one of what dense takes now; milliseconds are milliseconds."""
+    _, _, kept = aimed_at(source, monkeypatch, 0.5, lambda share: share, target="5ms", dense_ms=8.0)
+    assert kept * 8.0 == pytest.approx(5.0, rel=0.03)
+    _, _, kept = aimed_at(source, monkeypatch, 0.5, lambda share: share, dense_ms=8.0)
+    assert kept == pytest.approx(0.5, rel=0.03)
 
 
 def test_of_noisy_attempts_the_nearest_is_taken(source, monkeypatch):
