@@ -181,10 +181,10 @@ class _Solver:
     def __init__(self, x: Tensor, rest: Tensor, kept: Tensor | None = None, together: Together = ALONE) -> None:
         self.x, self.rest, self.kept, self.together = x, rest, kept, together
         self.dual = together.count == 1 and kept is None and x.shape[1] < x.shape[2]
-        self.gram = (x @ x.mT if self.dual else together.added(x.mT @ x)).double()
+        self.gram = (x @ x.mT).double() if self.dual else together.added(sums.products(x, x))
         traces = self.gram.diagonal(dim1=1, dim2=2).sum(1)  # the same in both spaces
         self.mean = (traces / x.shape[2]).clamp_min(1e-30)
-        self.product = None if self.dual else together.added(x.mT @ rest).double()
+        self.product = None if self.dual else together.added(sums.products(x, rest))
         self.factor: tuple[float, Tensor] | None = None
         self.middle: Tensor | None = None  # of the rows of X, that products are about
 
@@ -198,8 +198,8 @@ class _Solver:
         made, added = copy.copy(self), self.together.added
         made.x, made.factor = x, None
         further, left = x[:, more], rest[:, more]
-        made.gram = self.gram + added(further.mT @ further).double()
-        made.product = self.product + added(further.mT @ left).double()
+        made.gram = self.gram + added(sums.products(further, further))
+        made.product = self.product + added(sums.products(further, left))
         if centre:
             rows = self.together.sum(x.shape[1])[0]
             mean_x, mean_rest = (added(sums.over(v, 1, keepdim=True)) / rows for v in (x, rest))
@@ -229,7 +229,7 @@ class _Solver:
         if more is None:
             return self.product
         added = self.together.added
-        product: Tensor = self.product + added(self.x.mT @ more).double()
+        product: Tensor = self.product + added(sums.products(self.x, more))
         if self.middle is not None:
             product -= self.middle.mT @ added(sums.over(more, 1, keepdim=True))
         return product

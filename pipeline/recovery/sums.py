@@ -9,6 +9,11 @@ from torch import Tensor
 
 BLOCK = 1024
 """Squares that are added in float32: a norm adds one after the other, and not in blocks as a sum does."""
+ROWS = 1024
+"""Whose products are added in float32, or as many as there are columns. Of 17,000 at once, rounding made 0.0034 in a
+weight of 0.26, of 72 columns, where the rows came in another order (on one processor, and not on another); so 0.00005.
+It takes 1.0 to 1.2 times as long, and a quarter of the time for 240 groups of 9 columns.
+"""
 
 
 def over(x: Tensor, dims: int | list[int], *, keepdim: bool = False) -> Tensor:
@@ -24,6 +29,15 @@ def squares(x: Tensor) -> float:
     total = float(norms.double().square().sum()) + float(flat[whole:].double().square().sum())
     # Beyond that single squares may be too large for float32, or too small.
     return total if 1e-30 < total < 1e30 else float(x.double().square().sum())
+
+
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """Xᵀ Y of (groups, rows, columns) and (groups, rows, others), float64."""
+    step = max(ROWS, x.shape[2])
+    total = (x[:, :step].mT @ y[:, :step]).double()
+    for first in range(step, x.shape[1], step):
+        total += x[:, first : first + step].mT @ y[:, first : first + step]
+    return total
 
 
 def finite(x: Tensor) -> bool:

@@ -215,7 +215,7 @@ class _System:
 
     def add(self, x: Tensor, y: Tensor, rest: Tensor, share: float, *, turned: bool) -> None:
         """Rows of a reader, each square counted `share` times."""
-        gram, product = share * (x.mT @ x).double(), share * (rest.mT @ x).double()
+        gram, product = (share * sums.products(one[None], x[None])[0] for one in (x, rest))
         if turned:
             self.turned += gram
             self.product += product.mT
