@@ -187,7 +187,7 @@ def choose_groups(
     clusters = choosable(analysis, maskable)
     ranked = {c.name: criteria.rank(cfg.criterion, c, seen) for c in clusters}
     scores = {name: one.scores for name, one in ranked.items()}
-    share = ratio / cfg.ratio if cfg.ratio else 0.0  # how far a schedule has come; overrides grow with it
+    share = _way(cfg, ratio)  # overrides grow with it
     budget = budget_of(cfg, ratio, share)
     whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
     costs = [cost.towards(share) for cost in costs]
@@ -217,6 +217,11 @@ def choose_groups(
             break
     prices = widths.prices(analysis, clusters, worth.curves, budget, chosen, costs[0] if costs else None)
     return Weighed(chosen, ranked, worth, prices, tuple(known[name] for name in found.branches), dearer)
+
+
+def _way(cfg: PruneSection, ratio: float) -> float:
+    """How far a schedule that is at `ratio` has come, 1 at its end."""
+    return ratio / cfg.ratio if cfg.ratio else 0.0
 
 
 def _deep(
@@ -349,7 +354,7 @@ class Chooser:
         self.weighed: Weighed | None = None
         self._measured: Measured | None = None
         self._branches = Offered()
-        self._tried: dict[tuple[float, ...], float] = {}  # goals -> how dear branches were in the best choice
+        self._dearer: dict[tuple[float, ...], float] = {}  # goals -> how dear branches were in the best choice
 
     def choose(self, seen: Evidence, ratio: float) -> Masks:
         """Parameter name -> mask, for what is seen of the model as it is now."""
@@ -375,14 +380,14 @@ class Chooser:
                 self._branches = branches_worth(
                     self.analysis, seen, self.maskable, self.apart, self.progress, self.kept, refit=self.cfg.refit
                 )
-        goals = tuple(cost.towards(ratio / self.cfg.ratio if self.cfg.ratio else 0.0).asked for cost in self.costs)
-        near = next((known for known in self._tried if _near(known, goals)), None)
-        offered = self._branches if near is None else replace(self._branches, dearer=(self._tried[near],))
+        goals = tuple(cost.towards(_way(self.cfg, ratio)).asked for cost in self.costs)
+        known = next((dearer for other, dearer in self._dearer.items() if _near(other, goals)), None)
+        offered = self._branches if known is None else replace(self._branches, dearer=(known,))
         self.weighed = choose_groups(
             self.analysis, seen, self.cfg, ratio, self.maskable, self._measured, self.costs, offered
         )
-        if near is None and (self.weighed.branches or self.weighed.dearer != offered.dearer[0]):
-            self._tried[goals] = self.weighed.dearer
+        if known is None and (self.weighed.branches or self.weighed.dearer != offered.dearer[0]):
+            self._dearer[goals] = self.weighed.dearer
         return masks_of(self.analysis, self.weighed, self.maskable)
 
 
