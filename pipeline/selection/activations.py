@@ -20,6 +20,7 @@ from foundation.files import memory_of
 from pipeline.channels.coupling.groups import Cluster
 from pipeline.channels.program.capture import Captured
 from pipeline.channels.program.execute import execute, feeds_of
+from pipeline.recovery import sums
 from pipeline.recovery.contractions import Contraction, contraction, weight_of
 from pipeline.recovery.sampling import chunked, rows_wanted, seed_of
 
@@ -181,7 +182,7 @@ class _Sums:
         """Add the products of the rows that wait: adding up a large matrix for every few rows would take longest."""
         if self.gram is not None and self.waiting:
             rows = torch.cat(self.waiting, 1)
-            self.gram += (rows.mT @ rows).double()
+            self.gram += sums.products(rows, rows)
             self.waiting.clear()
 
     def finished(self, asked: bool) -> ReaderInput:

@@ -452,7 +452,7 @@ def class_shares(dense: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], float]
 
 def _log_shares(output: Tensor) -> Tensor:
     """Log softmax over the classes, (samples and places, classes): the last of three dimensions, else the second."""
-    value = output.double()
+    value = output.detach().double()
     if value.dim() < 2:
         value = value.reshape(1, -1)
     return value.movedim(1 if value.dim() != 3 else 2, -1).flatten(0, -2).log_softmax(-1)
