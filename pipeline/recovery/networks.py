@@ -117,7 +117,7 @@ class Networks:
         positional = fx.node.map_arg(node.args, args.__getitem__)
         try:
             return target(*positional, **fx.node.map_arg(node.kwargs, args.__getitem__))
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, IndexError) as error:
             raise ValueError(f"{node.name} cannot be run by itself: {str(error).splitlines()[0]}") from error
 
     def forget(self, node: fx.Node) -> None:

@@ -552,6 +552,31 @@ def test_samples_that_are_no_good_are_refused_in_one_line():
         recover(captured, cut(captured), (x, y[:-1]))
 
 
+class Marked(nn.Module):
+    """Classifies by the last token that is a 1, as encoder-decoders of transformers do by that of the sentence's end."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.a, self.b = nn.Embedding(10, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        x = self.b(self.a(self.embed(tokens)).relu())
+        return self.head(x[tokens.eq(1)].view(len(tokens), -1, 8)[:, -1])
+
+
+def test_samples_that_the_network_itself_cannot_take_are_refused_in_one_line():
+    torch.manual_seed(0)
+    tokens = torch.randint(2, 10, (32, 6))
+    with_mark = tokens.clone()
+    with_mark[:, 3] = 1
+    captured = capture(Marked().eval(), (with_mark[:2],))
+    masks = cut(captured)
+    assert any(not f.reason for f in recover(captured, masks, (with_mark,)).fitted)
+    with pytest.raises(ValueError, match="cannot be run by itself: .*out of range"):
+        recover(captured, masks, (tokens,))
+
+
 @pytest.mark.parametrize(
     "x",
     [torch.zeros(40, *IMAGE), torch.full((40, *IMAGE), 3.7), torch.randn(1, *IMAGE).expand(40, -1, -1, -1)],
