@@ -61,6 +61,13 @@ def test_the_latency_is_that_of_the_gate_unless_the_target_says_otherwise():
     assert (own.prune.target.threads, own.prune.target.int8) == ((1, 2), False)
 
 
+def test_a_latency_that_was_asked_for_is_measured_for_longer_unless_the_recipe_says_how_long():
+    usual = load(settings={"prune.target.macs": 0.4}).gate.seconds
+    assert load(settings={"prune.target.latency": 0.4}).gate.seconds >= 3 * usual
+    assert load(settings={"prune.target": {"latency": 0.4, "device": "d.json"}}).gate.seconds == usual
+    assert load(settings={"prune.target.latency": 0.4, "gate.seconds": usual}).gate.seconds == usual
+
+
 def test_with_a_target_the_widths_follow_measured_curves_unless_a_scope_is_named():
     assert load(settings={"prune.target.macs": 0.4}).prune.scope == "curves"
     assert load(settings={"prune.target.macs": 0.4}).prune.criterion == "elimination"
