@@ -35,6 +35,11 @@ class Measured(BaseModel):
     low: float
     high: float
 
+    @property
+    def detectable(self) -> float:
+        """The smallest difference from the value that is told from none: half the width of the interval."""
+        return (self.high - self.low) / 2
+
 
 class Limit(BaseModel):
     """A bound on one metric. A "warn" limit is judged and shown, but does not decide the verdict."""
@@ -96,11 +101,6 @@ def _broken(name: str, why: str) -> Check:
     return Check(limit=limit, measured=None, outcome="fail", reason=f"{name} could not be measured: {why}")
 
 
-def _resolution(metric: Measured) -> float:
-    """The smallest difference from the measured value that the interval excludes."""
-    return (metric.high - metric.low) / 2
-
-
 def _check(metric: float | Measured | None, limit: Limit) -> Check:
     bound = f"{limit.operator} {limit.value:g}"
     if metric is None:
@@ -120,6 +120,6 @@ def _check(metric: float | Measured | None, limit: Limit) -> Check:
     words: dict[Outcome, str] = {
         "pass": f"{shown} is {bound}",
         "fail": f"{shown} is not {bound}",
-        "inconclusive": f"{shown} may or may not be {bound}; a difference of {_resolution(metric):.2g} can be told",
+        "inconclusive": f"{shown} may or may not be {bound}; a difference of {metric.detectable:.2g} can be told",
     }
     return Check(limit=limit, measured=metric, outcome=outcome, reason=words[outcome])

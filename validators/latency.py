@@ -365,7 +365,7 @@ class _Draws:
             median=median,
             p99=self.ratio(name, other, "p99"),
             cpu=self.ratio(name, other, "cpu"),
-            detectable=(median.high - median.low) / 2 / median.value,
+            detectable=median.detectable / median.value,
         )
 
     def latency(self, name: str, reference: str, threads: int, warmup: int) -> RunnerLatency:

@@ -101,8 +101,8 @@ def tried(
 
 def until_sure(race: Callable[[int], Measured]) -> Measured:
     """`together` of races 0, 1, ..., as few as make it sure to `SURE`, `RACES` at the most."""
-    ratios: list[Measured] = []
-    while not ratios or (len(ratios) < RACES and _width(together(ratios)) > SURE):
+    ratios = [race(0)]
+    while len(ratios) < RACES and (found := together(ratios)).detectable > SURE * found.value:
         ratios.append(race(len(ratios)))
     return together(ratios)
 
@@ -117,11 +117,6 @@ def together(ratios: Sequence[Measured]) -> Measured:
     value, count = float(np.exp(mid.mean())), len(ratios)
     below, above = (max(float(np.hypot.reduce(side)) / count, scatter / count**0.5) for side in (mid - low, high - mid))
     return Measured(value=value, low=value * float(np.exp(-below)), high=value * float(np.exp(above)))
-
-
-def _width(ratio: Measured) -> float:
-    """Half of an interval's, as a share of the ratio."""
-    return (ratio.high - ratio.low) / 2 / ratio.value
 
 
 def cut(analysis: Analysis, weights: Mapping[str, Any], masks: Mapping[str, Any], setting: Setting) -> ExportedProgram:

@@ -36,8 +36,8 @@ CURVE_SECONDS = 300.0
 """For measuring curves where the recipe did not ask for them: where nothing is trained, nothing is worth as much."""
 
 AIMED_SECONDS = 16.0
-"""For the gate's race where a latency was asked for and the recipe names none: the race ends earlier where it is sure to
-be within the target. Where other machines' programs fill the cache, two files took 0.261 to 0.338 of each other in six
+"""For the gate's race where a latency was asked for and the recipe names none: it ends earlier where it is sure to be
+within the target. Where other machines' programs fill the cache, two files took 0.261 to 0.338 of each other in six
 races of 4 s, 0.274 to 0.309 in six of 16 s between them.
 """
 

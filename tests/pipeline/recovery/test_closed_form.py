@@ -553,7 +553,7 @@ def test_samples_that_are_no_good_are_refused_in_one_line():
 
 
 class Marked(nn.Module):
-    """Classifies by the last token that is a 1, as encoder-decoders of transformers do by that of the sentence's end."""
+    """Classifies by the last token that is a 1, as encoder-decoders of transformers do by the end of a sentence."""
 
     def __init__(self):
         super().__init__()
