@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from foundation.errors import ValidationError
+from validators.integers import Ranges, Whole
 from validators.runners import Array, InputSpec
 
 BATCHES = (1, 3, 8)
@@ -21,7 +22,7 @@ Origin = Literal["real", "made", "tried"]
 LARGE = 1e3
 
 # Integers for an input that no range was given for: valid token ids, token types and attention masks of any model.
-BINARY = (0, 2)
+BINARY = Whole(0, 2)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def random_feeds(
     seed: int,
     batches: Sequence[int] = BATCHES,
     sizes: Mapping[str, int] | None = None,
-    ranges: Mapping[str, tuple[int, int]] | None = None,
+    ranges: Ranges | None = None,
 ) -> list[Feed]:
     """Standard normal floats, uniform integers, fair booleans; one feed per batch size.
 
@@ -59,8 +60,7 @@ def random_feeds(
     def fill(spec: InputSpec, shape: tuple[int, ...]) -> Array:
         if np.issubdtype(spec.dtype, np.floating):
             return np.asarray(rng.standard_normal(shape), spec.dtype)
-        low, high = _range(spec, ranges)
-        return np.asarray(rng.integers(low, high, shape), spec.dtype)  # of a scalar numpy makes no array
+        return _range(spec, ranges).drawn(rng, shape).astype(spec.dtype)
 
     return _feeds("random", inputs, fill, batches, sizes)
 
@@ -71,7 +71,7 @@ def edge_feeds(
     seed: int,
     batches: Sequence[int] = BATCHES,
     sizes: Mapping[str, int] | None = None,
-    ranges: Mapping[str, tuple[int, int]] | None = None,
+    ranges: Ranges | None = None,
 ) -> list[Feed]:
     """All zeros (integers: their lowest value), and floats of ±`LARGE` (integers: their highest); per batch size.
 
@@ -80,13 +80,16 @@ def edge_feeds(
     rng = np.random.default_rng(seed)
 
     def zeros(spec: InputSpec, shape: tuple[int, ...]) -> Array:
-        low = 0 if np.issubdtype(spec.dtype, np.floating) else _range(spec, ranges)[0]
-        return np.full(shape, low, spec.dtype)
+        if np.issubdtype(spec.dtype, np.floating):
+            return np.zeros(shape, spec.dtype)
+        whole = _range(spec, ranges)
+        return whole.ended(np.full(shape, whole.low, spec.dtype))
 
     def large(spec: InputSpec, shape: tuple[int, ...]) -> Array:
         if np.issubdtype(spec.dtype, np.floating):
             return np.asarray(LARGE * rng.choice([-1.0, 1.0], shape), spec.dtype)
-        return np.full(shape, _range(spec, ranges)[1] - 1, spec.dtype)
+        whole = _range(spec, ranges)
+        return whole.ended(np.full(shape, whole.high - 1, spec.dtype))
 
     return _feeds("zeros", inputs, zeros, batches, sizes) + _feeds("large", inputs, large, batches, sizes)
 
@@ -138,5 +141,6 @@ def _shape(spec: InputSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
 
 
-def _range(spec: InputSpec, ranges: Mapping[str, tuple[int, int]] | None) -> tuple[int, int]:
-    return BINARY if spec.dtype == "bool" else (ranges or {}).get(spec.name, BINARY)
+def _range(spec: InputSpec, ranges: Ranges | None) -> Whole:
+    given = BINARY if spec.dtype == "bool" else (ranges or {}).get(spec.name, BINARY)
+    return given if isinstance(given, Whole) else Whole(*given)

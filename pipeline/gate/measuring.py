@@ -47,6 +47,7 @@ from validators.accuracy import (
 )
 from validators.feeds import Feed, random_feeds
 from validators.gates import Measured
+from validators.integers import Ranges
 from validators.latency import Bound, LatencyReport, duels
 from validators.macs import count_macs
 from validators.runners import Array, OrtRunner
@@ -168,7 +169,7 @@ def contest(
     *,
     task: Task | None = None,
     sizes: Mapping[str, int] | None = None,
-    ranges: Mapping[str, tuple[int, int]] | None = None,
+    ranges: Ranges | None = None,
     sessions: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Findings:
     """Measure the file "shipped" against the others. `sizes` gives dynamic dimensions other than the batch.
@@ -456,7 +457,7 @@ def _latency(
     runners: Mapping[str, OrtRunner],
     progress: Progress,
     sizes: Mapping[str, int] | None,
-    ranges: Mapping[str, tuple[int, int]] | None,
+    ranges: Ranges | None,
 ) -> LatencyReport:
     progress.say(f"  latency of {', '.join(runners)}, {cfg.threads} thread(s), batch {cfg.batch_size}")
     return duels(
@@ -489,7 +490,7 @@ def _feed(
     cfg: GateSection,
     runner: OrtRunner,
     sizes: Mapping[str, int] | None,
-    ranges: Mapping[str, tuple[int, int]] | None,
+    ranges: Ranges | None,
 ) -> Feed:
     return random_feeds(runner.inputs, seed=cfg.seed, batches=(cfg.batch_size,), sizes=sizes, ranges=ranges)[0]
 
@@ -520,7 +521,7 @@ def counts(
     crashed: Crashes,
     *,
     sizes: Mapping[str, int] | None = None,
-    ranges: Mapping[str, tuple[int, int]] | None = None,
+    ranges: Ranges | None = None,
 ) -> dict[str, float | None]:
     """How many weights the file of the model `name` holds, and multiply-accumulates per sample; None: not countable."""
     found: dict[str, float | None] = {"parameters": None, "macs": None}

@@ -10,6 +10,7 @@ from pipeline.models import torchvision_operators  # noqa: F401  # first, since 
 # isort: split
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,19 @@ def wanted_inputs(net: nn.Module, config: Any, input_size: Sequence[int] | None)
     return tuple(found)
 
 
+def ended(inputs: tuple[Input, ...], config: Any) -> tuple[Input, ...]:
+    """`inputs`, sentences of an encoder-decoder with the token that ends them at their end alone: its classifiers read
+    what the network gives there, and fail where sentences hold different numbers of it.
+    """
+    end = getattr(config, "eos_token_id", None)
+    if not config.is_encoder_decoder or isinstance(end, bool) or not isinstance(end, int):
+        return inputs
+    return tuple(
+        replace(one, last=end) if one.name == "input_ids" and one.kind == "tokens" and 0 <= end < one.high else one
+        for one in inputs
+    )
+
+
 def _picture(config: Any, input_size: Sequence[int] | None, *, video: bool) -> tuple[int, ...]:
     """Shape of an image (channels, height, width), or of a clip (frames, channels, height, width)."""
     if input_size is not None and len(input_size) == 4:
@@ -136,7 +150,7 @@ def origin(name: str, num_classes: int | None, input_size: Shape | None, fed: tu
         return NamedInputs(net, tuple(one.name for one in taken))
 
     def inputs(model: nn.Module) -> tuple[Input, ...]:
-        return fed or wanted_inputs(model.net, config, input_size)  # type: ignore[arg-type]
+        return ended(fed or wanted_inputs(model.net, config, input_size), config)  # type: ignore[arg-type]
 
     return Origin(
         make,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from foundation.errors import ModelError, WeightsError
 from pipeline.seeding import seeded
+from validators.integers import Whole
 
 Size = tuple[int, int, int]
 """Channels, height, width of one image."""
@@ -36,6 +37,8 @@ class Input:
     """Tokens are whole numbers in 0..high-1."""
     free: tuple[tuple[int, str], ...] = ()
     """Dimensions of a sample that may have any size: (position in `shape`, name); equal names are equal sizes."""
+    last: int | None = None
+    """Of tokens: the one that ends every sample, and stands nowhere else in it."""
 
     def sample(self, batch: int, generator: torch.Generator) -> Tensor:
         """Return a batch of this input: standard normal floats, uniform tokens, fair booleans, or a mask of ones."""
@@ -44,6 +47,11 @@ class Input:
             return torch.randn(shape, generator=generator)
         if self.kind == "bool":
             return torch.randint(0, 2, shape, generator=generator).bool()
+        if self.kind == "tokens" and self.last is not None:
+            made = torch.randint(0, max(1, self.high - 1), shape, generator=generator)
+            made += made >= self.last
+            made[..., -1] = self.last
+            return made
         if self.kind == "tokens":
             return torch.randint(0, self.high, shape, generator=generator)
         return torch.ones(shape, dtype=torch.int64)
@@ -108,10 +116,10 @@ class ModelSource:
         return tuple({1 + place: name for place, name in one.free} for one in self.inputs)
 
     @property
-    def ranges(self) -> dict[str, tuple[int, int]]:
-        """Inputs that are whole numbers -> their values, half open."""
-        found = {one.name: (0, one.high) for one in self.inputs if one.kind == "tokens"}
-        return found | {one.name: (1, 2) for one in self.inputs if one.kind == "mask"}
+    def ranges(self) -> dict[str, Whole]:
+        """Inputs that are whole numbers -> their values."""
+        found = {one.name: Whole(0, one.high, one.last) for one in self.inputs if one.kind == "tokens"}
+        return found | {one.name: Whole(1, 2) for one in self.inputs if one.kind == "mask"}
 
     @property
     def usual(self) -> dict[str, int]:

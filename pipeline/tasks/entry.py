@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -43,6 +43,8 @@ def meet(source: ModelSource, data: Data, cfg: DataSection, wanted: TaskSection)
         built = source.build()
         source, data, call = _named(source, data, built)
         model = adapted(call, built)
+    inputs = tuple(map(_ended, source.inputs, batch))
+    source, data = replace(source, inputs=inputs), replace(data, inputs=inputs)
     outputs = named(run(model, batch, source.spec, _hint(source.inputs)))
     task = find.choose(wanted, data, outputs, target, source.spec, len(batch[0]), image=data.input_size is not None)
     if not wanted.keep_outputs and set(task.reads) != set(outputs):
@@ -78,7 +80,8 @@ def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSour
             order = tuple(given.index(name) for name in own)
             order = None if order == tuple(range(len(own))) else order
         tree = flattened(tuple(range(len(given))), {})[2]
-        inputs = tuple(replace(one, name=name) for one, name in zip(data.inputs, given, strict=True))
+        ends = {one.name: one.last for one in source.inputs}
+        inputs = tuple(replace(o, name=name, last=ends.get(name)) for o, name in zip(data.inputs, given, strict=True))
     else:
         if len(data.inputs) == len(data.fed.kwargs) == 1 and _takes_one(model, data.fed.kwargs[0]):
             data = replace(data, fed=ONE_IMAGE)
@@ -90,6 +93,22 @@ def _named(source: ModelSource, data: Data, model: nn.Module) -> tuple[ModelSour
     call = Call(tuple(one.name for one in inputs), tree, None, source.origin.outputs, order)
     source = replace(source, inputs=inputs, adapt=partial(adapted, call))
     return source, replace(data, inputs=inputs), call
+
+
+def _ended(one: Input, values: Tensor) -> Input:
+    """`one` with the token that ends its sentences in `values`, (samples, length), before what fills them up: where it
+    stands nowhere else in any of them, a classifier may look for it.
+    """
+    if one.kind != "tokens" or values.dim() != 2 or len(values) < 2:
+        return one
+    found = {_ending(row) for row in values.tolist()}
+    return replace(one, last=found.pop()) if len(found) == 1 else one
+
+
+def _ending(row: Sequence[int]) -> int | None:
+    """The last token before what fills the row up, a run of another one; None where it stands elsewhere as well."""
+    end = len(row) if row.count(row[-1]) == 1 else next((n for n in range(len(row), 0, -1) if row[n - 1] != row[-1]), 0)
+    return row[end - 1] if end and row.count(row[end - 1]) == 1 else None
 
 
 def _takes_one(model: nn.Module, name: str) -> bool:

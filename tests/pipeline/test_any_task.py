@@ -49,6 +49,20 @@ def net():
     return nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
 """
 
+SENTENCES = """
+import numpy as np, torch, transformers
+torch.manual_seed(0)
+config = transformers.BartConfig(
+    vocab_size=40, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=32, num_labels=3, dropout=0.0,
+)
+transformers.BartForSequenceClassification(config).save_pretrained("bart")
+draw = np.random.default_rng(0)
+ids = draw.integers(4, 40, (400, 10))
+ids[:, 0], ids[:, -1] = config.bos_token_id, config.eos_token_id
+np.savez("sentences.npz", input_ids=ids, attention_mask=np.ones_like(ids), y=ids[:, 1] % 3)
+"""
+
 PRUNING = """
 from torch.nn.utils import prune
 model = net()
@@ -124,3 +138,16 @@ def test_a_checkpoint_that_was_pruned_elsewhere_is_shrunk_without_data(jobs, tmp
     script.write_text(JOBS + f"\ntorch.save(net().state_dict(), {str(whole)!r})\n")
     subprocess.run([sys.executable, script], cwd=tmp_path, check=True)
     assert "holds no zeros" in said(tmp_path, "shrink", str(whole), *words, code=2)
+
+
+@pytest.mark.examples
+def test_a_classifier_that_looks_for_the_end_of_a_sentence_is_fed_sentences_that_have_one(tmp_path):
+    subprocess.run([sys.executable, "-c", SENTENCES], cwd=tmp_path, check=True)
+    words = ["--set", "baseline.train={epochs=25, lr=0.003}", "--set", "finetune.recover=closed-form"]
+    said(tmp_path, "deploy", f"hf:{tmp_path / 'bart'}", "--data", f"npz:{tmp_path / 'sentences.npz'}", *QUICK, *words,
+         "--set", "baseline.weights=train")  # fmt: skip
+    version = tmp_path / "job" / "v0001"
+    verdict = json.loads((version / "verdict.json").read_text())
+    assert verdict["outcome"] == "pass", verdict["reasons"]
+    figures = json.loads((version / "4-shrink" / "artifact.json").read_text())
+    assert figures["params_after"] < 0.8 * figures["params_before"]

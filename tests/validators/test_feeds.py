@@ -3,6 +3,7 @@ import pytest
 
 from validators import InputSpec, ValidationError, edge_feeds, random_feeds, real_feeds
 from validators.feeds import BATCHES, drawn_batches
+from validators.integers import Whole
 
 IMAGE = (InputSpec(name="image", shape=("batch", 3, 4, 4), dtype="float32"),)
 TEXT = (
@@ -30,6 +31,21 @@ def test_token_ids_stay_in_their_range_and_reach_it():
     assert zeros.arrays["ids"].tolist() == [[5, 5]]
     assert large.arrays["ids"].tolist() == [[29, 29]]
     assert large.arrays["mask"].tolist() == [[True, True]]
+
+
+@pytest.mark.parametrize("last", [5, 17, 29])
+def test_a_token_that_ends_each_sentence_stands_nowhere_else(last):
+    ranges = {"ids": Whole(5, 30, last)}
+    made = [
+        *random_feeds(TEXT, seed=0, batches=[8], sizes={"length": 200}, ranges=ranges),
+        *edge_feeds(TEXT, seed=0, batches=[8], sizes={"length": 200}, ranges=ranges),
+    ]
+    drawn, *edges = (feed.arrays["ids"] for feed in made)
+    assert all((ids[:, -1] == last).all() and ids.dtype == np.int64 for ids in (drawn, *edges))
+    assert (drawn == last).sum() == 8 and set(drawn.ravel().tolist()) == set(range(5, 30))
+    assert [set(ids[:, :-1].ravel().tolist()) for ids in edges] == [{5}, {29}]
+    (alone,) = random_feeds(TEXT, seed=0, batches=[2], sizes={"length": 3}, ranges={"ids": Whole(4, 5, 4)})
+    assert alone.arrays["ids"].tolist() == [[4, 4, 4]] * 2
 
 
 def test_integers_without_a_range_are_valid_everywhere():

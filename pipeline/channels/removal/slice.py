@@ -36,27 +36,30 @@ def sliced_state(
 
     `raised`: parameter -> what is added to its kept part. Tied tensors stay tied: one is made for all their names.
     """
+    # Of tied names a graph may know one alone, which need not be the first: what is told of one holds for all.
+    keys = {name: memory_of(name, tensor) for name, tensor in captured.state.items()}
+    parameters = {keys[name] for name in captured.program.graph_signature.parameters if name in keys}
+    more = {keys[name]: amount for name, amount in raised.items()}
     kept: Kept = {}
-    indices: dict[str, dict[int, Tensor]] = {}
+    indices: dict[Hashable, dict[int, Tensor]] = {}
     for slot in analysis.slots:
         keep = cut.keep(slot.atoms)
         if keep is not None:
             stay = np.flatnonzero(keep)
             kept.setdefault(slot.name, {})[slot.dim] = tuple(stay.tolist())
-            indices.setdefault(slot.name, {})[slot.dim] = torch.from_numpy(stay)
-    parameters = set(captured.program.graph_signature.parameters)
+            indices.setdefault(keys[slot.name], {})[slot.dim] = torch.from_numpy(stay)
     state: dict[str, Tensor] = {}
     cut_once: dict[Hashable, Tensor] = {}
     for name, tensor in captured.state.items():
-        key = memory_of(name, tensor)
+        key = keys[name]
         if key not in cut_once:
             small = tensor.detach()
-            for dim, places in indices.get(name, {}).items():
+            for dim, places in indices.get(key, {}).items():
                 small = small.index_select(dim, places)
-            if name in raised:
-                small = (small.to(torch.float64) + raised[name]).to(small.dtype)
+            if key in more:
+                small = (small.to(torch.float64) + more[key]).to(small.dtype)
             floating = small.dtype.is_floating_point
-            cut_once[key] = torch.nn.Parameter(small, floating) if name in parameters else small
+            cut_once[key] = torch.nn.Parameter(small, floating) if key in parameters else small
         state[name] = cut_once[key]
     return state, kept
 

@@ -318,3 +318,33 @@ def test_a_write_into_the_state_keeps_its_channels() -> None:
     analysis = analyse(capture(Remembered().eval(), (IMAGE,)))
     assert any("written in place through a view" in b.reason for b in analysis.blocked)
     assert not any(c.size for c in analysis.clusters)
+
+
+class Side(nn.Module):
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.table, self.up, self.down = table, nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(self.table(tokens))))
+
+
+class Shifted(nn.Module):
+    """One table under three names, and the tokens shifted by writing them into others: encoder-decoders in small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(10, 8)
+        self.encoder, self.decoder, self.head = Side(self.shared), Side(self.shared), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        before = tokens.new_zeros(tokens.shape)
+        before[:, 1:] = tokens[:, :-1].clone()
+        before[:, 0] = 2
+        before.masked_fill_(before == 3, 4)
+        return self.head((self.encoder(tokens) + self.decoder(before)).mean(1))
+
+
+def test_a_table_under_several_names_stays_a_parameter_under_each(experiment: Callable[..., Any]) -> None:
+    e = experiment(Shifted(), torch.randint(0, 10, (2, 5)))
+    assert not e.shrunk.refused and e.proof.max_abs_diff <= e.proof.tolerance < e.control

@@ -88,6 +88,21 @@ def test_encoder_decoders_are_fed_both_sentences(tmp_path):
         assert not torch.equal(model(*inputs)[0], model(*changed)[0])
 
 
+def test_sentences_of_an_encoder_decoder_hold_the_token_that_ends_them_once(tmp_path):
+    transformers.BartConfig(
+        vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, eos_token_id=7,
+        architectures=["BartForSequenceClassification"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    source = models.load(f"hf:{tmp_path}", num_classes=3)
+    ids, *others = models.example(source, 40)
+    assert bool((ids[:, -1] == 7).all()) and int((ids == 7).sum()) == 40
+    assert set(ids.flatten().tolist()) == set(range(50))
+    assert source.ranges["input_ids"] == (0, 50, 7)
+    with torch.no_grad():  # it looks for that token, and fails where sentences hold different numbers of it
+        assert models.check(source.build(), (ids, *others), 3).shape == (40, 3)
+
+
 def test_mixtures_of_experts_are_plain_operators(tmp_path):
     transformers.MixtralConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,

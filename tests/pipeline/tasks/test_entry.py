@@ -223,3 +223,40 @@ def test_other_outputs_in_training_mode_are_no_hindrance_to_the_original_class_a
     made, structure = rebuild(model, folded, analysis, removed, shrink(folded, analysis, removed))
     assert structure.original, structure.why
     assert made.a.out_features == 4
+
+
+class ByTheEnd(nn.Module):
+    """Classifies by what it makes of the token 9, of which every sentence has to hold as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a, self.head = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.a(self.table(ids)).relu()
+        return self.head(x[ids.eq(9)].view(len(ids), -1, 8)[:, -1])
+
+
+@pytest.mark.parametrize("filled", [0, 3])
+def test_made_up_sentences_end_with_the_token_that_those_of_the_data_end_with(filled):
+    torch.manual_seed(0)
+    body = torch.randint(0, 9, (60, 7))
+    end = torch.cat([torch.full((60, 1), 9), torch.full((60, filled), 11)], 1)
+    source, data, _ = met(ByTheEnd(), [{"ids": ids, "label": n % 3} for n, ids in enumerate(torch.cat([body, end], 1))])
+    assert source.inputs[0].last == data.inputs[0].last == 9
+    (ids,) = example(source, 50)
+    assert bool((ids[:, -1] == 9).all()) and int((ids == 9).sum()) == 50
+    assert source.build()(ids).shape == (50, 3)
+
+
+def test_a_token_that_stands_elsewhere_too_ends_nothing():
+    torch.manual_seed(0)
+    ids = torch.randint(0, 12, (60, 8))
+    ids[:, 2] = ids[:, -1]
+    source, _, _ = met(ByTheStart(), [{"ids": row, "label": n % 3} for n, row in enumerate(ids)])
+    assert source.inputs[0].last is None
+
+
+class ByTheStart(ByTheEnd):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.a(self.table(ids)).relu()[:, 0])
