@@ -65,9 +65,14 @@ class Networks:
     def compute_fixed(self, node: fx.Node) -> None:
         """The value of a node of weights alone."""
         sources = node.all_input_nodes
-        pair = [self.call(node, {s: self.fixed[s][side] for s in sources}) for side in (0, 1)]
-        same = all(self.fixed[s][0] is self.fixed[s][1] for s in sources)
-        self.fixed[node] = [pair[0], pair[0] if same else pair[1]]
+        if all(self.fixed[s][0] is self.fixed[s][1] for s in sources):  # once: it may write into what both share
+            value = self.call(node, {s: self.fixed[s][0] for s in sources})
+            self.fixed[node] = [value, value]
+            return
+        first = self.fixed[sources[0]]
+        if writes(node) and first[0] is first[1]:
+            self.fixed[sources[0]] = [first[0], first[0].clone()]
+        self.fixed[node] = [self.call(node, {s: self.fixed[s][side] for s in sources}) for side in (0, 1)]
 
     def moved(self, node: fx.Node) -> bool:
         """Whether `node` reads activations that differ."""

@@ -168,6 +168,28 @@ def mlp():
     return nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 5))
 
 
+class Buckets(nn.Module):
+    """Distances are sorted into buckets by writing into them, which no sample changes, and into a weight's square."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.bias = nn.Linear(6, 16), nn.Embedding(6, 4)
+        self.scale = nn.Parameter(torch.rand(16))
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        at = torch.arange(7)
+        distance = at[None] - at[:, None]
+        bucket = (distance > 0).to(torch.int64) * 3
+        bucket += distance.abs().clamp(max=2)
+        x = self.embed(x)
+        factor = torch.zeros(16)
+        factor += self.scale.square()
+        weights = self.bias(bucket).mean(-1).softmax(-1)
+        x = x * factor + weights @ x
+        return self.head((x + self.down(self.up(x).relu())).mean(1))
+
+
 IMAGE, TEXT = (3, 8, 8), (7, 6)
 NETS = {
     "plain": (plain, (IMAGE,)),
@@ -183,6 +205,7 @@ NETS = {
     "product of two": (ProductOfTwo, ((6,),)),
     "two inputs": (TwoInputs, ((6,), (4,))),
     "in place": (InPlace, (IMAGE,)),
+    "buckets": (Buckets, (TEXT,)),
     "noisy": (Noisy, ((6,),)),
     "odd": (Odd, ((3, 9),)),
 }
@@ -550,6 +573,36 @@ def test_samples_that_are_no_good_are_refused_in_one_line():
     captured, (x, y) = built("two inputs")
     with pytest.raises(ValueError, match="different numbers"):
         recover(captured, cut(captured), (x, y[:-1]))
+
+
+class Scaled(nn.Module):
+    """Two halves that are alike, by a factor that a weight's square is written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.scale, self.head = nn.Linear(6, 8), nn.Parameter(torch.rand(8) + 0.5), nn.Linear(8, 3)
+        with torch.no_grad():
+            for weight in (self.a.weight, self.a.bias, self.scale):
+                weight[4:] = weight[:4]
+
+    def forward(self, x):
+        factor = torch.zeros(8)
+        factor += self.scale.square()
+        return self.head(self.a(x) * factor)
+
+
+def test_what_is_written_into_without_a_sample_is_each_networks_own():
+    torch.manual_seed(0)
+    captured = capture(Scaled().eval(), (torch.randn(2, 6),))
+    (cluster,) = (one for one in analyse(captured).clusters if one.size == 8)
+    masks = {
+        name: torch.from_numpy(mask)
+        for name, mask in analyse(captured).masks({cluster.name: np.arange(8) >= 4}).items()
+    }
+    assert not masks["scale"][4:].any()
+    x = torch.randn(200, 6)
+    made = recover(captured, masks, (x,))
+    assert distance(captured, made.state, masks, (x,)) < 1e-4 * distance(captured, captured.state, masks, (x,))
 
 
 class Marked(nn.Module):
