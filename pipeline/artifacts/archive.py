@@ -9,8 +9,10 @@ held against what our own writer makes; anything else is refused, and torch gets
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Iterator
@@ -95,8 +97,20 @@ def read(path: Path) -> ExportedProgram:
             f"{path} is not loaded, since it is not what was written here: {found[0]}.",
             "Remove that version and deploy again; do not load the file by other means.",
         )
-    with zipfile.ZipFile(content) as archive:
+    with zipfile.ZipFile(content) as archive, _quiet("torch._export.serde.serialize"):
         return torch.export.load(io.BytesIO(_rewritten(archive)))
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without a logger's warnings: torch's reader warns of every size that the data decide."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _faults(archive: zipfile.ZipFile) -> list[str]:

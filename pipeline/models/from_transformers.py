@@ -82,13 +82,20 @@ def ended(inputs: tuple[Input, ...], config: Any) -> tuple[Input, ...]:
     """`inputs`, sentences of an encoder-decoder with the token that ends them at their end alone: its classifiers read
     what the network gives there, and fail where sentences hold different numbers of it.
     """
-    end = getattr(config, "eos_token_id", None)
-    if not config.is_encoder_decoder or isinstance(end, bool) or not isinstance(end, int):
+    end = _end_token(config)
+    if end is None or not config.is_encoder_decoder:
         return inputs
     return tuple(
         replace(one, last=end) if one.name == "input_ids" and one.kind == "tokens" and 0 <= end < one.high else one
         for one in inputs
     )
+
+
+def _end_token(config: Any) -> int | None:
+    """The token that ends a sentence, the first where there are several, as chat models have them."""
+    found = getattr(config, "eos_token_id", None)
+    first = found[0] if isinstance(found, (list, tuple)) and found else found
+    return first if isinstance(first, int) else None
 
 
 def _picture(config: Any, input_size: Sequence[int] | None, *, video: bool) -> tuple[int, ...]:
@@ -128,7 +135,7 @@ def origin(name: str, num_classes: int | None, input_size: Shape | None, fed: tu
     if getattr(config, "use_cache", False):
         config.use_cache = False  # keys and values for the next token: nobody asks for one here
     if getattr(config, "pad_token_id", 0) is None:
-        config.pad_token_id = getattr(config, "eos_token_id", None) or 0  # decoders classify the last unpadded token
+        config.pad_token_id = _end_token(config) or 0  # decoders classify the last unpadded token
     architecture = _architecture(name, config)
     path = Path(name)
     content = sha256(path / "config.json" if path.is_dir() else path) if path.exists() else ""

@@ -103,6 +103,15 @@ def test_sentences_of_an_encoder_decoder_hold_the_token_that_ends_them_once(tmp_
         assert models.check(source.build(), (ids, *others), 3).shape == (40, 3)
 
 
+def test_a_chat_model_with_several_tokens_that_end_a_sentence_is_read(tmp_path):
+    transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=[7, 8, 9], architectures=["LlamaForSequenceClassification"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    source = models.load(f"hf:{tmp_path}", num_classes=3)
+    assert models.check(source.build(), models.example(source, 4), 3).shape == (4, 3)
+
+
 def test_mixtures_of_experts_are_plain_operators(tmp_path):
     transformers.MixtralConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
