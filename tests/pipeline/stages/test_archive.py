@@ -3,13 +3,16 @@
 import contextlib
 import io
 import json
+import logging
 import pickle
 import zipfile
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 from torch import nn
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from foundation.errors import StoreError
 from pipeline.artifacts import archive
@@ -72,6 +75,23 @@ def test_a_program_comes_back_as_it_was_at_any_batch_size(path):
     program = archive.read(path)
     assert archive.faults(path) == []
     assert torch.equal(program.module()(X[:1]), torch.load(path.with_name("expected")))
+
+
+def test_the_range_of_a_size_that_is_gone_is_read_back_without_a_word(tmp_path):
+    program = torch.export.export(nn.Linear(2, 1), (torch.ones(3, 2),))
+    program.range_constraints[sympy.Symbol("u7", integer=True)] = ValueRanges(2, 5)
+    archive.write(program, tmp_path / "picked.pt2")
+    logger, said = logging.getLogger("torch._export.serde.serialize"), []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logger.addHandler(handler)
+    try:
+        program = archive.read(tmp_path / "picked.pt2")
+        logger.warning("heard")
+    finally:
+        logger.removeHandler(handler)
+    assert [record.msg for record in said] == ["heard"]
+    assert program.module()(torch.ones(3, 2)).shape == (3, 1)
 
 
 def test_the_same_program_gives_the_same_bytes(path):
