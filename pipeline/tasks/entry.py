@@ -43,7 +43,7 @@ def meet(source: ModelSource, data: Data, cfg: DataSection, wanted: TaskSection)
         built = source.build()
         source, data, call = _named(source, data, built)
         model = adapted(call, built)
-    inputs = tuple(map(_ended, source.inputs, batch))
+    inputs = tuple(_ended(one, values) for one, values in zip(source.inputs, batch, strict=True))
     source, data = replace(source, inputs=inputs), replace(data, inputs=inputs)
     outputs = named(run(model, batch, source.spec, _hint(source.inputs)))
     task = find.choose(wanted, data, outputs, target, source.spec, len(batch[0]), image=data.input_size is not None)
@@ -99,10 +99,10 @@ def _ended(one: Input, values: Tensor) -> Input:
     """`one` with the token that ends its sentences in `values`, (samples, length), before what fills them up: where it
     stands nowhere else in any of them, a classifier may look for it.
     """
-    if one.kind != "tokens" or values.dim() != 2 or len(values) < 2:
+    if one.kind != "tokens" or values.dim() != 2 or len(values) < 2 or not values.shape[1]:
         return one
     found = {_ending(row) for row in values.tolist()}
-    return replace(one, last=found.pop()) if len(found) == 1 else one
+    return replace(one, last=found.pop()) if len(found) == 1 and None not in found else one
 
 
 def _ending(row: Sequence[int]) -> int | None:
