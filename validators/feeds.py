@@ -60,7 +60,9 @@ def random_feeds(
     def fill(spec: InputSpec, shape: tuple[int, ...]) -> Array:
         if np.issubdtype(spec.dtype, np.floating):
             return np.asarray(rng.standard_normal(shape), spec.dtype)
-        return _range(spec, ranges).drawn(rng, shape).astype(spec.dtype)
+        whole = _range(spec, ranges)
+        # Of a scalar numpy draws no array.
+        return np.asarray(whole.placed(np.asarray(rng.integers(0, whole.others, shape))), spec.dtype)
 
     return _feeds("random", inputs, fill, batches, sizes)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
+A = TypeVar("A")
+"""An array or a tensor."""
 
 
 class Whole(NamedTuple):
@@ -17,19 +18,26 @@ class Whole(NamedTuple):
     high: int
     last: int | None = None
 
-    def drawn(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        """Uniform ones."""
-        if self.last is None or not shape:
-            return np.asarray(rng.integers(self.low, self.high, shape))  # of a scalar numpy makes no array
-        if self.high - self.low < 2:
-            return np.full(shape, self.last)
-        made = rng.integers(self.low, self.high - 1, shape)
-        return self.ended(made + (made >= self.last))
+    @property
+    def others(self) -> int:
+        """How many there are to draw from: all, or all but `last`, one at least."""
+        count = self.high - self.low
+        return count if self.last is None else max(1, count - 1)
 
-    def ended(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def placed(self, drawn: A) -> A:
+        """Numbers from 0 to below `others` as these: `last` at the end of each row alone."""
+        made: Any = drawn
+        made = made + self.low
+        if self.last is not None and self.high - self.low > 1:
+            made += made >= self.last
+        placed: A = self.ended(made)
+        return placed
+
+    def ended(self, rows: A) -> A:
         """`rows` with `last` at the end of each."""
-        if self.last is not None and rows.ndim:
-            rows[..., -1] = self.last
+        places: Any = rows
+        if self.last is not None and places.ndim:
+            places[..., -1] = self.last
         return rows
 
 

@@ -157,7 +157,8 @@ def origin(name: str, num_classes: int | None, input_size: Shape | None, fed: tu
         return NamedInputs(net, tuple(one.name for one in taken))
 
     def inputs(model: nn.Module) -> tuple[Input, ...]:
-        return ended(fed or wanted_inputs(model.net, config, input_size), config)  # type: ignore[arg-type]
+        assert isinstance(model, NamedInputs), "as `make` gives it"
+        return ended(fed or wanted_inputs(model.net, config, input_size), config)
 
     return Origin(
         make,

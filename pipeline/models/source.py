@@ -40,6 +40,11 @@ class Input:
     last: int | None = None
     """Of tokens: the one that ends every sample, and stands nowhere else in it."""
 
+    @property
+    def whole(self) -> Whole:
+        """The values of tokens."""
+        return Whole(0, self.high, self.last)
+
     def sample(self, batch: int, generator: torch.Generator) -> Tensor:
         """Return a batch of this input: standard normal floats, uniform tokens, fair booleans, or a mask of ones."""
         shape = (batch, *self.shape)
@@ -47,13 +52,8 @@ class Input:
             return torch.randn(shape, generator=generator)
         if self.kind == "bool":
             return torch.randint(0, 2, shape, generator=generator).bool()
-        if self.kind == "tokens" and self.last is not None:
-            made = torch.randint(0, max(1, self.high - 1), shape, generator=generator)
-            made += made >= self.last
-            made[..., -1] = self.last
-            return made
         if self.kind == "tokens":
-            return torch.randint(0, self.high, shape, generator=generator)
+            return self.whole.placed(torch.randint(0, self.whole.others, shape, generator=generator))
         return torch.ones(shape, dtype=torch.int64)
 
 
@@ -118,7 +118,7 @@ class ModelSource:
     @property
     def ranges(self) -> dict[str, Whole]:
         """Inputs that are whole numbers -> their values."""
-        found = {one.name: Whole(0, one.high, one.last) for one in self.inputs if one.kind == "tokens"}
+        found = {one.name: one.whole for one in self.inputs if one.kind == "tokens"}
         return found | {one.name: Whole(1, 2) for one in self.inputs if one.kind == "mask"}
 
     @property
