@@ -3,7 +3,7 @@
 For each model (a spec as for `leanort deploy`; `NAME@C,H,W` sets the input) a table is measured, with untrained
 weights, which no time hangs on. Then models of random widths that the table has not seen are exported and timed
 against the dense one, in turns, and held against what the table says of them. With `--depth`, that share of the
-residual branches goes as a whole in each of them, which none of the table's own models shows. With `--goal 0.5`,
+residual branches goes as a whole in each of them; of the table's own models one is without any. With `--goal 0.5`,
 widths are chosen for that share of the time, and for as many multiply-accumulates by counting these, and timed.
 Printed: seconds of the table, the error that it expects of itself, and the relative error of the predictions, median
 and worst.
@@ -24,7 +24,8 @@ import torch
 from exporters.host import vector_block
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
-from pipeline.latency import device, probes, profile, trial
+from pipeline.channels.dead.removable import Branch, removable
+from pipeline.latency import device, probes, profile
 from pipeline.latency.probes import Setting
 from pipeline.measurements import Measurements
 from pipeline.models.find import load
@@ -33,7 +34,6 @@ from pipeline.models.source import ModelSource
 from pipeline.progress import TerminalProgress
 from pipeline.selection import widths
 from pipeline.selection.allocation import Budget, Removed
-from pipeline.selection.branches import Branch, removable
 from pipeline.selection.cost import Cost, Counted, Timed
 from pipeline.selection.curves import Curve
 from pipeline.training.masks import maskable
@@ -70,10 +70,11 @@ def one(name: str, args: argparse.Namespace) -> None:
     analysis = analyse(graph_of(model, source))
     setting = Setting(args.threads, args.batch, args.int8, 23, vector_block())
     began = time.perf_counter()
-    table = profile.measure(analysis, source, setting, analysis.clusters, Measurements(), TerminalProgress())
+    every = removable(analysis, maskable(model))
+    table = profile.measure(analysis, source, setting, analysis.clusters, Measurements(), TerminalProgress(), every)
     fit = table.fit(analysis)
     spent = time.perf_counter() - began
-    branches = removable(analysis, maskable(model)) if args.depth else ()
+    branches = every if args.depth else ()
     errors, draw = [], np.random.default_rng(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         times = _Times(analysis, source, setting, Path(folder))
@@ -110,7 +111,7 @@ class _Times:
         masks = dict(self.analysis.masks(removed))
         for branch in branches:
             masks |= branch.masks(self.analysis.captured.state)
-        program = trial.cut(self.analysis, self.weights, masks, self.setting)
+        program = probes.cut(self.analysis, self.weights, masks, self.setting)
         probes.export(program, self.source, self.setting, self.path, self.feed)
         return float(
             device.measure(self.dense, self.path, self.feed, self.setting.threads, 2 * profile.SECONDS)["ratio"]

@@ -17,8 +17,7 @@ from benchmarks.compare.timed import OPSET, Clock, hit, scoring, table
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.operators.trace import Policy
 from pipeline.channels.program.capture import Captured, capture
-from pipeline.latency.probes import Setting
-from pipeline.latency.trial import cut
+from pipeline.latency.probes import Setting, cut
 from pipeline.recipe.prune import PruneSection
 from pipeline.recovery import closed_form
 from pipeline.recovery.pruned_size import at_pruned_size
@@ -95,8 +94,7 @@ def results(
     goal: Counted | Timed = Counted(analysis, "macs", 1.0, analysis.macs / 1e6)
     if by_table:
         assert clock is not None
-        clusters = choose.choosable(analysis, maskable)
-        goal = Timed(table(dense, problem, analysis, clusters, align, int8=clock.int8), 1.0, 1.0, 1, 1)
+        goal = Timed(table(dense, problem, analysis, maskable, align, int8=clock.int8), 1.0, 1.0, 1, 1)
     whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
 
     def at_share(share: float) -> Weighed:

@@ -5,7 +5,7 @@ measured latency instead of equal MACs.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch.export import ExportedProgram
 from benchmarks.compare.problems import Problem, accuracy
 from exporters.export import to_onnx
 from exporters.quantize import quantize
-from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.channels.coupling.groups import Analysis
 from pipeline.latency import device, profile
 from pipeline.latency.fitting import Fit
 from pipeline.latency.probes import Setting
 from pipeline.measurements import Measurements
 from pipeline.models.find import load
 from pipeline.progress import TerminalProgress
+from pipeline.selection.choose import choosable, choosable_branches
 
 OPSET = 23
 NEAR = 0.02
@@ -79,12 +80,14 @@ def answers(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def table(
-    dense: nn.Module, problem: Problem, analysis: Analysis, clusters: Sequence[Cluster], align: int, *, int8: bool
+    dense: nn.Module, problem: Problem, analysis: Analysis, maskable: frozenset[str], align: int, *, int8: bool
 ) -> Fit:
     """What our latency table says of any choice of widths."""
     source = load(dense, input_size=tuple(problem.x.shape[1:]), seed=0)
     setting = Setting(1, 1, int8, OPSET, align)
-    return profile.measure(analysis, source, setting, clusters, Measurements(), TerminalProgress()).fit(analysis)
+    clusters, branches = choosable(analysis, maskable), choosable_branches(analysis, maskable)
+    made = profile.measure(analysis, source, setting, clusters, Measurements(), TerminalProgress(), branches)
+    return made.fit(analysis)
 
 
 def hit(make: Callable[[float], Any], took: Callable[[Any], float], wanted: float, tries: int = 4) -> tuple[Any, float]:

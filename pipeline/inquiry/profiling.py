@@ -86,6 +86,7 @@ class Subject:
     section: PruneSection
     source: ModelSource
     analysis: Analysis
+    maskable: frozenset[str]
     clusters: Sequence[Cluster]
     kept: Measurements
 
@@ -112,6 +113,7 @@ def subject(config: Config) -> Subject:
         section,
         source,
         analysis,
+        masks.maskable(model),
         choosable(analysis, masks.maskable(model)),
         Measurements(folder / measurements.FOLDER),
     )
@@ -122,7 +124,7 @@ def tables(given: Subject, progress: Progress) -> list[Table]:
     made = []
     for setting in given.settings:
         found = targets.profiled(
-            given.section, given.analysis, given.source, setting, given.clusters, given.kept, progress
+            given.section, given.analysis, given.source, setting, given.maskable, given.kept, progress
         )
         fit = found.fit(given.analysis)
         made.append(

@@ -16,7 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
-from pipeline.latency.matching import Flags, Operator, Seen, Where, likeliest, matched, where
+from pipeline.latency.matching import (
+    Beside,
+    Flags,
+    Inside,
+    Operator,
+    Seen,
+    Where,
+    likeliest,
+    matched,
+    nearest,
+    where,
+)
 from pipeline.latency.sizes import Numbers, Sizes, Slot, slot
 
 Shapes = Sequence[Sequence[Any]]
@@ -38,6 +49,12 @@ BENDING = 1.5
 """Power of the term by which a whole model takes longer than its operators say. Of a ResNet-50 at 32x32, models left
 out were 6 % off without it and 3 % with it, 3.7 % with a power of 2; of a MobileNetV2 and a DeiT-tiny 5 and 7 % always.
 """
+HUBER = 1.345
+"""Standard deviations from where an error counts by its size, not by its square (Huber's 95 % efficiency)."""
+LEAST = 0.01
+"""Of a model's time: what counts as an error like any other, however well the rest is met."""
+ROUNDS = 8
+"""Of weighing the models anew."""
 OWN = 3.0
 """Of how many measurements' worth a kind's terms outweigh what one operator showed."""
 PULL = 0.1
@@ -105,7 +122,7 @@ def _convolution(kind: str, inputs: Shapes, first: Sequence[Any], out: Sequence[
     per_group = weight[1]
     key = (*key, *_fixed(weight[2:]))
     if _always(per_group, 1) and not _always(first[1], 1):
-        return Work(("depthwise", *key), [1.0, whole_out])
+        return Work(("depthwise", *key), [1.0, whole_out, _odd(out, block) * out[1]])
     both = whole_out * (_up(per_group, block) if np.array_equal(per_group, first[1]) else per_group)
     odd = _odd(first, block)
     plain = out[1] * np.asarray(per_group)
@@ -161,16 +178,16 @@ class _Placed:
     inputs: _Sides
     outputs: _Sides
     where: Where
+    beside: Beside
     column: int | None
     """Number of the operator, where its costs are its own."""
     factor: float
 
     @cached_property
     def follows(self) -> list[int]:
-        """The program's dimensions that any of their sizes follows."""
-        return sorted(
-            {s.of for side in (self.inputs, self.outputs) for shape in side for s in shape if s.of is not None}
-        )
+        """The program's dimensions that their sizes, or their being there, follow."""
+        sizes = {s.of for side in (self.inputs, self.outputs) for shape in side for s in shape if s.of is not None}
+        return sorted(sizes | ({self.beside.of} if self.beside.of is not None else set()))
 
     def at(self, dimensions: Numbers, whole: Flags, terms: Mapping[_Key, Numbers], block: int) -> Numbers:
         """What it takes at each choice, of which these are the program's `dimensions` (choices, dimensions) and the
@@ -184,14 +201,15 @@ class _Placed:
         if cost is None:
             return np.zeros(len(dimensions))
         took = self.factor * sum(c * v for c, v in zip(cost, found.terms, strict=True))
-        made: Numbers = ((dimensions[:, self.follows] > 0).all(axis=1) & self.where.at(whole)) * took
+        there = (dimensions[:, [d for d in self.follows if d != self.beside.of]] > 0).all(axis=1)
+        made: Numbers = (there & self.where.at(whole) & self.beside.at(dimensions)) * took
         return made
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Predicts a model's time of the dense model's. `error`: of the log of a ratio, a standard deviation, from models
-    left out of the fit one after another, which `checked` lists as (predicted, measured).
+    """Predicts a model's time of the dense model's. `error`: of the log of a ratio, a standard deviation, from the mean
+    error of models left out of the fit one after another, which `checked` lists as (predicted, measured).
     """
 
     sizes: Sizes
@@ -298,40 +316,55 @@ def _levelled(samples: Sequence[Sample]) -> list[Sample]:
     return made
 
 
-def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int]) -> Fit:
+def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int], branches: Sequence[Sequence[str]] = ()) -> Fit:
     """The fit of all samples, by the block of `blocks` and the one of `CORRECTIONS` that predict left-out ones best;
-    and how well they do.
+    and how well they do. `branches`: the clusters inside each residual branch that some sample is without.
     """
     samples = _levelled(samples)
     same = matched([one.operators for one in samples])
     kept = np.array([sizes.kept(one.kept) for one in samples])
+    inside = [branch for branch in (_inside(names, sizes) for names in branches) if branch is not None]
     ratios = np.array([one.ratio for one in samples])
 
     def corrected(numbers: Sequence[int], block: int) -> list[Fit]:
-        made = _fit(same, numbers, sizes, kept, block)
+        made = _fit(same, numbers, sizes, kept, block, inside)
         return [correct(made, kept[list(numbers)], ratios[list(numbers)]) for correct in CORRECTIONS]
 
     tried: list[tuple[float, int, int, tuple[tuple[float, float], ...]]] = []
+    usual = np.array([number for number in range(len(samples)) if number not in _bare(kept, inside)])
+    parts = min(len(usual), 6)
     for block in blocks:
         pairs: list[list[tuple[float, float]]] = [[] for _ in CORRECTIONS]
-        parts = min(len(samples), 6)
         for part in range(parts):
-            rest = [number for number in range(len(samples)) if number % parts != part]
+            left_out = usual[part::parts]
+            rest = [number for number in range(len(samples)) if number not in left_out]
             for found, made in zip(pairs, corrected(rest, block), strict=True):
-                predicted = made.ratio(kept[part::parts]).tolist()
-                found += zip(predicted, ratios[part::parts].tolist(), strict=True)
+                predicted = made.ratio(kept[left_out]).tolist()
+                found += zip(predicted, ratios[left_out].tolist(), strict=True)
         for number, found in enumerate(pairs):
             logs = np.log([p / max(r, 1e-9) for p, r in found])
-            tried.append((float(np.sqrt(np.mean(logs**2))), block, number, tuple(found)))
+            deviation = float(np.mean(np.abs(logs))) * (np.pi / 2) ** 0.5  # a few outliers do not decide
+            tried.append((deviation, block, number, tuple(found)))
     error, block, number, checked = min(tried)
     return replace(corrected(range(len(samples)), block)[number], error=error, checked=checked)
 
 
-def _fit(same: Sequence[Seen], numbers: Sequence[int], sizes: Sizes, kept: Numbers, block: int) -> Fit:
+def _inside(names: Sequence[str], sizes: Sizes) -> Inside | None:
+    """The clusters of a branch, and a dimension that is zero where all of it is gone; None where there is none."""
+    clusters = [sizes.clusters.index(name) for name in names if name in sizes.clusters]
+    others = np.delete(sizes.each, clusters, axis=1).any(axis=1)
+    gone = np.flatnonzero(~others & (sizes.base == sizes.each[:, clusters] @ sizes.whole[clusters]))
+    return Inside(frozenset(clusters), int(gone[0])) if gone.size else None
+
+
+def _fit(
+    same: Sequence[Seen], numbers: Sequence[int], sizes: Sizes, kept: Numbers, block: int, branches: Sequence[Inside]
+) -> Fit:
     """The fit of the samples of these `numbers`; `same`: which operators of all samples are one. `kept` (samples,
-    clusters): groups of all samples.
+    clusters): groups of all samples. `branches`: those that some of them are without.
     """
-    told = set(numbers)
+    told, bare = set(numbers), _bare(kept, branches)
+    stays = [any(number in bare for number, _ in seen) for seen in same]
     same = [[(number, o) for number, o in seen if number in told] for seen in same]
     rows: dict[_Key, list[tuple[list[Any], float]]] = {}
     for column, seen in enumerate(same):
@@ -339,7 +372,7 @@ def _fit(same: Sequence[Seen], numbers: Sequence[int], sizes: Sizes, kept: Numbe
             key, values = _told(operator, column, block)
             rows.setdefault(key, []).append((values, operator.share))
     terms = {key: _terms(found) for key, found in rows.items()}
-    placed = _placed(same, numbers, terms, block, sizes, kept)
+    placed = _placed(same, numbers, terms, block, sizes, kept, branches, bare, stays)
     return Fit(sizes, placed, terms, block, (0.0, 1.0, 0.0))
 
 
@@ -347,8 +380,7 @@ def _bent(made: Fit, kept: Numbers, ratios: Numbers) -> Fit:
     """The fit by which models of `kept` groups (models, clusters) take the `ratios` that they took as a whole: `_grown`
     of what their operators take together.
     """
-    found, _ = nnls(_grown(made._total(kept)) / ratios[:, None], np.ones(len(ratios)))
-    fixed, growing, bending = found.tolist()
+    fixed, growing, bending = _steady(_grown(made._total(kept)) / ratios[:, None]).tolist()
     return replace(made, scale=(fixed, growing, bending))
 
 
@@ -363,15 +395,34 @@ def _divided(made: Fit, kept: Numbers, ratios: Numbers) -> Fit:
         return replace(made, terms=terms)
 
     columns = np.stack([times(1, 0)._total(kept), times(0, 1)._total(kept)], axis=1)
-    rows = np.vstack([columns / ratios[:, None], PULL * np.eye(2)])
-    factors, _ = nnls(rows, np.r_[np.ones(len(ratios)), PULL, PULL])
-    return times(*factors.tolist())
+    return times(*_steady(columns / ratios[:, None], PULL).tolist())
+
+
+def _steady(rows: Numbers, pull: float = 0.0) -> Numbers:
+    """Non-negative factors by which each of `rows` (models, terms) comes to 1, `pull`ed towards 1 themselves. What a
+    model is off by more than others are counts less (Huber 1964, by weights that are found anew): a session that
+    happened to lie well or badly in memory would bend the whole table.
+    """
+    weights = np.ones(len(rows))
+    held = pull * np.eye(rows.shape[1])[: rows.shape[1] if pull else 0]
+    for _ in range(ROUNDS):
+        found, _ = nnls(np.vstack([rows * weights[:, None], held]), np.r_[weights, held.sum(axis=1)])
+        off = np.abs(rows @ found - 1)
+        usual = HUBER * max(float(np.median(off)) / 0.6745, LEAST)  # 0.6745: of a standard deviation, the median error
+        weights = np.sqrt(np.minimum(1, usual / np.maximum(off, 1e-12)))
+    return np.asarray(found)
 
 
 CORRECTIONS = (_bent, _divided)
 """Of what operators say by what whole models took. A BERT with cut streams is 6 % off by the first and 2 % by the
 second, a made-up model of which each operator takes longer in a larger one 1 and 4 %.
 """
+
+
+def _bare(kept: Numbers, branches: Sequence[Inside]) -> frozenset[int]:
+    """The samples without branches; `kept` (samples, clusters): groups of all samples."""
+    gone = [n for n, row in enumerate(kept) if any((row[list(one.clusters)] == 0).all() for one in branches)]
+    return frozenset(gone)
 
 
 def _placed(
@@ -381,12 +432,17 @@ def _placed(
     block: int,
     sizes: Sizes,
     kept: Numbers,
+    branches: Sequence[Inside],
+    bare: frozenset[int],
+    stays: Sequence[bool],
 ) -> tuple[_Placed, ...]:
     """The operators whose presence in the samples of these `numbers` can be told from the widths; `kept` (samples,
-    clusters) groups of all samples.
+    clusters) groups of all samples, of which those `bare` are without `branches`; `stays`: whether an operator is in
+    one of these.
     """
-    dimensions, whole = sizes.at(kept), (kept == sizes.whole)[list(numbers)]
-    made: dict[tuple[str, _Sides, _Sides, Where, int | None], float] = {}
+    dimensions, full = sizes.at(kept), kept == sizes.whole
+    usual = [number for number in numbers if number not in bare]
+    made: dict[tuple[str, _Sides, _Sides, Where, Beside, int | None], float] = {}
     known: dict[tuple[Any, ...], Slot] = {}
     rules: dict[tuple[int, ...], tuple[Where, ...]] = {}
 
@@ -397,23 +453,31 @@ def _placed(
             known[key] = slot(sizes, dimensions[list(having)])
         return known[key]
 
-    sides = [_sides(seen, follows) for seen in same]
+    sides = [_sides([one for one in seen if one[0] not in bare] or seen, follows) for seen in same]
     followed = [_followed(one, sizes) for one in sides]
+    inside = frozenset().union(*(one.clusters for one in branches))
     for column, seen in enumerate(same):
         if not seen:
             continue
-        having = tuple(number for number, _ in seen)
-        if having not in rules:
-            rules[having] = where(np.isin(numbers, having), whole)
-        if not rules[having]:
-            continue
-        rule = likeliest(rules[having], column, followed)
+        having = tuple(number for number, _ in seen if number not in bare)
+        rule, beside = Where(), Beside()
+        if having:
+            if having not in rules:
+                rules[having] = where(np.isin(usual, having), full[usual])
+            if not rules[having]:
+                continue
+            rule = likeliest(rules[having], column, followed)
+            expected = bool(bare) and bool(rule.at(full[sorted(bare)]).any())
+            if expected and not stays[column] and not followed[column] & inside:
+                beside = Beside(nearest(column, followed, branches))
+        else:  # what stands only where branches are gone
+            beside = Beside(nearest(column, followed, branches), going=False)
         told = [_told(o, column, block) for _, o in seen]
         predicted = np.array([float(np.dot(terms[key], values)) for key, values in told])
         shares = np.array([o.share for _, o in seen])
         pull = OWN * float(np.mean(predicted**2)) + 1e-18
         factor = (float(predicted @ shares) + pull) / (float(predicted @ predicted) + pull)
-        alike = seen[0][1].kind, *sides[column], rule, told[0][0][1]
+        alike = seen[0][1].kind, *sides[column], rule, beside, told[0][0][1]
         made[alike] = made.get(alike, 0.0) + factor
     return tuple(_Placed(*alike, factor) for alike, factor in made.items())
 

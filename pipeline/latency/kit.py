@@ -16,6 +16,7 @@ from onnx import numpy_helper
 
 from foundation.files import replacing, sha256
 from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.channels.dead.removable import Branch
 from pipeline.latency import device, probes, profile
 from pipeline.latency.probes import Setting
 from pipeline.models.source import ModelSource
@@ -38,12 +39,13 @@ def write(
     clusters: Sequence[Cluster],
     path: Path,
     progress: Progress,
+    branches: Sequence[Branch] = (),
 ) -> int:
     """Write the kit to `path` (.tar.gz), whole or not at all; returns its bytes. Nothing in it is of the model's
     weights. Raises RefusedError, ExportError, StoreError.
     """
-    what = profile.description(analysis, source, setting, clusters)
-    choices = probes.drawn(clusters, setting.align, len(what["kept"]), profile.SEED)
+    what = profile.description(analysis, source, setting, clusters, branches)
+    choices = probes.choices(clusters, branches, setting.align)
     with tempfile.TemporaryDirectory() as made, progress.bar("kit", len(choices)) as bar:
         folder = Path(made)
         feed = profile.dense_file(analysis, source, setting, folder / REFERENCE)
@@ -51,7 +53,7 @@ def write(
         models = []
         for number, choice in enumerate(choices):
             name = f"model-{number:02d}.onnx"
-            probes.write(analysis, choice, source, setting, folder / name, feed)
+            probes.write(analysis, choice, branches, source, setting, folder / name, feed)
             repeat_weights(folder / name)
             models.append(name)
             bar(number + 1, name)

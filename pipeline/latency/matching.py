@@ -7,16 +7,21 @@ over all of them does not.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.latency.sizes import Numbers
 
 Flags = npt.NDArray[np.bool_]
 
 SIZES, NAME = 0.5, 0.25
 """What a pair of one kind gains in an alignment where all sizes, or the names, are the same, beside 1 for the kind."""
+CLOSE = 8
+"""Operators between two that are one, at the most, where models run them in another order."""
 OFTEN = 0.75
 """An operator counts as every model's when it is in at least this share of the measured ones."""
 STRAY = 0.15
@@ -66,6 +71,7 @@ def _merged(columns: list[Seen], number: int, operators: Sequence[Operator]) -> 
             same = by_name.pop((column[0][1].name, column[0][1].letter), None)
             if same is not None:
                 pairs[at] = same
+    pairs |= _near([column[0][1] for column in columns], operators, pairs)
     new = sorted(set(range(len(operators))) - set(pairs.values()))
     made: list[Seen] = []
     for at, column in enumerate(columns):
@@ -77,6 +83,32 @@ def _merged(columns: list[Seen], number: int, operators: Sequence[Operator]) -> 
             made.append([(number, operators[new.pop(0)])])
         made.append([*column, (number, operators[here])])
     return made + [[(number, operators[at])] for at in new]
+
+
+def _near(first: Sequence[Operator], second: Sequence[Operator], pairs: Mapping[int, int]) -> dict[int, int]:
+    """Pairs of what is in none of `pairs`, of one letter and close to each other: which of two branches runs first
+    hangs on what the widths let the runtime do with each, and an alignment keeps the order.
+    """
+    if not pairs:
+        return {}
+    waiting: dict[Hashable, list[int]] = {}
+    for at, one in enumerate(first):
+        if at not in pairs:
+            waiting.setdefault(one.letter, []).append(at)
+    known = sorted((number, at) for at, number in pairs.items())
+    numbers, places = [number for number, _ in known], [at for _, at in known]
+    options = [
+        (away, at, number)
+        for number, one in enumerate(second)
+        if number not in numbers
+        for at in waiting.get(one.letter, ())
+        if (away := abs(at - float(np.interp(number, numbers, places)))) <= CLOSE
+    ]
+    found: dict[int, int] = {}
+    for _, at, number in sorted(options):
+        if at not in found and number not in found.values():
+            found[at] = number
+    return found
 
 
 def _alignment(first: Sequence[Operator], second: Sequence[Operator]) -> list[tuple[int, int]]:
@@ -102,13 +134,13 @@ def _alignment(first: Sequence[Operator], second: Sequence[Operator]) -> list[tu
     pairs = []
     a, b = len(first), len(second)
     while a and b:
-        if best[a, b] == best[a - 1, b]:
-            a -= 1
-        elif best[a, b] == best[a, b - 1]:
-            b -= 1
-        else:
+        if alike[a - 1, b - 1] and best[a, b] == best[a - 1, b - 1] + alike[a - 1, b - 1]:  # of equals the last
             a, b = a - 1, b - 1
             pairs.append((a, b))
+        elif best[a, b] == best[a - 1, b]:
+            a -= 1
+        else:
+            b -= 1
     return pairs[::-1]
 
 
@@ -127,6 +159,43 @@ class Where:
             return np.ones(len(whole), np.bool_)
         found: Flags = whole[:, self.of] == self.whole
         return found
+
+
+class Inside(NamedTuple):
+    """A residual branch that may go as a whole: the numbers of the `clusters` inside it, and the program's dimension
+    number `of` that is zero once it is gone.
+    """
+
+    clusters: frozenset[int]
+    of: int
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Operators that no width of a branch tells of, but that go with it, as an addition does: they are there as long as
+    dimension number `of` is not zero, or, without `going`, only where it is; always where `of` is None.
+    """
+
+    of: int | None = None
+    going: bool = True
+
+    def at(self, dimensions: Numbers) -> Flags:
+        """(choices, dimensions) -> (choices,)."""
+        if self.of is None:
+            return np.ones(len(dimensions), np.bool_)
+        found: Flags = (dimensions[:, self.of] > 0) == self.going
+        return found
+
+
+def nearest(at: int, followed: Sequence[frozenset[int]], branches: Sequence[Inside]) -> int | None:
+    """The dimension of the branch whose clusters the operators nearest to number `at` follow; of two that are as near
+    the one before. `followed`: the clusters that the sizes of each operator follow.
+    """
+    for number in sorted(range(len(followed)), key=lambda n: abs(n - at)):
+        for branch in branches:
+            if followed[number] & branch.clusters:
+                return branch.of
+    return None
 
 
 def where(present: Flags, whole: Flags) -> tuple[Where, ...]:

@@ -9,12 +9,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
 
 from exporters.export import to_onnx
 from exporters.quantize import quantize
 from pipeline.channels.centring.centre import RMS_OPSET, centre
+from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.counts import counts
 from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.channels.dead.branches import without_zero_branches
+from pipeline.channels.dead.liveness import liveness
+from pipeline.channels.dead.removable import Branch
+from pipeline.channels.dead.stray import evened
 from pipeline.channels.removal.rewrite import shrink
 from pipeline.models.source import ModelSource, example
 
@@ -24,6 +32,7 @@ PROBES = 14
 """Measured beside the dense model; with half of them the worst predictions are twice as far off."""
 LEAST = 0.1
 """Of a width."""
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -56,21 +65,64 @@ def drawn(clusters: Sequence[Cluster], align: int, count: int, seed: int) -> lis
     return made
 
 
+def choices(clusters: Sequence[Cluster], branches: Sequence[Branch], align: int) -> list[Removed]:
+    """The choices that are measured: the dense model, `PROBES` others of it, and last, where there are `branches`, the
+    one without these and all else whole, which shows what goes with a branch beside its layers.
+    """
+    made = drawn(clusters, align, PROBES + 1, SEED)
+    inside = {name for branch in branches for name in branch.inside}
+    if inside:
+        made.append({c.name: np.full(c.size, c.name in inside) for c in clusters})
+    return made
+
+
 def write(
-    analysis: Analysis, removed: Removed, source: ModelSource, setting: Setting, path: Path, feed: Mapping[str, Any]
+    analysis: Analysis,
+    removed: Removed,
+    branches: Sequence[Branch],
+    source: ModelSource,
+    setting: Setting,
+    path: Path,
+    feed: Mapping[str, Any],
 ) -> None:
-    """The model without the groups flagged in `removed`, as an ONNX file; its weights are the capture's, masked.
+    """The model without the groups flagged in `removed` as an ONNX file, and without those of `branches` of which all
+    that is inside is flagged; its weights are the capture's, masked.
 
     Raises RefusedError, ExportError.
     """
     captured = analysis.captured
-    if any(flags.any() for flags in removed.values()):
-        program = shrink(captured.fold(analysis.masks(removed)), analysis, removed).program
+    masks = dict(analysis.masks(removed))
+    gone = [one for one in branches if all(removed[name].all() for name in one.inside if name in removed)]
+    if gone:
+        for branch in gone:
+            masks |= branch.masks(captured.state)
+        program = cut(analysis, _visible(analysis), masks, setting)
+    elif any(flags.any() for flags in removed.values()):
+        program = centred(shrink(captured.fold(masks), analysis, removed).program, setting)
     else:
-        program = captured.program
-    if setting.opset >= RMS_OPSET:
-        program = centre(program).program
+        program = centred(captured.program, setting)
     export(program, source, setting, path, feed)
+
+
+def _visible(analysis: Analysis) -> dict[str, Tensor]:
+    """The capture's parameters, ones for those that are zero as a whole: training starts from a zero in the last norm
+    of a branch, say, which would then be taken for one that is gone.
+    """
+    state = {name: analysis.captured.state[name] for name in analysis.parameter_names}
+    return {name: value if value.any() else torch.ones_like(value) for name, value in state.items()}
+
+
+def cut(analysis: Analysis, weights: Mapping[str, Any], masks: Mapping[str, Any], setting: Setting) -> ExportedProgram:
+    """The program with these weights, without what `masks` (name -> True = kept) leave dead. Raises RefusedError."""
+    folded, branches = without_zero_branches(analysis.captured.with_state(weights).fold(masks), analysis.policy)
+    left = analyse(folded, analysis.policy) if branches else analysis
+    live = evened(left, folded.state, liveness(left, folded.state), setting.align)
+    return centred(shrink(folded, left, live.dead).program, setting)
+
+
+def centred(program: ExportedProgram, setting: Setting) -> ExportedProgram:
+    """The program as it is exported at the setting's opset."""
+    return centre(program).program if setting.opset >= RMS_OPSET else program
 
 
 def export(program: Any, source: ModelSource, setting: Setting, path: Path, feed: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from exporters import host
 from foundation.errors import ConfigError, first_line
 from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.channels.dead.removable import Branch
 from pipeline.latency import device, fitting, probes
 from pipeline.latency.fitting import Fit, Sample
 from pipeline.latency.matching import Operator
@@ -50,14 +51,21 @@ class Profile:
     def fit(self, analysis: Analysis) -> Fit:
         """What predicts any other choice of widths of `analysis`, the structure that was measured."""
         align = int(self.what["setting"]["align"])
-        return fitting.fit(self.samples, sizes_of(analysis), sorted({1, align, 2 * align, 4 * align}))
+        blocks = sorted({1, align, 2 * align, 4 * align})
+        return fitting.fit(self.samples, sizes_of(analysis), blocks, self.what["branches"])
 
 
 def description(
-    analysis: Analysis, source: ModelSource, setting: Setting, clusters: Sequence[Cluster]
+    analysis: Analysis,
+    source: ModelSource,
+    setting: Setting,
+    clusters: Sequence[Cluster],
+    branches: Sequence[Branch] = (),
 ) -> dict[str, Any]:
-    """What a measurement is of: the structure, the setting, and how many groups each measured model keeps."""
-    choices = probes.drawn(clusters, setting.align, probes.PROBES + 1, SEED)
+    """What a measurement is of: the structure, the setting, how many groups each measured model keeps, and the clusters
+    inside each of `branches`, which the last of them is without.
+    """
+    choices = probes.choices(clusters, branches, setting.align)
     return {
         "format": device.FORMAT,
         "model": source.spec,
@@ -66,6 +74,7 @@ def description(
         "threads": setting.threads,
         "seconds": SECONDS,
         "kept": [{name: int((~gone).sum()) for name, gone in choice.items()} for choice in choices],
+        "branches": [list(one.inside) for one in branches],
     }
 
 
@@ -98,17 +107,19 @@ def measure(
     clusters: Sequence[Cluster],
     kept: Measurements,
     progress: Progress,
+    branches: Sequence[Branch] = (),
 ) -> Profile:
     """The profile at `setting`: as it was `kept` where it was measured before, on this machine, with these tools. What
-    a broken run had measured is not measured again. Raises RefusedError, ExportError.
+    a broken run had measured is not measured again. `branches`: those that may go as a whole, with clusters of
+    `clusters` inside. Raises RefusedError, ExportError.
     """
-    what = description(analysis, source, setting, clusters)
+    what = description(analysis, source, setting, clusters, branches)
     machine = device.facts()
     key = {"what": what, "machine": machine, "isa": host.isa(), "code": _code(), "tools": _tools()}
-    choices = probes.drawn(clusters, setting.align, len(what["kept"]), SEED)
+    choices = probes.choices(clusters, branches, setting.align)
     with kept.alone(NAME):
         measured: list[dict[str, Any]] = kept.read(NAME, key) or []
-        for one in _rest(analysis, source, setting, choices, len(measured), progress):
+        for one in _rest(analysis, source, setting, choices, branches, len(measured), progress):
             measured.append(one)
             kept.write(NAME, key, measured)
     return _profile(what, machine, measured)
@@ -119,6 +130,7 @@ def _rest(
     source: ModelSource,
     setting: Setting,
     choices: Sequence[probes.Removed],
+    branches: Sequence[Branch],
     done: int,
     progress: Progress,
 ) -> Iterator[dict[str, Any]]:
@@ -135,7 +147,7 @@ def _rest(
             if number == 0 and not setting.int8:
                 path = dense  # the first choice keeps all, and is that very file
             else:
-                probes.write(analysis, choice, source, setting, path, feed)
+                probes.write(analysis, choice, branches, source, setting, path, feed)
             one = device.measure(reference, path, feed, setting.threads, SECONDS)
             bar(number + 1, f"{one['ratio']:.2f} of dense")
             yield one
@@ -175,7 +187,14 @@ def _shapes(given: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(n) for n in shape) for shape in given)
 
 
-def read(path: Path, analysis: Analysis, source: ModelSource, setting: Setting, clusters: Sequence[Cluster]) -> Profile:
+def read(
+    path: Path,
+    analysis: Analysis,
+    source: ModelSource,
+    setting: Setting,
+    clusters: Sequence[Cluster],
+    branches: Sequence[Branch] = (),
+) -> Profile:
     """The profile in a file that a kit wrote on another device.
 
     Raises ConfigError for a file that is none, was edited, is not complete, or is of another model or setting.
@@ -183,15 +202,18 @@ def read(path: Path, analysis: Analysis, source: ModelSource, setting: Setting, 
     again = f"Write a kit for it: leanort profile {source.spec} --kit kit.tar.gz, and run it on the device."
     content = checked(path, again)
     kit = content["kit"]
-    what = description(analysis, source, setting, clusters)
+    what = description(analysis, source, setting, clusters, branches)
     if kit.get("structure") != what["structure"]:
         raise ConfigError(f"{path} was measured for another model ({kit.get('model')}), not for {source.spec}.", again)
     for key, value in what["setting"].items():
         other = kit["setting"].get(key)
         if other != value:
             raise ConfigError(f"{path} was measured with {key} = {other}, and {key} = {value} is asked for.", again)
-    if kit["kept"] != what["kept"]:
-        raise ConfigError(f"{path} was measured for other widths, by another version of leanort.", again)
+    if any(kit.get(key) != what[key] for key in ("kept", "branches")):
+        raise ConfigError(
+            f"{path} was measured for other widths: by another version of leanort, or with other layers kept whole.",
+            again,
+        )
     if len(content["measured"]) < len(what["kept"]):
         done, all_ = len(content["measured"]), len(what["kept"])
         raise ConfigError(

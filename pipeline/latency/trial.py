@@ -13,13 +13,7 @@ from torch.export import ExportedProgram
 
 from exporters.candidates import CANDIDATES, NotApplicable, Source, make
 from foundation.errors import ExportError
-from pipeline.channels.centring.centre import RMS_OPSET, centre
-from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
-from pipeline.channels.dead.branches import without_zero_branches
-from pipeline.channels.dead.liveness import liveness
-from pipeline.channels.dead.stray import evened
-from pipeline.channels.removal.rewrite import shrink
 from pipeline.latency import probes
 from pipeline.latency.probes import Setting
 from pipeline.latency.profile import feed_of
@@ -67,7 +61,7 @@ def tried(
     """Cut what `masks` (name -> True = kept) leave dead out of the analysed program with these weights, export it, and
     time it against the file `dense`, which the release will be held against. Raises RefusedError, ExportError.
     """
-    program = cut(analysis, weights, masks, setting)
+    program = probes.cut(analysis, weights, masks, setting)
     with tempfile.TemporaryDirectory() as name:
         plain = Path(name) / "model.onnx"
         feed = feed_of(dense, source, setting.batch)
@@ -117,15 +111,6 @@ def together(ratios: Sequence[Measured]) -> Measured:
     value, count = float(np.exp(mid.mean())), len(ratios)
     below, above = (max(float(np.hypot.reduce(side)) / count, scatter / count**0.5) for side in (mid - low, high - mid))
     return Measured(value=value, low=value * float(np.exp(-below)), high=value * float(np.exp(above)))
-
-
-def cut(analysis: Analysis, weights: Mapping[str, Any], masks: Mapping[str, Any], setting: Setting) -> ExportedProgram:
-    """The program with these weights, without what `masks` (name -> True = kept) leave dead. Raises RefusedError."""
-    folded, branches = without_zero_branches(analysis.captured.with_state(weights).fold(masks), analysis.policy)
-    left = analyse(folded, analysis.policy) if branches else analysis
-    live = evened(left, folded.state, liveness(left, folded.state), setting.align)
-    program = shrink(folded, left, live.dead).program
-    return centre(program).program if setting.opset >= RMS_OPSET else program
 
 
 def _rivals(program: ExportedProgram, source: ModelSource, plain: Path) -> dict[str, Path]:

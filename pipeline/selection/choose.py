@@ -17,6 +17,7 @@ from exporters.host import vector_block
 from foundation.files import sha256
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.channels.dead.removable import ArrayMasks, Branch, removable
 from pipeline.measurements import Measurements
 from pipeline.models.graph import graph_of
 from pipeline.models.source import ModelSource
@@ -26,7 +27,6 @@ from pipeline.recipe.target import OFF_TARGET
 from pipeline.recovery import closed_form
 from pipeline.selection import branches, criteria, curves, refit, weights, widths
 from pipeline.selection.allocation import Budget, Removed, allocate, overridden
-from pipeline.selection.branches import Branch
 from pipeline.selection.cost import Cost, Counted, excess
 from pipeline.selection.criteria import Evidence, Observation, Ranked, Scores
 from pipeline.selection.curves import Apart, Measured
@@ -164,7 +164,7 @@ class Offered:
     """
 
     alone: Mapping[Branch, float] = field(default_factory=dict)
-    tried: Callable[[branches.Masks], float] = lambda masks: 0.0
+    tried: Callable[[ArrayMasks], float] = lambda masks: 0.0
     dearer: Sequence[float] = (1.0, *DEARER)
 
 
@@ -425,7 +425,7 @@ def branches_worth(
     """Every residual branch that may go as a whole, with the divergence from the dense outputs when it does. As they
     were `kept` where the same was measured before.
     """
-    found = branches.removable(analysis, maskable)
+    found = removable(analysis, maskable)
     if not found or seen.samples is None:
         return Offered()
     told, kept = progress or Progress(), kept or Measurements()
@@ -442,7 +442,7 @@ def branches_worth(
     }
     lost = kept.kept("branches", key, measure)
 
-    def tried(given: branches.Masks) -> float:
+    def tried(given: ArrayMasks) -> float:
         """Kept by what goes."""
         going = {name: hashlib.sha256(np.packbits(mask).tobytes()).hexdigest() for name, mask in given.items()}
 
@@ -464,3 +464,9 @@ def choosable(analysis: Analysis, maskable: frozenset[str]) -> list[Cluster]:
     """The clusters of which every parameter can be masked."""
     parameters = set(analysis.parameter_names)
     return [c for c in analysis.clusters if all(n in maskable for n, _ in c.labels if n in parameters)]
+
+
+def choosable_branches(analysis: Analysis, maskable: frozenset[str]) -> tuple[Branch, ...]:
+    """The residual branches that may go as a whole, of which every cluster inside is choosable."""
+    names = {c.name for c in choosable(analysis, maskable)}
+    return tuple(branch for branch in removable(analysis, maskable) if names.issuperset(branch.inside))

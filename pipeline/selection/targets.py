@@ -11,6 +11,7 @@ import numpy as np
 from foundation.errors import ConfigError
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.channels.dead.removable import removable
 from pipeline.latency import profile
 from pipeline.latency.probes import Setting
 from pipeline.latency.profile import Profile
@@ -21,8 +22,7 @@ from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.target import Amount, Quantity
 from pipeline.selection.allocation import Removed
-from pipeline.selection.branches import removable
-from pipeline.selection.choose import Chooser, alignment, budget_of, choosable
+from pipeline.selection.choose import Chooser, alignment, budget_of, choosable, choosable_branches
 from pipeline.selection.cost import Cost, Counted, Timed, excess, over
 from pipeline.selection.kinds import policy_of
 from pipeline.selection.widths import least
@@ -51,7 +51,7 @@ def costs(
     made: list[Cost] = []
     if "latency" in amounts:
         for setting in settings(cfg):
-            measured = profiled(cfg, analysis, source, setting, clusters, kept, progress)
+            measured = profiled(cfg, analysis, source, setting, maskable, kept, progress)
             goal = _goal("latency", amounts["latency"], measured.dense_ms)
             made.append(Timed(measured.fit(analysis), goal, measured.dense_ms, setting.threads, setting.batch))
     if "macs" in amounts:
@@ -97,14 +97,15 @@ def profiled(
     analysis: Analysis,
     source: ModelSource,
     setting: Setting,
-    clusters: Sequence[Cluster],
+    maskable: frozenset[str],
     kept: Measurements,
     progress: Progress,
 ) -> Profile:
     """The latency table: from the recipe's device file, or of this machine."""
+    clusters, branches = choosable(analysis, maskable), choosable_branches(analysis, maskable)
     if cfg.target.device is not None:
-        return profile.read(Path(cfg.target.device), analysis, source, setting, clusters)
-    return profile.measure(analysis, source, setting, clusters, kept, progress)
+        return profile.read(Path(cfg.target.device), analysis, source, setting, clusters, branches)
+    return profile.measure(analysis, source, setting, clusters, kept, progress, branches)
 
 
 def _goal(quantity: Quantity, wanted: Amount, dense: float) -> float:

@@ -16,6 +16,7 @@ from torch import nn
 
 from foundation.errors import ConfigError
 from pipeline.channels import analyse
+from pipeline.channels.dead.removable import removable
 from pipeline.latency import device, kit, probes, profile
 from pipeline.latency.fitting import work
 from pipeline.latency.probes import Setting
@@ -48,6 +49,19 @@ class Other(Small):
     def __init__(self):
         super().__init__()
         self.b = nn.Conv2d(32, 64, 5, padding=2)
+
+
+class Residual(Small):
+    """A branch whose norm starts at zero, as training often has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.d, self.norm = nn.Conv2d(64, 48, 1), nn.Conv2d(48, 64, 1), nn.BatchNorm2d(64)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu()).relu()
+        return self.head((x + self.norm(self.d(self.c(x).relu()))).relu().mean((2, 3)))
 
 
 def subject(build):
@@ -154,6 +168,25 @@ def test_a_convolution_is_the_same_operator_on_the_kernels_block_and_off_it(few,
     made = profile.measure(analysis, source, SETTING, analysis.clusters, Measurements(), Progress())
     for sample in made.samples:
         assert [o.kind for o in sample.operators if "Conv" in o.kind] == ["Conv", "Conv"]
+
+
+def test_the_last_model_that_is_measured_is_without_any_branch(few, tmp_path):
+    analysis, source = subject(Residual)
+    branches = removable(analysis, frozenset(analysis.parameter_names))
+    given = analysis, source, SETTING, analysis.clusters
+    here = profile.measure(*given, Measurements(), Progress(), branches)
+    assert [len([o for o in s.operators if "Conv" in o.kind]) for s in here.samples] == [4, 4, 4, 4, 2]
+    assert [s.kept["c"] > 0 for s in here.samples] == [True] * 4 + [False]
+    gone, whole = (here.fit(analysis).of(here.fit(analysis).sizes.kept(kept)) for kept in ({"c": 0}, {}))
+    assert gone < whole
+    kit.write(*given, tmp_path / "kit.tar.gz", Progress(), branches)
+    with tarfile.open(tmp_path / "kit.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert run(tmp_path / kit.FOLDER).returncode == 0
+    there = profile.read(tmp_path / kit.FOLDER / device.RESULT, *given, branches)
+    assert [len(s.operators) for s in there.samples] == [len(s.operators) for s in here.samples]
+    with pytest.raises(ConfigError, match="other layers kept whole"):
+        profile.read(tmp_path / kit.FOLDER / device.RESULT, *given)
 
 
 def test_a_kit_that_was_broken_off_goes_on(measured, tmp_path):

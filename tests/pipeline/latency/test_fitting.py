@@ -87,6 +87,34 @@ def test_what_writing_down_costs_and_a_disturbed_profile_are_not_the_models_time
     assert errors(fit(told, SIZES, (8,)), drawn(40, 1)).max() < 0.06
 
 
+@pytest.mark.parametrize("factor", [0.4, 2.0])
+def test_a_model_whose_session_lay_badly_in_memory_does_not_bend_the_table(factor):
+    plain = drawn(14, 0)
+    at = min(range(len(plain)), key=lambda n: plain[n].ratio)
+    odd = replace(plain[at], ratio=plain[at].ratio * factor)
+    made = fit([*plain[:at], odd, *plain[at + 1 :]], SIZES, (8,))
+    test = [one for one in drawn(40, 1) if one.ratio > 0.2]
+    assert np.median(errors(made, test)) < 0.025  # 0.065 and 0.034 where every model counts the same
+    assert made.error < 0.15
+
+
+@pytest.mark.parametrize("whole", [60, 58])
+def test_a_depthwise_convolution_off_the_block_is_told_from_one_on_it(whole):
+    """Which kernel takes it hangs on that: 58 channels take several times as long as 48 and 64 do."""
+
+    def one(a):
+        share = 1e-3 * a * (5 if a % 16 else 1)
+        return Sample(
+            {"a": a}, share, (Operator("dw", "Conv", ((1, a, 28, 28), (a, 1, 3, 3)), ((1, a, 28, 28),), share),)
+        )
+
+    sizes = Sizes(("a",), np.array([float(whole)]), np.array([float(whole)]), np.eye(1))
+    made = fit([one(a) for a in (whole, 48, 32, 16, whole, 48, 32, 16)], sizes, (16,))
+    assert made.ratio(np.array([[whole], [48.0], [16.0]])) == pytest.approx(
+        [one(a).ratio for a in (whole, 48, 16)], rel=0.02
+    )
+
+
 def test_where_the_graph_hangs_on_a_width_each_graph_has_operators_of_its_own():
     test = [reordered(a, b) for a in (64, 48, 32, 16) for b in (8, 24)]
     assert errors(fit_of_reordered(), test).max() < 0.02
@@ -248,3 +276,53 @@ def test_channels_are_found_where_they_are(kind, inputs, out, channels):
     assert 24 not in key and 16 not in key and 8 in key
     if "Conv" in kind:
         assert terms[1] == channels[0] * channels[1]
+
+
+def with_a_branch(a, b):
+    """A norm before and an addition behind the layers of a branch go with it, and what the addition did beside stays
+    as an operator of its own.
+    """
+    first, second, third, head = sample(a, b or 8).operators
+
+    def over(kind, name, cost):
+        return Operator(name, kind, ((1, a, 14, 14),), ((1, a, 14, 14),), cost * a)
+
+    inside = over("Norm", "norm", 3e-4), second, third, over("Add", "sum", 2e-4)
+    operators = first, *(inside if b else (over("Relu", "act", 1e-4),)), head
+    return Sample({"a": a, "b": b}, 0.01 + sum(o.share for o in operators), operators)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_stands_beside_a_branch_goes_with_it(told):
+    draw = np.random.default_rng(0)
+    pairs = [(64, 32), *((int(draw.integers(1, 9)) * 8, int(draw.integers(1, 5)) * 8) for _ in range(13)), (64, 0)]
+    made = fit([with_a_branch(a, b) for a, b in pairs], SIZES, (8,), [["b"]] if told else ())
+    widths = errors(made, [with_a_branch(a, b) for a in (56, 40, 16) for b in (8, 24)])
+    gone = errors(made, [with_a_branch(a, 0) for a in (64, 48)])
+    assert widths.max() < 0.02 and gone.max() < 0.03 if told else gone.max() > 0.2
+    assert len(made.checked) == 14 + (not told)  # how far off widths are is not told from a branch
+
+
+def test_of_several_branches_each_takes_what_stands_beside_it():
+    sizes = replace(
+        SIZES, clusters=("a", "b", "c"), whole=np.array([64.0, 32, 32]), base=np.array([64.0, 32, 32]), each=np.eye(3)
+    )
+
+    def one(a, b, c):
+        first, second, third, head = sample(a, b or 8).operators
+        _, fourth, fifth, _ = sample(a, c or 8).operators
+
+        def over(kind, cost):
+            return Operator(kind, kind, ((1, a, 14, 14),), ((1, a, 14, 14),), cost * a)
+
+        early = (over("Norm", 3e-4), second, third, over("Add", 2e-4)) if b else ()
+        late = (over("Norm", 3e-4), fourth, fifth, over("Add", 2e-4)) if c else ()
+        operators = first, *early, *late, over("Norm", 3e-4), head
+        return Sample({"a": a, "b": b, "c": c}, 0.01 + sum(o.share for o in operators), operators)
+
+    draw = np.random.default_rng(0)
+    widths = [(int(draw.integers(1, 9)) * 8, *(int(n) * 8 for n in draw.integers(1, 5, 2))) for _ in range(13)]
+    made = fit([one(*choice) for choice in [(64, 32, 32), *widths, (64, 0, 0)]], sizes, (8,), [["b"], ["c"]])
+    test = [one(a, *pair) for a in (64, 24) for pair in ((0, 16), (16, 0), (0, 0))]
+    found = made.ratio(np.array([sizes.kept(s.kept) for s in test]))
+    assert np.abs(found / [s.ratio for s in test] - 1).max() < 0.03

@@ -51,6 +51,22 @@ def test_another_order_is_found_by_the_name():
     ]  # fmt: skip
 
 
+def test_another_order_of_two_branches_is_found_without_names():
+    """The runtime puts an operator in where a width is on its block, and runs the other branch first then."""
+
+    def one(width, number):
+        left, right = op("", "Conv", width), op("", "Pool", width)
+        both = [right, op("", "Reorder", width), left] if width % 8 == 0 else [left, right]
+        chain = [op("", "Norm", width), *both, op("", "Sum", width), *([op("", "Relu", width)] * 20), op("", "Conv", 4)]
+        return [replace(o, name=f"{number}_{n}") for n, o in enumerate(chain)]
+
+    columns = matched([one(width, number) for number, width in enumerate((8, 6, 16, 5))])
+    assert {column[0][1].kind: len(column) for column in columns if column[0][1].numbers[-1] != 4} == {
+        "Norm": 4, "Conv": 4, "Pool": 4, "Reorder": 2, "Sum": 4, "Relu": 4,
+    }  # fmt: skip
+    assert [len(c) for c in columns if c[0][1].kind == "Conv"] == [4, 4], "never the one that is far away"
+
+
 def test_every_operator_is_in_one_column_and_each_column_has_a_model_once():
     draw = np.random.default_rng(0)
     models = [

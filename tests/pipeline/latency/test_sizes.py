@@ -74,3 +74,16 @@ def test_a_size_that_never_changed_is_fixed_and_one_that_nothing_explains_takes_
     assert slot([7, 7, 7, 7], DIMENSIONS) == Slot(None, 7.0)
     near = slot([65, 39, 42, 8], DIMENSIONS)
     assert near.of == 0 and near.factor == pytest.approx(1.0, abs=0.03)
+
+
+def test_channels_that_no_blocked_layout_takes_keep_their_number():
+    dimensions = np.array([[58.0, 7.0], [45.0, 7.0], [24.0, 6.0], [60.0, 5.0], [222.0, 4.0]])
+    found = slot([58, 45, 32, 64, 222], dimensions)
+    assert (found.of, found.step, found.unit) == (0, 16, 4)
+    assert found.at(np.array([[46.0, 0.0], [36.0, 0.0]])).tolist() == [46.0, 48.0]
+
+
+def test_a_model_in_which_the_operator_was_taken_for_its_neighbour_does_not_hide_what_the_others_say():
+    dimensions = np.array([[64.0, 24.0], [40.0, 24.0], [24.0, 16.0], [56.0, 8.0], [8.0, 8.0]])
+    found = slot([64, 48, 16, 64, 16], dimensions)
+    assert (found.of, found.step) == (0, 16)

@@ -10,6 +10,7 @@ from torch import nn
 from foundation.errors import ConfigError
 from pipeline.channels import analyse, capture, liveness, shrink
 from pipeline.channels.dead.branches import without_zero_branches
+from pipeline.channels.dead.removable import removable
 from pipeline.channels.program.macs import count_macs
 from pipeline.measurements import Measurements
 from pipeline.progress import Progress
@@ -17,7 +18,6 @@ from pipeline.recipe.prune import PruneSection
 from pipeline.recovery import closed_form
 from pipeline.selection import branches, choose, curves, targets, widths
 from pipeline.selection.allocation import Budget
-from pipeline.selection.branches import removable
 from pipeline.selection.cost import Counted
 from pipeline.selection.criteria import Evidence
 from pipeline.selection.curves import convex
