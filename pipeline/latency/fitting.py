@@ -23,6 +23,7 @@ from pipeline.latency.matching import (
     Operator,
     Seen,
     Where,
+    joined,
     likeliest,
     matched,
     nearest,
@@ -97,6 +98,11 @@ def work(kind: str, inputs: Shapes, outputs: Shapes, block: int) -> Work:
     if "Pool" in kind and len(first) > 2:
         return Work((kind, *_fixed(first[2:]), *_fixed(out[2:])), [1.0, read, written, _odd(first, block) * read])
     return Work((kind, len(inputs), len(out)), [1.0, read, written])
+
+
+def _has_weights(kind: str) -> bool:
+    """Whether an operator of a kind is a layer: one goes with a branch only where its own width does."""
+    return "Conv" in kind or kind.removeprefix("Fused") in PRODUCTS or kind in RECURRENT
 
 
 def _channels_last(kind: str, inputs: Shapes, out: Sequence[Any]) -> bool:
@@ -320,10 +326,11 @@ def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int], branches
     """The fit of all samples, by the block of `blocks` and the one of `CORRECTIONS` that predict left-out ones best;
     and how well they do. `branches`: the clusters inside each residual branch that some sample is without.
     """
-    samples = _levelled(samples)
-    same = matched([one.operators for one in samples])
-    kept = np.array([sizes.kept(one.kept) for one in samples])
     inside = [branch for branch in (_inside(names, sizes) for names in branches) if branch is not None]
+    samples = sorted(_levelled(samples), key=lambda one: _is_bare(sizes.kept(one.kept), inside))
+    kept = np.array([sizes.kept(one.kept) for one in samples])
+    usual = np.flatnonzero([not _is_bare(row, inside) for row in kept])
+    same = _same([one.operators for one in samples], len(usual), sizes, kept, inside)
     ratios = np.array([one.ratio for one in samples])
 
     def corrected(numbers: Sequence[int], block: int) -> list[Fit]:
@@ -331,7 +338,6 @@ def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int], branches
         return [correct(made, kept[list(numbers)], ratios[list(numbers)]) for correct in CORRECTIONS]
 
     tried: list[tuple[float, int, int, tuple[tuple[float, float], ...]]] = []
-    usual = np.array([number for number in range(len(samples)) if number not in _bare(kept, inside)])
     parts = min(len(usual), 6)
     for block in blocks:
         pairs: list[list[tuple[float, float]]] = [[] for _ in CORRECTIONS]
@@ -357,13 +363,39 @@ def _inside(names: Sequence[str], sizes: Sizes) -> Inside | None:
     return Inside(frozenset(clusters), int(gone[0])) if gone.size else None
 
 
+def _is_bare(kept: Numbers, branches: Sequence[Inside]) -> bool:
+    """Whether a model that keeps so many groups, (clusters,), is without any of `branches`."""
+    return any((kept[list(one.clusters)] == 0).all() for one in branches)
+
+
+def _same(
+    models: Sequence[Sequence[Operator]], usual: int, sizes: Sizes, kept: Numbers, branches: Sequence[Inside]
+) -> list[Seen]:
+    """Which operators of all models are one; those after the first `usual` are without branches, and so without any
+    operator whose sizes follow a cluster inside one.
+    """
+    columns = matched(models[:usual])
+    if len(models) == usual:
+        return columns
+    dimensions = sizes.at(kept)
+    inside = frozenset().union(*(one.clusters for one in branches))
+
+    def follows(values: tuple[int, ...], having: tuple[int, ...]) -> Slot:
+        return slot(values, dimensions[list(having)])
+
+    for number in range(usual, len(models)):
+        stays = [not _followed(_sides(seen, follows), sizes) & inside for seen in columns]
+        columns = joined(columns, number, models[number], stays)
+    return columns
+
+
 def _fit(
     same: Sequence[Seen], numbers: Sequence[int], sizes: Sizes, kept: Numbers, block: int, branches: Sequence[Inside]
 ) -> Fit:
     """The fit of the samples of these `numbers`; `same`: which operators of all samples are one. `kept` (samples,
     clusters): groups of all samples. `branches`: those that some of them are without.
     """
-    told, bare = set(numbers), _bare(kept, branches)
+    told, bare = set(numbers), frozenset(n for n, row in enumerate(kept) if _is_bare(row, branches))
     stays = [any(number in bare for number, _ in seen) for seen in same]
     same = [[(number, o) for number, o in seen if number in told] for seen in same]
     rows: dict[_Key, list[tuple[list[Any], float]]] = {}
@@ -419,12 +451,6 @@ second, a made-up model of which each operator takes longer in a larger one 1 an
 """
 
 
-def _bare(kept: Numbers, branches: Sequence[Inside]) -> frozenset[int]:
-    """The samples without branches; `kept` (samples, clusters): groups of all samples."""
-    gone = [n for n, row in enumerate(kept) if any((row[list(one.clusters)] == 0).all() for one in branches)]
-    return frozenset(gone)
-
-
 def _placed(
     same: Sequence[Seen],
     numbers: Sequence[int],
@@ -468,8 +494,10 @@ def _placed(
                 continue
             rule = likeliest(rules[having], column, followed)
             expected = bool(bare) and bool(rule.at(full[sorted(bare)]).any())
-            if expected and not stays[column] and not followed[column] & inside:
+            if expected and not stays[column] and not followed[column] & inside and not _has_weights(seen[0][1].kind):
                 beside = Beside(nearest(column, followed, branches))
+        elif _has_weights(seen[0][1].kind):
+            continue  # a layer that was not found again
         else:  # what stands only where branches are gone
             beside = Beside(nearest(column, followed, branches), going=False)
         told = [_told(o, column, block) for _, o in seen]

@@ -58,20 +58,28 @@ def matched(models: Sequence[Sequence[Operator]]) -> list[Seen]:
     """The operators of all `models`, each given in the order in which it runs them, and in which of them each is."""
     columns: list[Seen] = []
     for number, operators in enumerate(models):
-        columns = _merged(columns, number, operators)
+        columns = joined(columns, number, operators)
     return columns
 
 
-def _merged(columns: list[Seen], number: int, operators: Sequence[Operator]) -> list[Seen]:
-    pairs = dict(_alignment([column[0][1] for column in columns], operators))
-    taken = set(pairs.values())
+def joined(
+    columns: Sequence[Seen], number: int, operators: Sequence[Operator], stays: Sequence[bool] | None = None
+) -> list[Seen]:
+    """`columns` with the operators of model `number`, in the order in which it runs them. It has none of those columns
+    that do not `stay`, where that is known: of blocks that look alike, a model without branches has the others.
+    """
+    places = [at for at in range(len(columns)) if stays is None or stays[at]]
+    first = [columns[at][0][1] for at in places]
+    found = dict(_alignment(first, operators))
+    taken = set(found.values())
     by_name = {(o.name, o.letter): at for at, o in enumerate(operators) if at not in taken}
-    for at, column in enumerate(columns):  # in another order, but by the same name
-        if at not in pairs:
-            same = by_name.pop((column[0][1].name, column[0][1].letter), None)
+    for at, one in enumerate(first):  # in another order, but by the same name
+        if at not in found:
+            same = by_name.pop((one.name, one.letter), None)
             if same is not None:
-                pairs[at] = same
-    pairs |= _near([column[0][1] for column in columns], operators, pairs)
+                found[at] = same
+    found |= _near(first, operators, found)
+    pairs = {places[at]: there for at, there in found.items()}
     new = sorted(set(range(len(operators))) - set(pairs.values()))
     made: list[Seen] = []
     for at, column in enumerate(columns):

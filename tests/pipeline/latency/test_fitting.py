@@ -303,7 +303,9 @@ def test_what_stands_beside_a_branch_goes_with_it(told):
     assert len(made.checked) == 14 + (not told)  # how far off widths are is not told from a branch
 
 
-def test_of_several_branches_each_takes_what_stands_beside_it():
+@pytest.mark.parametrize("fused", [False, True])
+def test_of_several_branches_each_takes_what_stands_beside_it(fused):
+    """`fused`: a layer between them adds up what it reads as well, but not where they are gone; it never goes."""
     sizes = replace(
         SIZES, clusters=("a", "b", "c"), whole=np.array([64.0, 32, 32]), base=np.array([64.0, 32, 32]), each=np.eye(3)
     )
@@ -317,7 +319,10 @@ def test_of_several_branches_each_takes_what_stands_beside_it():
 
         early = (over("Norm", 3e-4), second, third, over("Add", 2e-4)) if b else ()
         late = (over("Norm", 3e-4), fourth, fifth, over("Add", 2e-4)) if c else ()
-        operators = first, *early, *late, over("Norm", 3e-4), head
+        between = conv("between", a, a, block=8)
+        if b or c:
+            between = replace(between, inputs=(*between.inputs, between.outputs[0]))
+        operators = first, *early, *((between,) if fused else ()), *late, over("Norm", 3e-4), head
         return Sample({"a": a, "b": b, "c": c}, 0.01 + sum(o.share for o in operators), operators)
 
     draw = np.random.default_rng(0)
@@ -326,3 +331,24 @@ def test_of_several_branches_each_takes_what_stands_beside_it():
     test = [one(a, *pair) for a in (64, 24) for pair in ((0, 16), (16, 0), (0, 0))]
     found = made.ratio(np.array([sizes.kept(s.kept) for s in test]))
     assert np.abs(found / [s.ratio for s in test] - 1).max() < 0.03
+
+
+def test_what_is_outside_a_branch_and_looks_like_what_is_inside_stays():
+    """Dense, both convolutions are of 64 channels and 64, and only which widths they follow tells them apart."""
+    sizes = replace(SIZES, clusters=("a", "c"), whole=np.array([64.0, 64]), base=np.array([64.0, 64]))
+
+    def one(a, c):
+        def softmax(n):
+            return Operator("softmax", "Softmax", ((1, n, 14, 14),), ((1, n, 14, 14),), 1e-3 * n)
+
+        layers = conv("stem", 3, a, block=8, space=28), conv("outside", a, a, block=8), softmax(a)
+        inside = (conv("in", a, c, block=8), softmax(c), conv("out", c, a, block=8)) if c else ()
+        operators = *layers, *inside, linear("head", a, 10)
+        return Sample({"a": a, "c": c}, 0.01 + sum(o.share for o in operators), operators)
+
+    draw = np.random.default_rng(0)
+    widths = [tuple(int(n) * 8 for n in draw.integers(1, 9, 2)) for _ in range(13)]
+    made = fit([one(*choice) for choice in [(64, 64), *widths, (64, 0)]], sizes, (8,), [["c"]])
+    test = [one(a, c) for a in (64, 40, 24) for c in (0, 24, 48)]
+    found = made.ratio(np.array([sizes.kept(s.kept) for s in test]))
+    assert np.abs(found / [s.ratio for s in test] - 1).max() < 0.02
