@@ -218,6 +218,20 @@ def check_names(runner: Runner, feed: Mapping[str, Array]) -> None:
         raise ValidationError(f"{runner.name} takes {', '.join(names)}; the feed holds {', '.join(feed) or 'nothing'}.")
 
 
+def same_inputs(one: Sequence[InputSpec], other: Sequence[InputSpec]) -> bool:
+    """Whether a feed of the one fits the other: the same names and types, and the same sizes where both are fixed."""
+    theirs = {spec.name: spec for spec in other}
+    return {spec.name for spec in one} == theirs.keys() and all(
+        spec.dtype == theirs[spec.name].dtype
+        and len(spec.shape) == len(theirs[spec.name].shape)
+        and all(
+            a == b or isinstance(a, str) or isinstance(b, str)
+            for a, b in zip(spec.shape, theirs[spec.name].shape, strict=True)
+        )
+        for spec in one
+    )
+
+
 def _ort_spec(value: Any) -> InputSpec:
     element = value.type.removeprefix("tensor(").removesuffix(")")
     shape = tuple(size if isinstance(size, int) else str(size or f"dim_{i}") for i, size in enumerate(value.shape))

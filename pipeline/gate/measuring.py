@@ -50,7 +50,7 @@ from validators.gates import Measured
 from validators.integers import Ranges
 from validators.latency import Bound, LatencyReport, duels
 from validators.macs import count_macs
-from validators.runners import Array, OrtRunner
+from validators.runners import Array, InputSpec, OrtRunner, same_inputs
 from validators.scores import Worse, chance_of_dealing, compared, run, worst
 from validators.scores_lost import ScoreLost
 from validators.structure import StructureReport, measure
@@ -112,12 +112,16 @@ class Findings:
     """Test samples that lost most of the task's score against the dense model, as the task draws them."""
     predicted: Mapping[str, Array] = field(default_factory=dict)
     """Of a task whose outputs are numbers, what is true ("truth") and what each model gives, of some test samples."""
+    left_out: tuple[str, ...] = ()
+    """Why a model was not measured at all."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader should know beside the figures: the class that lost most, and what disturbed the race."""
+        """What a reader should know beside the figures: what was not compared, the class that lost most, and what
+        disturbed the race.
+        """
         lost = (worst_class(found) for name, found in self.accuracy.items() if name == "dense" and self.labelled)
-        return (*(note for note in lost if note), *(self.latency.warnings if self.latency else ()))
+        return (*self.left_out, *(note for note in lost if note), *(self.latency.warnings if self.latency else ()))
 
 
 def worst_class(found: AccuracyComparison) -> str:
@@ -179,15 +183,23 @@ def contest(
     `sessions` holds session configuration entries by model, where one needs others than its file asks for.
 
     Without `data` there is no accuracy. Whatever breaks off is in the findings' `crashed`; only UserError and a full
-    disk are raised.
+    disk are raised. A promoted version that takes other inputs, since the recipe asks for another size of them, say, is
+    left out.
     """
     crashed = Crashes()
-    others = [name for name in files if name != "shipped"]
     entries = {name: (sessions or {}).get(name) or session_of(path) for name, path in files.items()}
     runners: dict[str, OrtRunner] = {}
     for name, path in files.items():
         with crashed.noted(f"session load of {name}"):
             runners[name] = OrtRunner(path, threads=cfg.threads, name=name, session=entries[name])
+    left_out: tuple[str, ...] = ()
+    if {"promoted", "shipped"} <= runners.keys():
+        theirs, mine = runners["promoted"].inputs, runners["shipped"].inputs
+        if not same_inputs(theirs, mine):
+            left_out = (f"the promoted version takes {_words(theirs)}, this one {_words(mine)}: they are not compared",)
+            files = {name: path for name, path in files.items() if name != "promoted"}
+            del runners["promoted"]
+    others = [name for name in files if name != "shipped"]
     found: dict[str, Measured | None] = {}
     accuracy: dict[str, AccuracyComparison] = {}
     similarities: dict[str, Similarity] = {}
@@ -217,11 +229,11 @@ def contest(
                     found |= {name: policy.exactly(getattr(similarities["dense"], name)) for name in asked}
         with crashed.noted("latency"):
             latency = _latency(cfg, runners, progress, sizes, ranges)
-            mine = latency.runners["shipped"]
-            found |= {"latency": policy.exactly(mine.median_ms), "latency_p99": policy.exactly(mine.p99_ms)}
+            own = latency.runners["shipped"]
+            found |= {"latency": policy.exactly(own.median_ms), "latency_p99": policy.exactly(own.p99_ms)}
             for name in others:
-                found[f"latency vs {name}"] = mine.ratios[name].median
-                found[f"latency_p99 vs {name}"] = mine.ratios[name].p99
+                found[f"latency vs {name}"] = own.ratios[name].median
+                found[f"latency_p99 vs {name}"] = own.ratios[name].p99
     for name, runner in runners.items():
         with crashed.noted(f"size, load and memory of {name}"):
             feed = _feed(cfg, runner, sizes, ranges)
@@ -233,7 +245,14 @@ def contest(
             if name != "shipped":
                 found |= against(costs["shipped"], costs[name], name)
     labelled = data is None or data.labelled
-    return Findings(latency, structure, accuracy, similarities, scores, found, crashed, labelled, worse, predicted)
+    return Findings(
+        latency, structure, accuracy, similarities, scores, found, crashed, labelled, worse, predicted, left_out
+    )
+
+
+def _words(inputs: Sequence[InputSpec]) -> str:
+    """Inputs as a reader wants them: "input (batch, 3, 32, 32) float32"."""
+    return ", ".join(f"{one.name} ({', '.join(map(str, one.shape))}) {one.dtype}" for one in inputs)
 
 
 def _answered(

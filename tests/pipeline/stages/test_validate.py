@@ -10,7 +10,7 @@ from pipeline import data, models
 from pipeline.artifacts import Baseline, Candidate, Exported, Folded, Optimized, Promoted, Shrunk, archive
 from pipeline.gate.policy import GUESSED
 from pipeline.progress import Progress
-from pipeline.recipe.policy import GateSection
+from pipeline.recipe.policy import GateSection, Rule
 from pipeline.stages import s7_validate
 from pipeline.tasks import classification
 from validators import OrtRunner
@@ -81,3 +81,26 @@ def test_a_hop_into_onnxruntime_may_differ_as_the_dense_model_does_and_says_so(
     assert ("the dense model itself differs by" in " ".join(into_runtime.reasons)) is passed
     failed = {check.limit.metric for check in made.verdict.checks if check.outcome != "pass"}
     assert (failed == {GUESSED}) is passed  # the net is untrained, so that its accuracy proves nothing
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_promoted_version_of_another_input_size_is_left_out_and_said_to_be(stages, tmp_path, asked):
+    """It cannot run what this one does. A limit against it is not met by that; the others are judged as always."""
+    larger = torch.randn(2, 3, 12, 12)
+    program = torch.export.export(net(), (larger,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    before = tmp_path / "before.onnx"
+    to_onnx(program, before, example=(larger,), opset=20, metadata={})
+    out = tmp_path / "7-validate"
+    out.mkdir()
+    cfg = GateSection(seconds=0.1, max_latency_ratio=1000.0, max_size_ratio=1000.0)
+    if asked:
+        cfg = cfg.model_copy(update={"limits": (Rule(metric="latency", against="promoted", max=1000.0),)})
+    promoted = Promoted("v0001", before, "0" * 64, macs=1, params=1)
+    made = s7_validate.run(cfg, out, *(promoted if isinstance(one, Promoted) else one for one in stages))
+    assert made.crashed == {}
+    assert made.latency_ratio is not None
+    assert made.accuracy is not None
+    said = "the promoted version takes input (batch, 3, 12, 12) float32, this one input (batch, 3, 8, 8) float32"
+    assert any(said in note for note in made.notes), made.notes
+    failed = {check.limit.metric for check in made.verdict.checks if check.outcome != "pass"}
+    assert failed - {GUESSED} == ({"latency (of promoted)"} if asked else set())
