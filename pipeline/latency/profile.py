@@ -149,7 +149,7 @@ def _rest(
             else:
                 probes.write(analysis, choice, branches, source, setting, path, feed)
             one = device.measure(reference, path, feed, setting.threads, SECONDS)
-            bar(number + 1, f"{one['ratio']:.2f} of dense")
+            bar(number + 1, f"{one['ratio']:.2g} of dense")
             yield one
 
 
