@@ -19,7 +19,7 @@ from exporters.export import to_onnx
 from exporters.quantize import quantize
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.latency import device, profile
-from pipeline.latency.fitting import Fit
+from pipeline.latency.prediction import Fit
 from pipeline.latency.probes import Setting
 from pipeline.measurements import Measurements
 from pipeline.models.find import load

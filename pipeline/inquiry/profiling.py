@@ -13,7 +13,7 @@ from foundation.errors import ConfigError
 from pipeline import measurements, runner
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Cluster
-from pipeline.latency.fitting import Fit
+from pipeline.latency.prediction import Fit
 from pipeline.latency.probes import Setting
 from pipeline.measurements import Measurements
 from pipeline.models.graph import graph_of

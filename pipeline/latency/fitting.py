@@ -8,48 +8,31 @@ operator of one model is which of another, and which widths have it at all, is f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
 
 from pipeline.latency.matching import (
-    Beside,
-    Flags,
-    Inside,
+    BranchClusters,
     Operator,
     Seen,
     Where,
+    WithBranch,
     joined,
     likeliest,
     matched,
     nearest,
     where,
 )
+from pipeline.latency.prediction import Fit, Key, Placed, Sides, grown
 from pipeline.latency.sizes import Numbers, Sizes, Slot, slot
+from pipeline.latency.work import has_weights, work
 
-Shapes = Sequence[Sequence[Any]]
-"""Of an operator's tensors: each dimension a number, or an array of one number per model."""
-
-PRODUCTS = (
-    "MatMul",
-    "Gemm",
-    "MatMulInteger",
-    "QGemm",
-    "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul",
-    "QLinearMatMul",
-)
-RECURRENT = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
 LEFT = 0.2
 """Of an operator's time, at least, is its own and not that of writing it down."""
-BENDING = 1.5
-"""Power of the term by which a whole model takes longer than its operators say. Of a ResNet-50 at 32x32, models left
-out were 6 % off without it and 3 % with it, 3.7 % with a power of 2; of a MobileNetV2 and a DeiT-tiny 5 and 7 % always.
-"""
 HUBER = 1.345
 """Standard deviations from where an error counts by its size, not by its square (Huber's 95 % efficiency)."""
 LEAST = 0.01
@@ -64,101 +47,6 @@ with cut streams kept an error of 5 %, with 0.1 and 0.03 of 2 %; elsewhere they 
 """
 
 
-class Work(NamedTuple):
-    """What kind of work an operator does, and the terms that its time is a sum of, the first of them a constant."""
-
-    key: Hashable
-    terms: list[Any]
-    shared: bool = True
-    """Whether two operators of one key cost alike; not where shapes do not say what decides it, such as the kernel of
-    a convolution whose weight the runtime has packed away.
-    """
-
-
-def work(kind: str, inputs: Shapes, outputs: Shapes, block: int) -> Work:
-    """What an operator does, told by its kind and its shapes.
-
-    `block`: channels that the kernels take together; widths count as rounded up to that.
-    """
-    out = outputs[0] if outputs else ()
-    first = inputs[0] if inputs else ()
-    if min(len(first), len(out)) > 2 and _channels_last(kind, inputs, out):
-        first, out = ((shape[0], shape[-1], *shape[1:-1]) for shape in (first, out))
-    if "Conv" in kind and min(len(first), len(out)) > 2:
-        return _convolution(kind, inputs, first, out, block)
-    if kind.removeprefix("Fused") in PRODUCTS and len(first):
-        products = _elements(out) * first[-1]
-        rows = out[-2] if len(out) > 1 and np.ndim(out[-2]) == 0 else 0
-        return Work((kind, len(first), rows), [1.0, products, _elements(first), _elements(out)])
-    if kind in RECURRENT and len(out):
-        hidden = out[-1]
-        return Work((kind, *_fixed(first[:2])), [1.0, hidden * (first[-1] + hidden), hidden])
-    read = sum((_elements(one) for one in inputs), 0.0)
-    written = sum((_elements(one) for one in outputs), 0.0)
-    if "Pool" in kind and len(first) > 2:
-        return Work((kind, *_fixed(first[2:]), *_fixed(out[2:])), [1.0, read, written, _odd(first, block) * read])
-    return Work((kind, len(inputs), len(out)), [1.0, read, written])
-
-
-def _has_weights(kind: str) -> bool:
-    """Whether an operator of a kind is a layer: one goes with a branch only where its own width does."""
-    return "Conv" in kind or kind.removeprefix("Fused") in PRODUCTS or kind in RECURRENT
-
-
-def _channels_last(kind: str, inputs: Shapes, out: Sequence[Any]) -> bool:
-    """Whether a convolution or a pool has its channels behind its positions, as onnxruntime's of 8-bit integers have:
-    a convolution has as many scales and biases, and a pool leaves as many.
-    """
-    if kind.startswith("Nhwc"):
-        return True
-    if kind == "QLinearConv":
-        return any(len(one) == 1 and np.array_equal(one[0], out[-1]) for one in inputs)
-    if kind.startswith("QLinear") and "Pool" in kind:
-        return np.array_equal(inputs[0][-1], out[-1])
-    return False
-
-
-def _convolution(kind: str, inputs: Shapes, first: Sequence[Any], out: Sequence[Any], block: int) -> Work:
-    """`first`, `out`: shapes read and written, the channels in second place."""
-    weight = next((one for one in inputs[1:] if len(one) == len(first)), None)
-    whole_in, whole_out = _up(first[1], block), _up(out[1], block)
-    key = (kind, *_fixed(first[2:]), *_fixed(out[2:]), sum(len(one) == len(first) for one in inputs))
-    if weight is None:
-        return Work(key, [1.0, whole_out * whole_in, out[1] * np.asarray(first[1]), whole_in, whole_out], shared=False)
-    per_group = weight[1]
-    key = (*key, *_fixed(weight[2:]))
-    if _always(per_group, 1) and not _always(first[1], 1):
-        return Work(("depthwise", *key), [1.0, whole_out, _odd(out, block) * out[1]])
-    both = whole_out * (_up(per_group, block) if np.array_equal(per_group, first[1]) else per_group)
-    odd = _odd(first, block)
-    plain = out[1] * np.asarray(per_group)
-    return Work(key, [1.0, both, plain, whole_in, whole_out, odd * plain, odd * out[1]])
-
-
-def _elements(shape: Sequence[Any]) -> Any:
-    total: Any = 1.0
-    for size in shape:
-        total = total * size
-    return total
-
-
-def _up(size: Any, block: int) -> Any:
-    return np.ceil(np.asarray(size) / block) * block
-
-
-def _odd(shape: Sequence[Any], block: int) -> Any:
-    """Whether channels are off the block: such a tensor is not read in blocks, which is several times as fast."""
-    return np.asarray(shape[1]) % block != 0
-
-
-def _always(size: Any, value: int) -> bool:
-    return bool(np.all(np.asarray(size) == value))
-
-
-def _fixed(shape: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(size for size in shape if np.ndim(size) == 0)
-
-
 @dataclass(frozen=True)
 class Sample:
     """One measured model: groups kept of each cluster, its time of the dense model's, and its operators."""
@@ -166,139 +54,6 @@ class Sample:
     kept: Mapping[str, int]
     ratio: float
     operators: tuple[Operator, ...]
-
-
-_Key = tuple[Hashable, int | None]
-"""Of costs: the kind of work, and the number of the operator where others of its kind do not share them."""
-_Sides = tuple[tuple[Slot, ...], ...]
-"""Of an operator's tensors on one side: what each dimension follows."""
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """Operators that are alike in what their sizes follow, and in `where` they are: their own factors on what their
-    kind costs, added up.
-    """
-
-    kind: str
-    inputs: _Sides
-    outputs: _Sides
-    where: Where
-    beside: Beside
-    column: int | None
-    """Number of the operator, where its costs are its own."""
-    factor: float
-
-    @cached_property
-    def follows(self) -> list[int]:
-        """The program's dimensions that their sizes, or their being there, follow."""
-        sizes = {s.of for side in (self.inputs, self.outputs) for shape in side for s in shape if s.of is not None}
-        return sorted(sizes | ({self.beside.of} if self.beside.of is not None else set()))
-
-    def at(self, dimensions: Numbers, whole: Flags, terms: Mapping[_Key, Numbers], block: int) -> Numbers:
-        """What it takes at each choice, of which these are the program's `dimensions` (choices, dimensions) and the
-        clusters that are `whole` (choices, clusters). A file has nothing of a branch that goes as a whole, whose sizes
-        are zero: it does not even cost its constant.
-        """
-        sides = self.inputs, self.outputs
-        inputs, outputs = ([[s.at(dimensions) for s in shape] for shape in side] for side in sides)
-        found = work(self.kind, inputs, outputs, block)
-        cost = terms.get((found.key, self.column))
-        if cost is None:
-            return np.zeros(len(dimensions))
-        took = self.factor * sum(c * v for c, v in zip(cost, found.terms, strict=True))
-        there = (dimensions[:, [d for d in self.follows if d != self.beside.of]] > 0).all(axis=1)
-        made: Numbers = (there & self.where.at(whole) & self.beside.at(dimensions)) * took
-        return made
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Predicts a model's time of the dense model's. `error`: of the log of a ratio, a standard deviation, from the mean
-    error of models left out of the fit one after another, which `checked` lists as (predicted, measured).
-    """
-
-    sizes: Sizes
-    placed: tuple[_Placed, ...]
-    terms: Mapping[_Key, Numbers]
-    block: int
-    scale: tuple[float, float, float]
-    error: float = 0.0
-    checked: tuple[tuple[float, float], ...] = field(default=(), repr=False)
-
-    def ratio(self, kept: Numbers) -> Numbers:
-        """(choices, clusters) groups kept -> (choices,) time of the dense model's."""
-        return self._scaled(self._total(kept))
-
-    def of(self, kept: Numbers) -> float:
-        """(clusters,) groups kept -> time of the dense model's: `ratio` of one choice. An operator that is asked again
-        for the sizes that it had is not worked out again: a choice is mostly one of many that differ in a layer.
-        """
-        return float(self._scaled(self._each(kept).sum(keepdims=True))[0])
-
-    def along(self, kept: Numbers, counts: Sequence[tuple[int, Sequence[int]]]) -> list[Numbers]:
-        """(clusters,) groups kept -> for each (number of a cluster, counts of groups) the time of the dense model's
-        when that cluster keeps so many, and all else is as in `kept`: `ratio` of these, for which an operator is worked
-        out for the clusters alone that it follows.
-        """
-        of = np.repeat([number for number, _ in counts], [len(each) for _, each in counts]).astype(int)
-        values = np.array([n for _, each in counts for n in each], float)
-        dimensions = self.sizes.at(kept[None]) + (values - kept[of])[:, None] * self.sizes.each.T[of]
-        whole = np.repeat((kept == self.sizes.whole)[None], len(of), axis=0)
-        whole[np.arange(len(of)), of] = values == self.sizes.whole[of]
-        here = self._each(kept)
-        total = np.full(len(of), here.sum())
-        for one, clusters, now in zip(self.placed, self._clusters, here, strict=True):
-            at = np.flatnonzero(clusters[of])
-            if at.size:
-                total[at] += one.at(dimensions[at], whole[at], self.terms, self.block) - now
-        return np.split(self._scaled(total), np.cumsum([len(each) for _, each in counts]))[: len(counts)]
-
-    def _scaled(self, total: Numbers) -> Numbers:
-        """(choices,) what the operators take together -> time of the dense model's."""
-        made: Numbers = _grown(total) @ np.array(self.scale)
-        return made
-
-    def _total(self, kept: Numbers) -> Numbers:
-        """What the operators of each choice take together."""
-        dimensions, whole = self.sizes.at(kept), kept == self.sizes.whole
-        return sum((one.at(dimensions, whole, self.terms, self.block) for one in self.placed), np.zeros(len(kept)))
-
-    def _each(self, kept: Numbers) -> Numbers:
-        """What each operator takes at one choice, (clusters,)."""
-        dimensions, whole = self.sizes.at(kept[None]), (kept == self.sizes.whole)[None]
-        sizes, flags = dimensions[0].tolist(), whole[0].tolist()
-        found = np.empty(len(self.placed))
-        for number, one in enumerate(self.placed):
-            key = number, one.where.of is None or flags[one.where.of], *[sizes[d] for d in one.follows]
-            took = self._known.get(key)
-            if took is None:
-                took = self._known[key] = float(one.at(dimensions, whole, self.terms, self.block)[0])
-            found[number] = took
-        return found
-
-    @cached_property
-    def _known(self) -> dict[tuple[Any, ...], float]:
-        """(number of an operator, whether the cluster that decides on it is whole, sizes that it follows) -> share."""
-        return {}
-
-    @cached_property
-    def _clusters(self) -> list[Flags]:
-        """Of each operator: which clusters what it takes depends on."""
-        made = []
-        for one in self.placed:
-            depends = (self.sizes.each[one.follows] != 0).any(axis=0)
-            if one.where.of is not None:
-                depends[one.where.of] = True
-            made.append(depends)
-        return made
-
-
-def _grown(total: Numbers) -> Numbers:
-    """Terms that a whole model's time is a sum of, (choices, 3), given what its operators take together: the session's
-    own time, as much as they say, and more the larger the model is, whose tensors push each other out of the caches.
-    """
-    return np.stack([np.ones_like(total), total, total**BENDING], axis=1)
 
 
 def _levelled(samples: Sequence[Sample]) -> list[Sample]:
@@ -355,21 +110,21 @@ def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int], branches
     return replace(corrected(range(len(samples)), block)[number], error=error, checked=checked)
 
 
-def _inside(names: Sequence[str], sizes: Sizes) -> Inside | None:
+def _inside(names: Sequence[str], sizes: Sizes) -> BranchClusters | None:
     """The clusters of a branch, and a dimension that is zero where all of it is gone; None where there is none."""
     clusters = [sizes.clusters.index(name) for name in names if name in sizes.clusters]
     others = np.delete(sizes.each, clusters, axis=1).any(axis=1)
     gone = np.flatnonzero(~others & (sizes.base == sizes.each[:, clusters] @ sizes.whole[clusters]))
-    return Inside(frozenset(clusters), int(gone[0])) if gone.size else None
+    return BranchClusters(frozenset(clusters), int(gone[0])) if gone.size else None
 
 
-def _is_bare(kept: Numbers, branches: Sequence[Inside]) -> bool:
+def _is_bare(kept: Numbers, branches: Sequence[BranchClusters]) -> bool:
     """Whether a model that keeps so many groups, (clusters,), is without any of `branches`."""
     return any((kept[list(one.clusters)] == 0).all() for one in branches)
 
 
 def _same(
-    models: Sequence[Sequence[Operator]], usual: int, sizes: Sizes, kept: Numbers, branches: Sequence[Inside]
+    models: Sequence[Sequence[Operator]], usual: int, sizes: Sizes, kept: Numbers, branches: Sequence[BranchClusters]
 ) -> list[Seen]:
     """Which operators of all models are one; those after the first `usual` are without branches, and so without any
     operator whose sizes follow a cluster inside one.
@@ -390,7 +145,12 @@ def _same(
 
 
 def _fit(
-    same: Sequence[Seen], numbers: Sequence[int], sizes: Sizes, kept: Numbers, block: int, branches: Sequence[Inside]
+    same: Sequence[Seen],
+    numbers: Sequence[int],
+    sizes: Sizes,
+    kept: Numbers,
+    block: int,
+    branches: Sequence[BranchClusters],
 ) -> Fit:
     """The fit of the samples of these `numbers`; `same`: which operators of all samples are one. `kept` (samples,
     clusters): groups of all samples. `branches`: those that some of them are without.
@@ -398,7 +158,7 @@ def _fit(
     told, bare = set(numbers), frozenset(n for n, row in enumerate(kept) if _is_bare(row, branches))
     stays = [any(number in bare for number, _ in seen) for seen in same]
     same = [[(number, o) for number, o in seen if number in told] for seen in same]
-    rows: dict[_Key, list[tuple[list[Any], float]]] = {}
+    rows: dict[Key, list[tuple[list[Any], float]]] = {}
     for column, seen in enumerate(same):
         for _, operator in seen:
             key, values = _told(operator, column, block)
@@ -409,10 +169,10 @@ def _fit(
 
 
 def _bent(made: Fit, kept: Numbers, ratios: Numbers) -> Fit:
-    """The fit by which models of `kept` groups (models, clusters) take the `ratios` that they took as a whole: `_grown`
+    """The fit by which models of `kept` groups (models, clusters) take the `ratios` that they took as a whole: `grown`
     of what their operators take together.
     """
-    fixed, growing, bending = _steady(_grown(made._total(kept)) / ratios[:, None]).tolist()
+    fixed, growing, bending = _steady(grown(made.total(kept)) / ratios[:, None]).tolist()
     return replace(made, scale=(fixed, growing, bending))
 
 
@@ -426,7 +186,7 @@ def _divided(made: Fit, kept: Numbers, ratios: Numbers) -> Fit:
         terms = {key: np.r_[costs[:1] * constants, costs[1:] * rest] for key, costs in made.terms.items()}
         return replace(made, terms=terms)
 
-    columns = np.stack([times(1, 0)._total(kept), times(0, 1)._total(kept)], axis=1)
+    columns = np.stack([times(1, 0).total(kept), times(0, 1).total(kept)], axis=1)
     return times(*_steady(columns / ratios[:, None], PULL).tolist())
 
 
@@ -454,21 +214,21 @@ second, a made-up model of which each operator takes longer in a larger one 1 an
 def _placed(
     same: Sequence[Seen],
     numbers: Sequence[int],
-    terms: Mapping[_Key, Numbers],
+    terms: Mapping[Key, Numbers],
     block: int,
     sizes: Sizes,
     kept: Numbers,
-    branches: Sequence[Inside],
+    branches: Sequence[BranchClusters],
     bare: frozenset[int],
     stays: Sequence[bool],
-) -> tuple[_Placed, ...]:
+) -> tuple[Placed, ...]:
     """The operators whose presence in the samples of these `numbers` can be told from the widths; `kept` (samples,
     clusters) groups of all samples, of which those `bare` are without `branches`; `stays`: whether an operator is in
     one of these.
     """
     dimensions, full = sizes.at(kept), kept == sizes.whole
     usual = [number for number in numbers if number not in bare]
-    made: dict[tuple[str, _Sides, _Sides, Where, Beside, int | None], float] = {}
+    made: dict[tuple[str, Sides, Sides, Where, WithBranch, int | None], float] = {}
     known: dict[tuple[Any, ...], Slot] = {}
     rules: dict[tuple[int, ...], tuple[Where, ...]] = {}
 
@@ -486,7 +246,7 @@ def _placed(
         if not seen:
             continue
         having = tuple(number for number, _ in seen if number not in bare)
-        rule, beside = Where(), Beside()
+        rule, branch = Where(), WithBranch()
         if having:
             if having not in rules:
                 rules[having] = where(np.isin(usual, having), full[usual])
@@ -494,27 +254,27 @@ def _placed(
                 continue
             rule = likeliest(rules[having], column, followed)
             expected = bool(bare) and bool(rule.at(full[sorted(bare)]).any())
-            if expected and not stays[column] and not followed[column] & inside and not _has_weights(seen[0][1].kind):
-                beside = Beside(nearest(column, followed, branches))
-        elif _has_weights(seen[0][1].kind):
+            if expected and not stays[column] and not followed[column] & inside and not has_weights(seen[0][1].kind):
+                branch = WithBranch(nearest(column, followed, branches))
+        elif has_weights(seen[0][1].kind):
             continue  # a layer that was not found again
         else:  # what stands only where branches are gone
-            beside = Beside(nearest(column, followed, branches), going=False)
+            branch = WithBranch(nearest(column, followed, branches), present=False)
         told = [_told(o, column, block) for _, o in seen]
         predicted = np.array([float(np.dot(terms[key], values)) for key, values in told])
         shares = np.array([o.share for _, o in seen])
         pull = OWN * float(np.mean(predicted**2)) + 1e-18
         factor = (float(predicted @ shares) + pull) / (float(predicted @ predicted) + pull)
-        alike = seen[0][1].kind, *sides[column], rule, beside, told[0][0][1]
+        alike = seen[0][1].kind, *sides[column], rule, branch, told[0][0][1]
         made[alike] = made.get(alike, 0.0) + factor
-    return tuple(_Placed(*alike, factor) for alike, factor in made.items())
+    return tuple(Placed(*alike, factor) for alike, factor in made.items())
 
 
-def _sides(seen: Seen, follows: Callable[[tuple[int, ...], tuple[int, ...]], Slot]) -> tuple[_Sides, _Sides]:
+def _sides(seen: Seen, follows: Callable[[tuple[int, ...], tuple[int, ...]], Slot]) -> tuple[Sides, Sides]:
     """What each dimension of an operator's inputs and outputs `follows`, given its sizes in the models that have it."""
     having = tuple(number for number, _ in seen)
 
-    def told(side: str) -> _Sides:
+    def told(side: str) -> Sides:
         shapes = [getattr(one, side) for _, one in seen]
         return tuple(
             tuple(follows(tuple(shape[i][d] for shape in shapes), having) for d in range(len(one)))
@@ -524,13 +284,13 @@ def _sides(seen: Seen, follows: Callable[[tuple[int, ...], tuple[int, ...]], Slo
     return told("inputs"), told("outputs")
 
 
-def _followed(sides: tuple[_Sides, _Sides], sizes: Sizes) -> frozenset[int]:
+def _followed(sides: tuple[Sides, Sides], sizes: Sizes) -> frozenset[int]:
     """The clusters that any of an operator's sizes follows."""
     dimensions = {s.of for side in sides for shape in side for s in shape if s.of is not None}
     return frozenset(int(c) for d in dimensions for c in np.flatnonzero(sizes.each[d]))
 
 
-def _told(operator: Operator, column: int, block: int) -> tuple[_Key, list[Any]]:
+def _told(operator: Operator, column: int, block: int) -> tuple[Key, list[Any]]:
     """Which costs an operator's time is made of, and how much of each."""
     found = work(operator.kind, operator.inputs, operator.outputs, block)
     return (found.key, None if found.shared else column), found.terms

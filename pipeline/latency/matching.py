@@ -169,7 +169,7 @@ class Where:
         return found
 
 
-class Inside(NamedTuple):
+class BranchClusters(NamedTuple):
     """A residual branch that may go as a whole: the numbers of the `clusters` inside it, and the program's dimension
     number `of` that is zero once it is gone.
     """
@@ -179,23 +179,23 @@ class Inside(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Beside:
+class WithBranch:
     """Operators that no width of a branch tells of, but that go with it, as an addition does: they are there as long as
-    dimension number `of` is not zero, or, without `going`, only where it is; always where `of` is None.
+    dimension number `of` is not zero, or, without `present`, only where it is; always where `of` is None.
     """
 
     of: int | None = None
-    going: bool = True
+    present: bool = True
 
     def at(self, dimensions: Numbers) -> Flags:
         """(choices, dimensions) -> (choices,)."""
         if self.of is None:
             return np.ones(len(dimensions), np.bool_)
-        found: Flags = (dimensions[:, self.of] > 0) == self.going
+        found: Flags = (dimensions[:, self.of] > 0) == self.present
         return found
 
 
-def nearest(at: int, followed: Sequence[frozenset[int]], branches: Sequence[Inside]) -> int | None:
+def nearest(at: int, followed: Sequence[frozenset[int]], branches: Sequence[BranchClusters]) -> int | None:
     """The dimension of the branch whose clusters the operators nearest to number `at` follow; of two that are as near
     the one before. `followed`: the clusters that the sizes of each operator follow.
     """

@@ -18,8 +18,9 @@ from foundation.errors import ConfigError, first_line
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.dead.removable import Branch
 from pipeline.latency import device, fitting, probes
-from pipeline.latency.fitting import Fit, Sample
+from pipeline.latency.fitting import Sample
 from pipeline.latency.matching import Operator
+from pipeline.latency.prediction import Fit
 from pipeline.latency.probes import Setting
 from pipeline.latency.sizes import sizes_of
 from pipeline.measurements import Measurements

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from pipeline.channels.coupling.groups import Analysis, Cluster, Size
-from pipeline.latency.fitting import Fit
+from pipeline.latency.prediction import Fit
 from pipeline.latency.sizes import Numbers
 from pipeline.recipe.target import Quantity
 from pipeline.selection.allocation import Removed

@@ -18,8 +18,8 @@ from foundation.errors import ConfigError
 from pipeline.channels import analyse
 from pipeline.channels.dead.removable import removable
 from pipeline.latency import device, kit, probes, profile
-from pipeline.latency.fitting import work
 from pipeline.latency.probes import Setting
+from pipeline.latency.work import work
 from pipeline.measurements import Measurements
 from pipeline.models.find import load
 from pipeline.models.graph import graph_of

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.latency.fitting import Sample, fit, work
+from pipeline.latency.fitting import Sample, fit
 from pipeline.latency.matching import Operator
 from pipeline.latency.sizes import Sizes
+from pipeline.latency.work import work
 
 SIZES = Sizes(
     clusters=("a", "b"), whole=np.array([64.0, 32.0]), base=np.array([64.0, 32.0]), each=np.array([[1.0, 0], [0, 1.0]])

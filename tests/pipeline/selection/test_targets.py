@@ -11,7 +11,7 @@ from torch import nn
 
 from foundation.errors import ConfigError
 from pipeline.channels import analyse, capture
-from pipeline.latency.fitting import Fit
+from pipeline.latency.prediction import Fit
 from pipeline.latency.sizes import sizes_of
 from pipeline.latency.trial import Trial
 from pipeline.measurements import Measurements
