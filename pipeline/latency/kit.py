@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from foundation.errors import ExportError, RefusedError, first_line
 from foundation.files import replacing, sha256
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.dead.removable import Branch
@@ -44,7 +45,6 @@ def write(
     """Write the kit to `path` (.tar.gz), whole or not at all; returns its bytes. Nothing in it is of the model's
     weights. Raises RefusedError, ExportError, StoreError.
     """
-    what = profile.description(analysis, source, setting, clusters, branches)
     choices = probes.choices(clusters, branches, setting.align)
     with tempfile.TemporaryDirectory() as made, progress.bar("kit", len(choices)) as bar:
         folder = Path(made)
@@ -53,12 +53,20 @@ def write(
         models = []
         for number, choice in enumerate(choices):
             name = f"model-{number:02d}.onnx"
-            probes.write(analysis, choice, branches, source, setting, folder / name, feed)
+            try:
+                probes.write(analysis, choice, branches, source, setting, folder / name, feed)
+            except (RefusedError, ExportError) as error:
+                if not probes.is_bare(choice, branches):
+                    raise
+                progress.say(f"  kit: not known what goes with a branch ({first_line(error)})")
+                branches = ()
+                continue
             repeat_weights(folder / name)
             models.append(name)
             bar(number + 1, name)
         repeat_weights(folder / REFERENCE)
         files = {name: sha256(folder / name) for name in (REFERENCE, device.FEED, *models)}
+        what = profile.description(analysis, source, setting, clusters, branches)
         described = {**what, "reference": REFERENCE, "models": models, "files": files}
         (folder / device.KIT).write_text(json.dumps(described, indent=1), encoding="utf-8")
         (folder / SCRIPT).write_bytes(Path(device.__file__).read_bytes())

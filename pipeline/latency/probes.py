@@ -85,16 +85,15 @@ def write(
     path: Path,
     feed: Mapping[str, Any],
 ) -> None:
-    """The model without the groups flagged in `removed` as an ONNX file, and without those of `branches` of which all
-    that is inside is flagged; its weights are the capture's, masked.
+    """The model without the groups flagged in `removed` as an ONNX file, and without `branches` where all that is
+    inside them is flagged; its weights are the capture's, masked.
 
     Raises RefusedError, ExportError.
     """
     captured = analysis.captured
     masks = dict(analysis.masks(removed))
-    gone = [one for one in branches if all(removed[name].all() for name in one.inside if name in removed)]
-    if gone:
-        for branch in gone:
+    if is_bare(removed, branches):
+        for branch in branches:
             masks |= branch.masks(captured.state)
         program = cut(analysis, _visible(analysis), masks, setting)
     elif any(flags.any() for flags in removed.values()):
@@ -102,6 +101,11 @@ def write(
     else:
         program = centred(captured.program, setting)
     export(program, source, setting, path, feed)
+
+
+def is_bare(removed: Removed, branches: Sequence[Branch]) -> bool:
+    """Whether a choice is the one without branches: all that is inside them is flagged."""
+    return bool(branches) and all(removed[name].all() for one in branches for name in one.inside)
 
 
 def _visible(analysis: Analysis) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from exporters import host
-from foundation.errors import ConfigError, first_line
+from foundation.errors import ConfigError, ExportError, RefusedError, first_line
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.dead.removable import Branch
 from pipeline.latency import device, fitting, probes
@@ -148,7 +148,14 @@ def _rest(
             if number == 0 and not setting.int8:
                 path = dense  # the first choice keeps all, and is that very file
             else:
-                probes.write(analysis, choice, branches, source, setting, path, feed)
+                try:
+                    probes.write(analysis, choice, branches, source, setting, path, feed)
+                except (RefusedError, ExportError) as error:
+                    if not probes.is_bare(choice, branches):
+                        raise
+                    progress.say(f"  latency table: not known what goes with a branch ({first_line(error)})")
+                    yield {}
+                    continue
             one = device.measure(reference, path, feed, setting.threads, SECONDS)
             bar(number + 1, f"{one['ratio']:.2g} of dense")
             yield one
@@ -180,8 +187,9 @@ def _profile(what: Mapping[str, Any], machine: Mapping[str, str], measured: Sequ
             ),
         )
         for kept, one in zip(what["kept"], measured, strict=True)
+        if one  # else there is no such model
     )
-    return Profile(what, machine, samples, float(np.median([one["dense_ms"] for one in measured])))
+    return Profile(what, machine, samples, float(np.median([one["dense_ms"] for one in measured if one])))
 
 
 def _shapes(given: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
@@ -203,7 +211,7 @@ def read(
     again = f"Write a kit for it: leanort profile {source.spec} --kit kit.tar.gz, and run it on the device."
     content = checked(path, again)
     kit = content["kit"]
-    what = description(analysis, source, setting, clusters, branches)
+    what = description(analysis, source, setting, clusters, branches if kit.get("branches") else ())
     if kit.get("structure") != what["structure"]:
         raise ConfigError(f"{path} was measured for another model ({kit.get('model')}), not for {source.spec}.", again)
     for key, value in what["setting"].items():

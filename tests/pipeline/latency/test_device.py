@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from foundation.errors import ConfigError
+from foundation.errors import ConfigError, RefusedError
 from pipeline.channels import analyse
 from pipeline.channels.dead.removable import removable
 from pipeline.latency import device, kit, probes, profile
@@ -187,6 +187,28 @@ def test_the_last_model_that_is_measured_is_without_any_branch(few, tmp_path):
     assert [len(s.operators) for s in there.samples] == [len(s.operators) for s in here.samples]
     with pytest.raises(ConfigError, match="other layers kept whole"):
         profile.read(tmp_path / kit.FOLDER / device.RESULT, *given)
+
+
+def test_where_the_model_without_branches_cannot_be_made_the_table_is_of_the_others(few, tmp_path, monkeypatch):
+    analysis, source = subject(Residual)
+    branches = removable(analysis, frozenset(analysis.parameter_names))
+    given = analysis, source, SETTING, analysis.clusters
+
+    def refused(*_):
+        raise RefusedError("That graph cannot be edited.", "")
+
+    monkeypatch.setattr(probes, "cut", refused)
+    here = profile.measure(*given, Measurements(), Progress(), branches)
+    assert len(here.samples) == 4
+    assert here.fit(analysis).of(here.fit(analysis).sizes.kept({})) == pytest.approx(1, abs=0.5)
+    kit.write(*given, tmp_path / "kit.tar.gz", Progress(), branches)
+    with tarfile.open(tmp_path / "kit.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert run(tmp_path / kit.FOLDER).returncode == 0
+    assert len(profile.read(tmp_path / kit.FOLDER / device.RESULT, *given, branches).samples) == 4
+    monkeypatch.setattr(probes, "shrink", refused)
+    with pytest.raises(RefusedError):
+        profile.measure(*given, Measurements(), Progress(), branches)
 
 
 def test_a_kit_that_was_broken_off_goes_on(measured, tmp_path):
