@@ -123,7 +123,8 @@ class OrtRunner:
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(feed)), strict=True))
         except Exception as error:  # see __init__
-            raise ValidationError(f"{self.name} cannot run: {first_line(error)}") from error
+            told = RuntimeError(" ".join(str(error).split()))  # which sizes it got and expected is on further lines
+            raise ValidationError(f"{self.name} cannot run: {first_line(told)}") from error
 
     def reopened(self) -> Self:
         """The same file in a new session. Raises ValidationError where it is gone."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from validators import OrtRunner, TorchRunner, ValidationError
+from validators.runners import InputSpec, same_inputs
 
 
 def test_both_runners_give_named_outputs(linear_onnx, linear_torch, weight):
@@ -90,6 +91,7 @@ def test_what_does_not_fit_is_one_line(linear_onnx, linear_torch, tmp_path, capf
         with pytest.raises(ValidationError, match="cannot run") as caught:
             runner.infer({"input": np.zeros((1, 5), np.float32)})
         assert "\n" not in str(caught.value)
+        assert "5" in str(caught.value)  # what it got, which onnxruntime says on its second line
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
     with pytest.raises(ValidationError, match=r"cannot load .*bad\.onnx"):
         OrtRunner(tmp_path / "bad.onnx", threads=1)
@@ -118,3 +120,13 @@ def test_a_runner_is_opened_anew_as_it_is(linear_onnx, tmp_path):
     runner.path.unlink()
     with pytest.raises(ValidationError, match="cannot load"):
         again.reopened()
+
+
+def test_two_models_take_the_same_inputs_where_a_feed_of_one_fits_the_other():
+    def spec(*shape, name="x", dtype="float32"):
+        return (InputSpec(name=name, shape=shape, dtype=dtype),)
+
+    assert same_inputs(spec("batch", 3, 8), spec("n", 3, "length"))
+    for other in (spec("n", 3, 9), spec("n", 3), spec("n", 3, 8, name="y"), spec("n", 3, 8, dtype="int64"), ()):
+        assert not same_inputs(spec("n", 3, 8), other)
+        assert not same_inputs(other, spec("n", 3, 8))
