@@ -8,8 +8,7 @@ from torch import nn
 from pipeline.channels import analyse, capture, liveness, shrink
 from pipeline.channels.dead.liveness import Liveness
 from pipeline.channels.dead.stray import evened
-from pipeline.latency.probes import Setting
-from pipeline.latency.trial import cut
+from pipeline.latency.probes import Setting, cut
 
 
 def net(*stray, width=32):
