@@ -102,9 +102,7 @@ class _Times:
         self.analysis, self.source, self.setting, self.path = analysis, source, setting, folder / "model.onnx"
         self.feed = profile.dense_file(analysis, source, setting, folder / "dense.onnx")
         self.dense = device.fastest(folder / "dense.onnx", self.feed, setting.threads)
-        state = {name: analysis.captured.state[name] for name in analysis.parameter_names}
-        # What training starts from at zero, the last norm of a branch say, would take the branch out as gone.
-        self.weights = {name: torch.ones_like(value) for name, value in state.items() if not value.any()}
+        self.weights = probes.visible(analysis)
 
     def of(self, removed: Removed, branches: Sequence[Branch] = ()) -> float:
         """The time without these groups and whole branches."""

@@ -70,14 +70,12 @@ def profile(kit: Path | None, as_json: bool, picture: Path | None, **options: An
 
 def _kit(given: profiling.Subject, path: Path, progress: Any) -> None:
     from pipeline.latency import kit
-    from pipeline.selection.choose import choosable_branches
 
     if not path.name.endswith((".tar.gz", ".tgz")):
         raise ConfigError(f"A kit is a .tar.gz, not {path.name}.", "Name it kit.tar.gz")
     if len(given.settings) > 1:
         raise ConfigError("A kit is for one number of threads and one batch size.", "Give one of each.")
-    branches = choosable_branches(given.analysis, given.maskable)
-    size = kit.write(given.analysis, given.source, given.settings[0], given.clusters, path, progress, branches)
+    size = kit.write(given.analysis, given.source, given.settings[0], given.clusters, path, progress, given.branches)
     click.echo(
         f"{path}: {size / 1e6:.3g} MB. On the device: tar xzf {path.name} && python {kit.FOLDER}/{kit.SCRIPT}, "
         f"then here: --device {kit.FOLDER}/device.json"

@@ -194,9 +194,9 @@ def contest(
             runners[name] = OrtRunner(path, threads=cfg.threads, name=name, session=entries[name])
     left_out: tuple[str, ...] = ()
     if {"promoted", "shipped"} <= runners.keys():
-        theirs, mine = runners["promoted"].inputs, runners["shipped"].inputs
-        if not same_inputs(theirs, mine):
-            left_out = (f"the promoted version takes {_words(theirs)}, this one {_words(mine)}: they are not compared",)
+        before, now = runners["promoted"].inputs, runners["shipped"].inputs
+        if not same_inputs(before, now):
+            left_out = (f"the promoted version takes {_words(before)}, this one {_words(now)}: they are not compared",)
             files = {name: path for name, path in files.items() if name != "promoted"}
             del runners["promoted"]
     others = [name for name in files if name != "shipped"]
@@ -229,11 +229,11 @@ def contest(
                     found |= {name: policy.exactly(getattr(similarities["dense"], name)) for name in asked}
         with crashed.noted("latency"):
             latency = _latency(cfg, runners, progress, sizes, ranges)
-            own = latency.runners["shipped"]
-            found |= {"latency": policy.exactly(own.median_ms), "latency_p99": policy.exactly(own.p99_ms)}
+            mine = latency.runners["shipped"]
+            found |= {"latency": policy.exactly(mine.median_ms), "latency_p99": policy.exactly(mine.p99_ms)}
             for name in others:
-                found[f"latency vs {name}"] = own.ratios[name].median
-                found[f"latency_p99 vs {name}"] = own.ratios[name].p99
+                found[f"latency vs {name}"] = mine.ratios[name].median
+                found[f"latency_p99 vs {name}"] = mine.ratios[name].p99
     for name, runner in runners.items():
         with crashed.noted(f"size, load and memory of {name}"):
             feed = _feed(cfg, runner, sizes, ranges)

@@ -13,6 +13,7 @@ from foundation.errors import ConfigError
 from pipeline import measurements, runner
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Cluster
+from pipeline.channels.dead.removable import Branch
 from pipeline.latency.prediction import Fit
 from pipeline.latency.probes import Setting
 from pipeline.measurements import Measurements
@@ -24,7 +25,7 @@ from pipeline.recipe.prune import PruneSection
 from pipeline.release.reuse import folder_of
 from pipeline.selection import targets
 from pipeline.selection.allocation import allocate
-from pipeline.selection.choose import budget_of, choosable
+from pipeline.selection.choose import budget_of, choosable, choosable_branches
 from pipeline.selection.cost import Timed
 from pipeline.selection.kinds import policy_of
 from pipeline.training import masks
@@ -86,8 +87,8 @@ class Subject:
     section: PruneSection
     source: ModelSource
     analysis: Analysis
-    maskable: frozenset[str]
     clusters: Sequence[Cluster]
+    branches: Sequence[Branch]
     kept: Measurements
 
     @property
@@ -107,14 +108,15 @@ def subject(config: Config) -> Subject:
     source, _, _ = runner.sources(config.model, None, config)
     section = config.prune.model_copy(update={"target": config.as_judged(config.prune.target)})
     model = source.build()
+    maskable = masks.maskable(model)
     analysis = analyse(graph_of(model, source), policy_of(section.groups))
     folder = folder_of(config)
     return Subject(
         section,
         source,
         analysis,
-        masks.maskable(model),
-        choosable(analysis, masks.maskable(model)),
+        choosable(analysis, maskable),
+        choosable_branches(analysis, maskable),
         Measurements(folder / measurements.FOLDER),
     )
 
@@ -124,7 +126,14 @@ def tables(given: Subject, progress: Progress) -> list[Table]:
     made = []
     for setting in given.settings:
         found = targets.profiled(
-            given.section, given.analysis, given.source, setting, given.maskable, given.kept, progress
+            given.section,
+            given.analysis,
+            given.source,
+            setting,
+            given.clusters,
+            given.branches,
+            given.kept,
+            progress,
         )
         fit = found.fit(given.analysis)
         made.append(

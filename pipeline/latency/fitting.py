@@ -196,7 +196,7 @@ def _steady(rows: Numbers, pull: float = 0.0) -> Numbers:
     happened to lie well or badly in memory would bend the whole table.
     """
     weights = np.ones(len(rows))
-    held = pull * np.eye(rows.shape[1])[: rows.shape[1] if pull else 0]
+    held = pull * np.eye(rows.shape[1])
     for _ in range(ROUNDS):
         found, _ = nnls(np.vstack([rows * weights[:, None], held]), np.r_[weights, held.sum(axis=1)])
         off = np.abs(rows @ found - 1)

@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from foundation.errors import ExportError, RefusedError, first_line
 from foundation.files import replacing, sha256
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.dead.removable import Branch
@@ -53,12 +52,7 @@ def write(
         models = []
         for number, choice in enumerate(choices):
             name = f"model-{number:02d}.onnx"
-            try:
-                probes.write(analysis, choice, branches, source, setting, folder / name, feed)
-            except (RefusedError, ExportError) as error:
-                if not probes.is_bare(choice, branches):
-                    raise
-                progress.say(f"  kit: not known what goes with a branch ({first_line(error)})")
+            if not probes.written(analysis, choice, branches, source, setting, folder / name, feed, progress):
                 branches = ()
                 continue
             repeat_weights(folder / name)

@@ -103,12 +103,12 @@ def _near(first: Sequence[Operator], second: Sequence[Operator], pairs: Mapping[
     for at, one in enumerate(first):
         if at not in pairs:
             waiting.setdefault(one.letter, []).append(at)
-    known = sorted((number, at) for at, number in pairs.items())
-    numbers, places = [number for number, _ in known], [at for _, at in known]
+    at_number = dict(sorted((number, at) for at, number in pairs.items()))
+    numbers, places = list(at_number), list(at_number.values())
     options = [
         (away, at, number)
         for number, one in enumerate(second)
-        if number not in numbers
+        if number not in at_number
         for at in waiting.get(one.letter, ())
         if (away := abs(at - float(np.interp(number, numbers, places)))) <= CLOSE
     ]

@@ -40,10 +40,17 @@ class Placed:
     factor: float
 
     @cached_property
+    def _sized(self) -> list[int]:
+        """The program's dimensions that their sizes follow."""
+        return sorted(
+            {s.of for side in (self.inputs, self.outputs) for shape in side for s in shape if s.of is not None}
+        )
+
+    @cached_property
     def follows(self) -> list[int]:
         """The program's dimensions that their sizes, or their being there, follow."""
-        sizes = {s.of for side in (self.inputs, self.outputs) for shape in side for s in shape if s.of is not None}
-        return sorted(sizes | ({self.branch.of} if self.branch.of is not None else set()))
+        own = set() if self.branch.of is None else {self.branch.of}
+        return sorted({*self._sized, *own})
 
     def at(self, dimensions: Numbers, whole: Flags, terms: Mapping[Key, Numbers], block: int) -> Numbers:
         """What it takes at each choice, of which these are the program's `dimensions` (choices, dimensions) and the
@@ -57,7 +64,7 @@ class Placed:
         if cost is None:
             return np.zeros(len(dimensions))
         took = self.factor * sum(c * v for c, v in zip(cost, found.terms, strict=True))
-        there = (dimensions[:, [d for d in self.follows if d != self.branch.of]] > 0).all(axis=1)
+        there = (dimensions[:, self._sized] > 0).all(axis=1)
         made: Numbers = (there & self.where.at(whole) & self.branch.at(dimensions)) * took
         return made
 

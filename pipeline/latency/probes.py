@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from exporters.export import to_onnx
 from exporters.quantize import quantize
+from foundation.errors import ExportError, RefusedError, first_line
 from pipeline.channels.centring.centre import RMS_OPSET, centre
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.counts import counts
@@ -25,6 +26,7 @@ from pipeline.channels.dead.removable import Branch
 from pipeline.channels.dead.stray import evened
 from pipeline.channels.removal.rewrite import shrink
 from pipeline.models.source import ModelSource, example
+from pipeline.progress import Progress
 
 Removed = dict[str, npt.NDArray[np.bool_]]
 
@@ -95,7 +97,7 @@ def write(
     if is_bare(removed, branches):
         for branch in branches:
             masks |= branch.masks(captured.state)
-        program = cut(analysis, _visible(analysis), masks, setting)
+        program = cut(analysis, visible(analysis), masks, setting)
     elif any(flags.any() for flags in removed.values()):
         program = centred(shrink(captured.fold(masks), analysis, removed).program, setting)
     else:
@@ -108,7 +110,30 @@ def is_bare(removed: Removed, branches: Sequence[Branch]) -> bool:
     return bool(branches) and all(removed[name].all() for one in branches for name in one.inside)
 
 
-def _visible(analysis: Analysis) -> dict[str, Tensor]:
+def written(
+    analysis: Analysis,
+    removed: Removed,
+    branches: Sequence[Branch],
+    source: ModelSource,
+    setting: Setting,
+    path: Path,
+    feed: Mapping[str, Any],
+    progress: Progress,
+) -> bool:
+    """`write`, and whether there is such a model: the one without branches may be none, which is said, for the table
+    does without it. Raises RefusedError, ExportError of any other.
+    """
+    try:
+        write(analysis, removed, branches, source, setting, path, feed)
+    except (RefusedError, ExportError) as error:
+        if not is_bare(removed, branches):
+            raise
+        progress.say(f"  latency table: not known what goes with a branch ({first_line(error)})")
+        return False
+    return True
+
+
+def visible(analysis: Analysis) -> dict[str, Tensor]:
     """The capture's parameters, ones for those that are zero as a whole: training starts from a zero in the last norm
     of a branch, say, which would then be taken for one that is gone.
     """

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from exporters import host
-from foundation.errors import ConfigError, ExportError, RefusedError, first_line
+from foundation.errors import ConfigError, first_line
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.dead.removable import Branch
 from pipeline.latency import device, fitting, probes
@@ -147,15 +147,9 @@ def _rest(
             path = Path(folder) / "probe.onnx"
             if number == 0 and not setting.int8:
                 path = dense  # the first choice keeps all, and is that very file
-            else:
-                try:
-                    probes.write(analysis, choice, branches, source, setting, path, feed)
-                except (RefusedError, ExportError) as error:
-                    if not probes.is_bare(choice, branches):
-                        raise
-                    progress.say(f"  latency table: not known what goes with a branch ({first_line(error)})")
-                    yield {}
-                    continue
+            elif not probes.written(analysis, choice, branches, source, setting, path, feed, progress):
+                yield {}
+                continue
             one = device.measure(reference, path, feed, setting.threads, SECONDS)
             bar(number + 1, f"{one['ratio']:.2g} of dense")
             yield one

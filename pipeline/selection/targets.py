@@ -11,7 +11,7 @@ import numpy as np
 from foundation.errors import ConfigError
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Cluster
-from pipeline.channels.dead.removable import removable
+from pipeline.channels.dead.removable import Branch, removable
 from pipeline.latency import profile
 from pipeline.latency.probes import Setting
 from pipeline.latency.profile import Profile
@@ -50,8 +50,9 @@ def costs(
     clusters = choosable(analysis, maskable)
     made: list[Cost] = []
     if "latency" in amounts:
+        branches = choosable_branches(analysis, maskable)
         for setting in settings(cfg):
-            measured = profiled(cfg, analysis, source, setting, maskable, kept, progress)
+            measured = profiled(cfg, analysis, source, setting, clusters, branches, kept, progress)
             goal = _goal("latency", amounts["latency"], measured.dense_ms)
             made.append(Timed(measured.fit(analysis), goal, measured.dense_ms, setting.threads, setting.batch))
     if "macs" in amounts:
@@ -97,12 +98,12 @@ def profiled(
     analysis: Analysis,
     source: ModelSource,
     setting: Setting,
-    maskable: frozenset[str],
+    clusters: Sequence[Cluster],
+    branches: Sequence[Branch],
     kept: Measurements,
     progress: Progress,
 ) -> Profile:
     """The latency table: from the recipe's device file, or of this machine."""
-    clusters, branches = choosable(analysis, maskable), choosable_branches(analysis, maskable)
     if cfg.target.device is not None:
         return profile.read(Path(cfg.target.device), analysis, source, setting, clusters, branches)
     return profile.measure(analysis, source, setting, clusters, kept, progress, branches)
