@@ -46,6 +46,9 @@ PULL = 0.1
 with cut streams kept an error of 5 %, with 0.1 and 0.03 of 2 %; elsewhere they are alike.
 """
 
+_Follows = Callable[[tuple[int, ...], tuple[int, ...]], Slot]
+"""(a size as each model has it, numbers of these models) -> what it follows."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -85,11 +88,12 @@ def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int], branches
     samples = sorted(_levelled(samples), key=lambda one: _is_bare(sizes.kept(one.kept), inside))
     kept = np.array([sizes.kept(one.kept) for one in samples])
     usual = np.flatnonzero([not _is_bare(row, inside) for row in kept])
-    same = _same([one.operators for one in samples], len(usual), sizes, kept, inside)
+    follows = _following(sizes.at(kept))
+    same = _same([one.operators for one in samples], len(usual), sizes, follows, inside)
     ratios = np.array([one.ratio for one in samples])
 
     def corrected(numbers: Sequence[int], block: int) -> list[Fit]:
-        made = _fit(same, numbers, sizes, kept, block, inside)
+        made = _fit(same, numbers, sizes, kept, follows, block, inside)
         return [correct(made, kept[list(numbers)], ratios[list(numbers)]) for correct in CORRECTIONS]
 
     tried: list[tuple[float, int, int, tuple[tuple[float, float], ...]]] = []
@@ -123,8 +127,25 @@ def _is_bare(kept: Numbers, branches: Sequence[BranchClusters]) -> bool:
     return any((kept[list(one.clusters)] == 0).all() for one in branches)
 
 
+def _following(dimensions: Numbers) -> _Follows:
+    """`slot` for programs of these `dimensions` (models, sizes), asked once for what many operators share."""
+    known: dict[tuple[tuple[int, ...], tuple[int, ...]], Slot] = {}
+
+    def follows(seen: tuple[int, ...], having: tuple[int, ...]) -> Slot:
+        key = seen, having
+        if key not in known:
+            known[key] = slot(seen, dimensions[list(having)])
+        return known[key]
+
+    return follows
+
+
 def _same(
-    models: Sequence[Sequence[Operator]], usual: int, sizes: Sizes, kept: Numbers, branches: Sequence[BranchClusters]
+    models: Sequence[Sequence[Operator]],
+    usual: int,
+    sizes: Sizes,
+    follows: _Follows,
+    branches: Sequence[BranchClusters],
 ) -> list[Seen]:
     """Which operators of all models are one; those after the first `usual` are without branches, and so without any
     operator whose sizes follow a cluster inside one.
@@ -132,12 +153,7 @@ def _same(
     columns = matched(models[:usual])
     if len(models) == usual:
         return columns
-    dimensions = sizes.at(kept)
     inside = frozenset().union(*(one.clusters for one in branches))
-
-    def follows(values: tuple[int, ...], having: tuple[int, ...]) -> Slot:
-        return slot(values, dimensions[list(having)])
-
     for number in range(usual, len(models)):
         stays = [not _followed(_sides(seen, follows), sizes) & inside for seen in columns]
         columns = joined(columns, number, models[number], stays)
@@ -149,6 +165,7 @@ def _fit(
     numbers: Sequence[int],
     sizes: Sizes,
     kept: Numbers,
+    follows: _Follows,
     block: int,
     branches: Sequence[BranchClusters],
 ) -> Fit:
@@ -164,7 +181,7 @@ def _fit(
             key, values = _told(operator, column, block)
             rows.setdefault(key, []).append((values, operator.share))
     terms = {key: _terms(found) for key, found in rows.items()}
-    placed = _placed(same, numbers, terms, block, sizes, kept, branches, bare, stays)
+    placed = _placed(same, numbers, terms, block, sizes, kept, follows, branches, bare, stays)
     return Fit(sizes, placed, terms, block, (0.0, 1.0, 0.0))
 
 
@@ -218,6 +235,7 @@ def _placed(
     block: int,
     sizes: Sizes,
     kept: Numbers,
+    follows: _Follows,
     branches: Sequence[BranchClusters],
     bare: frozenset[int],
     stays: Sequence[bool],
@@ -226,19 +244,10 @@ def _placed(
     clusters) groups of all samples, of which those `bare` are without `branches`; `stays`: whether an operator is in
     one of these.
     """
-    dimensions, full = sizes.at(kept), kept == sizes.whole
+    full = kept == sizes.whole
     usual = [number for number in numbers if number not in bare]
     made: dict[tuple[str, Sides, Sides, Where, WithBranch, int | None], float] = {}
-    known: dict[tuple[Any, ...], Slot] = {}
     rules: dict[tuple[int, ...], tuple[Where, ...]] = {}
-
-    def follows(sizes: tuple[int, ...], having: tuple[int, ...]) -> Slot:
-        """`slot`, asked once for what many operators share."""
-        key = sizes, having
-        if key not in known:
-            known[key] = slot(sizes, dimensions[list(having)])
-        return known[key]
-
     sides = [_sides([one for one in seen if one[0] not in bare] or seen, follows) for seen in same]
     followed = [_followed(one, sizes) for one in sides]
     inside = frozenset().union(*(one.clusters for one in branches))
@@ -270,7 +279,7 @@ def _placed(
     return tuple(Placed(*alike, factor) for alike, factor in made.items())
 
 
-def _sides(seen: Seen, follows: Callable[[tuple[int, ...], tuple[int, ...]], Slot]) -> tuple[Sides, Sides]:
+def _sides(seen: Seen, follows: _Follows) -> tuple[Sides, Sides]:
     """What each dimension of an operator's inputs and outputs `follows`, given its sizes in the models that have it."""
     having = tuple(number for number, _ in seen)
 
