@@ -8,7 +8,7 @@ operator of one model is which of another, and which widths have it at all, is f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,30 +80,57 @@ def _levelled(samples: Sequence[Sample]) -> list[Sample]:
     return made
 
 
+@dataclass(frozen=True)
+class _Samples:
+    """All measured models: groups `kept` (models, clusters) and `ratios` (models,) of dense, what the `sizes` of their
+    operators are made of and what a size `follows`, which operators are the `same`, and which models are `bare`, that
+    is without one of `branches`.
+    """
+
+    kept: Numbers
+    ratios: Numbers
+    sizes: Sizes
+    follows: _Follows
+    same: Sequence[Seen]
+    bare: frozenset[int]
+    branches: Sequence[BranchClusters]
+
+    def usual(self, numbers: Iterable[int]) -> list[int]:
+        """Those of `numbers` that have all branches."""
+        return [number for number in numbers if number not in self.bare]
+
+    def inside(self) -> frozenset[int]:
+        """The clusters inside any branch."""
+        return _clusters(self.branches)
+
+    def stays(self, column: int) -> bool:
+        """Whether an operator is in a model without branches."""
+        return any(number in self.bare for number, _ in self.same[column])
+
+    def without(self, left_out: Collection[int]) -> list[int]:
+        """The numbers of all models but those `left_out`."""
+        return [number for number in range(len(self.kept)) if number not in left_out]
+
+
 def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int], branches: Sequence[Sequence[str]] = ()) -> Fit:
     """The fit of all samples, by the block of `blocks` and the one of `CORRECTIONS` that predict left-out ones best;
     and how well they do. `branches`: the clusters inside each residual branch that some sample is without.
     """
-    inside = [branch for branch in (_inside(names, sizes) for names in branches) if branch is not None]
-    samples = sorted(_levelled(samples), key=lambda one: _is_bare(sizes.kept(one.kept), inside))
-    kept = np.array([sizes.kept(one.kept) for one in samples])
-    usual = np.flatnonzero([not _is_bare(row, inside) for row in kept])
-    follows = _following(sizes.at(kept))
-    same = _same([one.operators for one in samples], len(usual), sizes, follows, inside)
-    ratios = np.array([one.ratio for one in samples])
+    measured = _measured(samples, sizes, branches)
+    kept, ratios = measured.kept, measured.ratios
 
-    def corrected(numbers: Sequence[int], block: int) -> list[Fit]:
-        made = _fit(same, numbers, sizes, kept, follows, block, inside)
-        return [correct(made, kept[list(numbers)], ratios[list(numbers)]) for correct in CORRECTIONS]
+    def corrected(numbers: list[int], block: int) -> list[Fit]:
+        made = _fit(measured, numbers, block)
+        return [correct(made, kept[numbers], ratios[numbers]) for correct in CORRECTIONS]
 
     tried: list[tuple[float, int, int, tuple[tuple[float, float], ...]]] = []
+    usual = measured.usual(range(len(samples)))
     parts = min(len(usual), 6)
     for block in blocks:
         pairs: list[list[tuple[float, float]]] = [[] for _ in CORRECTIONS]
         for part in range(parts):
             left_out = usual[part::parts]
-            rest = [number for number in range(len(samples)) if number not in left_out]
-            for found, made in zip(pairs, corrected(rest, block), strict=True):
+            for found, made in zip(pairs, corrected(measured.without(left_out), block), strict=True):
                 predicted = made.ratio(kept[left_out]).tolist()
                 found += zip(predicted, ratios[left_out].tolist(), strict=True)
         for number, found in enumerate(pairs):
@@ -111,7 +138,18 @@ def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int], branches
             deviation = float(np.mean(np.abs(logs))) * (np.pi / 2) ** 0.5  # a few outliers do not decide
             tried.append((deviation, block, number, tuple(found)))
     error, block, number, checked = min(tried)
-    return replace(corrected(range(len(samples)), block)[number], error=error, checked=checked)
+    return replace(corrected(measured.without(()), block)[number], error=error, checked=checked)
+
+
+def _measured(samples: Sequence[Sample], sizes: Sizes, branches: Sequence[Sequence[str]]) -> _Samples:
+    """What is known of the samples, those without one of `branches` last."""
+    inside = [branch for branch in (_inside(names, sizes) for names in branches) if branch is not None]
+    samples = sorted(_levelled(samples), key=lambda one: _is_bare(sizes.kept(one.kept), inside))
+    kept = np.array([sizes.kept(one.kept) for one in samples])
+    bare = frozenset(number for number, row in enumerate(kept) if _is_bare(row, inside))
+    follows = _following(sizes.at(kept))
+    same = _same([one.operators for one in samples], len(samples) - len(bare), sizes, follows, inside)
+    return _Samples(kept, np.array([one.ratio for one in samples]), sizes, follows, same, bare, inside)
 
 
 def _inside(names: Sequence[str], sizes: Sizes) -> BranchClusters | None:
@@ -120,6 +158,11 @@ def _inside(names: Sequence[str], sizes: Sizes) -> BranchClusters | None:
     others = np.delete(sizes.each, clusters, axis=1).any(axis=1)
     gone = np.flatnonzero(~others & (sizes.base == sizes.each[:, clusters] @ sizes.whole[clusters]))
     return BranchClusters(frozenset(clusters), int(gone[0])) if gone.size else None
+
+
+def _clusters(branches: Sequence[BranchClusters]) -> frozenset[int]:
+    """The clusters inside any of `branches`."""
+    return frozenset().union(*(one.clusters for one in branches))
 
 
 def _is_bare(kept: Numbers, branches: Sequence[BranchClusters]) -> bool:
@@ -153,36 +196,25 @@ def _same(
     columns = matched(models[:usual])
     if len(models) == usual:
         return columns
-    inside = frozenset().union(*(one.clusters for one in branches))
+    inside = _clusters(branches)
     for number in range(usual, len(models)):
         stays = [not _followed(_sides(seen, follows), sizes) & inside for seen in columns]
         columns = joined(columns, number, models[number], stays)
     return columns
 
 
-def _fit(
-    same: Sequence[Seen],
-    numbers: Sequence[int],
-    sizes: Sizes,
-    kept: Numbers,
-    follows: _Follows,
-    block: int,
-    branches: Sequence[BranchClusters],
-) -> Fit:
-    """The fit of the samples of these `numbers`; `same`: which operators of all samples are one. `kept` (samples,
-    clusters): groups of all samples. `branches`: those that some of them are without.
-    """
-    told, bare = set(numbers), frozenset(n for n, row in enumerate(kept) if _is_bare(row, branches))
-    stays = [any(number in bare for number, _ in seen) for seen in same]
-    same = [[(number, o) for number, o in seen if number in told] for seen in same]
+def _fit(measured: _Samples, numbers: Sequence[int], block: int) -> Fit:
+    """The fit of the samples of these `numbers`."""
+    told = set(numbers)
+    same = [[(number, o) for number, o in seen if number in told] for seen in measured.same]
     rows: dict[Key, list[tuple[list[Any], float]]] = {}
     for column, seen in enumerate(same):
         for _, operator in seen:
             key, values = _told(operator, column, block)
             rows.setdefault(key, []).append((values, operator.share))
     terms = {key: _terms(found) for key, found in rows.items()}
-    placed = _placed(same, numbers, terms, block, sizes, kept, follows, branches, bare, stays)
-    return Fit(sizes, placed, terms, block, (0.0, 1.0, 0.0))
+    placed = _placed(measured, same, numbers, terms, block)
+    return Fit(measured.sizes, placed, terms, block, (0.0, 1.0, 0.0))
 
 
 def _bent(made: Fit, kept: Numbers, ratios: Numbers) -> Fit:
@@ -229,32 +261,23 @@ second, a made-up model of which each operator takes longer in a larger one 1 an
 
 
 def _placed(
-    same: Sequence[Seen],
-    numbers: Sequence[int],
-    terms: Mapping[Key, Numbers],
-    block: int,
-    sizes: Sizes,
-    kept: Numbers,
-    follows: _Follows,
-    branches: Sequence[BranchClusters],
-    bare: frozenset[int],
-    stays: Sequence[bool],
+    measured: _Samples, same: Sequence[Seen], numbers: Sequence[int], terms: Mapping[Key, Numbers], block: int
 ) -> tuple[Placed, ...]:
-    """The operators whose presence in the samples of these `numbers` can be told from the widths; `kept` (samples,
-    clusters) groups of all samples, of which those `bare` are without `branches`; `stays`: whether an operator is in
-    one of these.
+    """The operators, as the samples of these `numbers` have them (`same`), whose presence there can be told from the
+    widths.
     """
-    full = kept == sizes.whole
-    usual = [number for number in numbers if number not in bare]
+    full = measured.kept == measured.sizes.whole
+    usual, bare, branches = measured.usual(numbers), sorted(measured.bare), measured.branches
     made: dict[tuple[str, Sides, Sides, Where, WithBranch, int | None], float] = {}
     rules: dict[tuple[int, ...], tuple[Where, ...]] = {}
-    sides = [_sides([one for one in seen if one[0] not in bare] or seen, follows) for seen in same]
-    followed = [_followed(one, sizes) for one in sides]
-    inside = frozenset().union(*(one.clusters for one in branches))
+    having_all = [[one for one in seen if one[0] not in measured.bare] for seen in same]
+    sides = [_sides(found or seen, measured.follows) for found, seen in zip(having_all, same, strict=True)]
+    followed = [_followed(one, measured.sizes) for one in sides]
+    inside = measured.inside()
     for column, seen in enumerate(same):
         if not seen:
             continue
-        having = tuple(number for number, _ in seen if number not in bare)
+        having = tuple(number for number, _ in having_all[column])
         rule, branch = Where(), WithBranch()
         if having:
             if having not in rules:
@@ -262,8 +285,9 @@ def _placed(
             if not rules[having]:
                 continue
             rule = likeliest(rules[having], column, followed)
-            expected = bool(bare) and bool(rule.at(full[sorted(bare)]).any())
-            if expected and not stays[column] and not followed[column] & inside and not has_weights(seen[0][1].kind):
+            expected = bool(bare) and bool(rule.at(full[bare]).any())
+            gone = expected and not measured.stays(column) and not followed[column] & inside
+            if gone and not has_weights(seen[0][1].kind):
                 branch = WithBranch(nearest(column, followed, branches))
         elif has_weights(seen[0][1].kind):
             continue  # a layer that was not found again
