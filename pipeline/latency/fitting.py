@@ -293,6 +293,7 @@ def _placed(
             continue  # a layer that was not found again
         else:  # what stands only where branches are gone
             branch = WithBranch(nearest(column, followed, branches), present=False)
+            sides[column] = _as_beside(sides, column, measured.sizes.at(measured.kept[seen[0][0]][None]))
         told = [_told(o, column, block) for _, o in seen]
         predicted = np.array([float(np.dot(terms[key], values)) for key, values in told])
         shares = np.array([o.share for _, o in seen])
@@ -317,6 +318,26 @@ def _sides(seen: Seen, follows: _Follows) -> tuple[Sides, Sides]:
     return told("inputs"), told("outputs")
 
 
+def _as_beside(sides: Sequence[tuple[Sides, Sides]], at: int, dimensions: Numbers) -> tuple[Sides, Sides]:
+    """Sizes of operator number `at` that one model alone has, whose program has `dimensions` (1, sizes): each follows
+    what the same dimension of a tensor nearest to it does, where that has the same size there.
+    """
+    known: dict[tuple[int, int, float], Slot] = {}
+    for number in sorted(range(len(sides)), key=lambda n: abs(n - at)):
+        for shape in (shape for side in sides[number] for shape in side):
+            for place, one in enumerate(shape):
+                if one.of is not None:
+                    known.setdefault((len(shape), place, float(one.at(dimensions)[0])), one)
+
+    def beside(side: Sides) -> Sides:
+        return tuple(
+            tuple(known.get((len(shape), place, one.factor), one) for place, one in enumerate(shape)) for shape in side
+        )
+
+    inputs, outputs = sides[at]
+    return beside(inputs), beside(outputs)
+
+
 def _followed(sides: tuple[Sides, Sides], sizes: Sizes) -> frozenset[int]:
     """The clusters that any of an operator's sizes follows."""
     dimensions = {s.of for side in sides for shape in side for s in shape if s.of is not None}
@@ -330,8 +351,12 @@ def _told(operator: Operator, column: int, block: int) -> tuple[Key, list[Any]]:
 
 
 def _terms(rows: Sequence[tuple[list[Any], float]]) -> Numbers:
-    """Non-negative costs of the terms, by least squares between absolute and relative error."""
+    """Non-negative costs of the terms, by least squares between absolute and relative error. What was seen at one size
+    alone is taken to grow with it.
+    """
     values = np.array([[float(v) for v in row] for row, _ in rows])
+    if (values == values[0]).all() and values[0, 1:].any():
+        values[:, 0] = 0.0
     shares = np.array([share for _, share in rows])
     weight = 1 / np.sqrt(np.maximum(shares, 1e-12) * max(float(shares.mean()), 1e-12))
     size = np.maximum(np.abs(values).max(axis=0), 1e-12)
