@@ -12,7 +12,12 @@ from typing import Any
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
-
+OURS = "leanort"
+"""What the names of our methods begin with."""
+FAR = 0.06
+"""Of a wanted share: what was left is told where it is further from that."""
+NONE = "–"
+"""Where nothing was measured."""
 
 Row = dict[str, Any]
 """A result. "of" says what its "wanted" is a share of: the dense model's MACs, its latency, or that in int8."""
@@ -45,27 +50,60 @@ def markdown(path: Path) -> str:
         shares = sorted({row["wanted"] for row in rows if row["method"] != "dense"}, reverse=True)
         seeds = len({row["seed"] for row in rows})
         dense = interval([row["accuracy"] for row in rows if row["method"] == "dense"])
-        lines += [f"### {model}, {data}: dense {dense[0]:.1f} ± {dense[1]:.1f} %, {seeds} seeds", ""]
+        known = f"{dense[0]:.1f} ± {dense[1]:.1f} %, {seeds} seeds" if seeds > 1 else f"{dense[0]:.1f} %, one seed"
+        lines += [f"### {model}, {data}{', in int8' if 'int8' in of else ''}: dense {known}", ""]
         lines += [
             f"| {of} | " + " | ".join(f"{share:g}" for share in shares) + " |",
             "|---" * (len(shares) + 1) + "|",
         ]
         methods = sorted(
-            {row["method"] for row in rows} - {"dense"}, key=lambda name: (not name.startswith("leanort"), name)
+            {row["method"] for row in rows} - {"dense"}, key=lambda name: (not name.startswith(OURS), name)
         )
         for method in methods:
-            cells = [_cell([r for r in rows if r["method"] == method and r["wanted"] == share]) for share in shares]
+            cells = [
+                _cell([r for r in rows if r["method"] == method and r["wanted"] == share], seeds) for share in shares
+            ]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        for method in methods:
+            cells = [_ahead([r for r in rows if r["wanted"] == share], method) for share in shares]
+            if any(cell != NONE for cell in cells):
+                lines.append(f"| *{method}: points ahead of the best peer on each seed* | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _cell(rows: list[dict[str, Any]]) -> str:
+def _ahead(rows: list[Row], method: str) -> str:
+    """By how much one of our methods is right more often than whichever peer is best on a seed, over the seeds of
+    both: mean, interval, and the worst of them.
+    """
+    ours = {row["seed"]: row["accuracy"] for row in rows if row["method"] == method and "accuracy" in row}
+    peers: dict[int, float] = {}
+    for row in rows:
+        if "accuracy" in row and row["method"] != "dense" and not row["method"].startswith(OURS):
+            peers[row["seed"]] = max(row["accuracy"], peers.get(row["seed"], 0.0))
+    ahead = [ours[seed] - peers[seed] for seed in sorted(ours.keys() & peers.keys())]
+    if not ahead or not method.startswith(OURS):
+        return NONE
+    mean, half = interval(ahead)
+    return f"{mean:+.1f} ± {half:.1f} (worst {min(ahead):+.1f})" if len(ahead) > 1 else f"{mean:+.1f}, one seed"
+
+
+def _cell(rows: list[Row], seeds: int) -> str:
+    """Mean and interval of one method at one share; how many seeds it is of, where others have more, and what was left,
+    where that is not what was wanted.
+    """
+    rows = [row for row in rows if "accuracy" in row] or rows
     values = [row["accuracy"] for row in rows if "accuracy" in row]
     if not values:
-        return "fails" if rows else "–"
+        return "fails" if rows else NONE
     mean, half = interval(values)
-    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}, one seed"
+    told = [f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"]
+    if len(values) < seeds or len(values) == 1:
+        told.append(f"{len(values)} seeds" if len(values) > 1 else "one seed")
+    had = [row["macs"] if row["of"] == "MACs left" else row.get("latency") or row["wanted"] for row in rows]
+    if any(abs(share / rows[0]["wanted"] - 1) > FAR for share in had):
+        told.append(f"had {min(had):.2f} to {max(had):.2f}" if len(had) > 1 else f"had {had[0]:.2f}")
+    return ", ".join(told)
 
 
 def draw(path: Path, picture: Path) -> None:
@@ -93,7 +131,7 @@ def draw(path: Path, picture: Path) -> None:
                     points[row["wanted"]].append(row["accuracy"])
             if points:
                 found = {share: interval(points[share]) for share in sorted(points)}
-                style = "o-" if method.startswith("leanort") else "x--"
+                style = "o-" if method.startswith(OURS) else "x--"
                 means = [mean for mean, _ in found.values()]
                 axis.plot(list(found), means, style, color=colours[method], markersize=4, label=method)
         axis.set(title=f"{model}, {data}", xlabel=of, ylabel="accuracy, %")

@@ -91,6 +91,32 @@ def test_shares_of_operations_and_of_latency_are_not_taken_for_each_other(tmp_pa
     assert "--int8 goes with --latency" in capsys.readouterr().err
 
 
+def row(method, seed, accuracy, wanted=0.5, **more):
+    known = {"model": "net", "data": "noise", "of": "latency", "latency": wanted}
+    return known | {"method": method, "seed": seed, "wanted": wanted, "accuracy": accuracy} | more
+
+
+def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_as_asked(tmp_path):
+    results = tmp_path / "results.jsonl"
+    rows = [
+        *(row("dense", seed, 95.0, 1.0) for seed in (0, 1, 2)),
+        *(row("leanort, by curves", seed, accuracy) for seed, accuracy in enumerate((94.0, 93.0, 92.0))),
+        *(row("peer", seed, accuracy) for seed, accuracy in enumerate((90.0, 92.0))),
+        *(row("other peer", seed, accuracy) for seed, accuracy in enumerate((92.0, 80.0))),
+        row("leanort, by curves", 0, 91.0, 0.3, latency=0.35),
+        {**row("peer", 0, 0.0, 0.3), "failed": "it broke"},
+    ]
+    del rows[-1]["accuracy"]
+    results.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    text = tables.markdown(results)
+    assert "### net, noise: dense 95.0 ± 0.0 %, 3 seeds" in text and "| latency | 0.5 | 0.3 |" in text
+    assert "| leanort, by curves | 93.0 ± 2.5 | 91.0, one seed, had 0.35 |" in text
+    assert "| peer | 91.0 ± 12.7, 2 seeds | fails |" in text and "| other peer | 86.0 ± 76.2, 2 seeds | – |" in text
+    # 94 over 92 on the one seed, 93 over 92 on the other; the third has no peer.
+    assert "points ahead of the best peer on each seed* | +1.5 ± 6.4 (worst +1.0) | – |" in text
+    assert text.count("points ahead") == 1  # of a peer nobody asks
+
+
 def test_one_search_serves_every_peer():
     found = peers._bisected(lambda gone: round(1 - gone, 2), lambda left: left, 0.4, nearest=False)
     assert found[0] == found[1] and 0.37 <= found[1] <= 0.404
