@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks.compare import ours, peers, tables
 from benchmarks.compare.problems import MODELS, Problem, dense, load, reestimated, train
+from benchmarks.compare.tables import TRAINED
 from benchmarks.compare.timed import Clock, answers, scoring
 
 MACS = (0.5, 0.3, 0.15, 0.08)
@@ -72,8 +73,14 @@ def compare(problem: Problem, rows: Rows, asked: Asked) -> None:
     def row(method: str, share: float) -> dict[str, Any] | None:
         return rows.known.get(tables.key({**known, "method": method, "wanted": share}))
 
+    def lacks(method: str, share: float) -> bool:
+        found = row(method, share)
+        if found is None or "failed" in found:
+            return found is None
+        return bool(asked.seconds) and method != ONNXSIM and row(f"{method}{TRAINED}", share) is None
+
     def missing(method: str) -> tuple[float, ...]:
-        return tuple(share for share in asked.wanted if row(method, share) is None)
+        return tuple(share for share in asked.wanted if lacks(method, share))
 
     model = dense(problem, rows.path.parent / "weights")
     clock = Clock(model, problem, int8=asked.int8) if asked.by_latency else None

@@ -83,6 +83,9 @@ def test_shares_of_operations_and_of_latency_are_not_taken_for_each_other(tmp_pa
         monkeypatch.setattr("sys.argv", [*common, *more])
         main.main()
     assert asked == [(0.5,), (0.5,), (0.3,)]
+    monkeypatch.setattr("sys.argv", [*common, "--macs", "0.3", "--train-seconds", "1"])
+    main.main()
+    assert asked[3:] == [(0.3,)]  # what was measured without training is no answer to one who asks for it
     text = tables.markdown(results)
     assert "| MACs left | 0.5 | 0.3 |" in text and "| latency | 0.5 |" in text
     monkeypatch.setattr("sys.argv", [*common, "--int8"])
@@ -103,6 +106,8 @@ def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_
         *(row("leanort, by curves", seed, accuracy) for seed, accuracy in enumerate((94.0, 93.0, 92.0))),
         *(row("peer", seed, accuracy) for seed, accuracy in enumerate((90.0, 92.0))),
         *(row("other peer", seed, accuracy) for seed, accuracy in enumerate((92.0, 80.0))),
+        row("leanort, by curves, trained", 0, 96.0),
+        row("other peer, trained", 0, 95.0),
         row("leanort, by curves", 0, 91.0, 0.3, latency=0.35),
         {**row("peer", 0, 0.0, 0.3), "failed": "it broke"},
     ]
@@ -112,9 +117,10 @@ def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_
     assert "### net, noise: dense 95.0 ± 0.0 %, 3 seeds" in text and "| latency | 0.5 | 0.3 |" in text
     assert "| leanort, by curves | 93.0 ± 2.5 | 91.0, one seed, had 0.35 |" in text
     assert "| peer | 91.0 ± 12.7, 2 seeds | fails |" in text and "| other peer | 86.0 ± 76.2, 2 seeds | – |" in text
-    # 94 over 92 on the one seed, 93 over 92 on the other; the third has no peer.
+    # 94 over 92 on the one seed, where 95 was trained, 93 over 92 on the other; the third has no peer.
     assert "points ahead of the best peer on each seed* | +1.5 ± 6.4 (worst +1.0) | – |" in text
-    assert text.count("points ahead") == 1  # of a peer nobody asks
+    assert "| *leanort, by curves, trained: points ahead of the best peer on each seed* | +1.0, one seed | – |" in text
+    assert text.count("points ahead") == 2  # of a peer nobody asks
 
 
 def test_one_search_serves_every_peer():
