@@ -58,9 +58,7 @@ def markdown(path: Path) -> str:
             f"| {of} | " + " | ".join(f"{share:g}" for share in shares) + " |",
             "|---" * (len(shares) + 1) + "|",
         ]
-        methods = sorted(
-            {row["method"] for row in rows} - {"dense"}, key=lambda name: (not name.startswith(OURS), name)
-        )
+        methods = _ours_first(rows)
         for method in methods:
             cells = [
                 _cell([r for r in rows if r["method"] == method and r["wanted"] == share], seeds) for share in shares
@@ -121,8 +119,9 @@ def draw(path: Path, picture: Path) -> None:
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(6 * columns, 3.6 * lines + 1.6), squeeze=False)
-    methods = sorted({row["method"] for _, rows in panels for row in rows} - {"dense"})
-    colours = {method: pyplot.get_cmap("tab20")(number % 20) for number, method in enumerate(methods)}
+    methods = _ours_first(row for _, rows in panels for row in rows)
+    hues = [*range(0, 20, 2), *range(1, 20, 2)]  # strong colours first
+    colours = {method: pyplot.get_cmap("tab20")(hues[number % 20]) for number, method in enumerate(methods)}
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, ((model, data, of), rows) in zip(axes.flat, panels, strict=False):
@@ -144,6 +143,11 @@ def draw(path: Path, picture: Path) -> None:
     figure.tight_layout(rect=(0, 1.4 / (3.6 * lines + 1.6), 1, 1))
     figure.savefig(picture)
     pyplot.close(figure)
+
+
+def _ours_first(rows: Iterable[Row]) -> list[str]:
+    """All methods but dense."""
+    return sorted({row["method"] for row in rows} - {"dense"}, key=lambda name: (not name.startswith(OURS), name))
 
 
 def _by(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
