@@ -104,7 +104,7 @@ def _cell(rows: list[Row], seeds: int) -> str:
         told.append(f"{len(values)} seeds" if len(values) > 1 else "one seed")
     had = [row["macs"] if row["of"] == "MACs left" else row.get("latency") or row["wanted"] for row in rows]
     if any(abs(share / rows[0]["wanted"] - 1) > FAR for share in had):
-        told.append(f"had {min(had):.2f} to {max(had):.2f}" if len(had) > 1 else f"had {had[0]:.2f}")
+        told.append("had " + " to ".join(sorted({f"{min(had):.2f}", f"{max(had):.2f}"})))
     return ", ".join(told)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,11 @@ def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_
     assert "points ahead of the best peer on each seed* | +1.5 ± 6.4 (worst +1.0) | – |" in text
     assert "| *leanort, by curves, trained: points ahead of the best peer on each seed* | +1.0, one seed | – |" in text
     assert text.count("points ahead") == 2  # of a peer nobody asks
+
+
+def test_the_page_shows_what_was_measured():
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    assert tables.markdown(docs / "comparison-latency.jsonl").strip() in (docs / "comparison.md").read_text()
 
 
 def test_one_search_serves_every_peer():
