@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.compare import ours, peers, tables
-from benchmarks.compare.problems import MODELS, Problem, dense, load, reestimated, train
+from benchmarks.compare.problems import MODELS, Problem, Score, dense, load, reestimated, train
 from benchmarks.compare.tables import TRAINED
 from benchmarks.compare.timed import Clock, answers, scoring
 
@@ -84,17 +84,17 @@ def compare(problem: Problem, rows: Rows, asked: Asked) -> None:
 
     model = dense(problem, rows.path.parent / "weights")
     clock = Clock(model, problem, int8=asked.int8) if asked.by_latency else None
-    score = scoring(problem, clock)
+    score = scoring(model, problem, clock)
     if row("dense", 1.0) is None:
-        rows.add(**known, method="dense", wanted=1.0, macs=1.0, accuracy=score(model), seconds=0.0)
+        rows.add(**known, method="dense", wanted=1.0, macs=1.0, seconds=0.0, **score(model)._asdict())
     fit_seconds: dict[float, float] = {}
     for scope in asked.scopes:
         name = f"leanort, {scope.replace(':', ' by ')}"
         shares = missing(f"{name}, closed form")
         for share, kind, result in ours.results(model, problem, shares, scope, asked.seconds, clock) if shares else ():
             rows.add(
-                **known, method=f"{name}, {kind}", wanted=share, macs=result.macs, accuracy=result.accuracy,
-                seconds=result.seconds, choice_seconds=result.choice_seconds, latency=result.latency,
+                **known, method=f"{name}, {kind}", wanted=share, macs=result.macs, seconds=result.seconds,
+                choice_seconds=result.choice_seconds, latency=result.latency, **result.score._asdict(),
             )  # fmt: skip
         for share in asked.wanted:
             fitted = row(f"{name}, closed form", share)
@@ -118,8 +118,8 @@ def compare(problem: Problem, rows: Rows, asked: Asked) -> None:
                     name, made.model, problem, fit_seconds.get(share, UNTIMED), asked.seconds, score
                 ):
                     rows.add(
-                        **known, method=method, wanted=share, macs=made.macs, accuracy=got, seconds=took,
-                        latency=made.latency,
+                        **known, method=method, wanted=share, macs=made.macs, seconds=took, latency=made.latency,
+                        **got._asdict(),
                     )  # fmt: skip
             except Exception as error:  # whatever a peer raises is its result
                 rows.add(**known, method=name, wanted=share, failed=f"{type(error).__name__}: {str(error)[:200]}")
@@ -133,7 +133,7 @@ def compare(problem: Problem, rows: Rows, asked: Asked) -> None:
         except Exception as error:  # as above
             rows.add(**known, method=ONNXSIM, wanted=share, failed=f"{type(error).__name__}: {str(error)[:200]}")
             continue
-        rows.add(**known, method=ONNXSIM, wanted=share, macs=left, accuracy=got, seconds=0.0, latency=latency)
+        rows.add(**known, method=ONNXSIM, wanted=share, macs=left, seconds=0.0, latency=latency, **got._asdict())
 
 
 def _recovered(
@@ -142,9 +142,9 @@ def _recovered(
     problem: Problem,
     fit_seconds: float,
     seconds: float,
-    score: Callable[[nn.Module], float],
-) -> list[tuple[str, float, float]]:
-    """(method, test accuracy, seconds): as cut, batch norm anew, and fine-tuned for as long as ours recovered."""
+    score: Callable[[nn.Module], Score],
+) -> list[tuple[str, Score, float]]:
+    """(method, score on the test part, seconds): as cut, batch norm anew, fine-tuned for as long as ours recovered."""
     x, y = problem.part("train")
     found = [(name, score(pruned), 0.0)]
     anew = reestimated(copy.deepcopy(pruned), x[: ours.SAMPLES])

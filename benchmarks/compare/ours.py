@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from benchmarks.compare.problems import ALIGN, Problem, accuracy, train
+from benchmarks.compare.problems import ALIGN, Problem, Score, accuracy, train
 from benchmarks.compare.timed import OPSET, Clock, hit, scoring, table
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.operators.trace import Policy
@@ -41,9 +41,9 @@ AFTER_FIT = 5e-4
 
 @dataclass(frozen=True)
 class Result:
-    """Test accuracy (percent), share of MACs left, seconds of choosing and of recovery."""
+    """Score on the test part, share of MACs left, seconds of choosing and of recovery, share of latency."""
 
-    accuracy: float
+    score: Score
     macs: float
     choice_seconds: float
     seconds: float
@@ -59,14 +59,14 @@ def results(
     clock: Clock | None = None,
     *,
     align: int = ALIGN,
-    score: Callable[[Any], float] | None = None,
+    score: Callable[[Any], Score] | None = None,
 ) -> Iterator[tuple[float, str, Result]]:
     """For each share of MACs: ("closed form", its result) and, with seconds to train, ("closed form, trained", ...).
 
     `choice`: a scope and a criterion of the recipe, such as "curves:l2"; a criterion that needs no labels. With a
     `clock`, shares are of latency: "milliseconds:l2" chooses by a latency table, other scopes by MACs, and either is
     asked again until a whole model takes as long as wanted. `align`: what counts of channels are multiples of.
-    `score`: what stands for the accuracy of a network, by default the percentage of the test part that it is right on.
+    `score`: what a network is worth, by default on the test part.
     """
     scope, _, criterion = choice.partition(":")
     captured = capture(dense, (problem.x[:2],))
@@ -110,7 +110,7 @@ def results(
         assert clock is not None
         return clock.of(smaller(state, choose.masks_of(analysis, weighed, maskable)))
 
-    score = score or scoring(problem, clock)
+    score = score or scoring(dense, problem, clock)
     measuring = time.perf_counter() - began
     for share in wanted:
         began = time.perf_counter()
@@ -152,8 +152,8 @@ def _trained(
     masks.apply(model, chosen)
     small, _ = at_pruned_size(model, problem.build(), captured, chosen, Policy())
     model = small.model if small else model
-    before, score = copy.deepcopy(model), accuracy(model, problem, "calibration")
+    before, right = copy.deepcopy(model), accuracy(model, problem, "calibration")
     x, y = problem.part("train")
     left = max(seconds - (time.perf_counter() - began), 1e-3)
     train(model, x, y, lr=AFTER_FIT, seconds=left, teacher=dense)
-    return model if accuracy(model, problem, "calibration") >= score else before
+    return model if accuracy(model, problem, "calibration") >= right else before

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.compare import ours
-from benchmarks.compare.problems import Problem
+from benchmarks.compare.problems import Problem, Score
 
 SIDE = 224
 MEAN, DEVIATION = 127.0, 128.0
@@ -77,9 +77,9 @@ def measured(
     problem = Photographs("efficientnet-lite0", "photographs", 0, x, said.argmax(1), lambda: dense, len(learnt))
     found: list[Agreement] = []
 
-    def score(pruned: Callable[[Tensor], Any]) -> float:
+    def score(pruned: Callable[[Tensor], Any]) -> Score:
         found.append(agreement(said[len(learnt) :], outputs(pruned, test)))
-        return found[-1].same
+        return Score(found[-1].same, found[-1].nats)
 
     for _, _, result in ours.results(dense, problem, macs, choice, align=ALIGN, score=score):
         yield result, found[-1]

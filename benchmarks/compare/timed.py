@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from benchmarks.compare.problems import Problem, accuracy
+from benchmarks.compare.problems import Problem, Score, outputs, scored
 from exporters.export import to_onnx
 from exporters.quantize import quantize
 from pipeline.channels.coupling.groups import Analysis
@@ -63,14 +63,15 @@ class Clock:
         took = device.measure(self.dense, self.file(model), self.feed, 1, profile.SECONDS)
         return float(took["ratio"])
 
-    def accuracy(self, model: nn.Module | ExportedProgram | Path) -> float:
-        """Percent of the test part that the file is right on."""
-        return accuracy(answers(self.file(model)), self.problem)
+    def answers(self, model: nn.Module | ExportedProgram | Path) -> Callable[[Tensor], Tensor]:
+        """The file that is timed, as a function of a batch."""
+        return answers(self.file(model))
 
 
-def scoring(problem: Problem, clock: Clock | None) -> Callable[[Any], float]:
-    """Percent right of a model; with a `clock`, of the file that it times."""
-    return clock.accuracy if clock is not None else lambda model: accuracy(model, problem)
+def scoring(dense: nn.Module, problem: Problem, clock: Clock | None) -> Callable[[Any], Score]:
+    """What a model is worth beside the dense one; with a `clock`, the file that it times."""
+    wanted = outputs(dense, problem)
+    return lambda model: scored(outputs(clock.answers(model) if clock else model, problem), wanted, problem)
 
 
 def answers(path: Path) -> Callable[[Tensor], Tensor]:

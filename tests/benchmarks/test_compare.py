@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.compare import __main__ as main
 from benchmarks.compare import fashion, ours, peers, pretrained, tables, timed
-from benchmarks.compare.problems import Problem
+from benchmarks.compare.problems import Problem, Score, scored
 from benchmarks.compare.timed import hit
 from pipeline.latency import probes, profile
 from tests.pipeline.tiny import TinyNet
@@ -27,7 +27,7 @@ def test_a_share_is_reached_fitted_and_trained(choice, seconds, monkeypatch):
     for share, _, result in found:
         assert share == 0.5
         assert 0.2 < result.macs <= 0.51
-        assert 0 <= result.accuracy <= 100
+        assert 0 <= result.score.accuracy <= 100 and result.score.nats > 0
 
 
 def test_a_latency_is_asked_for_until_a_whole_model_takes_as_long():
@@ -76,7 +76,7 @@ def test_shares_of_operations_and_of_latency_are_not_taken_for_each_other(tmp_pa
 
     def made(dense, problem, shares, *rest):
         asked.append(shares)
-        return [(share, "closed form", ours.Result(50.0, share, 1.0, 2.0)) for share in shares]
+        return [(share, "closed form", ours.Result(Score(50.0, 0.1), share, 1.0, 2.0)) for share in shares]
 
     monkeypatch.setattr(ours, "results", made)
     common = f"compare --scopes curves:l2 --peers none --seeds 0 --models tiny --out {results}".split()
@@ -95,6 +95,17 @@ def test_shares_of_operations_and_of_latency_are_not_taken_for_each_other(tmp_pa
     assert "--int8 goes with --latency" in capsys.readouterr().err
 
 
+def test_a_score_tells_how_often_a_network_is_right_and_how_far_it_is_from_the_dense_one():
+    y = torch.arange(100) % 2
+    problem = Problem("tiny", "noise", 0, torch.randn(100, 1), y, TinyNet)
+    _, right = problem.part("test")
+    logits = torch.nn.functional.one_hot(right, 2) * 2.0
+    same, other = scored(logits, logits, problem), scored(-logits, logits, problem)
+    assert same == (100.0, pytest.approx(0, abs=1e-6)) and other.accuracy == 0.0
+    share = 1 / (1 + 2.718281828**-2)  # of the class that is right
+    assert other.nats == pytest.approx((2 * share - 1) * 2, rel=1e-5)
+
+
 def row(method, seed, accuracy, wanted=0.5, **more):
     known = {"model": "net", "data": "noise", "of": "latency", "latency": wanted}
     return known | {"method": method, "seed": seed, "wanted": wanted, "accuracy": accuracy} | more
@@ -107,7 +118,7 @@ def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_
         *(row("leanort, by curves", seed, accuracy) for seed, accuracy in enumerate((94.0, 93.0, 92.0))),
         *(row("peer", seed, accuracy) for seed, accuracy in enumerate((90.0, 92.0))),
         *(row("other peer", seed, accuracy) for seed, accuracy in enumerate((92.0, 80.0))),
-        row("leanort, by curves, trained", 0, 96.0),
+        row("leanort, by curves, trained", 0, 96.0, nats=0.02),
         row("other peer, trained", 0, 95.0),
         row("leanort, by curves", 0, 91.0, 0.3, latency=0.35),
         {**row("peer", 0, 0.0, 0.3), "failed": "it broke"},
@@ -117,6 +128,7 @@ def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_
     text = tables.markdown(results)
     assert "### net, noise: dense 95.0 ± 0.0 %, 3 seeds" in text and "| latency | 0.5 | 0.3 |" in text
     assert "| leanort, by curves | 93.0 ± 2.5 | 91.0, one seed, had 0.35 |" in text
+    assert "| leanort, by curves, trained | 96.0, 0.020 nats from dense, one seed | – |" in text
     assert "| peer | 91.0 ± 12.7, 2 seeds | fails |" in text and "| other peer | 86.0 ± 76.2, 2 seeds | – |" in text
     # 94 over 92 on the one seed, where 95 was trained, 93 over 92 on the other; the third has no peer.
     assert "points ahead of the best peer on each seed* | +1.5 ± 6.4 (worst +1.0) | – |" in text
@@ -164,7 +176,7 @@ def test_a_pretrained_model_is_judged_by_what_the_dense_one_says_of_other_images
     asked = []
     monkeypatch.setattr(pretrained, "outputs", lambda run, x, made=pretrained.outputs: asked.append(x) or made(run, x))
     ((result, found),) = pretrained.measured(dense, learnt, test, (0.6,), "curves:l2")
-    assert 0.3 < result.macs <= 0.61 and result.accuracy == found.same
+    assert 0.3 < result.macs <= 0.61 and result.score == (found.same, found.nats)
     assert found.nats > 0 and found.cosine < 1
     assert len(asked) == 2 and torch.equal(asked[1], test)
 
