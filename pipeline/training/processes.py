@@ -185,14 +185,21 @@ def _store(place: Place) -> Store:
 def _wait_for_first(place: Place, limit: float) -> None:
     """Until somebody listens where the first process should: torch writes pages to stderr of those who wait."""
     began = time.monotonic()
-    while True:
-        try:
-            socket.create_connection((place.address, place.port), timeout=limit).close()
-            return
-        except OSError:
-            if time.monotonic() - began > limit:
-                raise _missing(place, "the first one has not") from None
-            time.sleep(0.1)
+    while not _listens(place, limit):
+        if time.monotonic() - began > limit:
+            raise _missing(place, "the first one has not")
+        time.sleep(0.1)
+
+
+def _listens(place: Place, limit: float) -> bool:
+    """Whether another process listens where the first one should. A connection to a port that nobody has may get that
+    very port for its own end, and is then one to itself (a simultaneous open, RFC 9293, 3.5): one of 17,000 tries did.
+    """
+    try:
+        with socket.create_connection((place.address, place.port), timeout=limit) as link:
+            return bool(link.getsockname() != link.getpeername())
+    except OSError:
+        return False
 
 
 def _missing(place: Place, who: str = "not all others have") -> TrainingError:

@@ -119,15 +119,27 @@ def test_a_wrong_command_is_said_by_the_first_process_alone(tmp_path, wrong):
 @pytest.mark.parametrize("there", [0, 1])
 def test_a_process_whose_neighbour_never_comes_says_so_and_ends(tmp_path, there):
     began = time.monotonic()
-    with commands(tmp_path / "said", *words(tmp_path)) as started:
-        started[1 - there].kill()  # before it has done anything
-        code, text = ended(started, tmp_path / "said")[there]
+    with of_two.alone(tmp_path / "said", there, *words(tmp_path)) as started:
+        started.join(100)
+        assert started.exitcode == 3
+    text = (tmp_path / "said" / f"stderr{there}").read_text()
     assert time.monotonic() - began < processes.NEAR + 40  # which a process may take to start on a busy machine
-    assert code == 3
     missing = "not all others have" if there == 0 else "the first one has not"
     assert errors(text) == [f"error: Process {there} of 2: {missing} come within 15 s, killed or never started."]
     assert "c10d" not in text
     assert not list(tmp_path.glob("tiny/.partial"))
+
+
+def test_a_connection_to_itself_is_nobody_that_listens(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = launched.Place(1, 2, 1, *server.getsockname(), together=True)
+        assert processes._listens(place, 1)
+    assert not processes._listens(place, 1)
+    own = socket.socket()
+    own.bind(("127.0.0.1", 0))
+    own.connect(own.getsockname())
+    monkeypatch.setattr(socket, "create_connection", lambda *given, **more: own)
+    assert not processes._listens(place, 1)
 
 
 def test_a_port_that_is_taken_is_named(tmp_path, monkeypatch):

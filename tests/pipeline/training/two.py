@@ -87,6 +87,14 @@ def commands(said: Path, *words: str, second: tuple[str, ...] | None = None) -> 
 
 
 @contextmanager
+def alone(said: Path, rank: int, *words: str) -> Iterator[Any]:
+    """A command in one process of two, whose neighbour is never started; killed where it has not ended by the end."""
+    said.mkdir(exist_ok=True)
+    with _started([(_command, (list(words), rank), said)]) as started:
+        yield started[0]
+
+
+@contextmanager
 def _started(works: list[tuple[Callable[..., Any], tuple[Any, ...], Path]]) -> Iterator[list[Any]]:
     port = free_port()
     started = [FORKS.Process(target=work, args=(*args, port, said)) for work, args, said in works]
