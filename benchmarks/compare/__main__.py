@@ -91,7 +91,8 @@ def compare(problem: Problem, rows: Rows, asked: Asked) -> None:
     for scope in asked.scopes:
         name = f"leanort, {scope.replace(':', ' by ')}"
         shares = missing(f"{name}, closed form")
-        for share, kind, result in ours.results(model, problem, shares, scope, asked.seconds, clock) if shares else ():
+        results = ours.results(model, problem, shares, scope, asked.seconds, clock, score=score) if shares else ()
+        for share, kind, result in results:
             rows.add(
                 **known, method=f"{name}, {kind}", wanted=share, macs=result.macs, seconds=result.seconds,
                 choice_seconds=result.choice_seconds, latency=result.latency, **result.score._asdict(),

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from benchmarks.compare.problems import ALIGN, Problem, Score, accuracy, train
+from benchmarks.compare.problems import ALIGN, Problem, Score, accuracy, outputs, train
 from benchmarks.compare.timed import OPSET, Clock, hit, scoring, table
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.operators.trace import Policy
@@ -152,8 +152,9 @@ def _trained(
     masks.apply(model, chosen)
     small, _ = at_pruned_size(model, problem.build(), captured, chosen, Policy())
     model = small.model if small else model
-    before, right = copy.deepcopy(model), accuracy(model, problem, "calibration")
+    seen, labels = problem.part("calibration")
+    before, right = copy.deepcopy(model), accuracy(outputs(model, seen), labels)
     x, y = problem.part("train")
     left = max(seconds - (time.perf_counter() - began), 1e-3)
     train(model, x, y, lr=AFTER_FIT, seconds=left, teacher=dense)
-    return model if accuracy(model, problem, "calibration") >= right else before
+    return model if accuracy(outputs(model, seen), labels) >= right else before

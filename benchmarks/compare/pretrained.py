@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.compare import ours
-from benchmarks.compare.problems import Problem, Score
+from benchmarks.compare.problems import Problem, Score, outputs
+from pipeline.tasks.task import softened
 
 SIDE = 224
 MEAN, DEVIATION = 127.0, 128.0
@@ -27,7 +28,6 @@ MEAN, DEVIATION = 127.0, 128.0
 SURE = 0.5
 """The share of the dense model's first answer from which on it counts as sure."""
 ALIGN = 4
-BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,12 @@ class Agreement:
 def agreement(dense: Tensor, pruned: Tensor) -> Agreement:
     """Of logits (images, classes)."""
     same = (dense.argmax(1) == pruned.argmax(1)).float()
-    shares = dense.log_softmax(1)
-    nats = (shares.exp() * (shares - pruned.log_softmax(1))).sum(1).mean()
-    sure = same[shares.exp().amax(1) > SURE]
+    sure = same[dense.softmax(1).amax(1) > SURE]
     return Agreement(
         100 * float(same.mean()),
         100 * float(sure.mean()),
         float(torch.cosine_similarity(dense, pruned, dim=1).mean()),
-        float(nats),
+        float(softened(pruned, dense, 1.0).mean()),
     )
 
 
@@ -83,12 +81,6 @@ def measured(
 
     for _, _, result in ours.results(dense, problem, macs, choice, align=ALIGN, score=score):
         yield result, found[-1]
-
-
-def outputs(run: Callable[[Tensor], Any], images: Tensor) -> Tensor:
-    """Logits."""
-    with torch.no_grad():
-        return torch.cat([run(batch) for batch in images.split(BATCH)])
 
 
 def images(folder: Path) -> Tensor:

@@ -14,8 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.models import torchvision_operators  # noqa: F401  # before torchvision, and what imports it
+from pipeline.tasks.task import softened
 
 BATCH = 64
+"""Of training."""
+JUDGED = 32
+"""Samples that a network is run on at once, where it is judged."""
 ALIGN = 8
 """Kept channels of a layer are a multiple of this, in every method that can be told so."""
 SHARES = (0.6, 0.7)
@@ -167,22 +171,13 @@ def train(
             if teacher is not None:
                 with torch.no_grad():
                     taught = teacher(x[chosen])
-                soft = F.kl_div(logits.log_softmax(1), taught.log_softmax(1), log_target=True, reduction="batchmean")
-                loss = 0.5 * loss + 0.5 * soft
+                loss = 0.5 * loss + 0.5 * softened(logits, taught, 1.0).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     if images:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval()
-
-
-def accuracy(run: Callable[[Tensor], Tensor], problem: Problem, part: str) -> float:
-    """Percent right of a part."""
-    x, y = problem.part(part)
-    with torch.no_grad():
-        right = [run(x[i : i + 100]).argmax(1) == y[i : i + 100] for i in range(0, len(x), 100)]
-    return 100 * float(torch.cat(right).float().mean())
 
 
 class Score(NamedTuple):
@@ -194,21 +189,20 @@ class Score(NamedTuple):
     nats: float
 
 
-def outputs(run: Callable[[Tensor], Tensor], problem: Problem) -> Tensor:
-    """Logits of the test part."""
-    x, _ = problem.part("test")
+def outputs(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Logits of all samples."""
     with torch.no_grad():
-        return torch.cat([run(batch) for batch in x.split(100)])
+        return torch.cat([run(batch) for batch in x.split(JUDGED)])
 
 
-def scored(logits: Tensor, dense: Tensor, problem: Problem) -> Score:
-    """What `outputs` of a network are worth beside those of the dense one."""
-    _, y = problem.part("test")
-    shares, wanted = logits.log_softmax(1), dense.log_softmax(1)
-    return Score(
-        100 * float((logits.argmax(1) == y).float().mean()),
-        float(F.kl_div(shares, wanted, log_target=True, reduction="batchmean")),
-    )
+def accuracy(logits: Tensor, y: Tensor) -> float:
+    """Percent right."""
+    return 100 * float((logits.argmax(1) == y).float().mean())
+
+
+def scored(logits: Tensor, dense: Tensor, y: Tensor) -> Score:
+    """What a network's logits are worth beside those of the dense one."""
+    return Score(accuracy(logits, y), float(softened(logits, dense, 1.0).mean()))
 
 
 def macs(model: nn.Module, x: Tensor) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from pipeline.drawing import plots
+
 CONFIDENCE = 0.95
 OURS = "leanort"
 """What the names of our methods begin with."""
@@ -64,7 +66,7 @@ def markdown(path: Path) -> str:
                 _cell([r for r in rows if r["method"] == method and r["wanted"] == share], seeds) for share in shares
             ]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        for method in methods:
+        for method in (name for name in methods if name.startswith(OURS)):
             cells = [_ahead([r for r in rows if r["wanted"] == share], method) for share in shares]
             if any(cell != NONE for cell in cells):
                 lines.append(f"| *{method}: points ahead of the best peer on each seed* | " + " | ".join(cells) + " |")
@@ -84,7 +86,7 @@ def _ahead(rows: list[Row], method: str) -> str:
         if method.endswith(TRAINED) or not row["method"].endswith(TRAINED):
             peers[row["seed"]] = max(row["accuracy"], peers.get(row["seed"], 0.0))
     ahead = [ours[seed] - peers[seed] for seed in sorted(ours.keys() & peers.keys())]
-    if not ahead or not method.startswith(OURS):
+    if not ahead:
         return NONE
     mean, half = interval(ahead)
     return f"{mean:+.1f} ± {half:.1f} (worst {min(ahead):+.1f})" if len(ahead) > 1 else f"{mean:+.1f}, one seed"
@@ -94,10 +96,10 @@ def _cell(rows: list[Row], seeds: int) -> str:
     """Mean and interval of one method at one share; how many seeds it is of, where others have more, and what was left,
     where that is not what was wanted.
     """
-    rows = [row for row in rows if "accuracy" in row] or rows
-    values = [row["accuracy"] for row in rows if "accuracy" in row]
-    if not values:
+    if not any("accuracy" in row for row in rows):
         return "fails" if rows else NONE
+    rows = [row for row in rows if "accuracy" in row]
+    values = [row["accuracy"] for row in rows]
     mean, half = interval(values)
     told = [f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"]
     apart = [row["nats"] for row in rows if "nats" in row]  # older rows do not say
@@ -144,8 +146,7 @@ def draw(path: Path, picture: Path) -> None:
     known = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(list(known.values()), list(known), loc="lower center", ncols=3, fontsize=7)
     figure.tight_layout(rect=(0, 1.4 / (3.6 * lines + 1.6), 1, 1))
-    with matplotlib.rc_context({"svg.hashsalt": OURS}):  # the same rows, the same file
-        figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
+    plots.save(figure, picture)
     pyplot.close(figure)
 
 

@@ -70,8 +70,9 @@ class Clock:
 
 def scoring(dense: nn.Module, problem: Problem, clock: Clock | None) -> Callable[[Any], Score]:
     """What a model is worth beside the dense one; with a `clock`, the file that it times."""
-    wanted = outputs(dense, problem)
-    return lambda model: scored(outputs(clock.answers(model) if clock else model, problem), wanted, problem)
+    x, y = problem.part("test")
+    wanted = outputs(dense, x)
+    return lambda model: scored(outputs(clock.answers(model) if clock else model, x), wanted, y)
 
 
 def answers(path: Path) -> Callable[[Tensor], Tensor]:

@@ -99,10 +99,6 @@ class _Samples:
         """Those of `numbers` that have all branches."""
         return [number for number in numbers if number not in self.bare]
 
-    def inside(self) -> frozenset[int]:
-        """The clusters inside any branch."""
-        return _clusters(self.branches)
-
     def stays(self, column: int) -> bool:
         """Whether an operator is in a model without branches."""
         return any(number in self.bare for number, _ in self.same[column])
@@ -273,7 +269,7 @@ def _placed(
     having_all = [[one for one in seen if one[0] not in measured.bare] for seen in same]
     sides = [_sides(found or seen, measured.follows) for found, seen in zip(having_all, same, strict=True)]
     followed = [_followed(one, measured.sizes) for one in sides]
-    inside = measured.inside()
+    inside = _clusters(branches)
     for column, seen in enumerate(same):
         if not seen:
             continue

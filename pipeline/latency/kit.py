@@ -52,7 +52,7 @@ def write(
         models = []
         for number, choice in enumerate(choices):
             name = f"model-{number:02d}.onnx"
-            if not probes.written(analysis, choice, branches, source, setting, folder / name, feed, progress):
+            if not probes.write(analysis, choice, branches, source, setting, folder / name, feed, progress):
                 branches = ()
                 continue
             repeat_weights(folder / name)

@@ -86,51 +86,39 @@ def write(
     setting: Setting,
     path: Path,
     feed: Mapping[str, Any],
-) -> None:
-    """The model without the groups flagged in `removed` as an ONNX file, and without `branches` where all that is
-    inside them is flagged; its weights are the capture's, masked.
-
-    Raises RefusedError, ExportError.
-    """
-    captured = analysis.captured
-    masks = dict(analysis.masks(removed))
-    if is_bare(removed, branches):
-        for branch in branches:
-            masks |= branch.masks(captured.state)
-        program = cut(analysis, visible(analysis), masks, setting)
-    elif any(flags.any() for flags in removed.values()):
-        program = centred(shrink(captured.fold(masks), analysis, removed).program, setting)
-    else:
-        program = centred(captured.program, setting)
-    export(program, source, setting, path, feed)
-
-
-def is_bare(removed: Removed, branches: Sequence[Branch]) -> bool:
-    """Whether a choice is the one without branches: all that is inside them is flagged."""
-    return bool(branches) and all(removed[name].all() for one in branches for name in one.inside)
-
-
-def written(
-    analysis: Analysis,
-    removed: Removed,
-    branches: Sequence[Branch],
-    source: ModelSource,
-    setting: Setting,
-    path: Path,
-    feed: Mapping[str, Any],
     progress: Progress,
 ) -> bool:
-    """`write`, and whether there is such a model: the one without branches may be none, which is said, for the table
-    does without it. Raises RefusedError, ExportError of any other.
+    """The model without the groups flagged in `removed` as an ONNX file, and without `branches` where all that is
+    inside them is flagged; its weights are the capture's, masked. Returns whether there is such a model: the one
+    without branches may be none, which is said, for the table does without it.
+
+    Raises RefusedError, ExportError of any other.
     """
     try:
-        write(analysis, removed, branches, source, setting, path, feed)
+        export(_program(analysis, removed, branches, setting), source, setting, path, feed)
     except (RefusedError, ExportError) as error:
-        if not is_bare(removed, branches):
+        if not _is_bare(removed, branches):
             raise
         progress.say(f"  latency table: not known what goes with a branch ({first_line(error)})")
         return False
     return True
+
+
+def _program(analysis: Analysis, removed: Removed, branches: Sequence[Branch], setting: Setting) -> ExportedProgram:
+    captured = analysis.captured
+    masks = dict(analysis.masks(removed))
+    if _is_bare(removed, branches):
+        for branch in branches:
+            masks |= branch.masks(captured.state)
+        return cut(analysis, visible(analysis), masks, setting)
+    if any(flags.any() for flags in removed.values()):
+        return centred(shrink(captured.fold(masks), analysis, removed).program, setting)
+    return centred(captured.program, setting)
+
+
+def _is_bare(removed: Removed, branches: Sequence[Branch]) -> bool:
+    """Whether a choice is the one without branches: all that is inside them is flagged."""
+    return bool(branches) and all(removed[name].all() for one in branches for name in one.inside)
 
 
 def visible(analysis: Analysis) -> dict[str, Tensor]:

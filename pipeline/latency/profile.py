@@ -147,7 +147,7 @@ def _rest(
             path = Path(folder) / "probe.onnx"
             if number == 0 and not setting.int8:
                 path = dense  # the first choice keeps all, and is that very file
-            elif not probes.written(analysis, choice, branches, source, setting, path, feed, progress):
+            elif not probes.write(analysis, choice, branches, source, setting, path, feed, progress):
                 yield {}
                 continue
             one = device.measure(reference, path, feed, setting.threads, SECONDS)
