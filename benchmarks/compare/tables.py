@@ -104,7 +104,7 @@ def _cell(rows: list[Row], seeds: int) -> str:
     told = [f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"]
     apart = [row["nats"] for row in rows if "nats" in row]  # older rows do not say
     if len(apart) == len(rows):
-        told.append(f"{statistics.fmean(apart):.3f} nats from dense")
+        told.append(f"{statistics.fmean(apart):#.2g} nats from dense")
     if len(values) < seeds or len(values) == 1:
         told.append(f"{len(values)} seeds" if len(values) > 1 else "one seed")
     had = [row["macs"] if row["of"] == "MACs left" else row.get("latency") or row["wanted"] for row in rows]
