@@ -317,8 +317,8 @@ def found(branches, missed=0.0):
 
 def test_of_dearer_and_dearer_branches_the_choice_that_loses_least_as_a_whole_is_taken(monkeypatch):
     """Whatever was promised; what misses its goal is none, and what there is no time for is not taken."""
-    led = {1.0: found("abc"), 4.0: found("a"), 1e9: found("")}
-    loses = {("a", "b", "c"): 0.5, ("a",): 0.2, (): 0.3}
+    led = {1.0: found("abc"), 2.0: found("ab"), 4.0: found("a"), 1e9: found("")}
+    loses = {("a", "b", "c"): 0.5, ("a", "b"): 0.4, ("a",): 0.2, (): 0.3}
     asked = []
 
     def tried(depth):
@@ -326,10 +326,11 @@ def test_of_dearer_and_dearer_branches_the_choice_that_loses_least_as_a_whole_is
         return loses[depth.branches]
 
     assert choose._deep(led.__getitem__, tried) == (led[4.0], 4.0)
-    assert asked == [(), ("a",), ("a", "b", "c")]
-    loses["a", "b", "c"] = 0.1
-    assert choose._deep(led.__getitem__, tried) == (led[1.0], 1.0)
-    needed = {1.0: found("abc"), 4.0: found("a", missed=0.1), 1e9: found("a", missed=0.1)}
+    assert asked == [(), ("a",), ("a", "b"), ("a", "b", "c")]
+    for times, branches in ((2.0, ("a", "b")), (1.0, ("a", "b", "c"))):
+        loses[branches] = 0.1 / len(branches)
+        assert choose._deep(led.__getitem__, tried) == (led[times], times)
+    needed = dict.fromkeys((2.0, 4.0, 1e9), found("a", missed=0.1)) | {1.0: found("abc")}
     assert choose._deep(needed.__getitem__, lambda depth: 1 / 0) == (needed[1.0], 1.0)
     assert choose._deep({1.0: found("")}.__getitem__, lambda depth: 1 / 0)[0].branches == ()
     monkeypatch.setattr(choose, "SECONDS", 0.0)
