@@ -116,6 +116,7 @@ def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_
         *(row("leanort, by curves", seed, accuracy) for seed, accuracy in enumerate((94.0, 93.0, 92.0))),
         *(row("peer", seed, accuracy) for seed, accuracy in enumerate((90.0, 92.0))),
         *(row("other peer", seed, accuracy) for seed, accuracy in enumerate((92.0, 80.0))),
+        row("peer that cannot prune it", 1, 95.0, latency=1.02),
         row("leanort, by curves, trained", 0, 96.0, nats=0.02),
         row("other peer, trained", 0, 95.0),
         row("leanort, by curves", 0, 91.0, 0.3, latency=0.35),
@@ -128,6 +129,7 @@ def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_
     assert "| leanort, by curves | 93.0 ± 2.5 | 91.0, one seed, had 0.35 |" in text
     assert "| leanort, by curves, trained | 96.0, 0.020 nats from dense, one seed | – |" in text
     assert "| peer | 91.0 ± 12.7, 2 seeds | fails |" in text and "| other peer | 86.0 ± 76.2, 2 seeds | – |" in text
+    assert "| peer that cannot prune it | 95.0, one seed, had 1.02 | – |" in text
     # 94 over 92 on the one seed, where 95 was trained, 93 over 92 on the other; the third has no peer.
     assert "points ahead of the best peer on each seed* | +1.5 ± 6.4 (worst +1.0) | – |" in text
     assert "| *leanort, by curves, trained: points ahead of the best peer on each seed* | +1.0, one seed | – |" in text
