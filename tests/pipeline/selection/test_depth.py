@@ -327,8 +327,8 @@ def test_of_dearer_and_dearer_branches_the_choice_that_loses_least_as_a_whole_is
 
     assert choose._deep(led.__getitem__, tried) == (led[4.0], 4.0)
     assert asked == [(), ("a",), ("a", "b"), ("a", "b", "c")]
-    for times, branches in ((2.0, ("a", "b")), (1.0, ("a", "b", "c"))):
-        loses[branches] = 0.1 / len(branches)
+    for times, gone in ((2.0, ("a", "b")), (1.0, ("a", "b", "c"))):
+        loses[gone] = 0.1 / len(gone)
         assert choose._deep(led.__getitem__, tried) == (led[times], times)
     needed = dict.fromkeys((2.0, 4.0, 1e9), found("a", missed=0.1)) | {1.0: found("abc")}
     assert choose._deep(needed.__getitem__, lambda depth: 1 / 0) == (needed[1.0], 1.0)
