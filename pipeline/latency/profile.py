@@ -29,7 +29,7 @@ from pipeline.progress import Progress
 from validators.feeds import random_feeds
 from validators.runners import OrtRunner
 
-SECONDS = 1.5
+SECONDS = 2.4
 """For each model, at least; the median of its turns is within a per cent then on an idle machine."""
 SEED = 0
 MOST_BYTES = 64 << 20
