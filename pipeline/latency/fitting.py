@@ -46,6 +46,12 @@ PULL = 0.1
 with cut streams kept an error of 5 %, with 0.1 and 0.03 of 2 %; elsewhere they are alike.
 """
 
+KNEES = (0.1, 0.14, 0.2, 0.28, 0.4, 0.56, 0.8)
+"""Of the dense model's time: where models begin that do not fit into the caches. A ResNet-50 at 32x32, whose dense
+weights are three times as large as these, takes half of what its operators say where they fit: models left out were
+12 % off by the other corrections and 5 % with a knee of 0.2, and one that took 0.147 of dense 0.161 and 0.147 by them.
+"""
+
 _Follows = Callable[[tuple[int, ...], tuple[int, ...]], Slot]
 """(a size as each model has it, numbers of these models) -> what it follows."""
 
@@ -109,27 +115,26 @@ class _Samples:
 
 
 def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int], branches: Sequence[Sequence[str]] = ()) -> Fit:
-    """The fit of all samples, by the block of `blocks` and the one of `CORRECTIONS` that predict left-out ones best;
-    and how well they do. `branches`: the clusters inside each residual branch that some sample is without.
+    """The fit of all samples, by the block of `blocks` and the correction that predict left-out ones best; and how well
+    they do. `branches`: the clusters inside each residual branch that some sample is without.
     """
     measured = _measured(samples, sizes, branches)
     kept, ratios = measured.kept, measured.ratios
 
     def corrected(numbers: list[int], block: int) -> list[Fit]:
-        made = _fit(measured, numbers, block)
-        return [correct(made, kept[numbers], ratios[numbers]) for correct in CORRECTIONS]
+        return _corrected(_fit(measured, numbers, block), kept[numbers], ratios[numbers])
 
     tried: list[tuple[float, int, int, tuple[tuple[float, float], ...]]] = []
     usual = measured.usual(range(len(samples)))
     parts = min(len(usual), 6)
     for block in blocks:
-        pairs: list[list[tuple[float, float]]] = [[] for _ in CORRECTIONS]
+        pairs: dict[int, list[tuple[float, float]]] = {}
         for part in range(parts):
             left_out = usual[part::parts]
-            for found, made in zip(pairs, corrected(measured.without(left_out), block), strict=True):
+            for number, made in enumerate(corrected(measured.without(left_out), block)):
                 predicted = made.ratio(kept[left_out]).tolist()
-                found += zip(predicted, ratios[left_out].tolist(), strict=True)
-        for number, found in enumerate(pairs):
+                pairs.setdefault(number, []).extend(zip(predicted, ratios[left_out].tolist(), strict=True))
+        for number, found in pairs.items():
             logs = np.log([p / max(r, 1e-9) for p, r in found])
             deviation = float(np.mean(np.abs(logs))) * (np.pi / 2) ** 0.5  # a few outliers do not decide
             tried.append((deviation, block, number, tuple(found)))
@@ -213,16 +218,23 @@ def _fit(measured: _Samples, numbers: Sequence[int], block: int) -> Fit:
     return Fit(measured.sizes, placed, terms, block, (0.0, 1.0, 0.0))
 
 
-def _bent(made: Fit, kept: Numbers, ratios: Numbers) -> Fit:
-    """The fit by which models of `kept` groups (models, clusters) take the `ratios` that they took as a whole: `grown`
-    of what their operators take together.
+def _corrected(made: Fit, kept: Numbers, ratios: Numbers) -> list[Fit]:
+    """The fit by which models of `kept` groups (models, clusters) take the `ratios` that they took as a whole, in each
+    of the ways of which one may hold. A BERT with cut streams is 6 % off by the first and 2 % by the last, a made-up
+    model of which each operator takes longer in a larger one 1 and 4 %.
     """
-    fixed, growing, bending = _steady(grown(made.total(kept)) / ratios[:, None]).tolist()
-    return replace(made, scale=(fixed, growing, bending))
+    total = made.total(kept)
+    return [*(_bent(made, total, ratios, knee) for knee in (None, *KNEES)), _divided(made, kept, ratios)]
+
+
+def _bent(made: Fit, total: Numbers, ratios: Numbers, knee: float | None) -> Fit:
+    """By what whole models take beside and beyond the `total` of their operators (models,): `grown`."""
+    fixed, growing, more = _steady(grown(total, knee) / ratios[:, None]).tolist()
+    return replace(made, scale=(fixed, growing, more), knee=knee)
 
 
 def _divided(made: Fit, kept: Numbers, ratios: Numbers) -> Fit:
-    """The same by two factors, one on the constants of all operators and one on what grows with their sizes. Operators
+    """By two factors, one on the constants of all operators and one on what grows with their sizes. Operators
     do not say well how their time divides into both: what writing down costs looks like a constant, and where a small
     model fits into the caches, what grows takes less.
     """
@@ -248,12 +260,6 @@ def _steady(rows: Numbers, pull: float = 0.0) -> Numbers:
         usual = HUBER * max(float(np.median(off)) / 0.6745, LEAST)  # 0.6745: of a standard deviation, the median error
         weights = np.sqrt(np.minimum(1, usual / np.maximum(off, 1e-12)))
     return np.asarray(found)
-
-
-CORRECTIONS = (_bent, _divided)
-"""Of what operators say by what whole models took. A BERT with cut streams is 6 % off by the first and 2 % by the
-second, a made-up model of which each operator takes longer in a larger one 1 and 4 %.
-"""
 
 
 def _placed(

@@ -80,6 +80,7 @@ class Fit:
     terms: Mapping[Key, Numbers]
     block: int
     scale: tuple[float, float, float]
+    knee: float | None = None
     error: float = 0.0
     checked: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
@@ -113,7 +114,7 @@ class Fit:
 
     def _scaled(self, total: Numbers) -> Numbers:
         """(choices,) what the operators take together -> time of the dense model's."""
-        made: Numbers = grown(total) @ np.array(self.scale)
+        made: Numbers = grown(total, self.knee) @ np.array(self.scale)
         return made
 
     def total(self, kept: Numbers) -> Numbers:
@@ -151,8 +152,12 @@ class Fit:
         return made
 
 
-def grown(total: Numbers) -> Numbers:
+def grown(total: Numbers, knee: float | None = None) -> Numbers:
     """Terms that a whole model's time is a sum of, (choices, 3), given what its operators take together: the session's
     own time, as much as they say, and more the larger the model is, whose tensors push each other out of the caches.
+
+    With a `knee` that happens at once: a model of so much still finds its weights in the caches, one of twice as much
+    reads all of them from memory again.
     """
-    return np.stack([np.ones_like(total), total, total**BENDING], axis=1)
+    more = total**BENDING if knee is None else total * np.clip(total / knee - 1, 0, 1)
+    return np.stack([np.ones_like(total), total, more], axis=1)

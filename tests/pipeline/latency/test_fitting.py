@@ -197,18 +197,25 @@ def test_operators_of_a_branch_that_is_gone_cost_nothing_not_even_their_constant
     assert errors(made, [one(a, 0) for a in (64, 40, 16)]).max() < 0.02
 
 
-def test_a_whole_model_may_take_longer_than_its_operators_the_more_the_larger_it_is():
-    def whole(sum_, most):
-        return 0.6 * sum_ + 0.4 * most * (sum_ / most) ** 1.5
+def slowed(samples, whole):
+    """Models that take `whole` (share of what the dense one's operators take together -> share of its time)."""
+    sums = [sum(o.share for o in one.operators) for one in samples]
+    return [replace(one, ratio=whole(s / sums[0])) for one, s in zip(samples, sums, strict=True)]
 
-    def timed(samples):
-        sums = [sum(o.share for o in one.operators) for one in samples]
-        most = sums[0]
-        return [replace(one, ratio=whole(s, most) / most) for one, s in zip(samples, sums, strict=True)]
 
-    told = timed([sample(64, 32), *drawn(20, 0)])
-    test = timed([sample(64, 32), *drawn(40, 1)])
-    assert errors(fit(told, SIZES, (8,)), test).max() < 0.05
+@pytest.mark.parametrize(
+    ("whole", "worst"),
+    [
+        (lambda share: 0.6 * share + 0.4 * share**1.5, 0.05),
+        # Weights that no longer fit into the caches are read from memory in every inference.
+        (lambda share: share * (0.5 + 0.5 * min(max(share / 0.25 - 1, 0), 1)), 0.15),
+    ],
+    ids=["the more the larger it is", "from where the caches are full"],
+)
+def test_a_whole_model_may_take_longer_than_its_operators(whole, worst):
+    told = slowed([sample(64, 32), *drawn(20, 0)], whole)
+    found = errors(fit(told, SIZES, (8,)), slowed([sample(64, 32), *drawn(40, 1)], whole))
+    assert np.median(found) < 0.04 and found.max() < worst
 
 
 def test_what_writing_down_costs_is_told_from_what_operators_cost():
