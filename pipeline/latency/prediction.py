@@ -72,7 +72,8 @@ class Placed:
 @dataclass(frozen=True)
 class Fit:
     """Predicts a model's time of the dense model's. `error`: of the log of a ratio, a standard deviation, from the mean
-    error of models left out of the fit one after another, which `checked` lists as (predicted, measured).
+    error of models left out of the fit one after another, which `checked` lists as (predicted, measured). `scale`: of
+    the terms that are `grown` from what the operators take together, with this `knee`.
     """
 
     sizes: Sizes
