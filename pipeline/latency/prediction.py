@@ -157,8 +157,8 @@ def grown(total: Numbers, knee: float | None = None) -> Numbers:
     """Terms that a whole model's time is a sum of, (choices, 3), given what its operators take together: the session's
     own time, as much as they say, and more the larger the model is, whose tensors push each other out of the caches.
 
-    With a `knee` that happens at once: a model of so much still finds its weights in the caches, one of twice as much
-    reads all of them from memory again.
+    With a `knee` that happens between two sizes: a model of so much still finds its weights in the caches, one of twice
+    as much reads all of them from memory again.
     """
     more = total**BENDING if knee is None else total * np.clip(total / knee - 1, 0, 1)
     return np.stack([np.ones_like(total), total, more], axis=1)
