@@ -54,18 +54,20 @@ class Placed:
 
     def at(self, dimensions: Numbers, whole: Flags, terms: Mapping[Key, Numbers], block: int) -> Numbers:
         """What it takes at each choice, of which these are the program's `dimensions` (choices, dimensions) and the
-        clusters that are `whole` (choices, clusters). A file has nothing of a branch that goes as a whole, whose sizes
-        are zero: it does not even cost its constant.
+        clusters that are `whole` (choices, clusters): (choices, 2), its constant and what grows with its sizes. A file
+        has nothing of a branch that goes as a whole, whose sizes are zero: it does not even cost its constant.
         """
         sides = self.inputs, self.outputs
         inputs, outputs = ([[s.at(dimensions) for s in shape] for shape in side] for side in sides)
         found = work(self.kind, inputs, outputs, block)
         cost = terms.get((found.key, self.column))
+        took = np.zeros((len(dimensions), 2))
         if cost is None:
-            return np.zeros(len(dimensions))
-        took = self.factor * sum(c * v for c, v in zip(cost, found.terms, strict=True))
+            return took
+        constant, *growing = (c * v for c, v in zip(cost, found.terms, strict=True))
+        took[:, 0], took[:, 1] = constant, sum(growing)
         there = (dimensions[:, self._sized] > 0).all(axis=1)
-        made: Numbers = (there & self.where.at(whole) & self.branch.at(dimensions)) * took
+        made: Numbers = (there & self.where.at(whole) & self.branch.at(dimensions))[:, None] * (self.factor * took)
         return made
 
 
@@ -80,20 +82,20 @@ class Fit:
     placed: tuple[Placed, ...]
     terms: Mapping[Key, Numbers]
     block: int
-    scale: tuple[float, float, float]
+    scale: tuple[float, float, float, float]
     knee: float | None = None
     error: float = 0.0
     checked: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
     def ratio(self, kept: Numbers) -> Numbers:
         """(choices, clusters) groups kept -> (choices,) time of the dense model's."""
-        return self._scaled(self.total(kept))
+        return self.scaled(self.total(kept))
 
     def of(self, kept: Numbers) -> float:
         """(clusters,) groups kept -> time of the dense model's: `ratio` of one choice. An operator that is asked again
         for the sizes that it had is not worked out again: a choice is mostly one of many that differ in a layer.
         """
-        return float(self._scaled(self._each(kept).sum(keepdims=True))[0])
+        return float(self.scaled(self._each(kept).sum(axis=0, keepdims=True))[0])
 
     def along(self, kept: Numbers, counts: Sequence[tuple[int, Sequence[int]]]) -> list[Numbers]:
         """(clusters,) groups kept -> for each (number of a cluster, counts of groups) the time of the dense model's
@@ -106,39 +108,42 @@ class Fit:
         whole = np.repeat((kept == self.sizes.whole)[None], len(of), axis=0)
         whole[np.arange(len(of)), of] = values == self.sizes.whole[of]
         here = self._each(kept)
-        total = np.full(len(of), here.sum())
+        total = np.tile(here.sum(axis=0), (len(of), 1))
         for one, clusters, now in zip(self.placed, self._clusters, here, strict=True):
             at = np.flatnonzero(clusters[of])
             if at.size:
                 total[at] += one.at(dimensions[at], whole[at], self.terms, self.block) - now
-        return np.split(self._scaled(total), np.cumsum([len(each) for _, each in counts]))[: len(counts)]
+        return np.split(self.scaled(total), np.cumsum([len(each) for _, each in counts]))[: len(counts)]
 
-    def _scaled(self, total: Numbers) -> Numbers:
-        """(choices,) what the operators take together -> time of the dense model's."""
+    def scaled(self, total: Numbers) -> Numbers:
+        """(choices, 2) what the operators take together, as from `total` -> (choices,) time of the dense model's."""
         made: Numbers = grown(total, self.knee) @ np.array(self.scale)
         return made
 
     def total(self, kept: Numbers) -> Numbers:
-        """What the operators of each choice take together."""
+        """(choices, clusters) groups kept -> (choices, 2) what the operators of each choice take together: their
+        constants, and what grows with their sizes.
+        """
         dimensions, whole = self.sizes.at(kept), kept == self.sizes.whole
-        return sum((one.at(dimensions, whole, self.terms, self.block) for one in self.placed), np.zeros(len(kept)))
+        nothing = np.zeros((len(kept), 2))
+        return sum((one.at(dimensions, whole, self.terms, self.block) for one in self.placed), nothing)
 
     def _each(self, kept: Numbers) -> Numbers:
-        """What each operator takes at one choice, (clusters,)."""
+        """(clusters,) groups kept of one choice -> (operators, 2) what each takes: its constant, and what grows."""
         dimensions, whole = self.sizes.at(kept[None]), (kept == self.sizes.whole)[None]
         sizes, flags = dimensions[0].tolist(), whole[0].tolist()
-        found = np.empty(len(self.placed))
+        found = np.empty((len(self.placed), 2))
         for number, one in enumerate(self.placed):
             key = number, one.where.of is None or flags[one.where.of], *[sizes[d] for d in one.follows]
             took = self._known.get(key)
             if took is None:
-                took = self._known[key] = float(one.at(dimensions, whole, self.terms, self.block)[0])
+                took = self._known[key] = one.at(dimensions, whole, self.terms, self.block)[0]
             found[number] = took
         return found
 
     @cached_property
-    def _known(self) -> dict[tuple[Any, ...], float]:
-        """(number of an operator, whether the cluster that decides on it is whole, sizes that it follows) -> share."""
+    def _known(self) -> dict[tuple[Any, ...], Numbers]:
+        """(number of an operator, whether the cluster that decides on it is whole, sizes that it follows) -> (2,)."""
         return {}
 
     @cached_property
@@ -154,11 +159,16 @@ class Fit:
 
 
 def grown(total: Numbers, knee: float | None = None) -> Numbers:
-    """Terms that a whole model's time is a sum of, (choices, 3), given what its operators take together: the session's
-    own time, as much as they say, and more the larger the model is, whose tensors push each other out of the caches.
+    """Terms that a whole model's time is a sum of, (choices, 4), given what its operators take together, (choices, 2):
+    the session's own time, the operators' constants, what grows with their sizes, and more the larger the model is,
+    whose tensors push each other out of the caches. Operators do not say well how their time divides into constants and
+    the rest: what writing down costs looks like a constant, and where a small model fits into the caches, what grows
+    takes less.
 
-    With a `knee` that happens between two sizes: a model of so much still finds its weights in the caches, one of twice
-    as much reads all of them from memory again.
+    With a `knee` the last sets in between two sizes: a model of so much still finds its weights in the caches, one of
+    twice as much reads all of them from memory again.
     """
-    more = total**BENDING if knee is None else total * np.clip(total / knee - 1, 0, 1)
-    return np.stack([np.ones_like(total), total, more], axis=1)
+    constant, growing = total.T
+    both = constant + growing
+    more = both**BENDING if knee is None else growing * np.clip(both / knee - 1, 0, 1)
+    return np.stack([np.ones_like(both), constant, growing, more], axis=1)

@@ -218,6 +218,26 @@ def test_a_whole_model_may_take_longer_than_its_operators(whole, worst):
     assert np.median(found) < 0.04 and found.max() < worst
 
 
+def test_caches_slow_what_grows_and_not_the_constants():
+    """A branch of small operators, each of which takes longer than its profile says: the model without that branch
+    shows that it is not the session's own time, and full caches slow the convolutions alone.
+    """
+
+    def cached(a, b):
+        first, second, third, head = sample(a, b or 8).operators
+        small = [Operator(f"cast_{n}", "Cast", ((1, b),), ((1, b),), 0.012) for n in range(12)] if b else []
+        large = (first, second, third, head) if b else (first, head)
+        grows = sum(o.share for o in large)
+        ratio = 0.015 * len(small) + grows * (0.5 + 0.5 * min(max(grows / 0.3 - 1, 0), 1))
+        return Sample({"a": a, "b": b}, ratio, (*large[:-1], *small, head))
+
+    draw = np.random.default_rng(0)
+    pairs = [(64, 32), *((int(draw.integers(1, 9)) * 8, int(draw.integers(1, 5)) * 8) for _ in range(13)), (64, 0)]
+    made = fit([cached(a, b) for a, b in pairs], SIZES, (8,), [["b"]])
+    found = errors(made, [cached(a, b) for a in range(8, 65, 8) for b in (8, 16, 24, 32)])
+    assert np.median(found) < 0.02 and found.max() < 0.2
+
+
 def test_what_writing_down_costs_is_told_from_what_operators_cost():
     """Of twelve small ones it takes more than of a convolution, and more than they take themselves."""
 
