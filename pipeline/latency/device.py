@@ -27,6 +27,8 @@ KIT, FEED, RESULT = "kit.json", "feed.npz", "device.json"
 LONGEST = 4 << 20
 """Bytes of a kit's own description."""
 FEED_BYTES = 4 << 30
+OLDER_OPSET = 20
+"""Which onnxruntime reads from 1.17 on, of January 2024."""
 SESSIONS = 3
 """Opened of each model: where one lies in memory may slow a model of a millisecond by two fifths, for as long as it is
 open, and never makes it faster.
@@ -209,6 +211,17 @@ def feeds(folder: Path) -> dict[str, Any]:
         return dict(arrays)
 
 
+def cannot_run(kit: dict[str, Any], error: Exception) -> str:
+    """What is wrong, and what to do next."""
+    words = str(error).splitlines()
+    again = f"leanort profile {kit['model']} --set export.opset={OLDER_OPSET} --kit kit.tar.gz"
+    return (
+        f"onnxruntime {ort.__version__} on this device cannot run the models of this kit, which are of opset "
+        f"{kit['setting']['opset']}. Install a newer onnxruntime here, or write the kit for an older opset: {again}\n"
+        f"What it says: {words[0] if words else error!r}"
+    )
+
+
 def main() -> int:
     """Measure what is not measured yet."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
@@ -219,15 +232,20 @@ def main() -> int:
         before = json.loads(result.read_text(encoding="utf-8"))
         if before.get("kit") == kit and before.get("device") == facts():
             measured = before["measured"]
-    dense = fastest(folder / kit["reference"], feed, kit["threads"])
-    for number, name in enumerate(kit["models"]):
-        if number < len(measured):
-            continue
-        measured.append(measure(dense, folder / name, feed, kit["threads"], kit["seconds"]))
-        print(f"{number + 1}/{len(kit['models'])}  {measured[-1]['ratio']:.3f} of dense", flush=True)
-        part = result.with_suffix(".part")
-        part.write_text(json.dumps(sealed(kit, measured)), encoding="utf-8")
-        part.replace(result)
+    try:
+        dense = fastest(folder / kit["reference"], feed, kit["threads"])
+        for number, name in enumerate(kit["models"]):
+            if number < len(measured):
+                continue
+            measured.append(measure(dense, folder / name, feed, kit["threads"], kit["seconds"]))
+            print(f"{number + 1}/{len(kit['models'])}  {measured[-1]['ratio']:.3f} of dense", flush=True)
+            part = result.with_suffix(".part")
+            part.write_text(json.dumps(sealed(kit, measured)), encoding="utf-8")
+            part.replace(result)
+    except OSError:  # of the disk, and not of a model
+        raise
+    except Exception as error:  # onnxruntime's exception classes share no base of their own
+        raise SystemExit(cannot_run(kit, error)) from None
     print(f"Done: give {result} to leanort with --device.")
     return 0
 

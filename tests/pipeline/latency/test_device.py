@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 
 from foundation.errors import ConfigError, RefusedError
+from foundation.files import sha256
 from pipeline.channels import analyse
 from pipeline.channels.dead.removable import removable
 from pipeline.latency import device, kit, probes, profile
@@ -232,6 +234,23 @@ def test_a_kit_with_another_file_in_it_measures_nothing(measured, tmp_path):
     shutil.copyfile(folder / "model-01.onnx", folder / "model-02.onnx")
     done = run(folder)
     assert done.returncode == 1 and "model-02.onnx was changed" in done.stderr
+    assert not (folder / device.RESULT).exists()
+
+
+def test_where_the_runtime_is_too_old_for_a_kit_it_says_how_to_get_one_that_it_can_read(measured, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(measured, folder)
+    (folder / device.RESULT).unlink()
+    model = onnx.load(folder / kit.REFERENCE)
+    model.opset_import[0].version = 999
+    onnx.save(model, folder / kit.REFERENCE)
+    told = json.loads((folder / device.KIT).read_text())
+    told["files"][kit.REFERENCE] = sha256(folder / kit.REFERENCE)
+    (folder / device.KIT).write_text(json.dumps(told))
+    done = run(folder)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"onnxruntime {device.ort.__version__}" in done.stderr and "opset 23" in done.stderr
+    assert "--set export.opset=20 --kit" in done.stderr
     assert not (folder / device.RESULT).exists()
 
 
