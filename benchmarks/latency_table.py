@@ -1,8 +1,8 @@
 """How well a latency table predicts: `python benchmarks/latency_table.py [MODEL ...] [--tests 12] [--int8]`.
 
 For each model (a spec as for `leanort deploy`; `NAME@C,H,W` sets the input) a table is measured, with untrained
-weights, which no time hangs on. Then models of random widths that the table has not seen are exported and timed
-against the dense one, in turns, and held against what the table says of them. With `--depth`, that share of the
+weights, which no time hangs on. Then models of random widths that the table has not seen are exported and raced against
+the dense one, as the gate does it, and held against what the table says of them. With `--depth`, that share of the
 residual branches goes as a whole in each of them; of the table's own models one is without any. With `--goal 0.5`,
 widths are chosen for that share of the time, and for as many multiply-accumulates by counting these, and timed.
 Printed: seconds of the table, the error that it expects of itself, and the relative error of the predictions, median
@@ -25,8 +25,9 @@ from exporters.host import vector_block
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.dead.removable import Branch, removable
-from pipeline.latency import device, probes, profile
+from pipeline.latency import probes, profile
 from pipeline.latency.probes import Setting
+from pipeline.latency.trial import SECONDS
 from pipeline.measurements import Measurements
 from pipeline.models.find import load
 from pipeline.models.graph import graph_of
@@ -37,6 +38,9 @@ from pipeline.selection.allocation import Budget, Removed
 from pipeline.selection.cost import Cost, Counted, Timed
 from pipeline.selection.curves import Curve
 from pipeline.training.masks import maskable
+from validators.feeds import Feed
+from validators.latency import race
+from validators.runners import OrtRunner
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "timm:deit_tiny_patch16_224", "hf:bert")
 
@@ -96,12 +100,12 @@ def one(name: str, args: argparse.Namespace) -> None:
 
 
 class _Times:
-    """Times of models as files, each over the dense one's beside it."""
+    """Times of models as files over the dense one's, in a race as the gate runs it: several sessions of each."""
 
     def __init__(self, analysis: Analysis, source: ModelSource, setting: Setting, folder: Path) -> None:
         self.analysis, self.source, self.setting, self.path = analysis, source, setting, folder / "model.onnx"
-        self.feed = profile.dense_file(analysis, source, setting, folder / "dense.onnx")
-        self.dense = device.fastest(folder / "dense.onnx", self.feed, setting.threads)
+        self.reference = folder / "dense.onnx"
+        self.feed = profile.dense_file(analysis, source, setting, self.reference)
         self.weights = probes.visible(analysis)
 
     def of(self, removed: Removed, branches: Sequence[Branch] = ()) -> float:
@@ -111,9 +115,10 @@ class _Times:
             masks |= branch.masks(self.analysis.captured.state)
         program = probes.cut(self.analysis, self.weights, masks, self.setting)
         probes.export(program, self.source, self.setting, self.path, self.feed)
-        return float(
-            device.measure(self.dense, self.path, self.feed, self.setting.threads, 2 * profile.SECONDS)["ratio"]
-        )
+        files = {"model": self.path, "dense": self.reference}
+        runners = {name: OrtRunner(path, threads=self.setting.threads, name=name) for name, path in files.items()}
+        timed = race(runners, Feed("random", self.feed), reference="dense", seconds=SECONDS, seed=0).runners["model"]
+        return (timed.cpu_ratio if self.setting.threads == 1 else timed.ratio).value
 
 
 def _chosen(analysis: Analysis, cost: Timed, align: int, times: _Times) -> None:
