@@ -8,6 +8,7 @@ operator of one model is which of another, and which widths have it at all, is f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,11 +48,13 @@ of a ResNet-50 at 32x32 were 8 % off with 0.1 and 6 % with 0.03; with 0.3 a BERT
 with less of 2 %; elsewhere they are alike.
 """
 
-KNEES = (0.1, 0.14, 0.2, 0.28, 0.4, 0.56, 0.8)
+KNEES = (0.035, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.56, 0.8)
 """Of the dense model's time: where models begin that do not fit into the caches. A ResNet-50 at 32x32, whose dense
 weights are three times as large as these, takes half of what its operators say where they fit: models left out were
-12 % off by the other corrections and 5 % with a knee of 0.2, and one that took 0.147 of dense 0.161 and 0.147 by them.
+12 % off without any and 5 % with a knee of 0.2, and one that took 0.147 of dense 0.161 and 0.147 by them.
 """
+FEWEST = 3
+"""Models on either side of a knee. Of a BERT with one alone below it, three unseen ones were told a third too fast."""
 
 _Follows = Callable[[tuple[int, ...], tuple[int, ...]], Slot]
 """(a size as each model has it, numbers of these models) -> what it follows."""
@@ -121,29 +124,29 @@ def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int], branches
     """
     measured = _measured(samples, sizes, branches)
     kept, ratios = measured.kept, measured.ratios
-
-    def corrected(numbers: list[int], block: int) -> list[Fit]:
-        made = _fit(measured, numbers, block)
-        return _corrected(made, made.total(kept[numbers]), ratios[numbers])
-
-    tried: list[tuple[float, int, int, tuple[tuple[float, float], ...]]] = []
+    tried: list[tuple[float, Fit, tuple[tuple[float, float], ...]]] = []
     usual = measured.usual(range(len(samples)))
     parts = min(len(usual), 6)
     for block in blocks:
-        pairs: dict[int, list[tuple[float, float]]] = {}
+        whole = _fit(measured, measured.without(()), block)
+        total = whole.total(kept)
+        pairs: dict[float | None, list[tuple[float, float]]] = {
+            knee: [] for knee in (None, math.inf, *_told_knees(total))
+        }
         for part in range(parts):
             left_out = usual[part::parts]
-            fits = corrected(measured.without(left_out), block)
-            total = fits[0].total(kept[left_out])  # the operators of all of them are the same
-            for number, made in enumerate(fits):
-                predicted = made.scaled(total).tolist()
-                pairs.setdefault(number, []).extend(zip(predicted, ratios[left_out].tolist(), strict=True))
-        for number, found in pairs.items():
+            others = measured.without(left_out)
+            made = _fit(measured, others, block)
+            seen, unseen = made.total(kept[others]), made.total(kept[left_out])
+            for knee, found in pairs.items():
+                predicted = _corrected(made, seen, ratios[others], knee).scaled(unseen)
+                found.extend(zip(predicted.tolist(), ratios[left_out].tolist(), strict=True))
+        for knee, found in pairs.items():
             logs = np.log([p / max(r, 1e-9) for p, r in found])
             deviation = float(np.mean(np.abs(logs))) * (np.pi / 2) ** 0.5  # a few outliers do not decide
-            tried.append((deviation, block, number, tuple(found)))
-    error, block, number, checked = min(tried)
-    return replace(corrected(measured.without(()), block)[number], error=error, checked=checked)
+            tried.append((deviation, _corrected(whole, total, ratios, knee), tuple(found)))
+    error, best, checked = min(tried, key=lambda one: one[0])
+    return replace(best, error=error, checked=checked)
 
 
 def _measured(samples: Sequence[Sample], sizes: Sizes, branches: Sequence[Sequence[str]]) -> _Samples:
@@ -222,15 +225,21 @@ def _fit(measured: _Samples, numbers: Sequence[int], block: int) -> Fit:
     return Fit(measured.sizes, placed, terms, block, (0.0, 1.0, 1.0, 0.0))
 
 
-def _corrected(made: Fit, total: Numbers, ratios: Numbers) -> list[Fit]:
-    """The fits, one for each knee, by which models whose operators take `total` together, (models, 2), take the
-    `ratios` that they took as a whole.
+def _corrected(made: Fit, total: Numbers, ratios: Numbers, knee: float | None) -> Fit:
+    """The fit, with this `knee`, by which models whose operators take `total` together, (models, 2), take the `ratios`
+    that they took as a whole.
     """
-    fits = []
-    for knee in (None, *KNEES):
-        fixed, constant, growing, more = _steady(grown(total, knee) / ratios[:, None]).tolist()
-        fits.append(replace(made, scale=(fixed, constant, growing, more), knee=knee))
-    return fits
+    fixed, constant, growing, more = _steady(grown(total, knee) / ratios[:, None]).tolist()
+    return replace(made, scale=(fixed, constant, growing, more), knee=knee)
+
+
+def _told_knees(total: Numbers) -> list[float]:
+    """Of `KNEES` those that models whose operators take `total` together, (models, 2), can tell: enough on both sides
+    of where half of the step is behind.
+    """
+    both = total.sum(axis=1)
+    below = {knee: int((both < 1.5 * knee).sum()) for knee in KNEES}
+    return [knee for knee, count in below.items() if FEWEST <= count <= len(both) - FEWEST]
 
 
 def _steady(rows: Numbers) -> Numbers:

@@ -166,7 +166,7 @@ def grown(total: Numbers, knee: float | None = None) -> Numbers:
     takes less.
 
     With a `knee` the last sets in between two sizes: a model of so much still finds its weights in the caches, one of
-    twice as much reads all of them from memory again.
+    twice as much reads all of them from memory again. With an infinite one it never does.
     """
     constant, growing = total.T
     both = constant + growing

@@ -152,6 +152,21 @@ def test_what_a_device_measured_is_read_as_what_this_machine_measures(measured, 
     assert fit.ratio(np.stack([narrow, whole])).argmin() == 0
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_dense_time_is_the_mean_of_the_reference_and_of_the_same_file_in_other_sessions(int8):
+    """By a reference that lay badly in memory all others are told too fast; in int8 the first model is another one."""
+    what = {"setting": {"int8": int8}, "kept": [{"a": 8}, {"a": 4}]}
+    shapes = [[1, 8]], [[1, 8]]
+    measured = [
+        {"ratio": ratio, "dense_ms": 2.0, "operators": [["relu", "Relu", *shapes, ratio]]} for ratio in (0.81, 0.45)
+    ]
+    found = profile._profile(what, {}, measured)
+    scale = 1.0 if int8 else 0.9
+    assert [one.ratio for one in found.samples] == pytest.approx([0.81 / scale, 0.45 / scale])
+    assert found.samples[1].operators[0].share == pytest.approx(0.45 / scale)
+    assert found.dense_ms == pytest.approx(2.0 * scale)
+
+
 def test_convolutions_of_8_bit_integers_are_read_in_the_layout_that_they_run_in(small, few):
     analysis, source = small
     made = profile.measure(analysis, source, replace(SETTING, int8=True), analysis.clusters, Measurements(), Progress())
