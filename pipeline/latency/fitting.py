@@ -56,6 +56,8 @@ weights are three times as large as these, takes half of what its operators say 
 FEWEST = 3
 """Models on either side of a knee. Of a BERT with one alone below it, three unseen ones were told a third too fast."""
 
+Pairs = list[tuple[float, float]]
+"""(predicted, measured) times of models that were left out of the fit."""
 _Follows = Callable[[tuple[int, ...], tuple[int, ...]], Slot]
 """(a size as each model has it, numbers of these models) -> what it follows."""
 
@@ -119,34 +121,36 @@ class _Samples:
 
 
 def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int], branches: Sequence[Sequence[str]] = ()) -> Fit:
-    """The fit of all samples, by the block of `blocks` and the correction that predict left-out ones best; and how well
-    they do. `branches`: the clusters inside each residual branch that some sample is without.
+    """The fit of all samples, by the block of `blocks` and the knee that predict left-out ones best; and how well they
+    do. `branches`: the clusters inside each residual branch that some sample is without.
     """
     measured = _measured(samples, sizes, branches)
-    kept, ratios = measured.kept, measured.ratios
-    tried: list[tuple[float, Fit, tuple[tuple[float, float], ...]]] = []
-    usual = measured.usual(range(len(samples)))
-    parts = min(len(usual), 6)
+    tried: list[tuple[float, Fit, Pairs]] = []
     for block in blocks:
-        whole = _fit(measured, measured.without(()), block)
-        total = whole.total(kept)
-        pairs: dict[float | None, list[tuple[float, float]]] = {
-            knee: [] for knee in (None, math.inf, *_told_knees(total))
-        }
-        for part in range(parts):
-            left_out = usual[part::parts]
-            others = measured.without(left_out)
-            made = _fit(measured, others, block)
-            seen, unseen = made.total(kept[others]), made.total(kept[left_out])
-            for knee, found in pairs.items():
-                predicted = _corrected(made, seen, ratios[others], knee).scaled(unseen)
-                found.extend(zip(predicted.tolist(), ratios[left_out].tolist(), strict=True))
-        for knee, found in pairs.items():
-            logs = np.log([p / max(r, 1e-9) for p, r in found])
+        made = _fit(measured, measured.without(()), block)
+        total = made.total(measured.kept)
+        for knee, pairs in _left_out(measured, block, (None, math.inf, *_told_knees(total))).items():
+            logs = np.log([p / max(r, 1e-9) for p, r in pairs])
             deviation = float(np.mean(np.abs(logs))) * (np.pi / 2) ** 0.5  # a few outliers do not decide
-            tried.append((deviation, _corrected(whole, total, ratios, knee), tuple(found)))
+            tried.append((deviation, _corrected(made, total, measured.ratios, knee), pairs))
     error, best, checked = min(tried, key=lambda one: one[0])
-    return replace(best, error=error, checked=checked)
+    return replace(best, error=error, checked=tuple(checked))
+
+
+def _left_out(measured: _Samples, block: int, knees: Iterable[float | None]) -> dict[float | None, Pairs]:
+    """What a fit of the others says of each sample by each of `knees`, and what it took."""
+    pairs: dict[float | None, Pairs] = {knee: [] for knee in knees}
+    usual = measured.usual(range(len(measured.kept)))
+    parts = min(len(usual), 6)
+    for part in range(parts):
+        left_out = usual[part::parts]
+        others = measured.without(left_out)
+        made = _fit(measured, others, block)
+        seen, unseen = made.total(measured.kept[others]), made.total(measured.kept[left_out])
+        for knee, found in pairs.items():
+            predicted = _corrected(made, seen, measured.ratios[others], knee).scaled(unseen)
+            found.extend(zip(predicted.tolist(), measured.ratios[left_out].tolist(), strict=True))
+    return pairs
 
 
 def _measured(samples: Sequence[Sample], sizes: Sizes, branches: Sequence[Sequence[str]]) -> _Samples:

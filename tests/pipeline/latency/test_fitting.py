@@ -218,6 +218,19 @@ def test_a_whole_model_may_take_longer_than_its_operators(whole, worst):
     assert np.median(found) < 0.04 and found.max() < worst
 
 
+@pytest.mark.parametrize("small", [1, 4])
+def test_a_size_from_which_caches_are_full_is_taken_from_several_models(small):
+    """One alone that is fast for its size may have lain well in memory; what lies between it and the others is not
+    told by it.
+    """
+    draw = np.random.default_rng(0)
+    large = [(int(draw.integers(4, 9)) * 8, int(draw.integers(2, 5)) * 8) for _ in range(13)]
+    told = [sample(64, 32), *(sample(a, b) for a, b in large)]
+    told += [replace(one, ratio=0.5 * one.ratio) for one in map(sample, (8, 8, 16, 8), (8, 16, 8, 24)[:small])]
+    knee = fit(told, SIZES, (8,)).knee
+    assert (knee is not None and knee < 0.15) == (small > 1)
+
+
 def test_caches_slow_what_grows_and_not_the_constants():
     """A branch of small operators, each of which takes longer than its profile says: the model without that branch
     shows that it is not the session's own time, and full caches slow the convolutions alone.
