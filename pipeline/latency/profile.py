@@ -188,11 +188,11 @@ def _profile(what: Mapping[str, Any], machine: Mapping[str, str], measured: Sequ
 
 
 def _luck_of_reference(what: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> float:
-    """The dense model's time over that of the one session that every model took turns with, which lay better or worse in
-    memory than others, as all ratios say alike. The first model is that very file in sessions of its own, and the mean
-    of both is nearer than either: the models of a DistilBERT, where the first one took 1.034, were told 3.2 % too slow
-    in the mean and so are 1.5 %, those of a LeViT, where it took 0.926, 4 % too fast and so are 2.1 %. In int8 the first
-    model is another file.
+    """The dense model's time over that of the one session that every model took turns with, which lay better or worse
+    in memory than others, as all ratios say alike. The first model is that very file in sessions of its own, and the
+    mean of both is nearer than either: a DistilBERT's models, where the first one took 1.034, were told 3.2 % too slow
+    in the mean and so are 1.5 %, those of a LeViT, where it took 0.926, 4 % too fast and so are 2.1 %. In int8 the
+    first model is another file.
     """
     first = float(measured[0]["ratio"]) if measured and measured[0] and not what["setting"]["int8"] else 1.0
     return float(np.sqrt(max(first, 1e-9)))
