@@ -25,9 +25,8 @@ from exporters.host import vector_block
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
 from pipeline.channels.dead.removable import Branch, removable
-from pipeline.latency import probes, profile
+from pipeline.latency import probes, profile, trial
 from pipeline.latency.probes import Setting
-from pipeline.latency.trial import SECONDS
 from pipeline.measurements import Measurements
 from pipeline.models.find import load
 from pipeline.models.graph import graph_of
@@ -38,9 +37,6 @@ from pipeline.selection.allocation import Budget, Removed
 from pipeline.selection.cost import Cost, Counted, Timed
 from pipeline.selection.curves import Curve
 from pipeline.training.masks import maskable
-from validators.feeds import Feed
-from validators.latency import race
-from validators.runners import OrtRunner
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "timm:deit_tiny_patch16_224", "hf:bert")
 
@@ -115,10 +111,9 @@ class _Times:
             masks |= branch.masks(self.analysis.captured.state)
         program = probes.cut(self.analysis, self.weights, masks, self.setting)
         probes.export(program, self.source, self.setting, self.path, self.feed)
-        files = {"model": self.path, "dense": self.reference}
-        runners = {name: OrtRunner(path, threads=self.setting.threads, name=name) for name, path in files.items()}
-        timed = race(runners, Feed("random", self.feed), reference="dense", seconds=SECONDS, seed=0).runners["model"]
-        return (timed.cpu_ratio if self.setting.threads == 1 else timed.ratio).value
+        files, threads = {"model": self.path}, self.setting.threads
+        timed = trial.raced(files, self.reference, self.feed, threads, trial.SECONDS, trial.SEED)["model"]
+        return trial.counted(timed)[0].value
 
 
 def _chosen(analysis: Analysis, cost: Timed, align: int, times: _Times) -> None:

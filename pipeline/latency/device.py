@@ -242,9 +242,9 @@ def main() -> int:
             part = result.with_suffix(".part")
             part.write_text(json.dumps(sealed(kit, measured)), encoding="utf-8")
             part.replace(result)
-    except OSError:  # of the disk, and not of a model
-        raise
-    except Exception as error:  # onnxruntime's exception classes share no base of their own
+    except Exception as error:  # onnxruntime's exception classes share no base of their own, but the package
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
         raise SystemExit(cannot_run(kit, error)) from None
     print(f"Done: give {result} to leanort with --device.")
     return 0

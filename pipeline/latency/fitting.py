@@ -56,7 +56,7 @@ weights are three times as large as these, takes half of what its operators say 
 FEWEST = 3
 """Models on either side of a knee. Of a BERT with one alone below it, three unseen ones were told a third too fast."""
 
-Pairs = list[tuple[float, float]]
+_Pairs = list[tuple[float, float]]
 """(predicted, measured) times of models that were left out of the fit."""
 _Follows = Callable[[tuple[int, ...], tuple[int, ...]], Slot]
 """(a size as each model has it, numbers of these models) -> what it follows."""
@@ -125,7 +125,7 @@ def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int], branches
     do. `branches`: the clusters inside each residual branch that some sample is without.
     """
     measured = _measured(samples, sizes, branches)
-    tried: list[tuple[float, Fit, Pairs]] = []
+    tried: list[tuple[float, Fit, _Pairs]] = []
     for block in blocks:
         made = _fit(measured, measured.without(()), block)
         total = made.total(measured.kept)
@@ -137,9 +137,9 @@ def fit(samples: Sequence[Sample], sizes: Sizes, blocks: Sequence[int], branches
     return replace(best, error=error, checked=tuple(checked))
 
 
-def _left_out(measured: _Samples, block: int, knees: Iterable[float | None]) -> dict[float | None, Pairs]:
+def _left_out(measured: _Samples, block: int, knees: Iterable[float | None]) -> dict[float | None, _Pairs]:
     """What a fit of the others says of each sample by each of `knees`, and what it took."""
-    pairs: dict[float | None, Pairs] = {knee: [] for knee in knees}
+    pairs: dict[float | None, _Pairs] = {knee: [] for knee in knees}
     usual = measured.usual(range(len(measured.kept)))
     parts = min(len(usual), 6)
     for part in range(parts):

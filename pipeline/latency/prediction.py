@@ -158,7 +158,7 @@ class Fit:
         return made
 
 
-def grown(total: Numbers, knee: float | None = None) -> Numbers:
+def grown(total: Numbers, knee: float | None) -> Numbers:
     """Terms that a whole model's time is a sum of, (choices, 4), given what its operators take together, (choices, 2):
     the session's own time, the operators' constants, what grows with their sizes, and more the larger the model is,
     whose tensors push each other out of the caches. Operators do not say well how their time divides into constants and

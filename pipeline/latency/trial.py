@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,29 +68,38 @@ def tried(
         probes.export(program, source, setting, plain, feed)
         files = {"exported": plain} if setting.int8 else _rivals(program, source, plain)
 
-        def against_dense(names: Iterable[str], seconds: float, seed: int) -> Mapping[str, RunnerLatency]:
-            """A race in new sessions."""
-            racing = {key: files[key] for key in names} | {"dense": dense}
-            runners = {key: OrtRunner(path, threads=setting.threads, name=key) for key, path in racing.items()}
-            return race(runners, Feed("random", feed), reference="dense", seconds=seconds, seed=seed).runners
-
         best = first = next(iter(files))
         if len(files) > 1:
-            found = against_dense(files, RIVAL_SECONDS, SEED)
+            found = raced(files, dense, feed, setting.threads, RIVAL_SECONDS, SEED)
             faster = [key for key in files if found[key].ratio.high < found[first].ratio.low]
             best = min(faster, key=lambda key: found[key].ratio.value, default=first)
 
         took: list[float] = []
 
         def ratio(number: int) -> Measured:
-            timed = against_dense([best], SECONDS, SEED + 1 + number)[best]
-            # One thread computes: its own time is told from what other programs take.
-            alone = setting.threads == 1
-            took.append(timed.cpu_median_ms if alone else timed.median_ms)
-            return timed.cpu_ratio if alone else timed.ratio
+            timed = raced({best: files[best]}, dense, feed, setting.threads, SECONDS, SEED + 1 + number)[best]
+            share, ms = counted(timed)
+            took.append(ms)
+            return share
 
         sure = until_sure(ratio)
     return Trial(sure, best, float(np.median(took)))
+
+
+def raced(
+    files: Mapping[str, Path], dense: Path, feed: Mapping[str, Any], threads: int, seconds: float, seed: int
+) -> Mapping[str, RunnerLatency]:
+    """What each of `files`, by its name, takes against the file `dense`, in a race of new sessions."""
+    runners = {name: OrtRunner(path, threads=threads, name=name) for name, path in {**files, "dense": dense}.items()}
+    return race(runners, Feed("random", feed), reference="dense", seconds=seconds, seed=seed).runners
+
+
+def counted(timed: RunnerLatency) -> tuple[Measured, float]:
+    """Of a race, the share of the dense model's time that counts, and the milliseconds: where one thread computes, its
+    own time is told from what other programs take.
+    """
+    alone = timed.threads == 1
+    return (timed.cpu_ratio, timed.cpu_median_ms) if alone else (timed.ratio, timed.median_ms)
 
 
 def until_sure(race: Callable[[int], Measured]) -> Measured:
