@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -88,11 +89,12 @@ def compare(problem: Problem, rows: Rows, asked: Asked) -> None:
     if row("dense", 1.0) is None:
         rows.add(**known, method="dense", wanted=1.0, macs=1.0, seconds=0.0, **score(model)._asdict())
     fit_seconds: dict[float, float] = {}
+    studies: dict[str, ours.Study] = {}
     for scope in asked.scopes:
         name = f"leanort, {scope.replace(':', ' by ')}"
         shares = missing(f"{name}, closed form")
-        results = ours.results(model, problem, shares, scope, asked.seconds, clock, score=score) if shares else ()
-        for share, kind, result in results:
+        made = functools.partial(ours.results, clock=clock, studies=studies, score=score)
+        for share, kind, result in made(model, problem, shares, scope, asked.seconds) if shares else ():
             rows.add(
                 **known, method=f"{name}, {kind}", wanted=share, macs=result.macs, seconds=result.seconds,
                 choice_seconds=result.choice_seconds, latency=result.latency, **result.score._asdict(),

@@ -18,7 +18,7 @@ from benchmarks.compare.problems import Problem, Score, outputs, scored
 from exporters.export import to_onnx
 from exporters.quantize import quantize
 from pipeline.channels.coupling.groups import Analysis
-from pipeline.latency import device, profile
+from pipeline.latency import device, profile, trial
 from pipeline.latency.prediction import Fit
 from pipeline.latency.probes import Setting
 from pipeline.measurements import Measurements
@@ -29,20 +29,22 @@ from pipeline.selection.choose import choosable, choosable_branches
 OPSET = 23
 NEAR = 0.02
 """Of the wanted latency: what counts as the same."""
+SECONDS = 4.0
+"""Of a race."""
 RANGES = 128
 """Calibration samples that the ranges of int8 are found on."""
 
 
 class Clock:
-    """One thread, batch 1, float32 or `int8`: a model's time over the dense one's in the same format, measured
-    as the latency table's models are.
+    """One thread, batch 1, float32 or `int8`: a model's time over the dense one's in the same format, in a race as the
+    gate runs it.
     """
 
     def __init__(self, dense: nn.Module, problem: Problem, *, int8: bool = False) -> None:
         self.problem, self.int8 = problem, int8
         self.feed = {"input": problem.x[:1].numpy()}
         self._folder = tempfile.TemporaryDirectory()
-        self.dense = device.fastest(self.file(dense), self.feed, 1)
+        self.dense = self.file(dense).rename(Path(self._folder.name) / "dense.onnx")
 
     def file(self, model: nn.Module | ExportedProgram | Path) -> Path:
         """What ships: the model, or the file of float32 that it is already, in int8 where that is asked for."""
@@ -60,8 +62,8 @@ class Clock:
 
     def of(self, model: nn.Module | ExportedProgram | Path) -> float:
         """The share of the dense model's time."""
-        took = device.measure(self.dense, self.file(model), self.feed, 1, profile.SECONDS)
-        return float(took["ratio"])
+        made = trial.raced({"model": self.file(model)}, self.dense, self.feed, 1, SECONDS, trial.SEED)["model"]
+        return trial.counted(made)[0].value
 
     def answers(self, model: nn.Module | ExportedProgram | Path) -> Callable[[Tensor], Tensor]:
         """The file that is timed, as a function of a batch."""

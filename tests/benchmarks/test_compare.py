@@ -50,6 +50,7 @@ def test_ours_is_chosen_by_milliseconds_and_by_operations_at_one_measured_latenc
         (probes, "PROBES", 3),
         (profile, "SECONDS", 0.05),
         (timed, "NEAR", 10.0),  # asked once
+        (timed, "SECONDS", 0.2),
         (peers, "STEPS", 1),
     ):
         monkeypatch.setattr(module, name, value)
@@ -59,9 +60,12 @@ def test_ours_is_chosen_by_milliseconds_and_by_operations_at_one_measured_latenc
     clock = timed.Clock(dense, problem, int8=int8)
     assert clock.file(dense).name == ("model.int8.onnx" if int8 else "model.onnx")
     assert clock.of(dense) == pytest.approx(1, abs=0.5)  # of the dense model in the same format
+    studied, measured, studies = [], ours.choose.measured, {}
+    monkeypatch.setattr(ours.choose, "measured", lambda *given: studied.append(given) or measured(*given))
     for choice in ("milliseconds:l2", "curves:l2"):
-        ((_, _, result),) = ours.results(dense, problem, (0.9,), choice, clock=clock)
+        ((_, _, result),) = ours.results(dense, problem, (0.9,), choice, clock=clock, studies=studies)
         assert result.latency is not None and 0.1 < result.latency < 2
+    assert len(studied) == 1  # what a width is worth is the same, whatever its cost is counted in
     prune = lambda model, ratio: model  # noqa: E731  # a peer that cannot prune is as slow as dense
     made = peers.at_latency(dense, prune, 0.5, problem, clock.of)
     assert made.latency == pytest.approx(1, abs=0.5) and made.macs == 1
