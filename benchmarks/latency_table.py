@@ -111,9 +111,9 @@ class _Times:
             masks |= branch.masks(self.analysis.captured.state)
         program = probes.cut(self.analysis, self.weights, masks, self.setting)
         probes.export(program, self.source, self.setting, self.path, self.feed)
-        files, threads = {"model": self.path}, self.setting.threads
-        timed = trial.raced(files, self.reference, self.feed, threads, trial.SECONDS, trial.SEED)["model"]
-        return trial.counted(timed)[0].value
+        threads = self.setting.threads
+        share, _ = trial.timed(self.path, self.reference, self.feed, threads, trial.SECONDS, trial.SEED)
+        return share.value
 
 
 def _chosen(analysis: Analysis, cost: Timed, align: int, times: _Times) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import json
 import time
 from collections.abc import Callable
@@ -93,8 +92,12 @@ def compare(problem: Problem, rows: Rows, asked: Asked) -> None:
     for scope in asked.scopes:
         name = f"leanort, {scope.replace(':', ' by ')}"
         shares = missing(f"{name}, closed form")
-        made = functools.partial(ours.results, clock=clock, studies=studies, score=score)
-        for share, kind, result in made(model, problem, shares, scope, asked.seconds) if shares else ():
+        results = (
+            ours.results(model, problem, shares, scope, asked.seconds, clock, studies=studies, score=score)
+            if shares
+            else ()
+        )
+        for share, kind, result in results:
             rows.add(
                 **known, method=f"{name}, {kind}", wanted=share, macs=result.macs, seconds=result.seconds,
                 choice_seconds=result.choice_seconds, latency=result.latency, **result.score._asdict(),

@@ -62,8 +62,8 @@ class Clock:
 
     def of(self, model: nn.Module | ExportedProgram | Path) -> float:
         """The share of the dense model's time."""
-        made = trial.raced({"model": self.file(model)}, self.dense, self.feed, 1, SECONDS, trial.SEED)["model"]
-        return trial.counted(made)[0].value
+        share, _ = trial.timed(self.file(model), self.dense, self.feed, 1, SECONDS, trial.SEED)
+        return share.value
 
     def answers(self, model: nn.Module | ExportedProgram | Path) -> Callable[[Tensor], Tensor]:
         """The file that is timed, as a function of a batch."""

@@ -77,8 +77,7 @@ def tried(
         took: list[float] = []
 
         def ratio(number: int) -> Measured:
-            timed = raced({best: files[best]}, dense, feed, setting.threads, SECONDS, SEED + 1 + number)[best]
-            share, ms = counted(timed)
+            share, ms = timed(files[best], dense, feed, setting.threads, SECONDS, SEED + 1 + number)
             took.append(ms)
             return share
 
@@ -94,12 +93,14 @@ def raced(
     return race(runners, Feed("random", feed), reference="dense", seconds=seconds, seed=seed).runners
 
 
-def counted(timed: RunnerLatency) -> tuple[Measured, float]:
-    """Of a race, the share of the dense model's time that counts, and the milliseconds: where one thread computes, its
-    own time is told from what other programs take.
+def timed(
+    file: Path, dense: Path, feed: Mapping[str, Any], threads: int, seconds: float, seed: int
+) -> tuple[Measured, float]:
+    """The share of the time of the file `dense` that `file` takes, `raced` alone with it, and its milliseconds: where
+    one thread computes, its own time is told from what other programs take.
     """
-    alone = timed.threads == 1
-    return (timed.cpu_ratio, timed.cpu_median_ms) if alone else (timed.ratio, timed.median_ms)
+    found = raced({"model": file}, dense, feed, threads, seconds, seed)["model"]
+    return (found.cpu_ratio, found.cpu_median_ms) if threads == 1 else (found.ratio, found.median_ms)
 
 
 def until_sure(race: Callable[[int], Measured]) -> Measured:

@@ -60,6 +60,8 @@ def test_ours_is_chosen_by_milliseconds_and_by_operations_at_one_measured_latenc
     clock = timed.Clock(dense, problem, int8=int8)
     assert clock.file(dense).name == ("model.int8.onnx" if int8 else "model.onnx")
     assert clock.of(dense) == pytest.approx(1, abs=0.5)  # of the dense model in the same format
+    wide = (torch.nn.Conv2d(width, 64, 3, padding=1) for width in (3, 64, 64, 64))
+    assert clock.of(torch.nn.Sequential(*wide, torch.nn.Flatten(), torch.nn.Linear(64 * 256, 10)).eval()) > 1.5
     studied, measured, studies = [], ours.choose.measured, {}
     monkeypatch.setattr(ours.choose, "measured", lambda *given: studied.append(given) or measured(*given))
     for choice in ("milliseconds:l2", "curves:l2"):
@@ -80,6 +82,7 @@ def test_shares_of_operations_and_of_latency_are_not_taken_for_each_other(tmp_pa
 
     def made(dense, problem, shares, *rest, **more):
         asked.append(shares)
+        assert more["studies"] == {}  # what is found out serves every scope
         return [(share, "closed form", ours.Result(Score(50.0, 0.1), share, 1.0, 2.0)) for share in shares]
 
     monkeypatch.setattr(ours, "results", made)
