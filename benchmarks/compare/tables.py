@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,52 +48,103 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def markdown(path: Path) -> str:
-    """One table per model, data set and kind of share: methods down, shares across, percent of the test part right."""
-    lines: list[str] = []
-    for (model, data, of), rows in sorted(_by(read(path).values(), "model", "data", "of").items()):
-        shares = sorted({row["wanted"] for row in rows if row["method"] != "dense"}, reverse=True)
+    """How every method of ours compares with the best of the others; then one table per model, data set and kind of
+    share: methods down, shares across, percent of the test part right.
+    """
+    groups = sorted(_by(read(path).values(), "model", "data", "of").items())
+    lines = [*_overview(groups, "Points ahead of the best peer of each seed", _ahead)]
+    lines += [*_overview(groups, "Nats from the dense network: ours, and the nearest peer's of each seed", _nearer)]
+    for (model, data, of), rows in groups:
+        shares = _shares(rows)
         seeds = len({row["seed"] for row in rows})
         dense = interval([row["accuracy"] for row in rows if row["method"] == "dense"])
         known = f"{dense[0]:.1f} ± {dense[1]:.1f} %, {seeds} seeds" if seeds > 1 else f"{dense[0]:.1f} %, one seed"
-        lines += [f"### {model}, {data}{', in int8' if 'int8' in of else ''}: dense {known}", ""]
-        lines += [
-            f"| {of} | " + " | ".join(f"{share:g}" for share in shares) + " |",
-            "|---" * (len(shares) + 1) + "|",
-        ]
-        methods = _ours_first(rows)
-        for method in methods:
+        lines += [f"### {_name(model, data, of)}: dense {known}", "", *_head(of, shares)]
+        for method in _ours_first(rows):
             cells = [
                 _cell([r for r in rows if r["method"] == method and r["wanted"] == share], seeds) for share in shares
             ]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        for method in (name for name in methods if name.startswith(OURS)):
-            cells = [_ahead([r for r in rows if r["wanted"] == share], method) for share in shares]
-            if any(cell != NONE for cell in cells):
-                lines.append(f"| *{method}: points ahead of the best peer on each seed* | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _ahead(rows: list[Row], method: str) -> str:
-    """By how much one of our methods is right more often than whichever peer is best on a seed, over the seeds of
-    both: mean, interval, and the worst of them. Peers that were trained longer are for ours that were trained as well,
-    and one that came no nearer to what was wanted than to the dense model is none.
+def _overview(
+    groups: Sequence[tuple[tuple[Any, ...], list[Row]]], title: str, told: Callable[[list[Row], str], str]
+) -> list[str]:
+    """A table of what is `told` of each method of ours at each share, by its rows; none where nothing is."""
+    shares = _shares([row for _, rows in groups for row in rows])
+    lines = []
+    for (model, data, of), rows in groups:
+        for method in (name for name in _ours_first(rows) if name.startswith(OURS)):
+            cells = [told([row for row in rows if row["wanted"] == share], method) for share in shares]
+            if any(cell != NONE for cell in cells):
+                name = f"{_name(model, data, of)}: {method.removeprefix(OURS + ', ')}"
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [f"### {title}", "", *_head("", shares), *lines, ""] if lines else []
+
+
+def _name(model: str, data: str, of: str) -> str:
+    return f"{model}, {data}{', in int8' if 'int8' in of else ''}"
+
+
+def _shares(rows: Iterable[Row]) -> list[float]:
+    """All that were wanted, the largest first."""
+    return sorted({row["wanted"] for row in rows if row["method"] != "dense"}, reverse=True)
+
+
+def _head(corner: str, shares: Sequence[float]) -> list[str]:
+    return [f"| {corner} | " + " | ".join(f"{share:g}" for share in shares) + " |", "|---" * (len(shares) + 1) + "|"]
+
+
+def _pairs(rows: Iterable[Row], method: str) -> list[tuple[Row, list[Row]]]:
+    """The row of one of our methods and those of its peers, for each seed that has both. Peers that were trained longer
+    are for ours that were trained as well, and one that came no nearer to what was wanted than to the dense model is
+    none.
     """
-    ours = {row["seed"]: row["accuracy"] for row in rows if row["method"] == method and "accuracy" in row}
-    peers: dict[int, float] = {}
+    ours: dict[int, Row] = {}
+    peers: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
-        if "accuracy" not in row or row["method"] == "dense" or row["method"].startswith(OURS):
+        if "accuracy" not in row or row["method"] == "dense":
+            continue
+        if row["method"].startswith(OURS):
+            if row["method"] == method:
+                ours[row["seed"]] = row
             continue
         had = _had(row)
         if abs(had - 1) < abs(had - row["wanted"]):
             continue
         if method.endswith(TRAINED) or not row["method"].endswith(TRAINED):
-            peers[row["seed"]] = max(row["accuracy"], peers.get(row["seed"], 0.0))
-    ahead = [ours[seed] - peers[seed] for seed in sorted(ours.keys() & peers.keys())]
+            peers[row["seed"]].append(row)
+    return [(ours[seed], peers[seed]) for seed in sorted(ours.keys() & peers.keys())]
+
+
+def _ahead(rows: list[Row], method: str) -> str:
+    """By how much one of our methods is right more often than whichever peer is best on a seed: mean, interval, the
+    worst of the seeds, and how many they are.
+    """
+    ahead = [ours["accuracy"] - max(row["accuracy"] for row in peers) for ours, peers in _pairs(rows, method)]
     if not ahead:
         return NONE
     mean, half = interval(ahead)
-    return f"{mean:+.1f} ± {half:.1f} (worst {min(ahead):+.1f})" if len(ahead) > 1 else f"{mean:+.1f}, one seed"
+    return (
+        f"{mean:+.1f} ± {half:.1f}, {len(ahead)} seeds, worst {min(ahead):+.1f}" if half else f"{mean:+.1f}, one seed"
+    )
+
+
+def _nearer(rows: list[Row], method: str) -> str:
+    """How far one of our methods is from the dense network, and the peer that is nearest to it on each seed: means over
+    the seeds where all of them say so.
+    """
+    apart = [
+        (ours["nats"], min(row["nats"] for row in peers))
+        for ours, peers in _pairs(rows, method)
+        if all("nats" in row for row in (ours, *peers))
+    ]
+    if not apart:
+        return NONE
+    ours, peers = (statistics.fmean(each) for each in zip(*apart, strict=True))
+    return f"{ours:#.2g}, {peers:#.2g}"
 
 
 def _cell(rows: list[Row], seeds: int) -> str:

@@ -120,9 +120,12 @@ def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_
     results = tmp_path / "results.jsonl"
     rows = [
         *(row("dense", seed, 95.0, 1.0) for seed in (0, 1, 2)),
-        *(row("leanort, by curves", seed, accuracy) for seed, accuracy in enumerate((94.0, 93.0, 92.0))),
-        *(row("peer", seed, accuracy) for seed, accuracy in enumerate((90.0, 92.0))),
-        *(row("other peer", seed, accuracy) for seed, accuracy in enumerate((92.0, 80.0))),
+        *(row("leanort, by curves", n, one, nats=0.1 * (n + 1)) for n, one in enumerate((94.0, 93.0, 92.0))),
+        *(row("peer", seed, accuracy, nats=0.5) for seed, accuracy in enumerate((90.0, 92.0))),
+        *(
+            row("other peer", seed, accuracy, nats=nats)
+            for seed, (accuracy, nats) in enumerate([(92.0, 0.3), (80.0, 0.6)])
+        ),
         row("peer that cannot prune it", 1, 95.0, latency=1.02),
         row("leanort, by curves, trained", 0, 96.0, nats=0.02),
         row("other peer, trained", 0, 95.0),
@@ -133,14 +136,17 @@ def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_
     results.write_text("".join(json.dumps(one) + "\n" for one in rows))
     text = tables.markdown(results)
     assert "### net, noise: dense 95.0 ± 0.0 %, 3 seeds" in text and "| latency | 0.5 | 0.3 |" in text
-    assert "| leanort, by curves | 93.0 ± 2.5 | 91.0, one seed, had 0.35 |" in text
+    assert "| leanort, by curves | 93.0 ± 2.5, 0.20 nats from dense | 91.0, one seed, had 0.35 |" in text
     assert "| leanort, by curves, trained | 96.0, 0.020 nats from dense, one seed | – |" in text
-    assert "| peer | 91.0 ± 12.7, 2 seeds | fails |" in text and "| other peer | 86.0 ± 76.2, 2 seeds | – |" in text
+    assert "| peer | 91.0 ± 12.7, 0.50 nats from dense, 2 seeds | fails |" in text
+    assert "| other peer | 86.0 ± 76.2, 0.45 nats from dense, 2 seeds | – |" in text
     assert "| peer that cannot prune it | 95.0, one seed, had 1.02 | – |" in text
     # 94 over 92 on the one seed, where 95 was trained, 93 over 92 on the other; the third has no peer.
-    assert "points ahead of the best peer on each seed* | +1.5 ± 6.4 (worst +1.0) | – |" in text
-    assert "| *leanort, by curves, trained: points ahead of the best peer on each seed* | +1.0, one seed | – |" in text
-    assert text.count("points ahead") == 2  # of a peer nobody asks
+    ahead, nearer = text.split("### net")[0].split("### Nats")
+    assert "| net, noise: by curves | +1.5 ± 6.4, 2 seeds, worst +1.0 | – |" in ahead
+    assert "| net, noise: by curves, trained | +1.0, one seed | – |" in ahead
+    # 0.1 beside 0.3 of the nearer peer, 0.2 beside 0.5; of the trained ones one does not say.
+    assert "| net, noise: by curves | 0.15, 0.40 | – |" in nearer and "trained" not in nearer
 
 
 def test_the_page_shows_what_was_measured():
