@@ -52,8 +52,8 @@ def markdown(path: Path) -> str:
     share: methods down, shares across, percent of the test part right.
     """
     groups = sorted(_by(read(path).values(), "model", "data", "of").items())
-    lines = [*_overview(groups, "Points ahead of the best peer of each seed", _ahead)]
-    lines += [*_overview(groups, "Nats from the dense network: ours, and the nearest peer's of each seed", _nearer)]
+    lines = _overview(groups, "Points ahead of the best peer of each seed", _ahead)
+    lines += _overview(groups, "Nats from the dense network: ours, and the nearest peer's of each seed", _nearer)
     for (model, data, of), rows in groups:
         shares = _shares(rows)
         seeds = len({row["seed"] for row in rows})
@@ -127,9 +127,9 @@ def _ahead(rows: list[Row], method: str) -> str:
     if not ahead:
         return NONE
     mean, half = interval(ahead)
-    return (
-        f"{mean:+.1f} ± {half:.1f}, {len(ahead)} seeds, worst {min(ahead):+.1f}" if half else f"{mean:+.1f}, one seed"
-    )
+    if len(ahead) == 1:
+        return f"{mean:+.1f}, one seed"
+    return f"{mean:+.1f} ± {half:.1f}, {len(ahead)} seeds, worst {min(ahead):+.1f}"
 
 
 def _nearer(rows: list[Row], method: str) -> str:

@@ -145,6 +145,7 @@ def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_
     ahead, nearer = text.split("### net")[0].split("### Nats")
     assert "| net, noise: by curves | +1.5 ± 6.4, 2 seeds, worst +1.0 | – |" in ahead
     assert "| net, noise: by curves, trained | +1.0, one seed | – |" in ahead
+    assert ahead.count("net, noise: ") == 2  # of a peer nobody asks
     # 0.1 beside 0.3 of the nearer peer, 0.2 beside 0.5; of the trained ones one does not say.
     assert "| net, noise: by curves | 0.15, 0.40 | – |" in nearer and "trained" not in nearer
 
