@@ -59,12 +59,12 @@ def markdown(path: Path) -> str:
         seeds = len({row["seed"] for row in rows})
         dense = interval([row["accuracy"] for row in rows if row["method"] == "dense"])
         known = f"{dense[0]:.1f} ± {dense[1]:.1f} %, {seeds} seeds" if seeds > 1 else f"{dense[0]:.1f} %, one seed"
-        lines += [f"### {_name(model, data, of)}: dense {known}", "", *_head(of, shares)]
+        lines += [f"### {model}, {data}{', in int8' if 'int8' in of else ''}: dense {known}", "", *_head(of, shares)]
         for method in _ours_first(rows):
             cells = [
                 _cell([r for r in rows if r["method"] == method and r["wanted"] == share], seeds) for share in shares
             ]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            lines.append(_line(method, cells))
         lines.append("")
     return "\n".join(lines)
 
@@ -79,13 +79,8 @@ def _overview(
         for method in (name for name in _ours_first(rows) if name.startswith(OURS)):
             cells = [told([row for row in rows if row["wanted"] == share], method) for share in shares]
             if any(cell != NONE for cell in cells):
-                name = f"{_name(model, data, of)}: {method.removeprefix(OURS + ', ')}"
-                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+                lines.append(_line(f"{model}, {data}, {of}: {method.removeprefix(OURS + ', ')}", cells))
     return [f"### {title}", "", *_head("", shares), *lines, ""] if lines else []
-
-
-def _name(model: str, data: str, of: str) -> str:
-    return f"{model}, {data}{', in int8' if 'int8' in of else ''}"
 
 
 def _shares(rows: Iterable[Row]) -> list[float]:
@@ -94,7 +89,11 @@ def _shares(rows: Iterable[Row]) -> list[float]:
 
 
 def _head(corner: str, shares: Sequence[float]) -> list[str]:
-    return [f"| {corner} | " + " | ".join(f"{share:g}" for share in shares) + " |", "|---" * (len(shares) + 1) + "|"]
+    return [_line(corner, [f"{share:g}" for share in shares]), "|---" * (len(shares) + 1) + "|"]
+
+
+def _line(first: str, cells: Iterable[str]) -> str:
+    return f"| {' | '.join([first, *cells])} |"
 
 
 def _pairs(rows: Iterable[Row], method: str) -> list[tuple[Row, list[Row]]]:

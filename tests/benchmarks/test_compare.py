@@ -130,6 +130,9 @@ def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_
         row("leanort, by curves, trained", 0, 96.0, nats=0.02),
         row("other peer, trained", 0, 95.0),
         row("leanort, by curves", 0, 91.0, 0.3, latency=0.35),
+        row("leanort, by curves", 0, 90.0, of="MACs left", macs=0.5),
+        row("peer", 0, 80.0, of="MACs left", macs=0.5),
+        row("dense", 0, 95.0, 1.0, of="MACs left"),
         {**row("peer", 0, 0.0, 0.3), "failed": "it broke"},
     ]
     del rows[-1]["accuracy"]
@@ -143,11 +146,12 @@ def test_a_table_tells_how_far_ahead_of_the_best_peer_and_what_was_not_measured_
     assert "| peer that cannot prune it | 95.0, one seed, had 1.02 | – |" in text
     # 94 over 92 on the one seed, where 95 was trained, 93 over 92 on the other; the third has no peer.
     ahead, nearer = text.split("### net")[0].split("### Nats")
-    assert "| net, noise: by curves | +1.5 ± 6.4, 2 seeds, worst +1.0 | – |" in ahead
-    assert "| net, noise: by curves, trained | +1.0, one seed | – |" in ahead
-    assert ahead.count("net, noise: ") == 2  # of a peer nobody asks
+    assert "| net, noise, latency: by curves | +1.5 ± 6.4, 2 seeds, worst +1.0 | – |" in ahead
+    assert "| net, noise, latency: by curves, trained | +1.0, one seed | – |" in ahead
+    assert "| net, noise, MACs left: by curves | +10.0, one seed | – |" in ahead  # not taken for shares of latency
+    assert ahead.count("net, noise") == 3  # of a peer nobody asks
     # 0.1 beside 0.3 of the nearer peer, 0.2 beside 0.5; of the trained ones one does not say.
-    assert "| net, noise: by curves | 0.15, 0.40 | – |" in nearer and "trained" not in nearer
+    assert "| net, noise, latency: by curves | 0.15, 0.40 | – |" in nearer and "trained" not in nearer
 
 
 def test_the_page_shows_what_was_measured():
