@@ -309,10 +309,11 @@ def _answers(checked: Validated) -> tuple[str, float | None]:
 
 
 def print_release(release: Release) -> None:
-    """The verdict and the headline figures."""
-    from pipeline.artifacts.eager import Baseline
+    """The verdict and the headline figures; where the answers fall short and nothing was trained, why not."""
+    from pipeline.artifacts.eager import Baseline, Finetuned
     from pipeline.artifacts.program import Shrunk
     from pipeline.artifacts.verdict import Validated
+    from pipeline.release import judging
 
     checked, shrunk, dense = release[Validated], release[Shrunk], release[Baseline]
     console = Console()
@@ -367,3 +368,6 @@ def print_release(release: Release) -> None:
     for check in checked.verdict.checks:
         if check.outcome != "pass":
             console.print(f"  [{colour}]{check.outcome}[/] {plain(check.reason)}", highlight=False, soft_wrap=True)
+    left_out = [rung.why for rung in release[Finetuned].rungs if rung.name == "training" and rung.score is None]
+    if left_out and judging.short_answers(checked):
+        console.print(f"  training: {plain(left_out[0])}", highlight=False, soft_wrap=True)

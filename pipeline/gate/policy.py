@@ -63,6 +63,11 @@ MEASURED = frozenset(_NAMES) - {SCORE}
 """The keys of what the gate measures itself, which no metric of the user's own may be called by."""
 
 
+def key_of(rule: Rule) -> str:
+    """The measurement that a rule limits."""
+    return f"{rule.metric} vs {rule.against}" if rule.against else rule.metric
+
+
 def name_of(key: str) -> str:
     """How people read a measurement's key: `latency vs dense` is "latency (of dense)"."""
     metric, _, other = key.partition(" vs ")
@@ -158,7 +163,7 @@ def decide(
     judged = judged or Judged()
     notes = _unsaid(judged)
     for rule in rules(policy, judged) if given is None else given:
-        key = f"{rule.metric} vs {rule.against}" if rule.against else rule.metric
+        key = key_of(rule)
         name = name_of(key)
         if rule.against == "promoted" and not promoted:
             notes.append(f"{name}: not judged, since no version is promoted yet")

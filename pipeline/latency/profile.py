@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -109,10 +109,13 @@ def measure(
     kept: Measurements,
     progress: Progress,
     branches: Sequence[Branch] = (),
+    *,
+    dense_known: Callable[[float], None] = lambda ms: None,
 ) -> Profile:
     """The profile at `setting`: as it was `kept` where it was measured before, on this machine, with these tools. What
     a broken run had measured is not measured again. `branches`: those that may go as a whole, with clusters of
-    `clusters` inside. Raises RefusedError, ExportError.
+    `clusters` inside. `dense_known` hears after each model how many milliseconds the dense one takes, as far as is
+    known, and may raise what ends it. Raises RefusedError, ExportError.
     """
     what = description(analysis, source, setting, clusters, branches)
     machine = device.facts()
@@ -123,6 +126,8 @@ def measure(
         for one in _rest(analysis, source, setting, choices, branches, len(measured), progress):
             measured.append(one)
             kept.write(NAME, key, measured)
+            if one:
+                dense_known(_dense_ms(measured))
     return _profile(what, machine, measured)
 
 
@@ -184,7 +189,12 @@ def _profile(what: Mapping[str, Any], machine: Mapping[str, str], measured: Sequ
         for kept, one in zip(what["kept"], measured, strict=True)
         if one  # else there is no such model
     )
-    return Profile(what, machine, samples, luck * float(np.median([one["dense_ms"] for one in measured if one])))
+    return Profile(what, machine, samples, luck * _dense_ms(measured))
+
+
+def _dense_ms(measured: Sequence[Mapping[str, Any]]) -> float:
+    """Of the session that took turns with every model, the middle of them."""
+    return float(np.median([one["dense_ms"] for one in measured if one]))
 
 
 def _luck_of_reference(what: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> float:

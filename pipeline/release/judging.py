@@ -25,6 +25,12 @@ def judge(checked: Validated, limits: Policy) -> tuple[Verdict, tuple[str, ...]]
     )
 
 
+def short_answers(checked: Validated) -> bool:
+    """Whether it is for the model's answers, alone or among others, that a version did not pass."""
+    names = tuple(policy.name_of(policy.key_of(rule)) for rule in policy.answer_rules(Policy(), _judged(checked)))
+    return any(one.limit.metric.startswith(names) for one in checked.verdict.checks if one.outcome != "pass")
+
+
 def _judged(checked: Validated) -> policy.Judged:
     """What of the answers counts, as the version was measured; before there were tasks it was accuracy."""
     score = checked.judged_score

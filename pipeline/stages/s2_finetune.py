@@ -69,7 +69,7 @@ def run(
     dense, now = ladder.standing(teacher, data, task), ladder.standing(model, data, task)
     rungs = [Rung(name="pruned", score=now.score, seconds=0.0, kept=True, why="the masks alone")]
     fitted = False
-    if cfg.recover != "none" and chosen and not ladder.near(now, dense):
+    if cfg.recover != "none" and chosen and not ladder.level(now, dense):
         inputs = data.sample("train", cfg.samples)
 
         def fit() -> str:
@@ -97,15 +97,17 @@ def run(
     settings = _settings(cfg, model, gentle=fitted and not ladder.far(now, dense), labelled=data.labelled)
     taught_by = teacher if settings.distill_weight > 0 else None
     small: PrunedSize | None = None
-    if not _no_training(cfg, settings, ladder.near(now, dense)):
+    near = ladder.within_noise(now, dense) if ladder.near(now, dense) else ""
+    why = _no_training(cfg, settings, near)
+    if not why:
         small, words = at_pruned_size(model, source.build(), graph(), chosen, policy_of(pruned.kinds))
         progress.say(f"  training at the pruned size: {words}" if small else f"  training under masks: {words}")
         if cfg.seconds is not None and cfg.loop is None:
             each = loop.seconds_per_epoch(small.model if small else model, data, task, settings, taught_by)
             settings = settings.model_copy(update={"epochs": min(settings.epochs, int(cfg.seconds / each))})
+            why = _no_training(cfg, settings, near)
     history: tuple[Epoch, ...] = ()
     best_epoch, seconds = 0, 0.0
-    why = _no_training(cfg, settings, ladder.near(now, dense))
     if why:
         rungs.append(ladder.skipped("training", why))
     else:
@@ -172,13 +174,15 @@ def _settings(cfg: FinetuneSection, model: nn.Module, *, gentle: bool, labelled:
     return made.model_copy(update=section | given)
 
 
-def _no_training(cfg: FinetuneSection, settings: TrainSettings, near: bool) -> str:
-    """Why nothing is trained, an own loop not called; "" where something is."""
+def _no_training(cfg: FinetuneSection, settings: TrainSettings, near: str) -> str:
+    """Why nothing is trained, an own loop not called; "" where something is. `near`: what is said of a model that is as
+    good as the dense one, "" of any other.
+    """
     why = _not_trained(cfg, settings, near)
     return f"{why}; {cfg.loop} was not called" if why and cfg.loop is not None else why
 
 
-def _not_trained(cfg: FinetuneSection, settings: TrainSettings, near: bool) -> str:
+def _not_trained(cfg: FinetuneSection, settings: TrainSettings, near: str) -> str:
     if cfg.recover != "train":
         return f"not asked for (recover = {cfg.recover!r})"
     if settings.epochs == 0:
@@ -187,8 +191,8 @@ def _not_trained(cfg: FinetuneSection, settings: TrainSettings, near: bool) -> s
     asked = cfg.epochs is not None or (cfg.train is not None and "epochs" in cfg.train.model_fields_set)
     if asked or not near:
         return ""
-    anyway = " (finetune.epochs=1 asks for it all the same)" if cfg.loop is not None else ""
-    return f"not needed: within noise of the dense model on the calibration part{anyway}"
+    epochs = settings.epochs if cfg.loop is None else 1  # an own loop decides itself how many
+    return f"not needed: {near} (--set finetune.epochs={epochs} asks for it all the same)"
 
 
 def _closed_form(

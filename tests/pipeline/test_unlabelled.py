@@ -101,6 +101,17 @@ def test_it_is_judged_the_same_again_and_by_another_policy(version, tmp_path):
     assert "Accuracy" in said(out, "gate", "tiny", "--policy", str(policy), code=1)  # asked for, and not measured
 
 
+def test_where_the_answers_fall_short_and_nothing_was_trained_that_is_said(version, weights, unlabelled_digits):
+    out, why = version.parent.parent, "training: not asked for (recover = 'closed-form')"
+    assert why not in said(out, "show", "tiny/v0001")  # it passed
+    words = ["--data", f"npz:{unlabelled_digits}", "--weights", str(weights), "--set", "finetune.recover=closed-form"]
+    words += ["--set", "prune.ratio=0.25"]
+    short = deployed(out, *words, "--set", "gate.min_agreement=0.6", "--set", "gate.min_cosine=0.9999999", code=1)
+    assert why in short
+    large = deployed(out, *words, "--set", "gate.min_agreement=0.6", "--set", "gate.max_size_ratio=0.001", code=1)
+    assert "file size" in large and why not in large
+
+
 def test_other_answers_are_other_data(version, unlabelled_digits, tmp_path):
     """The stages after the baseline depend on the answers: other dense weights, and none of them is reused."""
     torch.manual_seed(1)

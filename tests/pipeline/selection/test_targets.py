@@ -11,6 +11,7 @@ from torch import nn
 
 from foundation.errors import ConfigError
 from pipeline.channels import analyse, capture
+from pipeline.latency import device
 from pipeline.latency.prediction import Fit
 from pipeline.latency.sizes import sizes_of
 from pipeline.latency.trial import Trial
@@ -248,6 +249,41 @@ def test_what_dense_meets_already_is_refused_as_needing_no_pruning(source, targe
     with pytest.raises(ConfigError) as caught:
         costs_of(source, **target)
     assert "without pruning" in caught.value.message and "prune.method=none" in caught.value.hint
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Every model takes 2 ms, as the dense one does; holds how often one was measured."""
+    calls = []
+
+    def measure(*given):
+        calls.append(given)
+        return {"ratio": 1.0, "dense_ms": 2.0, "operators": []}
+
+    monkeypatch.setattr(device, "measure", measure)
+    return calls
+
+
+def test_milliseconds_that_dense_is_far_below_are_refused_before_the_table_is_measured(source, timed):
+    with pytest.raises(ConfigError) as caught:
+        costs_of(source, latency="2.6ms")
+    assert "the dense model takes 2 ms" in caught.value.message and "prune.method=none" in caught.value.hint
+    assert len(timed) == 1
+
+
+def test_milliseconds_near_to_those_of_dense_are_left_to_the_whole_table(source, timed):
+    with pytest.raises(ConfigError) as caught:
+        costs_of(source, latency="2.4ms")
+    assert "the dense model takes 2 ms" in caught.value.message
+    assert len(timed) > 3
+
+
+@pytest.mark.parametrize(("other", "words"), [("100G", "is met without pruning"), (0.001, "cannot be reached")])
+def test_no_latency_is_measured_beside_a_count_that_cannot_be(source, timed, other, words):
+    with pytest.raises(ConfigError) as caught:
+        costs_of(source, latency=0.5, macs=other)
+    assert words in caught.value.message
+    assert not timed
 
 
 # ── the aim ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -104,8 +104,37 @@ def test_what_is_within_noise_of_dense_is_not_climbed(stage):
     nothing = {"0.bias": torch.ones(24, dtype=torch.bool)}
     made = stage(nothing)
     assert [(rung.name, rung.kept) for rung in made.rungs] == [("pruned", True), ("training", False)]
-    assert "within noise of the dense model" in made.rungs[-1].why
+    assert made.rungs[-1].why == (
+        "not needed: within noise of the dense model on the calibration part, whose 144 samples do not rule out a loss "
+        "of 1.1 points (--set finetune.epochs=6 asks for it all the same)"
+    )
     assert made.epochs == 0
+
+
+def without(channel):
+    """The masks that take one channel of the first convolution away, and what reads it."""
+    kept = torch.arange(24) != channel
+    first, second = torch.ones(24, 3, 3, 3, dtype=torch.bool), torch.ones(24, 24, 3, 3, dtype=torch.bool)
+    first[~kept], second[:, ~kept] = False, False
+    return {"0.weight": first, "0.bias": kept, "1.weight": kept, "1.bias": kept, "4.weight": second}
+
+
+def standing_without(channel, trained, digits):
+    model = net()
+    model.load_state_dict(trained)
+    if channel is not None:
+        masks.apply(model, without(channel))
+    return ladder.standing(model.eval(), digits, TASK)
+
+
+def test_what_is_as_often_right_but_less_sure_is_fitted(stage, trained, digits):
+    """A loss tells what too few samples do not: of those that are still right, others will be wrong."""
+    dense = standing_without(None, trained, digits)
+    less = {channel: standing_without(channel, trained, digits) for channel in range(24)}
+    unsure = [c for c, found in less.items() if ladder.near(found, dense) and not ladder.level(found, dense)]
+    rung = stage(without(unsure[0]), recover="closed-form").rungs[1]
+    assert (rung.name, rung.kept) == ("closed form", True)
+    assert "and a lower loss" in rung.why
 
 
 def test_an_own_loop_that_is_not_called_is_named_and_the_recipe_can_ask_for_it(stage, monkeypatch):
@@ -260,6 +289,39 @@ def test_the_paired_tests_decide():
     assert not ladder.near(worse, base)
     assert ladder.far(worse, base)
     assert not ladder.far(of([True] * 51 + [False] * 49, [0.5] * 100), base)
+
+
+def test_a_loss_that_is_higher_although_as_many_are_right_is_not_level():
+    base = of([True] * 60 + [False] * 40, [0.5] * 100)
+    assert ladder.level(of([True] * 60 + [False] * 40, [0.5] * 100), base)
+    assert ladder.level(of([True] * 60 + [False] * 40, [0.4 + 0.001 * i for i in range(100)]), base)  # lower
+    less_sure = of([True] * 60 + [False] * 40, [0.501 + 0.001 * i for i in range(100)])
+    assert ladder.near(less_sure, base) and not ladder.level(less_sure, base)
+    assert not ladder.level(of([True] * 30 + [False] * 70, [0.1] * 100), base)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "samples", "points"),
+    # By hand from the article's formula: the change of n + 2 pairs, and 1.6449 of its standard errors.
+    [
+        (0, 0, 144, 1.127),
+        (3, 3, 144, 2.981),
+        (3, 1, 144, 1.370 + 2.512),
+        (0, 4, 144, -2.740 + 2.4915),
+        (0, 0, 998, 0.164),
+    ],
+)
+def test_how_much_may_be_lost_by_so_few_samples(lost, won, samples, points):
+    dense, new = np.ones(samples, bool), np.ones(samples, bool)
+    new[:lost], dense[lost : lost + won] = False, False
+    found = ladder.may_have_lost(of(new, [0.5] * samples), of(dense, [0.5] * samples))
+    assert found == pytest.approx(points, abs=0.002)
+
+
+def test_samples_that_tell_enough_are_not_counted_out():
+    few, many = (of([True] * n, [0.5] * n) for n in (144, 998))
+    assert ladder.within_noise(few, few).endswith("whose 144 samples do not rule out a loss of 1.1 points")
+    assert ladder.within_noise(many, many).endswith("on the calibration part")
 
 
 def test_seconds_pay_for_whole_epochs(stage, digits, monkeypatch):
