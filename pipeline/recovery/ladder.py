@@ -75,10 +75,15 @@ def worse(new: Standing, old: Standing) -> float:
     Of answers that are right or wrong by McNemar's exact test, of any other score by the paired bootstrap over samples.
     """
     if new.task.classes:
-        after, before = new.statistics[:, 0] > 0.5, old.statistics[:, 0] > 0.5
-        lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+        lost, won = _flips(new, old)
         return float(stats.binomtest(lost, lost + won, 0.5, alternative="greater").pvalue) if lost + won else 1.0
     return one_sided(differences(new.task.score, old.statistics, new.statistics, seed=0))
+
+
+def _flips(new: Standing, old: Standing) -> tuple[int, int]:
+    """How many samples only `old` gets right, and how many only `new`."""
+    after, before = new.statistics[:, 0] > 0.5, old.statistics[:, 0] > 0.5
+    return int((before & ~after).sum()), int((after & ~before).sum())
 
 
 def lower(new: Standing, old: Standing) -> float:
@@ -127,8 +132,8 @@ def may_have_lost(new: Standing, dense: Standing) -> float:
     """
     if not new.task.classes:
         return float("nan")
-    after, before = new.statistics[:, 0] > 0.5, dense.statistics[:, 0] > 0.5
-    lost, won, count = int((before & ~after).sum()), int((after & ~before).sum()), len(after) + 2
+    lost, won = _flips(new, dense)
+    count = len(new.statistics) + 2
     change = (lost - won) / count
     error = math.sqrt(((lost + won + 1) / count - change**2) / count)
     return 100 * (change + float(stats.norm.ppf(1 - CERTAIN)) * error)
