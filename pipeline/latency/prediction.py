@@ -97,6 +97,12 @@ class Fit:
         """
         return float(self.scaled(self._each(kept).sum(axis=0, keepdims=True))[0])
 
+    def constant(self, kept: Numbers) -> float:
+        """(clusters,) groups kept -> what of the model's time, of the dense model's, does not go with sizes: that of
+        the session itself and of running each of its operators at all.
+        """
+        return self.scale[0] + self.scale[1] * float(self._each(kept)[:, 0].sum())
+
     def along(self, kept: Numbers, counts: Sequence[tuple[int, Sequence[int]]]) -> list[Numbers]:
         """(clusters,) groups kept -> for each (number of a cluster, counts of groups) the time of the dense model's
         when that cluster keeps so many, and all else is as in `kept`: `ratio` of these, for which an operator is worked

@@ -27,7 +27,7 @@ from pipeline.recipe.target import OFF_TARGET
 from pipeline.recovery import closed_form
 from pipeline.selection import branches, criteria, curves, refit, weights, widths
 from pipeline.selection.allocation import Budget, Removed, allocate, overridden
-from pipeline.selection.cost import Cost, Counted, excess
+from pipeline.selection.cost import EXACT, Cost, Counted, excess
 from pipeline.selection.criteria import Evidence, Observation, Ranked, Scores
 from pipeline.selection.curves import Apart, Measured
 from pipeline.selection.kinds import policy_of
@@ -191,18 +191,17 @@ def choose_groups(
     ranked = {c.name: criteria.rank(cfg.criterion, c, seen) for c in clusters}
     scores = {name: one.scores for name, one in ranked.items()}
     share = _way(cfg, ratio)  # overrides grow with it
-    budget = budget_of(cfg, ratio, share)
     whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
     costs = [cost.towards(share) for cost in costs]
     if worth is None:
+        budget = budget_of(cfg, ratio, share)
         if costs:
             return Weighed(whole | _by_ratio(clusters, scores, budget, whole, costs), ranked)
         return Weighed(whole | allocate(clusters, scores, budget), ranked)
     exact = cfg.allocation == "exact"
     offered = branches or Offered()
     known = {branch.node: branch for branch in offered.alone}
-    for finer in _finer(cfg, budget, costs):
-        budget = finer
+    for budget in finer(cfg, budget_of(cfg, ratio, share), costs):
 
         def solved(dearer: float, budget: Budget = budget) -> Depth:
             prices = {branch.node: (branch.inside, dearer * loss) for branch, loss in offered.alone.items()}
@@ -216,7 +215,7 @@ def choose_groups(
         found, dearer = _deep(solved, tried, offered.dearer)
         chosen = whole | found.removed
         below = min((1 - cost.of(chosen) / cost.goal for cost in costs), default=0.0)
-        if below <= OFF_TARGET:  # else too much was cut
+        if -EXACT <= below <= OFF_TARGET:  # else too much was cut, or a narrow layer lets no more go
             break
     prices = widths.prices(analysis, clusters, worth.curves, budget, chosen, costs[0] if costs else None)
     return Weighed(chosen, ranked, worth, prices, tuple(known[name] for name in found.branches), dearer)
@@ -275,12 +274,13 @@ def alignment(cfg: PruneSection) -> int:
     return vector_block() if cfg.align == "auto" else cfg.align
 
 
-def _finer(cfg: PruneSection, budget: Budget, costs: Sequence[Cost]) -> list[Budget]:
-    """`budget`, and for goals that are only counted, where the alignment is ours to set, with finer and finer widths:
-    one step of a narrow layer may be more than a goal leaves. A latency is predicted for the measured alignment alone.
+def finer(cfg: PruneSection, budget: Budget, costs: Sequence[Cost]) -> list[Budget]:
+    """`budget`, and for goals that are only counted, where the alignment is ours to set and curves decide, with finer
+    and finer widths: one step of a narrow layer may be more than a goal leaves. A latency is predicted for the measured
+    alignment alone.
     """
     made = [budget]
-    if cfg.align == "auto" and all(isinstance(cost, Counted) for cost in costs):
+    if cfg.align == "auto" and cfg.scope == "curves" and all(isinstance(cost, Counted) for cost in costs):
         while made[-1].align > 1:
             made.append(replace(budget, align=made[-1].align // 2))
     return made

@@ -150,6 +150,10 @@ class Timed:
         """What is left."""
         return self.correction * self.fit.of(self._kept(removed))
 
+    def at_any_width(self, removed: Removed) -> float:
+        """What of it the session and its operators take however narrow their layers are."""
+        return self.correction * self.fit.constant(self._kept(removed))
+
     def along(self, removed: Removed, counts: Counts) -> list[list[float]]:
         """What is left at each count."""
         numbers = [self.fit.sizes.clusters.index(cluster.name) for cluster, _ in counts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +22,8 @@ from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.target import Amount, Quantity
-from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import Chooser, alignment, budget_of, choosable, choosable_branches
+from pipeline.selection.allocation import Budget, Removed, widths_allowed
+from pipeline.selection.choose import Chooser, alignment, budget_of, choosable, choosable_branches, finer
 from pipeline.selection.cost import Cost, Counted, Timed, excess, over
 from pipeline.selection.kinds import policy_of
 from pipeline.selection.widths import least
@@ -33,6 +34,8 @@ MET_ANYWAY = 1.25
 """Times the dense model's latency: a target above it is refused before the table is measured. The first measurements of
 a table tell the dense model's time by no better than a busy machine allows; what is nearer to it is left to them all.
 """
+MANY = 0.01
+"""Of the parameters: an operator that keeps a smaller share is no reason why a target cannot be reached."""
 
 
 def costs(
@@ -156,7 +159,8 @@ def check(
     if not costs:
         return
     scores = {c.name: _plain(c) for c in clusters}
-    narrowest = least(clusters, scores, budget_of(cfg, cfg.ratio))
+    budget = finer(cfg, budget_of(cfg, cfg.ratio), costs)[-1]
+    narrowest = least(clusters, scores, budget)
     if not excess(costs, narrowest):
         return
     narrowest = fastest(costs, narrowest)
@@ -167,17 +171,56 @@ def check(
         deepest = narrowest | {c.name: np.ones(c.size, np.bool_) for c in clusters if c.name in inside}
         if not excess(costs, deepest):
             return
+        narrowest = min(narrowest, deepest, key=lambda one: excess(costs, one))
     left = [(cost, cost.of(narrowest)) for cost in costs]
     missed = "; ".join(
         f"{cost.name} {cost.goal:.3g} of dense, the least is {value:.3g}"
         for cost, value in left
         if over(value, cost.goal) > 0
     )
-    blocked = sorted(analysis.blocked, key=lambda one: -one.params)[:2]
-    why = [f"{one.op} at {one.node} keeps {one.params:,} parameters ({one.reason})" for one in blocked if one.params]
-    why += [f"every layer keeps prune.floor = {cfg.floor:g} of its channels"] if cfg.floor else []
+    why, hint = _in_the_way(analysis, clusters, budget, left, narrowest)
     held = f" What is in the way: {'; '.join(why)}." if why else ""
-    raise ConfigError(f"The target cannot be reached: {missed}.{held}", "Ask for more, or lower prune.floor.")
+    raise ConfigError(f"The target cannot be reached: {missed}.{held}", hint)
+
+
+def _in_the_way(
+    analysis: Analysis,
+    clusters: Sequence[Cluster],
+    budget: Budget,
+    left: Sequence[tuple[Cost, float]],
+    narrowest: Removed,
+) -> tuple[list[str], str]:
+    """Why no less than `left` of each cost can be had under `budget`, and what to do about it."""
+    why = []
+    for cost, value in left:
+        constant = cost.at_any_width(narrowest) if isinstance(cost, Timed) and over(value, cost.goal) > 0 else 0.0
+        if constant > value / 2:
+            why.append(f"its operators take {constant:.2g} of dense at any width")
+        if constant >= cost.goal:
+            return why, "Ask for more: no width is narrow enough. Larger inputs or batches leave more to save."
+    many = [one for one in analysis.blocked if one.params > MANY * analysis.params]
+    for one in sorted(many, key=lambda one: -one.params)[:2]:
+        why.append(f"{one.op} at {one.node} keeps {one.params:,} parameters ({one.reason})")
+    holds = _held_by(clusters, budget)
+    if "floor" in holds:
+        why.append(f"every layer keeps prune.floor = {budget.floor:g} of its channels")
+    if "align" in holds:
+        why.append(f"counts are multiples of prune.align = {budget.align}")
+    could = [{"floor": "lower prune.floor", "align": "set prune.align to 1"}[name] for name in holds]
+    return why, ", or ".join(("Ask for more", *could)) + "."
+
+
+def _held_by(clusters: Sequence[Cluster], budget: Budget) -> list[str]:
+    """Which of `budget`'s limits, "floor" and "align", keeps some cluster from being narrower: each that does alone, or
+    both where only both together do.
+    """
+
+    def narrowest(limits: Budget) -> list[int]:
+        return [widths_allowed(c, limits)[-1] for c in clusters]
+
+    free, now = {"floor": replace(budget, floor=0.0), "align": replace(budget, align=1)}, narrowest(budget)
+    alone = [name for name, limits in free.items() if narrowest(limits) != now]
+    return alone or (list(free) if narrowest(replace(budget, floor=0.0, align=1)) != now else [])
 
 
 def fastest(costs: Sequence[Cost], narrowest: Removed) -> Removed:

@@ -1,6 +1,8 @@
 """Whole residual branches as a choice: which there are, what masks make them add nothing, and when one goes."""
 
 import itertools
+import math
+import re
 
 import numpy as np
 import pytest
@@ -198,6 +200,21 @@ def test_a_target_that_only_depth_reaches_is_not_refused_before_it_is_tried():
     for other in ({"scope": "layer"}, {"scope": "curves", "depth": False}):
         with pytest.raises(ConfigError, match="cannot be reached"):
             targets.check(PruneSection(**shape, **other), analysis, analysis.clusters, [cost], maskable)
+
+
+def test_the_least_that_can_be_had_is_that_without_the_branches():
+    model, analysis = analysed(Net, (2, 3, 8, 8))
+    maskable, said = masks.maskable(model), {}
+    for depth in (True, False):
+        cfg = PruneSection(align=1, floor=0.8, target={"macs": 1e-3}, scope="curves", depth=depth)
+        with pytest.raises(ConfigError) as caught:
+            targets.check(cfg, analysis, analysis.clusters, [Counted(analysis, "macs", 1e-3, 1.0)], maskable)
+        said[depth] = float(re.search(r"the least is (0\.\d+)", caught.value.message)[1])
+    inside = {c.name for c in analysis.clusters if c.name.endswith(".a")}
+    kept = {c.name: np.arange(c.size) >= math.ceil(0.8 * c.size) for c in analysis.clusters}
+    gone = {name: np.ones_like(flags) if name in inside else flags for name, flags in kept.items()}
+    for depth, removed in ((True, gone), (False, kept)):
+        assert said[depth] == pytest.approx(Counted(analysis, "macs", 1e-3, 1.0).of(removed), rel=0.01)
 
 
 def test_branches_go_one_after_another_where_no_widths_and_no_single_branch_are_enough():

@@ -241,7 +241,46 @@ def test_a_target_is_met_whatever_the_scope(source, scope):
 def test_what_cannot_be_met_is_refused_with_the_least_and_what_is_in_the_way(source):
     with pytest.raises(ConfigError) as caught:
         costs_of(source, macs=0.001)
-    assert "the least is" in caught.value.message and "prune.floor" in caught.value.message
+    assert "the least is" in caught.value.message and "prune.align = 8" in caught.value.message
+
+
+def refused(source, **recipe):
+    """What is said to a recipe for the small net whose target cannot be reached."""
+    model = source.build()
+    analysis, cfg = analyse(graph_of(model, source)), PruneSection(**recipe)
+    with pytest.raises(ConfigError, match="cannot be reached") as caught:
+        targets.costs(cfg, analysis, source, masks.maskable(model), Measurements(), Progress())
+    return caught.value
+
+
+def test_only_what_holds_the_widths_is_in_the_way(source):
+    target = {"macs": 0.001}
+    both = refused(source, target=target, align=16, floor=0.3, scope="layer")
+    assert "prune.floor = 0.3" in both.message and "prune.align = 16" in both.message
+    assert both.hint == "Ask for more, or lower prune.floor, or set prune.align to 1."
+    aligned = refused(source, target=target, align=16, floor=0.01, scope="layer")
+    assert "prune.floor" not in aligned.message and "prune.align = 16" in aligned.message
+    alike = load(Net((32, 32, 32)), input_size=(3, 8, 8))
+    equal = refused(alike, target=target, align=16, floor=0.5, scope="layer")  # half of 32 is 16: either holds alone
+    assert "prune.floor = 0.5" in equal.message and "prune.align = 16" in equal.message
+    floor = refused(source, target=target, align=1, floor=0.3, scope="layer")
+    assert "prune.align" not in floor.message and floor.hint == "Ask for more, or lower prune.floor."
+    neither = refused(source, target=target, align=1, floor=0.0, scope="layer")
+    assert "in the way" not in neither.message and neither.hint == "Ask for more."
+
+
+@pytest.mark.parametrize(("goal", "hint"), [(0.5, "set prune.align to 1"), (0.35, "no width is narrow enough")])
+def test_operators_that_take_as_long_at_any_width_are_in_the_way(source, monkeypatch, goal, hint):
+    model = source.build()
+    analysis = analyse(graph_of(model, source))
+    table = Fit(sizes_of(analysis), (), {}, 1, (0.3, 1.0, 1.0, 0.0))
+    monkeypatch.setattr(Fit, "_each", lambda self, kept: np.array([[0.1, 0.15], [0.0, 0.05]]))  # 0.6 whatever is kept
+    cost = targets.Timed(table, goal, 10.0, 1, 1)
+    with pytest.raises(ConfigError) as caught:
+        targets.check(recipe(latency=goal), analysis, analysis.clusters, [cost], masks.maskable(model))
+    assert f"{goal} of dense, the least is 0.6" in caught.value.message
+    assert "its operators take 0.4 of dense at any width" in caught.value.message
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize("target", [{"macs": "100G"}, {"params": "1G"}, {"size": "2GB"}])
@@ -354,6 +393,25 @@ def test_a_goal_that_the_measured_model_puts_out_of_reach_is_refused(source, mon
     with pytest.raises(ConfigError) as caught:
         aimed_at(source, monkeypatch, 0.12, lambda share: share + 2.0)
     assert "cannot be reached" in caught.value.message
+
+
+def test_a_count_that_only_finer_widths_reach_is_not_refused_and_met(net, monkeypatch):
+    """A layer of 16 channels keeps 4 of them where counts follow a block of 16, and 2 where they are free to."""
+    analysis, _, curves = net
+    monkeypatch.setattr(choosing, "vector_block", lambda: 16)
+    worth = Curves(curves, {c.name: c.size for c in analysis.clusters}, (0.5,), 8, False, 0.0)
+    seen = Evidence(dict(analysis.captured.state))
+    scores = {c.name: np.arange(c.size, dtype=float) for c in analysis.clusters}
+    blocks = least(analysis.clusters, scores, Budget(0.5, align=16, floor=0.1))
+    goal = 0.8 * analysis.estimate(blocks).macs / analysis.macs
+    cost = Counted(analysis, "macs", goal, 1.0)
+    cfg = PruneSection(scope="curves", align="auto", target={"macs": goal}, floor=0.1)
+    targets.check(cfg, analysis, analysis.clusters, [cost], frozenset(seen.weights))
+    found = choosing.choose_groups(analysis, seen, cfg, cfg.ratio, frozenset(seen.weights), worth, [cost]).removed
+    assert (1 - OFF_TARGET) * goal <= cost.of(found) <= goal
+    named = cfg.model_copy(update={"align": 16})
+    with pytest.raises(ConfigError, match=r"prune\.align = 16"):
+        targets.check(named, analysis, analysis.clusters, [cost], frozenset(seen.weights))
 
 
 @pytest.mark.parametrize("goal", [0.45, 0.6, 0.8])
