@@ -194,7 +194,7 @@ def _in_the_way(
     why = []
     for cost, value in left:
         constant = cost.at_any_width(narrowest) if isinstance(cost, Timed) and over(value, cost.goal) > 0 else 0.0
-        if constant > value / 2:
+        if constant > value / 2 or constant >= cost.goal:
             why.append(f"its operators take {constant:.2g} of dense at any width")
         if constant >= cost.goal:
             return why, "Ask for more: no width is narrow enough. Larger inputs or batches leave more to save."
