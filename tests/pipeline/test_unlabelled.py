@@ -39,11 +39,16 @@ def weights(tmp_path_factory, knows_digits) -> Path:
     return path
 
 
+def fitted(weights: Path, inputs: Path) -> list[str]:
+    """A quarter of every group cut, and the rest fitted to inputs without labels."""
+    words = ["--data", f"npz:{inputs}", "--weights", str(weights), "--set", "finetune.recover=closed-form"]
+    return [*words, "--set", "prune.ratio=0.25", "--set", "gate.min_agreement=0.6"]
+
+
 @pytest.fixture(scope="module")
 def version(tmp_path_factory, weights, unlabelled_digits) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
-    words = ["--data", f"npz:{unlabelled_digits}", "--weights", str(weights), "--set", "finetune.recover=closed-form"]
-    text = deployed(folder, *words, "--set", "prune.ratio=0.25", "--set", "gate.min_agreement=0.6")
+    text = deployed(folder, *fitted(weights, unlabelled_digits))
     assert "agreement with dense" in text
     return folder / "tiny" / "v0001"
 
@@ -104,11 +109,10 @@ def test_it_is_judged_the_same_again_and_by_another_policy(version, tmp_path):
 def test_where_the_answers_fall_short_and_nothing_was_trained_that_is_said(version, weights, unlabelled_digits):
     out, why = version.parent.parent, "training: not asked for (recover = 'closed-form')"
     assert why not in said(out, "show", "tiny/v0001")  # it passed
-    words = ["--data", f"npz:{unlabelled_digits}", "--weights", str(weights), "--set", "finetune.recover=closed-form"]
-    words += ["--set", "prune.ratio=0.25"]
-    short = deployed(out, *words, "--set", "gate.min_agreement=0.6", "--set", "gate.min_cosine=0.9999999", code=1)
+    words = fitted(weights, unlabelled_digits)
+    short = deployed(out, *words, "--set", "gate.min_cosine=0.9999999", code=1)
     assert why in short
-    large = deployed(out, *words, "--set", "gate.min_agreement=0.6", "--set", "gate.max_size_ratio=0.001", code=1)
+    large = deployed(out, *words, "--set", "gate.max_size_ratio=0.001", code=1)
     assert "file size" in large and why not in large
 
 

@@ -403,7 +403,7 @@ def test_a_goal_that_the_measured_model_puts_out_of_reach_is_refused(source, mon
 
 
 def test_a_count_that_only_finer_widths_reach_is_not_refused_and_met(net, monkeypatch):
-    """A layer of 16 channels keeps 4 of them where counts follow a block of 16, and 2 where they are free to."""
+    """A layer of 32 channels keeps 16 of them where counts follow a block of 16, and 4 where they are free to."""
     analysis, _, curves = net
     monkeypatch.setattr(choosing, "vector_block", lambda: 16)
     worth = Curves(curves, {c.name: c.size for c in analysis.clusters}, (0.5,), 8, False, 0.0)

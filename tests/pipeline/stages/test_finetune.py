@@ -1,6 +1,7 @@
 """Stage 2: the ladder of recovery, each rung kept only where the calibration part says that it helps."""
 
 import csv
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,28 +112,32 @@ def test_what_is_within_noise_of_dense_is_not_climbed(stage):
     assert made.epochs == 0
 
 
-def without(channel):
-    """The masks that take one channel of the first convolution away, and what reads it."""
-    kept = torch.arange(24) != channel
+def without(channels):
+    """The masks that take channels of the first convolution away, and what reads them."""
+    kept = torch.ones(24, dtype=torch.bool)
+    kept[list(channels)] = False
     first, second = torch.ones(24, 3, 3, 3, dtype=torch.bool), torch.ones(24, 24, 3, 3, dtype=torch.bool)
     first[~kept], second[:, ~kept] = False, False
     return {"0.weight": first, "0.bias": kept, "1.weight": kept, "1.bias": kept, "4.weight": second}
 
 
-def standing_without(channel, trained, digits):
+def standing_without(channels, trained, digits):
     model = net()
     model.load_state_dict(trained)
-    if channel is not None:
-        masks.apply(model, without(channel))
+    masks.apply(model, without(channels))
     return ladder.standing(model.eval(), digits, TASK)
 
 
 def test_what_is_as_often_right_but_less_sure_is_fitted(stage, trained, digits):
     """A loss tells what too few samples do not: of those that are still right, others will be wrong."""
-    dense = standing_without(None, trained, digits)
-    less = {channel: standing_without(channel, trained, digits) for channel in range(24)}
-    unsure = [c for c, found in less.items() if ladder.near(found, dense) and not ladder.level(found, dense)]
-    rung = stage(without(unsure[0]), recover="closed-form").rungs[1]
+    dense = standing_without((), trained, digits)
+    few = (chosen for count in (1, 2) for chosen in itertools.combinations(range(24), count))
+    for channels in few:  # which of them it is hangs on the machine's rounding in training
+        less = standing_without(channels, trained, digits)
+        if ladder.near(less, dense) and ladder.lower(dense, less) < 0.001:
+            break
+    assert not ladder.level(less, dense)
+    rung = stage(without(channels), recover="closed-form").rungs[1]
     assert (rung.name, rung.kept) == ("closed form", True)
     assert "and a lower loss" in rung.why
 
