@@ -368,6 +368,6 @@ def print_release(release: Release) -> None:
     for check in checked.verdict.checks:
         if check.outcome != "pass":
             console.print(f"  [{colour}]{check.outcome}[/] {plain(check.reason)}", highlight=False, soft_wrap=True)
-    left_out = [rung.why for rung in release[Finetuned].rungs if rung.name == "training" and rung.score is None]
-    if left_out and judging.short_answers(checked):
-        console.print(f"  training: {plain(left_out[0])}", highlight=False, soft_wrap=True)
+    left_out = judging.untrained(checked, release[Finetuned])
+    if left_out is not None:
+        console.print(f"  training: {plain(left_out)}", highlight=False, soft_wrap=True)

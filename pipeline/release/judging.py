@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from foundation.errors import ConfigError, StoreError, first_line
+from pipeline.artifacts.eager import Finetuned
 from pipeline.artifacts.verdict import Validated
 from pipeline.gate import policy
 from pipeline.recipe import config
@@ -25,10 +26,14 @@ def judge(checked: Validated, limits: Policy) -> tuple[Verdict, tuple[str, ...]]
     )
 
 
-def short_answers(checked: Validated) -> bool:
-    """Whether it is for the model's answers, alone or among others, that a version did not pass."""
+def untrained(checked: Validated, finetuned: Finetuned) -> str | None:
+    """Why nothing was trained, where it is for the model's answers, alone or among others, that a version did not pass;
+    None where that is not so.
+    """
     names = tuple(policy.name_of(policy.key_of(rule)) for rule in policy.answer_rules(Policy(), _judged(checked)))
-    return any(one.limit.metric.startswith(names) for one in checked.verdict.checks if one.outcome != "pass")
+    if not any(one.limit.metric.startswith(names) for one in checked.verdict.checks if one.outcome != "pass"):
+        return None
+    return next((rung.why for rung in finetuned.rungs if rung.name == "training" and rung.score is None), None)
 
 
 def _judged(checked: Validated) -> policy.Judged:

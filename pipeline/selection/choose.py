@@ -193,15 +193,19 @@ def choose_groups(
     share = _way(cfg, ratio)  # overrides grow with it
     whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
     costs = [cost.towards(share) for cost in costs]
+    budgets = finer(cfg, budget_of(cfg, ratio, share), costs)
     if worth is None:
-        budget = budget_of(cfg, ratio, share)
-        if costs:
-            return Weighed(whole | _by_ratio(clusters, scores, budget, whole, costs), ranked)
-        return Weighed(whole | allocate(clusters, scores, budget), ranked)
+        if not costs:
+            return Weighed(whole | allocate(clusters, scores, budgets[0]), ranked)
+        for budget in budgets:
+            chosen = whole | _by_ratio(clusters, scores, budget, whole, costs)
+            if _hit(costs, chosen):
+                break
+        return Weighed(chosen, ranked)
     exact = cfg.allocation == "exact"
     offered = branches or Offered()
     known = {branch.node: branch for branch in offered.alone}
-    for budget in finer(cfg, budget_of(cfg, ratio, share), costs):
+    for budget in budgets:
 
         def solved(dearer: float, budget: Budget = budget) -> Depth:
             prices = {branch.node: (branch.inside, dearer * loss) for branch, loss in offered.alone.items()}
@@ -214,11 +218,18 @@ def choose_groups(
 
         found, dearer = _deep(solved, tried, offered.dearer)
         chosen = whole | found.removed
-        below = min((1 - cost.of(chosen) / cost.goal for cost in costs), default=0.0)
-        if -EXACT <= below <= OFF_TARGET:  # else too much was cut, or a narrow layer lets no more go
+        if _hit(costs, chosen):
             break
     prices = widths.prices(analysis, clusters, worth.curves, budget, chosen, costs[0] if costs else None)
     return Weighed(chosen, ranked, worth, prices, tuple(known[name] for name in found.branches), dearer)
+
+
+def _hit(costs: Sequence[Cost], chosen: Removed) -> bool:
+    """Whether every goal is met and the tightest one nearly used up: else too much was cut, or a narrow layer lets no
+    more go.
+    """
+    below = min((1 - cost.of(chosen) / cost.goal for cost in costs), default=0.0)
+    return -EXACT <= below <= OFF_TARGET
 
 
 def _way(cfg: PruneSection, ratio: float) -> float:
@@ -275,12 +286,11 @@ def alignment(cfg: PruneSection) -> int:
 
 
 def finer(cfg: PruneSection, budget: Budget, costs: Sequence[Cost]) -> list[Budget]:
-    """`budget`, and for goals that are only counted, where the alignment is ours to set and curves decide, with finer
-    and finer widths: one step of a narrow layer may be more than a goal leaves. A latency is predicted for the measured
-    alignment alone.
+    """`budget`, and for goals that are only counted, where the alignment is ours to set, with finer and finer widths:
+    one step of a narrow layer may be more than a goal leaves. A latency is predicted for the measured alignment alone.
     """
     made = [budget]
-    if cfg.align == "auto" and cfg.scope == "curves" and all(isinstance(cost, Counted) for cost in costs):
+    if cfg.align == "auto" and all(isinstance(cost, Counted) for cost in costs):
         while made[-1].align > 1:
             made.append(replace(budget, align=made[-1].align // 2))
     return made

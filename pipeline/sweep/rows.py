@@ -9,9 +9,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from foundation.errors import Explained, LeanortError
-from pipeline.artifacts.eager import Aim, Baseline, Pruned
+from pipeline.artifacts.eager import Aim, Baseline, Finetuned, Pruned
 from pipeline.artifacts.program import Shrunk
 from pipeline.artifacts.verdict import Validated
+from pipeline.release import judging
 from pipeline.release.opening import Release
 from pipeline.report.outcome import EXIT_CODES, judged, reasons
 from pipeline.sweep.points import Axis
@@ -85,12 +86,14 @@ class Row(_Plain):
 def of(axis: Axis, value: str, release: Release) -> Row:
     """The row of a version."""
     checked, shrunk, dense = release[Validated], release[Shrunk], release[Baseline]
+    left_out = judging.untrained(checked, release[Finetuned])
+    untrained = () if left_out is None else (f"Training: {left_out}.",)
     ratio, low, high = checked.latency_ratio, checked.latency_ratio_low, checked.latency_ratio_high
     return Row(
         value=value,
         code=EXIT_CODES[checked.verdict.outcome],
         outcome=checked.verdict.outcome,
-        reasons=tuple(reasons(checked.verdict, [judged(check) for check in checked.verdict.checks])),
+        reasons=(*reasons(checked.verdict, [judged(check) for check in checked.verdict.checks]), *untrained),
         version=release.folder.name,
         folder=str(release.folder.resolve()),
         cpu=release.manifest.host.get("cpu", ""),

@@ -17,6 +17,8 @@ from pipeline.artifacts import Baseline
 from pipeline.cli import main
 from pipeline.gate import measuring
 from pipeline.release import store
+from pipeline.release.opening import open_release
+from pipeline.sweep import rows
 from pipeline.tasks import classification
 from tests.pipeline.chain import QUICK, TINY, figures, said
 from tests.pipeline.tiny import TinyNet
@@ -110,10 +112,16 @@ def test_where_the_answers_fall_short_and_nothing_was_trained_that_is_said(versi
     out, why = version.parent.parent, "training: not asked for (recover = 'closed-form')"
     assert why not in said(out, "show", "tiny/v0001")  # it passed
     words = fitted(weights, unlabelled_digits)
+
+    def in_a_sweep() -> tuple[str, ...]:
+        return rows.of("macs", "0.5", open_release(max(version.parent.glob("v*")))).reasons
+
     short = deployed(out, *words, "--set", "gate.min_cosine=0.9999999", code=1)
     assert why in short
+    assert f"T{why[1:]}." in in_a_sweep()
     large = deployed(out, *words, "--set", "gate.max_size_ratio=0.001", code=1)
     assert "file size" in large and why not in large
+    assert not any(why[1:] in reason for reason in in_a_sweep())
 
 
 def test_other_answers_are_other_data(version, unlabelled_digits, tmp_path):

@@ -402,17 +402,25 @@ def test_a_goal_that_the_measured_model_puts_out_of_reach_is_refused(source, mon
     assert "cannot be reached" in caught.value.message
 
 
-def test_a_count_that_only_finer_widths_reach_is_not_refused_and_met(net, monkeypatch):
+def _worth(analysis, curves, scope):
+    """The curves, where `scope` asks for them."""
+    if scope == "curves":
+        return Curves(curves, {c.name: c.size for c in analysis.clusters}, (0.5,), 8, False, 0.0)
+    return None
+
+
+@pytest.mark.parametrize("scope", ["curves", "layer", "global"])
+def test_a_count_that_only_finer_widths_reach_is_not_refused_and_met(net, monkeypatch, scope):
     """A layer of 32 channels keeps 16 of them where counts follow a block of 16, and 4 where they are free to."""
     analysis, _, curves = net
     monkeypatch.setattr(choosing, "vector_block", lambda: 16)
-    worth = Curves(curves, {c.name: c.size for c in analysis.clusters}, (0.5,), 8, False, 0.0)
+    worth = _worth(analysis, curves, scope)
     seen = Evidence(dict(analysis.captured.state))
     scores = {c.name: np.arange(c.size, dtype=float) for c in analysis.clusters}
     blocks = least(analysis.clusters, scores, Budget(0.5, align=16, floor=0.1))
     goal = 0.8 * analysis.estimate(blocks).macs / analysis.macs
     cost = Counted(analysis, "macs", goal, 1.0)
-    cfg = PruneSection(scope="curves", align="auto", target={"macs": goal}, floor=0.1)
+    cfg = PruneSection(scope=scope, align="auto", target={"macs": goal}, floor=0.1)
     targets.check(cfg, analysis, analysis.clusters, [cost], frozenset(seen.weights))
     found = choosing.choose_groups(analysis, seen, cfg, cfg.ratio, frozenset(seen.weights), worth, [cost]).removed
     assert (1 - OFF_TARGET) * goal <= cost.of(found) <= goal
@@ -421,16 +429,19 @@ def test_a_count_that_only_finer_widths_reach_is_not_refused_and_met(net, monkey
         targets.check(named, analysis, analysis.clusters, [cost], frozenset(seen.weights))
 
 
-@pytest.mark.parametrize("goal", [0.45, 0.6, 0.8])
-def test_widths_are_finer_where_the_hosts_block_would_cut_too_much(net, monkeypatch, goal):
+@pytest.mark.parametrize(
+    ("scope", "goal"),
+    [("curves", 0.45), *((scope, goal) for scope in ("curves", "layer", "global") for goal in (0.6, 0.8))],
+)
+def test_widths_are_finer_where_the_hosts_block_would_cut_too_much(net, monkeypatch, scope, goal):
     """Of counted goals, where the alignment is ours to set; one that the recipe names holds."""
     analysis, _, curves = net
     monkeypatch.setattr(choosing, "vector_block", lambda: 16)
-    worth = Curves(curves, {c.name: c.size for c in analysis.clusters}, (0.5,), 8, False, 0.0)
+    worth = _worth(analysis, curves, scope)
     seen = Evidence(dict(analysis.captured.state))
 
     def chosen(align):
-        cfg = PruneSection(scope="curves", align=align, target={"macs": goal})
+        cfg = PruneSection(scope=scope, align=align, target={"macs": goal})
         costs = [Counted(analysis, "macs", goal, 1.0)]
         return choosing.choose_groups(analysis, seen, cfg, cfg.ratio, frozenset(seen.weights), worth, costs).removed
 
