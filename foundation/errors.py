@@ -6,6 +6,7 @@
     └── LeanortError                 exit 3   a stage could not do its work
         ├── UserError                exit 2   what was given is wrong; the message says what to do
         │   ├── ConfigError                   recipe or option: unknown key, value out of range
+        │   │   └── TargetError               a latency or size that cannot be met, or is met without pruning
         │   ├── ModelError                    unknown model, wrong input shape, not a module
         │   ├── WeightsError                  unreadable, unsafe or mismatched checkpoint, NaN
         │   ├── DataError                     empty, single-class, NaN, labels out of range
@@ -65,6 +66,10 @@ class UserError(LeanortError):
 
 class ConfigError(UserError):
     """A recipe or an option is wrong."""
+
+
+class TargetError(ConfigError):
+    """What may be left of the model cannot be reached, or is not exceeded: another amount may be."""
 
 
 class ModelError(UserError):

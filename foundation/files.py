@@ -48,6 +48,14 @@ def storage_of(tensor: Tensor) -> str:
     return "" if tensor.layout == torch.strided else "sparse"
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, with those above it, where there is none. Raises StoreError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
 @contextmanager
 def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """Give a name to write to that becomes `path` when the block ends well, and vanishes when it does not.
@@ -62,12 +70,15 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
             sync(partial)
         partial.replace(path)
     except OSError as error:
-        raise StoreError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            "Free some space, or choose a folder that is writable.",
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{path} cannot be written: {error.strerror or error}.", "Free some space, or choose a folder that is writable."
+    )
 
 
 def memory_of(name: str, tensor: Tensor) -> Hashable:

@@ -12,7 +12,7 @@ from typing import Any
 
 import filelock
 
-from foundation.files import replacing
+from foundation.files import make_folder, replacing
 
 FOLDER = "measured"
 """In a model's folder."""
@@ -40,17 +40,19 @@ class Measurements:
         path = self._path(name, key)
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with replacing(path) as part:
             part.write_text(json.dumps({"value": value, "digest": _digest(value)}), encoding="utf-8")
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """One run at a time measures under `name`, others wait: each would slow what the other one times."""
+        """One run at a time measures under `name`, others wait: each would slow what the other one times. Raises
+        StoreError where the folder cannot be made.
+        """
         if self.folder is None:
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with filelock.FileLock(self.folder / f".{name}.lock"):  # which the system frees where a run is killed
             yield
 

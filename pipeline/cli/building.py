@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.tree import Tree
 
 from foundation.errors import ConfigError
-from pipeline.cli.group import EXIT_CODES, main, plain
+from pipeline.cli.group import EXIT_CODES, NewFile, main, plain
 from pipeline.cli.versions import print_release
 
 if TYPE_CHECKING:
     from pipeline.inquiry.planning import Plan
+    from pipeline.inquiry.sensitivity import Sensitivity
     from pipeline.recipe.config import Config
 
 
@@ -116,6 +117,12 @@ def recipe_of(
     }
     chosen = {key: value for key, value in given.items() if value is not None}
     made = config.load(recipe, chosen | dict(map(config.parse_setting, settings)))
+    if ratio is not None and made.prune.target.amounts:
+        held = next(iter(made.prune.target.amounts))
+        raise ConfigError(
+            f"The recipe has a target, prune.target.{held}, which decides the ratio.",
+            f"Leave --ratio out, and give --{held} where the target is to be another.",
+        )
     if not made.model:
         raise ConfigError("No model was named.", 'Try `leanort deploy resnet50`, or put model = "..." into the recipe.')
     return made
@@ -215,7 +222,7 @@ def shrink(
     chosen = (
         *settings,
         "prune.method=given",
-        f"prune.weights={checkpoint}",
+        f"prune.weights={json.dumps(checkpoint, ensure_ascii=False)}",  # as TOML: a name may look like a number
         "finetune.recover=none",
         "finetune.epochs=0",
     )
@@ -246,7 +253,7 @@ def shrink(
 @main.command()
 @recipe_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Draw every layer's width into this file.")
+@click.option("--svg", type=NewFile(), help="Draw every layer's width into this file.")
 def plan(as_json: bool, svg: Path | None, **options: Any) -> None:
     """Show what a deploy would run or reuse, which channel groups exist, what blocks the rest, and the size to expect.
 
@@ -266,14 +273,21 @@ def plan(as_json: bool, svg: Path | None, **options: Any) -> None:
     from pipeline.progress import TerminalProgress
 
     made = planning.plan(config, TerminalProgress())
-    if svg is not None:
-        try:
-            svg.write_text(made.svg(str(config.model)), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{svg} cannot be written ({error.strerror}).", "Give --svg another place.") from error
     if as_json:
         click.echo(json.dumps(made.to_json(), indent=2))
+    else:
+        _print_plan(made)
+    if svg is None:
         return
+    try:
+        svg.write_text(made.svg(str(config.model)), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{svg} cannot be written ({error.strerror}).", "Give --svg another place.") from error
+    if not as_json:
+        Console().print(f"Every layer's width is drawn in {plain(str(svg))}.", highlight=False)
+
+
+def _print_plan(made: Plan) -> None:
     console = Console()
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "action", "because"):
@@ -285,8 +299,6 @@ def plan(as_json: bool, svg: Path | None, **options: Any) -> None:
     console.print(_expected(made))
     for line in made.curve_words:
         console.print(line, highlight=False)
-    if svg is not None:
-        console.print(f"Every layer's width is drawn in {plain(str(svg))}.", highlight=False)
 
 
 def _tree(made: Plan) -> Tree:
@@ -344,7 +356,7 @@ def _expected(made: Plan) -> Table:
 @main.command()
 @recipe_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves: FILE.svg, FILE.png.")
+@click.option("--picture", type=NewFile(".svg", ".png"), help="Draw the curves: FILE.svg, FILE.png.")
 def sensitivity(as_json: bool, picture: Path | None, **options: Any) -> None:
     """Show which layers can least do without their channels: what happens to the outputs as each one loses some.
 
@@ -366,11 +378,20 @@ def sensitivity(as_json: bool, picture: Path | None, **options: Any) -> None:
     from pipeline.progress import TerminalProgress
 
     found = inquiry.sensitivity(config, TerminalProgress())
-    if picture is not None:
-        inquiry.picture(found, f"{config.model}: {found.words} go first", picture)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        _print_sensitivity(found)
+    if picture is None:
         return
+    inquiry.picture(found, f"{config.model}: {found.words} go first", picture)
+    if not as_json:
+        Console().print(f"The curves are drawn in {plain(str(picture))}.", highlight=False)
+
+
+def _print_sensitivity(found: Sensitivity) -> None:
+    from pipeline.inquiry import sensitivity as inquiry
+
     console = Console()
     table = Table(box=None, pad_edge=False)
     table.add_column("layer")
@@ -392,5 +413,3 @@ def sensitivity(as_json: bool, picture: Path | None, **options: Any) -> None:
     if len(found.measured_at) < len(found.shares):
         told = ", ".join(f"{share:.3g}" for share in found.measured_at)
         console.print(f"The time was short: measured at {told} only, powers between.", highlight=False)
-    if picture is not None:
-        console.print(f"The curves are drawn in {plain(str(picture))}.", highlight=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
@@ -88,7 +89,10 @@ def _measuring_options(command: Any) -> Any:  # decorates any click command
 @click.option("--promoted", type=click.Path(path_type=Path), help="For a file: the model that is live now.")
 @click.option("--equal-to", type=click.Path(path_type=Path), help="For a file: a model that must compute the same.")
 @_measuring_options
+@click.pass_context
 def gate(
+    context: click.Context,
+    /,
     target: str,
     out: Path,
     policy: Path | None,
@@ -118,9 +122,13 @@ def gate(
         if promoted is not None:
             files["promoted"] = promoted
         return _judge_files(target, files, equal_to, limits or Policy(), report, options)
-    for name, given in (("--against", against), ("--promoted", promoted), ("--equal-to", equal_to)):
-        if given is not None:
-            raise ConfigError(f"{name} is for a model file; {target} is judged by its own measurements.")
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name not in ("target", "out", "policy", "report"):
+            raise ConfigError(
+                f"{parameter.opts[-1]} is for a model file; {target} is judged by its own measurements.",
+                "Leave it out, or deploy with other settings.",
+            )
     return _judge_version(out, target, limits, report)
 
 

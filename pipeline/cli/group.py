@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 
-from foundation.errors import LeanortError, UserError
+from foundation.errors import ConfigError, LeanortError, UserError
 from foundation.words import printable
 from pipeline.training import launched
 
@@ -139,6 +139,30 @@ def main() -> None:
     \b
     Exit codes: 0 pass · 1 a gate failed · 2 usage · 3 a stage failed · 4 the measurement could not decide
     """
+
+
+class NewFile(click.Path):
+    """A file to be written, refused before anything is spent where its ending is none of `endings`, if there are any,
+    or its folder cannot take it.
+    """
+
+    def __init__(self, *endings: str) -> None:
+        super().__init__(path_type=Path, dir_okay=False, writable=True)
+        self.endings = endings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path. Raises ConfigError."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        option = param.opts[0] if param is not None else "the option"
+        if self.endings and not path.name.lower().endswith(self.endings):
+            raise ConfigError(
+                f"{option} {path}: the name must end in {' or '.join(self.endings)}.",
+                f"Write it like {option} {path.stem or 'name'}{self.endings[0]}",
+            )
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            why = "cannot be written to" if path.parent.is_dir() else "is no folder"
+            raise ConfigError(f"{path} cannot be written: {path.parent} {why}.", f"Give {option} another place.")
+        return path
 
 
 OUT = click.option("--out", type=click.Path(path_type=Path), default=Path("artifacts"), help="The artifacts folder.")

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from foundation.errors import ConfigError
 from pipeline.cli.building import recipe_of, recipe_options
-from pipeline.cli.group import main, plain
+from pipeline.cli.group import NewFile, main, plain
 
 if TYPE_CHECKING:
     from pipeline.inquiry import profiling
@@ -23,13 +23,9 @@ SHOWN = 12
 
 @main.command()
 @recipe_options
-@click.option(
-    "--kit", type=click.Path(path_type=Path, dir_okay=False), help="Write a kit for another device: FILE.tar.gz."
-)
+@click.option("--kit", type=NewFile(".tar.gz", ".tgz"), help="Write a kit for another device: FILE.tar.gz.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.option(
-    "--picture", type=click.Path(path_type=Path, dir_okay=False), help="Predicted against measured: FILE.svg."
-)
+@click.option("--picture", type=NewFile(".svg", ".png"), help="Predicted against measured: FILE.svg, FILE.png.")
 def profile(kit: Path | None, as_json: bool, picture: Path | None, **options: Any) -> None:
     """Measure what widths cost in milliseconds on onnxruntime, or show what was measured.
 
@@ -56,23 +52,22 @@ def profile(kit: Path | None, as_json: bool, picture: Path | None, **options: An
         _kit(given, kit, progress)
         return
     made = profiling.tables(given, progress)
-    if picture is not None:
-        profiling.picture(made[0], f"{config.model}: {made[0].title}", picture)
+    console = Console()
     if as_json:
         click.echo(json.dumps([table.to_json() for table in made], indent=2))
+    else:
+        for table in made:
+            _show(console, table)
+    if picture is None:
         return
-    console = Console()
-    for table in made:
-        _show(console, table)
-    if picture is not None:
+    profiling.picture(made[0], f"{config.model}: {made[0].title}", picture)
+    if not as_json:
         console.print(f"Predicted against measured is drawn in {plain(str(picture))}.", highlight=False)
 
 
 def _kit(given: profiling.Subject, path: Path, progress: Any) -> None:
     from pipeline.latency import kit
 
-    if not path.name.endswith((".tar.gz", ".tgz")):
-        raise ConfigError(f"A kit is a .tar.gz, not {path.name}.", "Name it kit.tar.gz")
     if len(given.settings) > 1:
         raise ConfigError("A kit is for one number of threads and one batch size.", "Give one of each.")
     size = kit.write(given.analysis, given.source, given.settings[0], given.clusters, path, progress, given.branches)

@@ -104,13 +104,9 @@ def sensitivity(config: Config, progress: Progress | None = None) -> Sensitivity
 
 
 def picture(found: Sensitivity, title: str, path: Path) -> None:
-    """Draw the curves into `path` (.svg or .png). Raises ConfigError for any other ending, or where it cannot be
-    written.
-    """
+    """Draw the curves into `path` (.svg or .png). Raises ConfigError where it cannot be written."""
     from pipeline.drawing.sensitivity import plot
 
-    if path.suffix.lower() not in (".svg", ".png"):
-        raise ConfigError(f"A picture is .svg or .png, not {path.suffix or 'without an ending'}.", "Name it curves.svg")
     try:
         plot({row.cluster: row.divergence for row in found.layers}, found.shares, title, path)
     except OSError as error:

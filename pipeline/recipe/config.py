@@ -118,19 +118,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _measure_as_judged(self) -> Config:
-        target = self.prune.target
-        if target.latency is None:
-            return self
-        filled, limit = self.as_judged(target), _limit(target)
-        update: dict[str, Any] = {}
-        if filled != target:
-            update["prune"] = self.prune.model_copy(update={"target": filled})
-        if limit is not None and limit not in self.gate.limits:
-            gate: dict[str, Any] = {"limits": (*self.gate.limits, limit)}
-            if "seconds" not in self.gate.model_fields_set:
-                gate["seconds"] = AIMED_SECONDS
-            update["gate"] = self.gate.model_copy(update=gate)
-        return self.model_copy(update=update) if update else self
+        return _measured_as_judged(self)
 
     def as_judged(self, target: TargetSection) -> TargetSection:
         """`target` with the gate's threads and batch size, and the format and opset of the file that ships, where it
@@ -144,6 +132,23 @@ class Config(Section):
                 "opset": target.opset or self.export.opset,
             }
         )
+
+
+def _measured_as_judged(config: Config) -> Config:
+    """The recipe, a latency target measured as the gate judges, and the gate's warning with it."""
+    target = config.prune.target
+    if target.latency is None:
+        return config
+    filled, limit = config.as_judged(target), _limit(target)
+    update: dict[str, Any] = {}
+    if filled != target:
+        update["prune"] = config.prune.model_copy(update={"target": filled})
+    if limit is not None and limit not in config.gate.limits:
+        gate: dict[str, Any] = {"limits": (*config.gate.limits, limit)}
+        if "seconds" not in config.gate.model_fields_set:
+            gate["seconds"] = AIMED_SECONDS
+        update["gate"] = config.gate.model_copy(update=gate)
+    return config.model_copy(update=update) if update else config
 
 
 def _limit(target: TargetSection) -> Rule | None:
@@ -188,8 +193,10 @@ def load_policy(path: Path) -> Policy:
 
 
 def with_policy(config: Config, policy: Policy) -> Config:
-    """The recipe with the limits of `policy` in place of its own; how they are measured stays."""
-    return config.model_copy(update={"gate": config.gate.model_copy(update=dict(policy))})
+    """The recipe with the limits of `policy` in place of its own; how they are measured stays, and so does the warning
+    that goes with a latency target.
+    """
+    return _measured_as_judged(config.model_copy(update={"gate": config.gate.model_copy(update=dict(policy))}))
 
 
 def checked(kind: type[S], **values: Any) -> S:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from foundation.errors import ConfigError
+from foundation.errors import ConfigError, TargetError
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.dead.removable import Branch, removable
@@ -48,8 +48,8 @@ def costs(
 ) -> tuple[Cost, ...]:
     """What the recipe's target asks for, latency first; () where it asks for nothing.
 
-    A latency is measured here, or kept from before, or read from a device's file. Raises ConfigError for a target that
-    the dense model meets already, that nothing meets, or whose device's file is of something else.
+    A latency is measured here, or kept from before, or read from a device's file. Raises TargetError for a target that
+    the dense model meets already or that nothing meets, ConfigError for a device's file that is of something else.
     """
     amounts = cfg.target.amounts
     if not amounts:
@@ -83,7 +83,7 @@ def costs(
 
 
 def check_before(cfg: PruneSection, source: ModelSource, kept: Measurements, progress: Progress) -> None:
-    """Raise ConfigError for a target that cannot be met, or is met already, before anything is spent on weights, which
+    """Raise TargetError for a target that cannot be met, or is met already, before anything is spent on weights, which
     no latency hangs on. What is measured for it is kept.
     """
     if cfg.target.device is not None and "latency" not in cfg.target.amounts:
@@ -140,7 +140,7 @@ def _refuse_met(quantity: Quantity, dense: float) -> NoReturn:
         "params": f"the dense model has {dense / 1e6:,.4g} million",
         "size": f"the dense model's weights have {dense / 1e6:.4g} MB",
     }[quantity]
-    raise ConfigError(
+    raise TargetError(
         f"The target {quantity} is met without pruning: {has}.",
         "Ask for less, or ship it as it is: --set prune.method=none",
     )
@@ -153,7 +153,7 @@ def check(
     costs: Sequence[Cost],
     maskable: frozenset[str],
 ) -> None:
-    """Raise ConfigError where even the fastest widths that the recipe allows do not meet every goal, saying what is
+    """Raise TargetError where even the fastest widths that the recipe allows do not meet every goal, saying what is
     the least that can be had, and what stands in the way.
     """
     if not costs:
@@ -180,7 +180,7 @@ def check(
     )
     why, hint = _in_the_way(analysis, clusters, budget, left, narrowest)
     held = f" What is in the way: {'; '.join(why)}." if why else ""
-    raise ConfigError(f"The target cannot be reached: {missed}.{held}", hint)
+    raise TargetError(f"The target cannot be reached: {missed}.{held}", hint)
 
 
 def _in_the_way(

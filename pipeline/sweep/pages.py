@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from foundation.files import replacing
+from foundation.files import make_folder, replacing
 from pipeline.artifacts.eager import Aim
 from pipeline.drawing.frontier import Mark, Panel, svg
 from pipeline.release import records
@@ -41,6 +41,11 @@ class Cell:
 
     shown: str = NONE
     more: str = ""
+
+    @property
+    def words(self) -> str:
+        """Both in one line."""
+        return f"{self.shown} ({self.more})" if self.more else self.shown
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,11 @@ def write(sweep: Sweep, made: Sequence[Row | None]) -> Path:
     Raises StoreError where the model's folder cannot be written.
     """
     folder = sweep.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     context = _context(sweep, made)
     texts = {
-        HTML: page().get_template("sweep.html.j2").render(context),
-        MARKDOWN: summary(sweep, made),
+        HTML: page().get_template("sweep.html.j2").render(context, picture=_picture(sweep, made)),
+        MARKDOWN: markdown().get_template("sweep.md.j2").render(context) + "\n",
         JSON: json.dumps(to_json(sweep, made), indent=2) + "\n",
     }
     for name, text in texts.items():
@@ -115,7 +120,7 @@ def _context(sweep: Sweep, made: Sequence[Row | None]) -> dict[str, Any]:
         else _line(sweep, row, [cost for cost, on in best.items() if at in on])
         for at, (point, row) in enumerate(zip(sweep.points, made, strict=True))
     ]
-    first = next((row.figures for row in known if row.figures is not None), None)
+    first = _first(made)
     threads = first.threads if first else 1
     return {
         "sweep": sweep,
@@ -123,13 +128,18 @@ def _context(sweep: Sweep, made: Sequence[Row | None]) -> dict[str, Any]:
         "score": _score_name(first),
         "dense": _dense(first),
         "lines": lines,
-        "picture": _picture(sweep, made, best, first),
         "told": [line for line in lines if line.reasons],
         "machines": sorted({f"{row.host} ({row.cpu})" if row.cpu else row.host for row in known if row.version}),
         "threads": f"{threads} thread{'' if threads == 1 else 's'}",
         "written": datetime.now(UTC),
         "project": records.project_version(),
     }
+
+
+def _first(made: Sequence[Row | None]) -> Figures | None:
+    """The first version whose score was measured, else the first one: what names the score, and tells of dense."""
+    measured = [row.figures for row in made if row is not None and row.figures is not None]
+    return next((one for one in measured if one.worth is not None), measured[0] if measured else None)
 
 
 def _score_name(figures: Figures | None) -> str:
@@ -246,8 +256,9 @@ def _best(made: Sequence[Row | None]) -> dict[str, set[int]]:
     return best
 
 
-def _picture(sweep: Sweep, made: Sequence[Row | None], best: dict[str, set[int]], first: Figures | None) -> str:
+def _picture(sweep: Sweep, made: Sequence[Row | None]) -> str:
     """The panels as SVG; "" where nothing was measured."""
+    best, first = _best(made), _first(made)
     panels = []
     for cost, title in _COSTS.items():
         measured = _measured(made, cost)

@@ -99,8 +99,6 @@ def sweep(axis: Axis, values: tuple[str, ...], recipe: Callable[[str], Config]) 
     made = Sweep(axis, tuple(Point(value, recipe(value)) for value in values))
     for point in made.points:
         prune = point.config.prune
-        if axis == "ratio" and prune.target.amounts:
-            raise ConfigError("The recipe has a target, which decides the ratio.", "Sweep the target: --latency, say.")
         key = "prune.ratio" if axis == "ratio" else f"prune.target.{axis}"
         held = prune.ratio if axis == "ratio" else getattr(prune.target, axis)
         if held is None or _read(axis, str(held)) != _read(axis, point.value):

@@ -13,6 +13,7 @@ from foundation.errors import (
     LeanortError,
     ModelError,
     StoreError,
+    TargetError,
     ValidationError,
     WeightsError,
     first_line,
@@ -24,8 +25,10 @@ from pipeline.sweep.points import Point, Sweep
 from pipeline.sweep.rows import Row
 from pipeline.training import launched
 
-_OF_EVERY_POINT = (ModelError, DataError, WeightsError, StoreError)
-"""What is wrong with the model, the data or the folder is wrong for every point: the sweep ends with it."""
+_OF_EVERY_POINT = (ConfigError, ModelError, DataError, WeightsError, StoreError, OSError)
+"""What is wrong with the recipe, the model, the data or the folder is wrong for every point: the sweep ends with it,
+and the page of an earlier one stays. Recipes differ in the target alone, of which `TargetError` tells.
+"""
 
 
 def run(sweep: Sweep, progress: Progress, storage: str | None = None) -> list[Row | None]:
@@ -33,7 +36,8 @@ def run(sweep: Sweep, progress: Progress, storage: str | None = None) -> list[Ro
 
     A point that was made before is answered from the store, and one that fails is a row, and the others go on.
     `storage`: where workers share the points, as a URL that Optuna takes. Raises ConfigError for one that cannot be
-    reached; ModelError, DataError, WeightsError and StoreError, which no other point would escape.
+    reached, or a bad recipe; ModelError, DataError, WeightsError, StoreError and OSError, which no other point would
+    escape either.
     """
     if launched.place() is not None:
         raise ConfigError(
@@ -67,6 +71,8 @@ def one(sweep: Sweep, point: Point, progress: Progress) -> Row:
     """What becomes of one point. Raises what no other point would escape."""
     try:
         release = deployment.deploy(point.config.model, None, point.config, promote=False, progress=progress)
+    except TargetError as error:
+        return _told(point, error, progress)
     except _OF_EVERY_POINT:
         raise
     except (LeanortError, ExportError, ValidationError) as error:

@@ -110,7 +110,9 @@ class Shared:
     database: optuna.storages.RDBStorage
     sweep: Sweep
     tried: set[int] = field(default_factory=set)
-    """The points that this worker has begun: one that failed is not begun twice by one command."""
+    """The points that this worker has begun: one that failed is not begun twice by one command, and where a later
+    command put it into the queue again, it is left to that one.
+    """
     silent: dict[int, float] = field(default_factory=dict)
     """Trial that was begun and by nobody -> when that was first seen."""
 
@@ -128,14 +130,14 @@ class Shared:
         while True:
             with _reached():
                 self._recover()
-                known, waiting, running = self._known(), self._count("WAITING"), self._count("RUNNING")
+                known, waiting, running = self._known(), self._waiting(), self._count("RUNNING")
                 again = [] if waiting or running else self._left(known)
                 for number in again:
                     self._put(number)
             if known != shown and any(known):
                 show(known)
                 shown = known
-            if waiting or again:
+            if again or not self.tried.issuperset(waiting):
                 self._next(make)
                 waits = False
             elif running:
@@ -159,7 +161,10 @@ class Shared:
 
         def objective(trial: optuna.Trial) -> float:
             number = trial.user_attrs.get(_POINT)
-            if number is None or number in self.tried or self._elsewhere(number, trial.number):
+            if number is None or self._elsewhere(number, trial.number):
+                raise optuna.TrialPruned
+            if number in self.tried:  # for another worker, behind what waits for this one
+                self._put(number)
                 raise optuna.TrialPruned
             self._first_heartbeat(trial.number)
             trial.set_user_attr(_WORKER, f"{platform.node()} {os.getpid()}")
@@ -263,6 +268,11 @@ class Shared:
             for number, row in enumerate(known)
             if row is None and number not in self.tried and failed.count(number) <= RETRIES
         ]
+
+    def _waiting(self) -> list[int]:
+        """The points in the queue."""
+        queued = (trial.user_attrs.get(_POINT) for trial in self._trials() if trial.state.name == "WAITING")
+        return [number for number in queued if number is not None]
 
     def _count(self, state: str) -> int:
         """The number of trials in this state."""

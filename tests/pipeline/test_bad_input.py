@@ -58,6 +58,40 @@ def test_a_ratio_outside_0_1(tmp_path, ratio):
     assert "prune.ratio" in refused(tmp_path, TINY, *SMALL, f"--ratio={ratio}")
 
 
+def test_a_ratio_over_a_recipe_whose_target_decides_it(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'model = "{TINY}"\n[prune.target]\nmacs = 0.4\n')
+    said = refused(tmp_path, str(recipe), *SMALL, "--ratio", "0.3")
+    assert "prune.target.macs" in said and "--macs" in said
+
+
+@pytest.mark.parametrize("name", ["2024-05-01", "1000", "100#ema", "true"])
+def test_a_checkpoint_whose_name_looks_like_a_value(tmp_path, name):
+    words = ["shrink", name, "--model", TINY, *SMALL, "--out", str(tmp_path / "artifacts")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert name.partition("#")[0] in done.output
+    assert "valid string" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["plan", TINY, "--svg", "{folder}/no/widths.svg"], "is no folder"),
+        (["sensitivity", TINY, "--picture", "{folder}/no/curves.svg"], "is no folder"),
+        (["sensitivity", TINY, "--picture", "{folder}/curves.pdf"], "must end in .svg or .png"),
+        (["profile", TINY, "--picture", "{folder}/table"], "must end in .svg or .png"),
+        (["profile", TINY, "--kit", "{folder}/kit.zip"], "must end in .tar.gz or .tgz"),
+        (["profile", TINY, "--kit", "{folder}/no/kit.tar.gz"], "is no folder"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_built(tmp_path, monkeypatch, words, told):
+    monkeypatch.setattr("pipeline.runner.sources", lambda *_: pytest.fail("the model was looked at"))
+    done = CliRunner().invoke(main, [word.format(folder=tmp_path) for word in words] + SMALL)
+    assert done.exit_code == 2, done.output
+    assert told in done.output.replace("\n", " ")
+
+
 def test_an_unknown_recipe_key_names_the_nearest(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text('model = "resnet50"\n[prune]\nratoi = 0.5\n')

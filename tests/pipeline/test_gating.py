@@ -194,6 +194,10 @@ def test_what_is_given_wrongly_is_one_line(world):
     assert "no metric 'f1'" in leanort("check", dense, dense, "--metric", "f1", code=2)
     assert "NAME=NUMBER" in leanort("check", dense, dense, "--size", "a", code=2)
     assert "own measurements" in leanort("gate", "m/v0001", "--against", dense, "--out", folder, code=2)
+    measuring = (["--data", "npz:none.npz"], ["--threads", 1], ["--metric", "top5"], ["--size", "n=1"])
+    for words in (["--equal-to", dense], *measuring):
+        told = leanort("gate", "m/v0001", *words, "--out", folder, code=2)
+        assert f"{words[0]} is for a model file" in told
     assert "no version" in leanort("gate", "m/v0001", "--out", folder, code=2)
 
 

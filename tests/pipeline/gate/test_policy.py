@@ -156,3 +156,12 @@ def test_a_recipe_with_limits_goes_to_toml_and_back(tmp_path):
     (tmp_path / "r.toml").write_text(config.to_toml(made))
     assert config.load(tmp_path / "r.toml") == made
     assert config.with_policy(made, Policy()).gate.limits == ()
+
+
+def test_a_policy_leaves_the_warning_of_a_latency_target(tmp_path):
+    aimed = config.load(None, {"model": "m", "prune.target.latency": "0.4"})
+    judged = config.with_policy(aimed, Policy(max_size_ratio=0.5))
+    assert judged.gate.max_size_ratio == 0.5
+    assert judged.gate.limits == aimed.gate.limits != ()
+    (tmp_path / "r.toml").write_text(config.to_toml(judged))
+    assert config.load(tmp_path / "r.toml") == judged

@@ -141,6 +141,23 @@ def test_the_frontier_of_latency_is_not_that_of_size(sweep, made):
     ]  # fmt: skip
 
 
+def test_a_first_version_without_a_score_does_not_hide_the_others(sweep, made, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pages, "svg", lambda *given: drawn.append(given) or "<svg>")
+    broken = made[1].model_copy(update={"value": "0.6", "figures": figures(0.6, score=None)})
+    text = pages.write(sweep, [broken, made[1], *made[2:]]).read_text()
+    assert len(drawn) == 1, "Markdown shows no picture"
+    assert drawn[0][1].startswith("Accuracy")
+    assert "<svg>" in text
+    assert '<td data-label="Accuracy" class="number">95.0%</td>' in text
+
+
+def test_words_in_the_markdown_table_are_escaped_once(sweep):
+    sure = Row(value="0.6", code=0, outcome="pass", figures=figures(score=None, agreement=0.9998))
+    table = pages.summary(sweep, [sure, None, None, None])
+    assert "| \\> 99.9 % |" in table.replace("\u00a0", " ").replace("99.9%", "99.9 %")
+
+
 def test_a_page_of_nothing_but_refusals_and_one_of_odd_names_is_written(sweep, made):
     refused = [rows.without(point.value, ConfigError("no")) for point in sweep.points]
     assert "<svg" not in pages.write(sweep, refused).read_text()

@@ -209,6 +209,21 @@ def test_a_refusal_is_tried_again_by_the_next_command_only(storage, log):
     assert times(log) == [2, 2, 2, 2]
 
 
+def test_what_a_later_command_tries_again_is_left_to_it_by_the_worker_that_failed(storage, log):
+    before = shared.opened(storage, sweep())
+    before._enqueue()
+    for _ in range(2):
+        before._next(lambda number: rows.without(VALUES[number], StoreError("no")))
+    later = shared.opened(storage, sweep())
+    later._enqueue()
+    before.take(lambda number: made(number, log), lambda _: None, Progress())
+    assert times(log) == [0, 0, 1, 1]
+    waiting = later.study.get_trials(states=(optuna.trial.TrialState.WAITING,))
+    assert sorted(trial.user_attrs["point"] for trial in waiting) == [0, 1]
+    assert all(row.code == 0 for row in work(storage, lambda number: made(number, log)))
+    assert times(log) == [1, 1, 1, 1]
+
+
 def test_what_is_wrong_with_every_point_ends_the_worker(storage):
     def make(number: int) -> Row:
         raise DataError("empty")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from foundation.errors import ConfigError, DataError, TrainingError
+from foundation.errors import ConfigError, DataError, TargetError, TrainingError
 from pipeline import deployment
 from pipeline.progress import Progress
 from pipeline.recipe import config
@@ -49,7 +49,7 @@ def answers(monkeypatch, *results: object) -> list[dict]:
 
 def test_a_point_that_fails_is_a_row_and_the_others_go_on_and_none_is_promoted(sweep, deployed, monkeypatch):
     release = open_release(deployed / "tiny" / "v0001")
-    asked = answers(monkeypatch, ConfigError("The target cannot be reached."), release)
+    asked = answers(monkeypatch, TargetError("The target cannot be reached."), release)
     first, second = running.run(sweep, Progress())
     assert (first.code, first.outcome, first.version) == (2, "refused", "")
     assert (second.code, second.outcome, second.version) == (0, "pass", "v0001")
@@ -66,12 +66,33 @@ def test_a_point_that_breaks_is_a_row_too(sweep, deployed, monkeypatch, error, s
     assert said in first.reasons[0]
 
 
-def test_what_is_wrong_with_every_point_ends_the_sweep_and_leaves_no_page(sweep, monkeypatch):
-    asked = answers(monkeypatch, DataError("empty"))
-    with pytest.raises(DataError):
+@pytest.mark.parametrize("error", [DataError("empty"), ConfigError("no such key"), PermissionError("read-only")])
+def test_what_is_wrong_with_every_point_ends_the_sweep_and_leaves_no_page(sweep, monkeypatch, error):
+    asked = answers(monkeypatch, error)
+    with pytest.raises(type(error)):
         running.run(sweep, Progress())
     assert len(asked) == 1
     assert not sweep.folder.exists()
+
+
+@pytest.mark.parametrize("words", [["--set", "prune.criterion=taylr"], ["--set", 'prune.overrides={"nosuch*"=0.1}']])
+def test_a_slip_in_the_recipe_leaves_the_page_of_the_sweep_before(tmp_path, words):
+    page = tmp_path / "tiny" / pages.HTML
+    page.parent.mkdir()
+    page.write_text("of before")
+    done = leanort(tmp_path, *SWEEP, "--macs", "0.8,0.5", *words)
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert page.read_text() == "of before"
+    assert not (page.parent / pages.JSON).exists()
+
+
+def test_a_folder_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    done = leanort(tmp_path / "file", *SWEEP, "--latency", "0.8,0.5")
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
 
 
 def test_the_page_is_written_after_every_point(sweep, deployed, monkeypatch):
