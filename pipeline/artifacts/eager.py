@@ -126,7 +126,8 @@ class Aim(BaseModel):
     `quantity`: the recipe's word for it, such as "latency". `goal`, `predicted` (by the table, first), `expected`:
     shares of what the `dense` model has, in `unit`. `measured`: whether the last is of a whole model that was timed,
     after so many `attempts`. `error`: a standard deviation of the table's predictions, relative, from models left out
-    of it; 0 where nothing is predicted.
+    of it; 0 where nothing is predicted. `threads`, `batch`: the setting of a latency; None of what is counted, and in
+    versions that do not say.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -141,6 +142,8 @@ class Aim(BaseModel):
     measured: bool
     attempts: int
     error: float
+    threads: int | None = None
+    batch: int | None = None
 
     @property
     def words(self) -> str:

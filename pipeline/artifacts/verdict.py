@@ -70,6 +70,7 @@ class Validated(Artifact):
     latency_ratio_low: float | None
     latency_ratio_high: float | None
     threads: int
+    batch: int = Field(1, description="at which the latency was measured")
     dense_bytes: int | None
     bytes: int | None
     dense_load_ms: float | None

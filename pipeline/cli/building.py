@@ -260,7 +260,8 @@ def plan(as_json: bool, svg: Path | None, **options: Any) -> None:
     Which groups go is decided by prune.criterion: l1, l2, batch-norm, random look at the weights alone; taylor,
     taylor-elements, fisher and fisher-sampled at gradients; wanda, flap, reconstruction and elimination at activations.
     How many go from each layer is decided by prune.scope: layer, global, or curves. By curves, the network is run some
-    five times for each layer, which is all that is spent, and the divergence to expect is shown.
+    five times for each layer, which is all that is spent, and the divergence to expect is shown. For a target, residual
+    branches are tried as well, which may go as a whole.
 
     Writes nothing but the drawing that --svg asks for, and, for a latency target, its table, which is kept.
 
@@ -297,6 +298,9 @@ def _print_plan(made: Plan) -> None:
     console.print(table)
     console.print(_tree(made))
     console.print(_expected(made))
+    if made.weighed.branches:
+        names = ", ".join(branch.name for branch in made.weighed.branches)
+        console.print(f"Whole branches go: {plain(names)}.", highlight=False)
     for line in made.curve_words:
         console.print(line, highlight=False)
 

@@ -23,7 +23,15 @@ from pipeline.release.reuse import folder_of
 from pipeline.runner import Step
 from pipeline.selection import targets
 from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import Weighed, choose_groups, measured, observed, outputs_apart
+from pipeline.selection.choose import (
+    Offered,
+    Weighed,
+    branches_worth,
+    choose_groups,
+    measured,
+    observed,
+    outputs_apart,
+)
 from pipeline.selection.cost import Timed
 from pipeline.selection.kinds import policy_of
 from pipeline.selection.observe import observe
@@ -123,6 +131,7 @@ class Plan:
             "layers": [asdict(layer) for layer in self.layers],
             "weights": self.weights,
             "prices": [asdict(price) for price in self.weighed.prices],
+            "branches": [branch.name for branch in self.weighed.branches],
             "blocked": [asdict(block) for block in self.analysis.blocked],
         }
 
@@ -150,7 +159,11 @@ def plan(config: Config, progress: Progress | None = None) -> Plan:
     maskable = masks.maskable(model)
     kept = Measurements(folder / measurements.FOLDER) if section.target.amounts else Measurements()
     goals = targets.costs(section, analysis, source, maskable, kept, progress or Progress())
-    worth = measured(analysis, seen, section, maskable, outputs_apart(task, source), progress, kept)
+    apart = outputs_apart(task, source)
+    worth = measured(analysis, seen, section, maskable, apart, progress, kept)
+    offered = Offered()
+    if goals and section.depth and worth is not None:
+        offered = branches_worth(analysis, seen, maskable, apart, progress, kept, refit=section.refit)
     elements = sum(p.numel() for p in model.parameters())
     width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(1, elements)  # bytes of one parameter
 
@@ -158,7 +171,7 @@ def plan(config: Config, progress: Progress | None = None) -> Plan:
         """What the ratio leaves, or, for None, the target."""
         at_ratio = section if ratio is None else section.model_copy(update={"ratio": ratio})
         costs = goals if ratio is None else ()
-        weighed = choose_groups(analysis, seen, at_ratio, at_ratio.ratio, maskable, worth, costs)
+        weighed = choose_groups(analysis, seen, at_ratio, at_ratio.ratio, maskable, worth, costs, offered)
         return weighed, analysis.estimate(weighed.removed, branches=True)
 
     asked = None if goals else section.ratio

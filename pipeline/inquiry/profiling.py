@@ -20,7 +20,7 @@ from pipeline.measurements import Measurements
 from pipeline.models.graph import graph_of
 from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
-from pipeline.recipe.config import Config
+from pipeline.recipe.config import Config, as_aimed
 from pipeline.recipe.prune import PruneSection
 from pipeline.release.reuse import folder_of
 from pipeline.selection import targets
@@ -98,13 +98,16 @@ class Subject:
 
 
 def subject(config: Config) -> Subject:
-    """The structure behind a recipe; its weights play no part. Raises UserError where model or recipe is bad."""
+    """The structure behind a recipe, and what may go of it where a latency is asked for; its weights play no part.
+    Raises UserError where model or recipe is bad.
+    """
     runner.check(config)
     if config.prune.method != "structured":
         raise ConfigError(
             f"A latency table is of layers' widths, and prune.method is {config.prune.method!r}.",
             "Leave the method out, or set it to structured.",
         )
+    config = as_aimed(config)
     source, _, _ = runner.sources(config.model, None, config)
     section = config.prune.model_copy(update={"target": config.as_judged(config.prune.target)})
     model = source.build()

@@ -5,18 +5,23 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from onnx import numpy_helper
+from torch import Tensor
 
-from foundation.files import replacing, sha256
+from foundation.files import memory_of, replacing, sha256
 from pipeline.channels.coupling.groups import Analysis, Cluster
 from pipeline.channels.dead.removable import Branch
+from pipeline.channels.removal.recover import with_state
 from pipeline.latency import device, probes, profile
 from pipeline.latency.probes import Setting
 from pipeline.models.source import ModelSource
@@ -44,6 +49,7 @@ def write(
     """Write the kit to `path` (.tar.gz), whole or not at all; returns its bytes. Nothing in it is of the model's
     weights. Raises RefusedError, ExportError, StoreError.
     """
+    analysis = without_weights(analysis)
     choices = probes.choices(clusters, branches, setting.align)
     with tempfile.TemporaryDirectory() as made, progress.bar("kit", len(choices)) as bar:
         folder = Path(made)
@@ -67,6 +73,32 @@ def write(
         with replacing(path) as part:
             _pack(folder, [SCRIPT, device.KIT, device.FEED, REFERENCE, *models], part)
     return path.stat().st_size
+
+
+def without_weights(analysis: Analysis) -> Analysis:
+    """The same over other values: no parameter, and no vector of floats, such as a norm's statistics, is the model's.
+    No time hangs on them. What is left is what the graph itself knows, such as a table of positions.
+    """
+    captured = analysis.captured
+    parameters = set(captured.program.graph_signature.parameters)
+    made: dict[Hashable, Tensor] = {}  # what is tied stays tied
+
+    def other(name: str, value: Tensor) -> Tensor:
+        if not value.is_floating_point() or (name not in parameters and value.dim() != 1):
+            return value
+        return made.setdefault(memory_of(name, value), _pattern(value))
+
+    state = {name: other(name, value) for name, value in captured.state.items()}
+    return replace(analysis, captured=replace(captured, program=with_state(captured.program, state), state=state))
+
+
+def _pattern(value: Tensor) -> Tensor:
+    """Values of the same shape, whatever `value` holds: such as a layer begins its training with, in a matrix; near 1
+    in a vector, since it may be a variance.
+    """
+    drawn = torch.from_numpy(np.resize(np.random.default_rng(0).uniform(-1, 1, PERIOD), value.numel()))
+    rows = drawn.reshape(value.shape).to(value.dtype)
+    return rows / math.sqrt(value[0].numel()) if value.dim() > 1 else 1 + rows / 2
 
 
 def repeat_weights(path: Path) -> None:

@@ -160,6 +160,14 @@ def _rest(
             yield one
 
 
+_NAMED = {
+    "threads": "gate.threads",
+    "batch": "gate.batch_size",
+    "int8": "optimize.int8",
+    "opset": "export.opset",
+    "align": "prune.align",
+}
+"""What of a setting the recipe calls how."""
 NAME = "latency"
 """Of the files that tables are kept in."""
 
@@ -233,7 +241,12 @@ def read(
     for key, value in what["setting"].items():
         other = kit["setting"].get(key)
         if other != value:
-            raise ConfigError(f"{path} was measured with {key} = {other}, and {key} = {value} is asked for.", again)
+            named = f"{_NAMED[key]}={json.dumps(other)}"
+            raise ConfigError(
+                f"{path} was measured with {key} = {other}, and {key} = {value} is asked for.",
+                f"Ask for what was measured, --set {named}, or write another kit: leanort profile {source.spec} "
+                f"--set {_NAMED[key]}={json.dumps(value)} --kit kit.tar.gz",
+            )
     if any(kit.get(key) != what[key] for key in ("kept", "branches")):
         raise ConfigError(
             f"{path} was measured for other widths: by another version of leanort, or with other layers kept whole.",

@@ -135,26 +135,38 @@ class Config(Section):
 
 
 def _measured_as_judged(config: Config) -> Config:
-    """The recipe, a latency target measured as the gate judges, and the gate's warning with it."""
+    """The recipe, a target of latency or size that of the file which ships, the gate at the first setting of the
+    target where it names none, and its warning with it. Raises ValueError for an int8 file that is never made.
+    """
     target = config.prune.target
-    if target.latency is None:
+    if target.latency is None and target.size is None:
         return config
-    filled, limit = config.as_judged(target), _limit(target)
-    update: dict[str, Any] = {}
-    if filled != target:
-        update["prune"] = config.prune.model_copy(update={"target": filled})
-    if limit is not None and limit not in config.gate.limits:
-        gate: dict[str, Any] = {"limits": (*config.gate.limits, limit)}
-        if "seconds" not in config.gate.model_fields_set:
+    if target.int8 and not config.optimize.int8:
+        raise ValueError("prune.target.int8 is true, and optimize.int8 is not: no such file is made")
+    gate: dict[str, Any] = {}
+    if target.latency is not None:
+        first = {"threads": target.threads[:1], "batch_size": target.batch_sizes[:1]}
+        gate = {key: one[0] for key, one in first.items() if one and key not in config.gate.model_fields_set}
+    judged = config.model_copy(update={"gate": config.gate.model_copy(update=gate)}) if gate else config
+    filled = judged.as_judged(target)
+    limit = _limit(judged, filled) if target.latency is not None else None
+    if limit is not None and limit not in judged.gate.limits:
+        gate = {"limits": (*judged.gate.limits, limit)}
+        if "seconds" not in judged.gate.model_fields_set:
             gate["seconds"] = AIMED_SECONDS
-        update["gate"] = config.gate.model_copy(update=gate)
-    return config.model_copy(update=update) if update else config
+        judged = judged.model_copy(update={"gate": judged.gate.model_copy(update=gate)})
+    if filled != target:
+        judged = judged.model_copy(update={"prune": judged.prune.model_copy(update={"target": filled})})
+    return judged
 
 
-def _limit(target: TargetSection) -> Rule | None:
-    """The warning that goes with a latency target; None where it is another device's, which the gate cannot measure."""
+def _limit(config: Config, target: TargetSection) -> Rule | None:
+    """The warning that goes with a latency target; None where it is another device's, or of another setting or format
+    than the gate's, and the gate cannot measure it.
+    """
     wanted = target.amounts["latency"]
-    if target.device is not None:
+    setting = config.gate.threads in target.threads and config.gate.batch_size in target.batch_sizes
+    if target.device is not None or not setting or target.int8 != config.optimize.int8:
         return None
     most = (wanted.share if wanted.share is not None else wanted.absolute or 0.0) * (1 + OFF_TARGET)
     against = "dense" if wanted.share is not None else None
@@ -197,6 +209,17 @@ def with_policy(config: Config, policy: Policy) -> Config:
     that goes with a latency target.
     """
     return _measured_as_judged(config.model_copy(update={"gate": config.gate.model_copy(update=dict(policy))}))
+
+
+def as_aimed(config: Config) -> Config:
+    """The recipe as it is read where a latency is asked for, which may say more of what can go; without the target."""
+    if config.prune.target.amounts:
+        return config
+    values = config.model_dump(exclude_unset=True)
+    values.setdefault("prune", {}).setdefault("target", {})["latency"] = 0.5  # any
+    made = Config.model_validate(values)
+    target = made.prune.target.model_copy(update={"latency": None})
+    return config.model_copy(update={"prune": made.prune.model_copy(update={"target": target})})
 
 
 def checked(kind: type[S], **values: Any) -> S:

@@ -87,7 +87,7 @@ class TargetSection(Section):
     threads: tuple[Threads, ...] = Field((), description="for the latency; gate.threads when left out")
     batch_sizes: tuple[BatchSize, ...] = Field((), description="for the latency; gate.batch_size when left out")
     device: str | None = Field(None, description="device.json, measured elsewhere: the latency is that device's")
-    int8: bool | None = Field(None, description="the latency of the int8 file; optimize.int8 when left out")
+    int8: bool | None = Field(None, description="latency and size of the int8 file; optimize.int8 when left out")
     opset: int = Field(0, ge=0, le=1000, description="of the files that are measured; export.opset when left out")
 
     @property

@@ -43,6 +43,14 @@ class Attempt:
     measured: tuple[Trial | None, ...]
 
 
+@dataclass(frozen=True)
+class Aimed:
+    """The attempts at a choice, in order, and the number of the one that was taken."""
+
+    attempts: tuple[Attempt, ...] = ()
+    best: int = 0
+
+
 def take_aim(
     cfg: PruneSection,
     chooser: Chooser,
@@ -52,12 +60,12 @@ def take_aim(
     weights: Mapping[str, Any],
     dense: Path,
     progress: Progress,
-) -> tuple[Attempt, ...]:
+) -> Aimed:
     """Correct the chooser's costs until its choice, timed as it would ship against the file `dense`, meets every goal;
-    the attempts.
+    the chooser is left with the costs of the nearest choice.
 
     Where a device's file stands for the latency, nothing can be timed here, and the table alone decides. Raises
-    ConfigError where the corrected table says that a goal cannot be met.
+    TargetError where the corrected table says that a goal cannot be met.
     """
     goals = tuple(chooser.costs)
     here = cfg.target.device is None
@@ -82,7 +90,7 @@ def take_aim(
     missed = _missed(goals, attempts)
     best = missed.index(min(missed))
     chooser.costs = used[best]
-    return (*attempts[:best], *attempts[best + 1 :], attempts[best])
+    return Aimed(tuple(attempts), best)
 
 
 def corrected(goals: Sequence[Cost], attempts: Sequence[Attempt]) -> tuple[Cost, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.target import OFF_TARGET
 from pipeline.recovery import closed_form
 from pipeline.selection import branches, criteria, curves, refit, weights, widths
-from pipeline.selection.allocation import Budget, Removed, allocate, overridden
+from pipeline.selection.allocation import Budget, Removed, allocate, lowest, overridden
 from pipeline.selection.cost import EXACT, Cost, Counted, excess
 from pipeline.selection.criteria import Evidence, Observation, Ranked, Scores
 from pipeline.selection.curves import Apart, Measured
@@ -35,6 +36,8 @@ from pipeline.selection.widths import Depth, Price
 from pipeline.tasks.task import Task
 from pipeline.training import masks
 from pipeline.training.masks import Masks
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -184,57 +187,76 @@ def choose_groups(
     """Which groups go at `ratio`, by cluster: those with the lowest scores of the recipe's criterion; and why these.
 
     `worth`: curves as `measured` gives them, by which the widths follow then. `costs`: with them, as few go as meet
-    their goals, and `ratio` over the recipe's says how much of the way there; `branches` are those that may go as a
-    whole then. A cluster with a parameter outside `maskable` stays whole, and is not ranked.
+    their goals, whatever `ratio` is; `branches` are those that may go as a whole then. A cluster with a parameter
+    outside `maskable` stays whole, and is not ranked.
     """
     clusters = choosable(analysis, maskable)
     ranked = {c.name: criteria.rank(cfg.criterion, c, seen) for c in clusters}
     scores = {name: one.scores for name, one in ranked.items()}
-    share = _way(cfg, ratio)  # overrides grow with it
     whole = {c.name: np.zeros(c.size, dtype=bool) for c in analysis.clusters}
-    costs = [cost.towards(share) for cost in costs]
-    budgets = finer(cfg, budget_of(cfg, ratio, share), costs)
+    budget = budget_of(cfg, ratio, _way(cfg, ratio))  # overrides grow with the ratio
+    if worth is None and not costs:
+        return Weighed(whole | allocate(clusters, scores, budget), ranked)
+    budgets = finer(cfg, budget, costs)
     if worth is None:
-        if not costs:
-            return Weighed(whole | allocate(clusters, scores, budgets[0]), ranked)
-        for budget in budgets:
-            chosen = whole | _by_ratio(clusters, scores, budget, whole, costs)
-            if _hit(costs, chosen):
-                break
-        return Weighed(chosen, ranked)
-    exact = cfg.allocation == "exact"
+        by_ratio = ((one, whole | _by_ratio(clusters, scores, one, whole, costs)) for one in budgets)
+        return Weighed(_nearest(costs, by_ratio, lambda made: made[1])[1], ranked)
     offered = branches or Offered()
     known = {branch.node: branch for branch in offered.alone}
-    for budget in budgets:
 
-        def solved(dearer: float, budget: Budget = budget) -> Depth:
-            prices = {branch.node: (branch.inside, dearer * loss) for branch, loss in offered.alone.items()}
-            return widths.choose_depth(analysis, clusters, scores, worth.curves, budget, costs, prices, exact=exact)
+    def tried(depth: Depth) -> float:
+        return offered.tried(
+            _masks(analysis, whole | depth.removed, [known[name] for name in depth.branches], maskable)
+        )
 
-        def tried(depth: Depth) -> float:
-            return offered.tried(
-                _masks(analysis, whole | depth.removed, [known[name] for name in depth.branches], maskable)
-            )
+    def by_curves() -> Iterator[tuple[Budget, Depth, float]]:
+        dearer = offered.dearer
+        for one in budgets:
 
-        found, dearer = _deep(solved, tried, offered.dearer)
-        chosen = whole | found.removed
-        if _hit(costs, chosen):
-            break
+            def solved(times: float, budget: Budget = one) -> Depth:
+                prices = {branch.node: (branch.inside, times * loss) for branch, loss in offered.alone.items()}
+                exact = cfg.allocation == "exact"
+                return widths.choose_depth(analysis, clusters, scores, worth.curves, budget, costs, prices, exact=exact)
+
+            found, best = _deep(solved, tried, dearer)
+            dearer = (best,)  # what branches are worth hardly depends on how fine the widths are
+            yield one, found, best
+
+    budget, found, dearer = _nearest(costs, by_curves(), lambda made: whole | made[1].removed)
+    chosen = whole | found.removed
     prices = widths.prices(analysis, clusters, worth.curves, budget, chosen, costs[0] if costs else None)
     return Weighed(chosen, ranked, worth, prices, tuple(known[name] for name in found.branches), dearer)
 
 
-def _hit(costs: Sequence[Cost], chosen: Removed) -> bool:
-    """Whether every goal is met and the tightest one nearly used up: else too much was cut, or a narrow layer lets no
-    more go.
+def _nearest(costs: Sequence[Cost], choices: Iterable[_Made], removed: Callable[[_Made], Removed]) -> _Made:
+    """The first of `choices` that meets every goal and nearly uses up the tightest one; where each cuts too much, or a
+    narrow layer lets no more go, the one that comes nearest, of equals the first.
     """
-    below = min((1 - cost.of(chosen) / cost.goal for cost in costs), default=0.0)
-    return -EXACT <= below <= OFF_TARGET
+    made: list[tuple[tuple[float, float], _Made]] = []
+    for choice in choices:
+        chosen = removed(choice)
+        unused = min((1 - cost.of(chosen) / cost.goal for cost in costs), default=0.0)
+        made.append(((excess(costs, chosen), unused), choice))
+        if made[-1][0] <= (0.0, OFF_TARGET):
+            break
+    return min(made, key=lambda one: one[0])[1]
+
+
+def partway(final: Weighed, ranked: Mapping[str, Ranked], share: float) -> Weighed:
+    """`share` of the way to the choice `final`, [0, 1): so much of each cluster's groups that go, by how they are
+    `ranked` now; whole branches go at the end. So a later round takes more, and nothing comes back.
+    """
+    removed = {
+        name: lowest(ranked[name].scores, int(share * gone.sum())) if name in ranked else np.zeros_like(gone)
+        for name, gone in final.removed.items()
+    }
+    return replace(final, removed=removed, ranked=ranked, branches=())
 
 
 def _way(cfg: PruneSection, ratio: float) -> float:
     """How far a schedule that is at `ratio` has come, 1 at its end."""
-    return ratio / cfg.ratio if cfg.ratio else 0.0
+    share = ratio / cfg.ratio if cfg.ratio else 0.0
+    return share if share < 1 - EXACT else 1.0
 
 
 def _deep(
@@ -368,6 +390,7 @@ class Chooser:
         self._measured: Measured | None = None
         self._branches = Offered()
         self._dearer: dict[tuple[float, ...], float] = {}  # goals -> how dear branches were in the best choice
+        self._final: tuple[Sequence[Cost], Weighed] | None = None  # what rounds lead to, and the costs that it meets
 
     def choose(self, seen: Evidence, ratio: float) -> Masks:
         """Parameter name -> mask, for what is seen of the model as it is now."""
@@ -393,15 +416,30 @@ class Chooser:
                 self._branches = branches_worth(
                     self.analysis, seen, self.maskable, self.apart, self.progress, self.kept, refit=self.cfg.refit
                 )
-        goals = tuple(cost.towards(_way(self.cfg, ratio)).asked for cost in self.costs)
+        share = _way(self.cfg, ratio)
+        if share < 1 and (self.costs or self._measured is not None):
+            if self._final is None or self._final[0] is not self.costs:
+                self._final = self.costs, self._at_the_end(seen)
+            clusters = choosable(self.analysis, self.maskable)
+            ranked = {c.name: criteria.rank(self.cfg.criterion, c, seen) for c in clusters}
+            self.weighed = partway(self._final[1], ranked, share)
+        elif self.costs:
+            self.weighed = self._at_the_end(seen)
+        else:
+            self.weighed = choose_groups(self.analysis, seen, self.cfg, ratio, self.maskable, self._measured)
+        return masks_of(self.analysis, self.weighed, self.maskable)
+
+    def _at_the_end(self, seen: Evidence) -> Weighed:
+        """The choice at the recipe's ratio, or that meets the costs."""
+        goals = tuple(cost.asked for cost in self.costs)
         known = next((dearer for other, dearer in self._dearer.items() if _near(other, goals)), None)
         offered = self._branches if known is None else replace(self._branches, dearer=(known,))
-        self.weighed = choose_groups(
-            self.analysis, seen, self.cfg, ratio, self.maskable, self._measured, self.costs, offered
+        found = choose_groups(
+            self.analysis, seen, self.cfg, self.cfg.ratio, self.maskable, self._measured, self.costs, offered
         )
-        if known is None and (self.weighed.branches or self.weighed.dearer != offered.dearer[0]):
-            self._dearer[goals] = self.weighed.dearer
-        return masks_of(self.analysis, self.weighed, self.maskable)
+        if known is None and (found.branches or found.dearer != offered.dearer[0]):
+            self._dearer[goals] = found.dearer
+        return found
 
 
 def _near(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -53,9 +53,6 @@ class Cost(Protocol):
         `removed`.
         """
 
-    def towards(self, share: float) -> Cost:
-        """The same with a goal that lies `share` of the way from dense to this one's."""
-
 
 @dataclass(frozen=True)
 class Counted:
@@ -66,6 +63,8 @@ class Counted:
     goal: float
     dense: float
     """In the unit's own terms: millions, or megabytes."""
+    each: float = 1.0
+    """What one that is left costs, of one of the dense model's: of a file's size, a quarter in int8."""
 
     @property
     def name(self) -> str:
@@ -87,7 +86,8 @@ class Counted:
         return self._share(self.analysis.estimate(removed, branches=True))
 
     def _share(self, size: Size) -> float:
-        return size.macs / max(self.analysis.macs, 1) if self.quantity == "macs" else size.params / self.analysis.params
+        left, of = (size.macs, self.analysis.macs) if self.quantity == "macs" else (size.params, self.analysis.params)
+        return self.each * left / max(of, 1)
 
     def along(self, removed: Removed, counts: Counts) -> list[list[float]]:
         """What is left, on a straight line through the present width and the one beside it: what one group saves
@@ -104,10 +104,6 @@ class Counted:
             each = (here - there) / (now - beside) if beside != now else 0.0
             found.append([here + each * (n - now) for n in kept])
         return found
-
-    def towards(self, share: float) -> Counted:
-        """The same with a goal on the way to this one's."""
-        return replace(self, goal=1 - share * (1 - self.goal))
 
 
 @dataclass(frozen=True)
@@ -160,10 +156,6 @@ class Timed:
         kept = [widths for _, widths in counts]
         left = self.fit.along(self._kept(removed), list(zip(numbers, kept, strict=True)))
         return [(self.correction * one).tolist() for one in left]
-
-    def towards(self, share: float) -> Timed:
-        """The same with a goal on the way to this one's."""
-        return replace(self, goal=1 - share * (1 - self.goal))
 
 
 def first_gone(cluster: Cluster, kept: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

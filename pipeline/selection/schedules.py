@@ -45,13 +45,12 @@ def _one_shot(course: Course) -> Masks:
 
 
 def _iterative(course: Course) -> Masks:
-    """`steps` rounds, each cutting an equal part of the way to the ratio and then recovering."""
+    """`steps` rounds, each cutting an equal part of what is to go and then recovering."""
     chosen: Masks = {}
     for number in range(1, course.steps + 1):
-        reached = course.ratio * number / course.steps
-        chosen = course.choose(course.see(), reached)
+        chosen = course.choose(course.see(), course.ratio * number / course.steps)
         masks.apply(course.model, chosen)
-        course.progress.say(f"  round {number} of {course.steps}: {reached:.0%}")
+        course.progress.say(f"  round {number} of {course.steps}: {number / course.steps:.0%} of what is to go")
         if number < course.steps:
             course.recover(f"round{number}", chosen, None)
     return chosen

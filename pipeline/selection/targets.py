@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +12,7 @@ import numpy as np
 from foundation.errors import ConfigError, TargetError
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis, Cluster
-from pipeline.channels.dead.removable import Branch, removable
+from pipeline.channels.dead.removable import Branch
 from pipeline.latency import profile
 from pipeline.latency.probes import Setting
 from pipeline.latency.profile import Profile
@@ -22,7 +22,7 @@ from pipeline.models.source import ModelSource
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.target import Amount, Quantity
-from pipeline.selection.allocation import Budget, Removed, widths_allowed
+from pipeline.selection.allocation import Budget, Removed, overridden, widths_allowed
 from pipeline.selection.choose import Chooser, alignment, budget_of, choosable, choosable_branches, finer
 from pipeline.selection.cost import Cost, Counted, Timed, excess, over
 from pipeline.selection.kinds import policy_of
@@ -55,6 +55,12 @@ def costs(
     if not amounts:
         return ()
     clusters = choosable(analysis, maskable)
+    if not clusters:
+        why, _ = _in_the_way(analysis, clusters, budget_of(cfg, cfg.ratio), (), {})
+        raise TargetError(
+            f"The target cannot be reached: no width of this model can change.{_held(why)}",
+            "Ship it as it is: --set prune.method=none",
+        )
     counted: list[Cost] = []  # first: it costs nothing to see that one of these cannot be
     if "macs" in amounts:
         goal = _goal("macs", amounts["macs"], analysis.macs)
@@ -63,11 +69,13 @@ def costs(
         goal = _goal("params", amounts["params"], analysis.params)
         counted.append(Counted(analysis, "params", goal, analysis.params / 1e6))
     if "size" in amounts:
-        each = INT8_BYTES if cfg.target.int8 else PARAMETER_BYTES
+        each = INT8_BYTES / PARAMETER_BYTES if cfg.target.int8 else 1.0
         size = analysis.params * PARAMETER_BYTES
-        goal = _goal("size", amounts["size"], size) * PARAMETER_BYTES / each
-        if goal < 1:
-            counted.append(Counted(analysis, "size", goal, size / 1e6))
+        goal = _goal("size", amounts["size"], size)
+        if goal < each:
+            counted.append(Counted(analysis, "size", goal, size / 1e6, each))
+        elif len(amounts) == 1:
+            _refuse_met("size", size * each, " in int8")
     check(cfg, analysis, clusters, counted, maskable)
     timed: list[Cost] = []
     if "latency" in amounts:
@@ -133,7 +141,7 @@ def _goal(quantity: Quantity, wanted: Amount, dense: float) -> float:
     return goal
 
 
-def _refuse_met(quantity: Quantity, dense: float) -> NoReturn:
+def _refuse_met(quantity: Quantity, dense: float, form: str = "") -> NoReturn:
     has = {
         "latency": f"the dense model takes {dense:.3g} ms",
         "macs": f"the dense model has {dense / 1e6:,.4g} million",
@@ -141,7 +149,7 @@ def _refuse_met(quantity: Quantity, dense: float) -> NoReturn:
         "size": f"the dense model's weights have {dense / 1e6:.4g} MB",
     }[quantity]
     raise TargetError(
-        f"The target {quantity} is met without pruning: {has}.",
+        f"The target {quantity} is met without pruning: {has}{form}.",
         "Ask for less, or ship it as it is: --set prune.method=none",
     )
 
@@ -163,11 +171,13 @@ def check(
     narrowest = least(clusters, scores, budget)
     if not excess(costs, narrowest):
         return
-    narrowest = fastest(costs, narrowest)
+    fixed = overridden([c.name for c in clusters], budget.overrides).keys()
+    narrowest = fastest(costs, narrowest, fixed)
     if not excess(costs, narrowest):
         return
     if cfg.depth and cfg.scope == "curves":  # whole branches may go as well, with all that is inside them
-        inside = {name for branch in removable(analysis, maskable) for name in branch.inside}
+        branches = choosable_branches(analysis, maskable)
+        inside = {name for branch in branches if fixed.isdisjoint(branch.inside) for name in branch.inside}
         deepest = narrowest | {c.name: np.ones(c.size, np.bool_) for c in clusters if c.name in inside}
         if not excess(costs, deepest):
             return
@@ -179,8 +189,11 @@ def check(
         if over(value, cost.goal) > 0
     )
     why, hint = _in_the_way(analysis, clusters, budget, left, narrowest)
-    held = f" What is in the way: {'; '.join(why)}." if why else ""
-    raise TargetError(f"The target cannot be reached: {missed}.{held}", hint)
+    raise TargetError(f"The target cannot be reached: {missed}.{_held(why)}", hint)
+
+
+def _held(why: Sequence[str]) -> str:
+    return f" What is in the way: {'; '.join(why)}." if why else ""
 
 
 def _in_the_way(
@@ -201,12 +214,18 @@ def _in_the_way(
     many = [one for one in analysis.blocked if one.params > MANY * analysis.params]
     for one in sorted(many, key=lambda one: -one.params)[:2]:
         why.append(f"{one.op} at {one.node} keeps {one.params:,} parameters ({one.reason})")
-    holds = _held_by(clusters, budget)
+    fixed = overridden([c.name for c in clusters], budget.overrides)
+    if fixed:
+        those = "all layers" if len(fixed) == len(clusters) else f"{len(fixed)} of {len(clusters)} layers"
+        why.append(f"prune.overrides decides on {those}")
+    holds = _held_by([c for c in clusters if c.name not in fixed], budget)
     if "floor" in holds:
         why.append(f"every layer keeps prune.floor = {budget.floor:g} of its channels")
     if "align" in holds:
         why.append(f"counts are multiples of prune.align = {budget.align}")
     could = [{"floor": "lower prune.floor", "align": "set prune.align to 1"}[name] for name in holds]
+    if fixed:
+        could.append("take layers out of prune.overrides")
     return why, ", or ".join(("Ask for more", *could)) + "."
 
 
@@ -223,10 +242,14 @@ def _held_by(clusters: Sequence[Cluster], budget: Budget) -> list[str]:
     return alone or (list(free) if narrowest(replace(budget, floor=0.0, align=1)) != now else [])
 
 
-def fastest(costs: Sequence[Cost], narrowest: Removed) -> Removed:
-    """`narrowest`, but for clusters that cost less whole: a norm over a stream of which a part is gone needs pads."""
+def fastest(costs: Sequence[Cost], narrowest: Removed, fixed: Collection[str]) -> Removed:
+    """`narrowest`, but for clusters that cost less whole: a norm over a stream of which a part is gone needs pads.
+    Those that are `fixed` stay as they are.
+    """
     found, missing = dict(narrowest), excess(costs, narrowest)
     for name, gone in narrowest.items():
+        if name in fixed:
+            continue
         whole = {**found, name: np.zeros_like(gone)}
         left = excess(costs, whole)
         if left < missing:

@@ -15,6 +15,7 @@ from pipeline.artifacts.base import WidthChange, write_json, write_table
 from pipeline.artifacts.eager import CURVES, LATENCY, PRICES, SCORES, Aim, Baseline, CurveFacts, Pruned
 from pipeline.channels.coupling.analyse import analyse
 from pipeline.channels.coupling.groups import Analysis
+from pipeline.channels.dead.removable import Branch
 from pipeline.data.parts import Data
 from pipeline.drawing.latency import plot
 from pipeline.drawing.plots import sparsity_plot
@@ -25,9 +26,17 @@ from pipeline.models.weights import load_weights
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.selection import schedules, targets, weights
-from pipeline.selection.aiming import Attempt, take_aim
+from pipeline.selection.aiming import Aimed, Attempt, take_aim
 from pipeline.selection.allocation import Removed
-from pipeline.selection.choose import Chooser, alignment, chosen_by, observed, outputs_apart, rows
+from pipeline.selection.choose import (
+    Chooser,
+    alignment,
+    choosable_branches,
+    chosen_by,
+    observed,
+    outputs_apart,
+    rows,
+)
 from pipeline.selection.cost import Cost, Timed
 from pipeline.selection.criteria import Evidence
 from pipeline.selection.curves import Measured, points
@@ -78,9 +87,9 @@ def run(
         return observe(model, data, task, wanted, analysis, cfg.samples, seed=cfg.seed)
 
     first = see() if goals else None
-    attempts: tuple[Attempt, ...] = ()
+    aimed = Aimed()
     if first is not None:
-        attempts = take_aim(cfg, chooser, analysis, source, first, masks.originals(model), baseline.onnx, progress)
+        aimed = take_aim(cfg, chooser, analysis, source, first, masks.originals(model), baseline.onnx, progress)
 
     def look() -> Evidence:
         """What was seen for the aim serves the first round as well."""
@@ -109,7 +118,8 @@ def run(
     state = masks.originals(model)
     save_tensors(state, out / Pruned.WEIGHTS)
     masks.save(chosen, out / Pruned.MASKS)
-    removed = _removed(analysis, chosen)
+    weighed = chooser.weighed
+    removed = _removed(analysis, chosen, choosable_branches(analysis, chooser.maskable) if goals and cfg.depth else ())
     expected = analysis.estimate(removed, branches=True) if cfg.method == "structured" else None
     layers = masks.sparsity({name: state[name] for name in chosen}, chosen)
     write_table(out / "sparsity.csv", layers)
@@ -120,18 +130,17 @@ def run(
     )
     write_table(out / "widths.csv", widths)
     write_json(out / "removed.json", {name: np.flatnonzero(gone).tolist() for name, gone in removed.items()})
-    weighed = chooser.weighed
     if weighed is not None:
         write_table(out / SCORES, rows(weighed))
     if weighed is not None and weighed.measured is not None:
         write_table(out / CURVES, points(weighed.measured))
         write_table(out / PRICES, weighed.prices)
-    aims = _aims(goals, chooser, attempts, removed)
+    aims = _aims(goals, chooser, aimed, removed)
     for aim in aims:
         progress.say(f"  {aim.words}")
     if weighed is not None and weighed.branches:
         progress.say(f"  whole branches go: {', '.join(branch.name for branch in weighed.branches)}")
-    _predictions(goals, attempts, out)
+    _predictions(goals, aimed.attempts, out)
     zeros = sum(layer.zeros for layer in layers)
     return Pruned(
         folder=out,
@@ -183,11 +192,11 @@ def _given(cfg: PruneSection, model: nn.Module, progress: Progress) -> Masks:
     return chosen
 
 
-def _aims(goals: Sequence[Cost], chooser: Chooser, attempts: Sequence[Attempt], removed: Removed) -> tuple[Aim, ...]:
+def _aims(goals: Sequence[Cost], chooser: Chooser, aimed: Aimed, removed: Removed) -> tuple[Aim, ...]:
     """What was asked for, what is expected of the choice, and what a whole model of it took before training."""
-    made = []
+    made, attempts = [], aimed.attempts
     for number, (goal, cost) in enumerate(zip(goals, chooser.costs, strict=True)):
-        trial = attempts[-1].measured[number] if attempts else None
+        trial = attempts[aimed.best].measured[number] if attempts else None
         unit, dense = goal.unit
         made.append(
             Aim(
@@ -201,6 +210,8 @@ def _aims(goals: Sequence[Cost], chooser: Chooser, attempts: Sequence[Attempt], 
                 measured=trial is not None,
                 attempts=len(attempts),
                 error=goal.fit.error if isinstance(goal, Timed) else 0.0,
+                threads=goal.threads if isinstance(goal, Timed) else None,
+                batch=goal.batch if isinstance(goal, Timed) else None,
             )
         )
     return tuple(made)
@@ -238,8 +249,9 @@ def _facts(measured: Measured) -> CurveFacts:
     )
 
 
-def _removed(analysis: Analysis, chosen: Masks) -> Removed:
-    """Which groups the masks take whole: the first producer's slices are all masked.
+def _removed(analysis: Analysis, chosen: Masks, branches: Sequence[Branch] = ()) -> Removed:
+    """Which groups the masks take whole: the first producer's slices are all masked, or all of one of `branches` is,
+    and with it the group of each cluster inside that masks of widths leave.
 
     An embedding's table alone has no producer: its columns are masked as a reader's are.
     """
@@ -258,4 +270,7 @@ def _removed(analysis: Analysis, chosen: Masks) -> Removed:
             np.logical_or.at(kept, labels[labels >= 0], alive[labels >= 0])
             gone = ~kept
         removed[cluster.name] = gone
+    for branch in branches:
+        if all(name in chosen and not chosen[name].any() for name in branch.tensors):
+            removed |= {name: np.ones_like(removed[name]) for name in branch.inside}
     return removed

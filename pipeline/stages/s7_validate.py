@@ -155,6 +155,7 @@ def run(
         latency_ratio_low=mine and mine.ratio.low,
         latency_ratio_high=mine and mine.ratio.high,
         threads=cfg.threads,
+        batch=cfg.batch_size,
         dense_bytes=before and before.bytes,
         bytes=after and after.bytes,
         dense_load_ms=before and before.load_ms,

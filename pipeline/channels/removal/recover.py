@@ -5,6 +5,7 @@ Its graph says `training=False` at every norm and dropout; the flags are set in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +51,7 @@ class Trainable(fx.GraphModule):
 
     def exported(self) -> ExportedProgram:
         """The program with the weights as they are now."""
-        return _with_state(self.program, self.weights())
+        return with_state(self.program, self.weights())
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and buffers by their names in the program."""
@@ -73,10 +74,11 @@ def _set_flag(node: fx.Node, mode: bool) -> None:
 
 def with_weights(shrunk: Shrunk, weights: dict[str, Tensor]) -> Shrunk:
     """The same program over other values of the same shapes, after a recovery."""
-    return replace(shrunk, program=_with_state(shrunk.program, weights))
+    return replace(shrunk, program=with_state(shrunk.program, weights))
 
 
-def _with_state(program: ExportedProgram, weights: dict[str, Tensor]) -> ExportedProgram:
+def with_state(program: ExportedProgram, weights: Mapping[str, Tensor]) -> ExportedProgram:
+    """The same program over other values of the same shapes; those that are not named keep theirs."""
     parameters = set(program.graph_signature.parameters)
     state = {
         n: torch.nn.Parameter(weights[n], weights[n].dtype.is_floating_point) if n in parameters else weights[n]

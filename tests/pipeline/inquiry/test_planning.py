@@ -12,6 +12,7 @@ from pipeline import Config
 from pipeline.channels import Blocked
 from pipeline.cli import main
 from pipeline.inquiry import planning
+from pipeline.recipe import config
 
 TINY = f"{Path(__file__).parents[1] / 'tiny.py'}:build"
 
@@ -29,6 +30,23 @@ def test_sizes_fall_with_the_ratio_and_the_recipes_comes_first(made):
     assert half.megabytes == pytest.approx(4 * half.params / 1e6)  # float32
     assert made.megabytes == pytest.approx(4 * made.analysis.params / 1e6)
     assert (half.params, half.macs) == (made.expected.params, made.expected.macs)
+
+
+def test_a_target_that_whole_branches_meet_is_planned_with_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "model": f"{Path(__file__).parents[1] / 'selection' / 'test_schedules.py'}:Net", "data.input_size": [3, 8, 8],
+        "prune.target.macs": 0.2, "prune.refit": False, "prune.floor": 0.4, "prune.overrides": {"stem": 0.0},
+        "prune.samples": 8,
+    }  # fmt: skip
+    made = planning.plan(config.load(None, given))
+    first = made.expectations[0]
+    assert first.ratio is None
+    assert first.macs <= 0.2 * made.analysis.macs
+    told = made.to_json()
+    assert told["branches"]
+    assert all(name.startswith("blocks.") for name in told["branches"])
+    assert 0 in {cluster["kept"] for cluster in told["clusters"]}
 
 
 def test_shares_count_what_the_output_holds(made):

@@ -3,7 +3,7 @@
 import pytest
 
 from foundation.errors import ConfigError
-from pipeline.recipe.config import load, to_toml
+from pipeline.recipe.config import as_aimed, load, to_toml
 from pipeline.recipe.target import Amount, amount
 
 
@@ -73,6 +73,44 @@ def test_with_a_target_the_widths_follow_measured_curves_unless_a_scope_is_named
     assert load(settings={"prune.target.macs": 0.4}).prune.criterion == "elimination"
     assert load(settings={"prune.target.macs": 0.4, "prune.scope": "layer"}).prune.scope == "layer"
     assert load(settings={"model": "resnet18"}).prune.scope == "layer"
+
+
+def test_a_size_is_that_of_the_file_that_ships():
+    assert load(settings={"prune.target.size": 0.2, "optimize.int8": True}).prune.target.int8 is True
+    assert load(settings={"prune.target.size": 0.2}).prune.target.int8 is False
+    with pytest.raises(ConfigError, match="no such file is made"):
+        load(settings={"prune.target.size": 0.2, "prune.target.int8": True})
+
+
+@pytest.mark.parametrize(
+    ("settings", "judged", "warned"),
+    [
+        ({"prune.target.threads": [4]}, (4, 1), True),  # the gate names none: it judges what was asked for
+        ({"prune.target.threads": [4, 1]}, (4, 1), True),
+        ({"prune.target.threads": [4, 1], "gate.threads": 1}, (1, 1), True),
+        ({"prune.target.threads": [4], "gate.threads": 1}, (1, 1), False),  # which says nothing of four threads
+        ({"prune.target.batch_sizes": [8], "gate.batch_size": 2}, (1, 2), False),
+        ({"prune.target.batch_sizes": [8]}, (1, 8), True),
+        ({"prune.target.int8": False, "optimize.int8": True}, (1, 1), False),
+    ],
+)
+def test_the_gate_warns_of_the_setting_that_was_asked_for_and_of_no_other(settings, judged, warned):
+    made = load(settings={"prune.target.latency": "3.5ms", **settings})
+    assert (made.gate.threads, made.gate.batch_size) == judged
+    assert [limit.metric for limit in made.gate.limits] == (["latency"] if warned else [])
+
+
+def test_a_table_is_of_what_a_target_lets_go():
+    """Where a latency is asked for, curves decide, and streams may go: a table without a target is to serve that."""
+    plain, aimed = load(settings={"model": "m", "seed": 3}), load(settings={"model": "m", "prune.target.latency": 0.3})
+    read = as_aimed(plain)
+    assert read.prune.target.amounts == {}
+    assert (read.prune.scope, read.prune.groups) == (aimed.prune.scope, aimed.prune.groups)
+    assert read.prune.groups.residual
+    assert read.prune.seed == 3
+    named = as_aimed(load(settings={"model": "m", "prune.scope": "layer"}))
+    assert (named.prune.scope, named.prune.groups.residual) == ("layer", False)
+    assert as_aimed(aimed) == aimed
 
 
 def test_a_recipe_with_a_target_reads_back_to_itself(tmp_path):

@@ -1,7 +1,7 @@
 """Goals are met at the least loss: by one cost or several, greedily or exactly, and what cannot be met is refused."""
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from foundation.errors import ConfigError
+from foundation.errors import ConfigError, TargetError
 from pipeline.channels import analyse, capture
 from pipeline.latency import device
 from pipeline.latency.prediction import Fit
@@ -80,9 +80,6 @@ class Stairs:
 
     def along(self, removed, counts):
         return [[self.of({**removed, c.name: np.arange(c.size) >= n}) for n in kept] for c, kept in counts]
-
-    def towards(self, share):
-        return replace(self, goal=1 - share * (1 - self.goal))
 
 
 def promised(curves, removed):
@@ -219,9 +216,23 @@ def test_counts_are_asked_for_as_shares_or_as_numbers(source):
     assert share[0].goal == pytest.approx(number[0].goal) == pytest.approx(0.25)
     (size,) = costs_of(source, size=f"{2 * analysis.params / 1e6}MB")  # float32: four bytes each
     assert size.goal == pytest.approx(0.5)
-    (int8,) = costs_of(source, size=0.125, int8=True)
-    assert int8.goal == pytest.approx(0.5)
-    assert costs_of(source, size=0.3, int8=True) == ()  # int8 alone does that
+
+
+def test_a_size_in_int8_is_a_quarter_of_the_file_in_float32(source):
+    model = source.build()
+    analysis = analyse(graph_of(model, source))
+    (size,) = costs_of(source, size=0.125, int8=True)
+    assert size.goal == 0.125
+    nothing = {c.name: np.zeros(c.size, np.bool_) for c in analysis.clusters}
+    half = {**nothing, "a": np.arange(nothing["a"].size) % 2 == 0} if "a" in nothing else nothing
+    share = analysis.estimate(half, branches=True).params / analysis.params
+    assert size.of(nothing) == 0.25
+    assert size.of(half) == pytest.approx(0.25 * share)
+    with pytest.raises(TargetError, match="met without pruning: the dense model's weights have .* MB in int8"):
+        costs_of(source, size=0.3, int8=True)  # int8 alone does that
+    assert [cost.quantity for cost in costs_of(source, size=0.3, macs=0.5, int8=True)] == ["macs"]
+    with pytest.raises(TargetError, match="file size 0.001 of dense"):
+        costs_of(source, size=0.001, int8=True)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global", "curves"])
@@ -267,6 +278,21 @@ def test_only_what_holds_the_widths_is_in_the_way(source):
     assert "prune.align" not in floor.message and floor.hint == "Ask for more, or lower prune.floor."
     neither = refused(source, target=target, align=1, floor=0.0, scope="layer")
     assert "in the way" not in neither.message and neither.hint == "Ask for more."
+
+
+@pytest.mark.parametrize("overrides", [{"*": 0.0}, {"*": 0.3}])
+def test_overrides_that_leave_too_much_are_refused_and_named(source, overrides):
+    found = refused(source, target={"macs": 0.3}, align=1, overrides=overrides)
+    assert "prune.overrides decides on all layers" in found.message
+    assert "take layers out of prune.overrides" in found.hint
+
+
+def test_a_model_of_which_no_width_can_change_is_refused_before_anything_is_measured(timed):
+    alone = load(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), input_size=(3, 2, 2))
+    with pytest.raises(TargetError, match="no width of this model can change") as caught:
+        costs_of(alone, latency=0.5)
+    assert "prune.method=none" in caught.value.hint
+    assert not timed
 
 
 @pytest.mark.parametrize(
@@ -361,22 +387,22 @@ def aimed_at(source, monkeypatch, goal, took, target=None, dense_ms=10.0):
 
     monkeypatch.setattr(aiming, "tried", tried)
     state = {name: value.detach() for name, value in model.state_dict().items()}
-    attempts = aiming.take_aim(cfg, chooser, analysis, source, Evidence(state), state, Path("dense.onnx"), Progress())
+    aimed = aiming.take_aim(cfg, chooser, analysis, source, Evidence(state), state, Path("dense.onnx"), Progress())
     chooser.choose(Evidence(state), cfg.ratio)
     kept = sum(int((~g).sum()) for g in chooser.weighed.removed.values()) / table.sizes.whole.sum()
-    return attempts, seen, kept
+    return aimed, seen, kept
 
 
 def test_a_first_choice_that_hits_is_not_made_again(source, monkeypatch):
-    attempts, seen, kept = aimed_at(source, monkeypatch, 0.5, lambda share: share)
-    assert len(attempts) == len(seen) == 1 and kept == pytest.approx(0.5, abs=0.02)
+    aimed, seen, kept = aimed_at(source, monkeypatch, 0.5, lambda share: share)
+    assert len(aimed.attempts) == len(seen) == 1 and kept == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.25])
 def test_what_a_whole_model_took_corrects_the_table(source, monkeypatch, factor):
-    attempts, seen, kept = aimed_at(source, monkeypatch, 0.5, lambda share: factor * share)
-    assert 1 < len(attempts) <= aiming.ATTEMPTS
-    assert attempts[-1].measured[0].ratio.value == pytest.approx(0.5, rel=0.03)
+    aimed, seen, kept = aimed_at(source, monkeypatch, 0.5, lambda share: factor * share)
+    assert 1 < len(aimed.attempts) <= aiming.ATTEMPTS
+    assert aimed.attempts[aimed.best].measured[0].ratio.value == pytest.approx(0.5, rel=0.03)
     assert kept == pytest.approx(0.5 / factor, rel=0.03)  # what is masked in the end is what was timed last
     assert kept == pytest.approx(seen[-1])
 
@@ -391,8 +417,12 @@ def test_milliseconds_are_hit_where_the_dense_model_takes_another_time_than_for_
 
 def test_of_noisy_attempts_the_nearest_is_taken(source, monkeypatch):
     noise = iter([1.3, 1.04, 0.7, 1.2])
-    attempts, seen, kept = aimed_at(source, monkeypatch, 0.5, lambda share: next(noise) * 0.5)
-    assert attempts[-1].measured[0].ratio.value == pytest.approx(0.52)
+    aimed, seen, kept = aimed_at(source, monkeypatch, 0.5, lambda share: next(noise) * 0.5)
+    assert aimed.attempts[aimed.best].measured[0].ratio.value == pytest.approx(0.52)
+    assert aimed.best == 1
+    assert [one.measured[0].ratio.value for one in aimed.attempts] == pytest.approx(
+        [0.65, 0.52, 0.35, 0.6][: len(seen)]
+    )
     assert kept == pytest.approx(seen[1])
 
 
@@ -427,6 +457,33 @@ def test_a_count_that_only_finer_widths_reach_is_not_refused_and_met(net, monkey
     named = cfg.model_copy(update={"align": 16})
     with pytest.raises(ConfigError, match=r"prune\.align = 16"):
         targets.check(named, analysis, analysis.clusters, [cost], frozenset(seen.weights))
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is left is the number itself."""
+
+    goal: float
+
+    def of(self, removed):
+        return removed
+
+
+@pytest.mark.parametrize(
+    ("left", "nearest", "looked_at"),
+    [
+        ([0.45, 0.49, 0.5], 0.49, 2),  # near enough: what would be nearer still is not looked at
+        ([0.40, 0.45, 0.44], 0.45, 3),
+        ([0.44, 0.60, 0.44], 0.44, 3),
+        ([0.60, 0.55, 0.57], 0.55, 3),
+    ],
+)
+def test_where_no_widths_come_near_the_nearest_are_taken_and_not_the_finest(left, nearest, looked_at):
+    seen = []
+    choices = (seen.append(one) or (number, one) for number, one in enumerate(left))
+    found = choosing._nearest([Left(0.5)], choices, lambda made: made[1])
+    assert found == (left.index(nearest), nearest)
+    assert len(seen) == looked_at
 
 
 @pytest.mark.parametrize(
