@@ -476,7 +476,7 @@ def branches_worth(
     """Every residual branch that may go as a whole, with the divergence from the dense outputs when it does. As they
     were `kept` where the same was measured before.
     """
-    found = removable(analysis, maskable)
+    found = choosable_branches(analysis, maskable)
     if not found or seen.samples is None:
         return Offered()
     told, kept = progress or Progress(), kept or Measurements()
