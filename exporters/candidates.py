@@ -23,7 +23,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,6 +59,8 @@ class Source:
     example: tuple[Tensor, ...]
     calibration: Callable[[], Iterable[Mapping[str, Array]]]
     folder: Path
+    free: Sequence[Mapping[int, str]] = ()
+    """Per input, the dimensions beside the first that may have any size, and what they are called."""
     disabled: tuple[str, ...] = ()
     """Optimisers of onnxruntime that must not run, since they break this model."""
     exclude: tuple[str, ...] = ()
@@ -144,6 +146,8 @@ def _at_opset(opset: int) -> Builder:
         from exporters.summary import describe
 
         before = describe(source.onnx)
+        if not before.opset:
+            raise NotApplicable("the exported file has no operator of ONNX's own")
         if before.opset == opset:
             raise NotApplicable(f"the exported file has opset {opset} already")
         to_onnx(
@@ -154,6 +158,7 @@ def _at_opset(opset: int) -> Builder:
             metadata=before.metadata,
             input_names=[spec.name for spec in before.inputs],
             output_names=[spec.name for spec in before.outputs],
+            free=source.free,
         )
         return Built(f"opset {opset}, onnxscript's optimiser")
 

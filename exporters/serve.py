@@ -37,6 +37,7 @@ import logging
 import types
 import warnings
 import wave
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ HERE = Path(__file__).resolve().parent
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PIXELS = 89_478_485
 """Of an image, as it is and as it is resized; what pillow itself warns of, 268 MB in colour."""
+REQUEST_BYTES = 1 << 30
+"""Of an .npz file of requests, unpacked."""
 REQUESTS = (".json", ".jsonl", ".npz")
 TOKENIZER, COLUMNS = "tokenizer.json", "columns.json"
 TEXT = {"ids": "ids", "mask": "attention_mask", "segments": "type_ids"}
@@ -248,6 +251,13 @@ def read_row(row: Any, manifest: dict[str, Any]) -> dict[str, Any]:
 def requests(path: Path) -> Any:
     """The requests in a file, one after the other. Raises ValueError or OSError for a file that holds none."""
     if path.suffix == ".npz":
+        try:
+            with zipfile.ZipFile(path) as opened:
+                size = sum(entry.file_size for entry in opened.infolist())
+        except zipfile.BadZipFile:
+            raise ValueError("it is no .npz file") from None
+        if size > REQUEST_BYTES:
+            raise ValueError(f"it unpacks to {size} bytes; at most {REQUEST_BYTES} are read at once")
         with np.load(path, allow_pickle=False) as packed:
             yield dict(packed)
         return
@@ -287,7 +297,7 @@ def told(value: Any, kind: str, labels: list[str], words: Any) -> dict[str, Any]
         raise ValueError(f"the model gives no finite {'score per class' if kind == 'classes' else 'numbers'}")
 
     def name(number: Any) -> str:
-        return labels[int(number)] if int(number) < len(labels) else str(int(number))
+        return labels[int(number)] if 0 <= int(number) < len(labels) else str(int(number))
 
     if kind == "classes":
         shares = np.exp(wide - wide.max()) / np.exp(wide - wide.max()).sum()
@@ -300,8 +310,10 @@ def told(value: Any, kind: str, labels: list[str], words: Any) -> dict[str, Any]
         return {"labels": [name(one) for one in (best if words is None else best[words])]}
     if kind == "map" and wide.ndim in (2, 3):
         best = wide.argmax(0) if wide.ndim == 3 else wide
-        found, counts = np.unique(best, return_counts=True)
-        return {"shape": list(best.shape), "counts": {name(a): int(b) for a, b in zip(found, counts)}}  # noqa: B905
+        places: dict[str, int] = {}
+        for number, count in zip(*np.unique(best, return_counts=True)):  # noqa: B905
+            places[name(number)] = places.get(name(number), 0) + int(count)  # two classes may have one name
+        return {"shape": list(best.shape), "counts": places}
     return {"vector" if kind == "embedding" else "values": value.tolist()}
 
 

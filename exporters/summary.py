@@ -58,7 +58,7 @@ def describe(path: Path) -> OnnxSummary:
     return OnnxSummary(
         inputs=tuple(_spec(value) for value in model.graph.input if value.name not in initialised),
         outputs=tuple(_spec(value) for value in model.graph.output),
-        opset=next(entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}),
+        opset=next((entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}), 0),
         parameters=sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type not in _NOT_WEIGHTS),
         bytes=path.stat().st_size + sum((path.parent / name).stat().st_size for name in external),
         external_files=external,
@@ -88,8 +88,12 @@ def external_files(model: onnx.ModelProto, path: Path) -> tuple[str, ...]:
         for tensor in graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 entries = {entry.key: entry.value for entry in tensor.external_data}
-                end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-                ends[entries["location"]] = max(end, ends.get(entries["location"], 0))
+                name, numbers = entries.get("location", ""), [entries.get(key, "0") for key in ("offset", "length")]
+                if not name or not all(number.isascii() and number.isdecimal() for number in numbers):
+                    raise ExportError(
+                        f"{path} does not say where the weights {tensor.name} lie.", "Do not use this file."
+                    )
+                ends[name] = max(sum(map(int, numbers)), ends.get(name, 0))
     for name, end in ends.items():
         if leaves(path.parent, name):
             raise ExportError(f"{path} points to weights outside its folder ({name}).", "Do not use this file.")

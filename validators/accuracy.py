@@ -172,11 +172,14 @@ def evaluate(
 
 
 def top_k(k: int) -> Metric:
-    """Whether the label is among the `k` largest logits. A row with a NaN never is."""
+    """Whether the label is among the `k` largest logits, the first of equal ones counting as larger. A row with a NaN
+    never is.
+    """
 
     def score(logits: Array, labels: Array) -> Array:
-        own = logits[np.arange(len(labels)), labels]
-        hit: Array = ((logits > own[:, None]).sum(1) < k) & ~np.isnan(logits).any(1)
+        own = logits[np.arange(len(labels)), labels][:, None]
+        before = np.arange(logits.shape[1]) < labels[:, None]
+        hit: Array = (((logits > own) | ((logits == own) & before)).sum(1) < k) & ~np.isnan(logits).any(1)
         return hit.astype(np.float64)
 
     return score

@@ -41,6 +41,21 @@ def drawn_batches(seed: int, spans: Sequence[tuple[int, int]] = ((2, 8), (9, 32)
     return (*BATCHES, *(int(rng.choice(sizes)) for sizes in choices))
 
 
+def drawable(spec: InputSpec) -> bool:
+    """Whether an input is of numbers, or booleans, which can be made up."""
+    try:
+        return np.dtype(spec.dtype).kind in "iufb"
+    except TypeError:
+        return False
+
+
+def require_drawable(inputs: Sequence[InputSpec], hint: str = "") -> None:
+    """Raise ValidationError for the first input that is not `drawable`."""
+    odd = next((spec for spec in inputs if not drawable(spec)), None)
+    if odd is not None:
+        raise ValidationError(f"Input {odd.name} is of type {odd.dtype}, which cannot be made up.", hint)
+
+
 def random_feeds(
     inputs: Sequence[InputSpec],
     *,
@@ -53,9 +68,10 @@ def random_feeds(
 
     `sizes` gives dynamic dimensions other than the batch, by name. `ranges` gives integer inputs their half-open range
     of values, by input name; without one it is 0 and 1. A model with a fixed batch is fed at that size alone.
-    Raises ValidationError for a dynamic dimension without a size.
+    Raises ValidationError for a dynamic dimension without a size, and for a type that cannot be drawn, such as text.
     """
     rng = np.random.default_rng(seed)
+    require_drawable(inputs)
 
     def fill(spec: InputSpec, shape: tuple[int, ...]) -> Array:
         if np.issubdtype(spec.dtype, np.floating):

@@ -66,10 +66,11 @@ class OutputParity(BaseModel):
     rounding at the tensor's scale alone exceeds them. `scale` is max|reference|, `tolerance` is atol · max(1, scale),
     or ROUNDING_MARGIN · `rounding` or YARDSTICK_MARGIN · `yardstick` · max(1, scale) where that is more; `rounding` is
     the measured float32 error of the first model, `yardstick` the dense model's own difference over max(1, its scale).
-    `compared` is False where made-up inputs gave nothing finite in either: no difference, and no evidence. `telling`
-    whether all zeros would have failed, or agreement is within atol · scale. `ulp_*` count the representable numbers
-    between the two values (median, 99th percentile, largest). `cosine` is over the flattened tensors. `top1` is
-    the share of rows with the same largest element, `top5` of those with the same five, for 2-D outputs that have more
+    `exact`: of integers, booleans or text, which have no tolerance. `compared` is False where made-up inputs gave
+    nothing finite in either: no difference, and no evidence. `telling` whether all zeros would have failed, or
+    agreement is within atol · scale. `ulp_*` count the representable numbers between the two values (median, 99th
+    percentile, largest). `cosine` is over the flattened tensors. `top1` is the share of rows with the same largest
+    element, `top5` of those with the same five, for 2-D outputs that have more
     than as many columns. What cannot be computed is None.
     """
 
@@ -79,6 +80,7 @@ class OutputParity(BaseModel):
     output: str
     passed: bool
     reason: str
+    exact: bool = False
     compared: bool = True
     shape: tuple[int, ...] | None = None
     elements: int = 0
@@ -237,6 +239,8 @@ def compare_arrays(
     nothing = OutputParity(feed=feed, output=output, passed=True, reason="", compared=False, shape=reference.shape)
     if reference.size == 0:
         return nothing if origin == "tried" else failed("the output is empty")
+    if reference.dtype.kind in "OUS":
+        return _texts(reference, candidate, nothing)
     holes = np.isnan(reference), np.isnan(candidate)
     for owner, hole in zip(("the reference", "the candidate"), holes, strict=True):
         if hole.any() and (origin == "real" or not np.array_equal(holes[0], holes[1])):
@@ -248,6 +252,13 @@ def compare_arrays(
     if not finite.any():
         return failed("no finite element to compare") if origin == "real" else nothing
     return _measured(reference, candidate, finite, atol, rtol, rounding, yardstick, feed, output)
+
+
+def _texts(reference: Array, candidate: Array, nothing: OutputParity) -> OutputParity:
+    bad = int((reference != candidate).sum())
+    found = {"compared": True, "exact": True, "telling": True, "elements": int(reference.size), "scale": 1.0}
+    said = {"passed": False, "reason": f"{bad} of {reference.size} texts differ"} if bad else {}
+    return nothing.model_copy(update={**found, **said, "max_abs": float(bad > 0)})
 
 
 def _measured(
@@ -266,6 +277,8 @@ def _measured(
     found = candidate[finite].astype(np.float64)
     size = np.abs(wanted)
     error = np.abs(found - wanted)
+    if exact:  # float64 does not tell large integers apart
+        error = np.maximum(error, reference[finite] != candidate[finite])
     scale = float(size.max())
     measured = max(ROUNDING_MARGIN * (lost or 0.0), YARDSTICK_MARGIN * allowance(own or 0.0, scale))
     tolerance = 0.0 if exact else max(allowance(atol, scale), measured)
@@ -286,6 +299,7 @@ def _measured(
         else f"{bad} of {error.size} elements differ by up to {error.max():.3g}, allowed {tolerance:.3g}"
         if bad
         else "",
+        exact=exact,
         shape=reference.shape,
         elements=int(error.size),
         scale=scale,
@@ -514,7 +528,9 @@ def _scaled(entry: OutputParity) -> float:
 
 
 def _judged(entry: OutputParity, atol: float) -> float:
-    """The error in units of what `atol` bounds."""
+    """The error in units of what `atol` bounds; infinite where no bound lets it pass."""
+    if entry.exact and not entry.passed:
+        return math.inf
     if entry.tolerance is None or entry.tolerance <= allowance(atol, entry.scale or 0.0):
         return _scaled(entry)
     if not entry.passed and (entry.rounding or 0.0) > allowance(ROUNDING_CEILING, entry.scale or 0.0):

@@ -25,7 +25,7 @@ import numpy as np
 
 from foundation.errors import ValidationError, first_line
 from validators.domains import BINARY, Domain, Span, integer_domains, without_graph
-from validators.feeds import BATCHES, LARGE, Feed
+from validators.feeds import BATCHES, LARGE, Feed, drawable, require_drawable
 from validators.macs import count_macs
 from validators.runners import Array, InputSpec, Runner
 
@@ -158,12 +158,9 @@ def plan(
     """
     sizes, ranges = sizes or {}, ranges or {}
     _same_signature(reference, candidate, sizes)
-    odd = next((spec for spec in reference.inputs if not _drawable(spec)), None)
-    if odd is not None:
+    if not all(map(drawable, reference.inputs)):
         if not given:
-            raise ValidationError(
-                f"Input {odd.name} is of type {odd.dtype}, which cannot be made up.", "Give inputs: --inputs FILE.npz"
-            )
+            require_drawable(reference.inputs, "Give inputs: --inputs FILE.npz")
         return Trial(lambda: iter(given), {}, ("only the inputs that were given were compared",), ())
     if not reference.inputs:
         raise ValidationError("The model has no inputs.", "Compare its outputs by hand.")
@@ -198,6 +195,7 @@ def suited(
 
     Raises ValidationError as `plan` does.
     """
+    require_drawable(runner.inputs)
     domains = _domains(runner.inputs, graph, ranges, ())
     made = _started(runner, domains, sizes, ranges, 0)
     known = {**made.assignments[0], **dict.fromkeys(made.batch, batch)}
@@ -441,13 +439,6 @@ def _names(name: str) -> set[str]:
     """The dynamic dimensions that stand in one: itself, or the terms of a sum."""
     parts = [part.strip() for part in name.split("+")]
     return {part for part in parts if not part.isdecimal()} if all(parts) else {name}
-
-
-def _drawable(spec: InputSpec) -> bool:
-    try:
-        return np.dtype(spec.dtype).kind in "iufb"
-    except TypeError:
-        return False
 
 
 def _same_signature(reference: Runner, candidate: Runner, sizes: Mapping[str, Sequence[int]]) -> None:

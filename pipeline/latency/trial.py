@@ -127,7 +127,12 @@ def _rivals(program: ExportedProgram, source: ModelSource, plain: Path) -> dict[
     """The candidates of the race that may ship anywhere, as far as this model has them; the first is the usual one."""
     made: dict[str, Path] = {}
     given = Source(
-        onnx=plain, program=lambda: program, example=example(source), calibration=lambda: (), folder=plain.parent
+        onnx=plain,
+        program=lambda: program,
+        example=example(source),
+        calibration=lambda: (),
+        folder=plain.parent,
+        free=source.free,
     )
     for name in RIVALS:
         try:

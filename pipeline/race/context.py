@@ -132,6 +132,7 @@ def open_context(
             example=inputs,
             calibration=lambda: _calibration(data, cfg.calibration_samples),
             folder=out,
+            free=source.free,
         ),
         data=data,
         task=task,

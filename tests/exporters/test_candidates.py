@@ -7,6 +7,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 
 from exporters import (
     CANDIDATES,
@@ -59,6 +60,17 @@ def test_a_float_candidate_computes_the_same_and_says_what_it_is(source, tiny_ne
         assert made.operators == summary.operators
     if name.startswith("opset"):
         assert summary.opset == int(name.removeprefix("opset"))
+
+
+def test_a_candidate_of_another_opset_keeps_the_names_of_free_dimensions(tiny_net, image, tmp_path):
+    dynamic = {0: Dim("n"), 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    program = torch.export.export(tiny_net, (image,), dynamic_shapes=(dynamic,))
+    free = ({2: "height", 3: "width"},)
+    onnx_file = to_onnx(program, tmp_path / "m.onnx", example=(image,), opset=20, metadata={}, free=free)
+    source = Source(onnx_file.path, lambda: program, (image,), lambda: [], tmp_path, free=free)
+    before, after = describe(onnx_file.path).inputs, describe(make("opset18", source).path).inputs
+    assert before[0].shape == ("batch", 3, "height", "width")
+    assert after == before
 
 
 @pytest.fixture(params=[True, False], ids=["vnni", "no vnni"])

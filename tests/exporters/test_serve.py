@@ -155,6 +155,13 @@ def test_a_model_that_takes_no_images_is_one_line(bundle, tmp_path, change, said
     assert said in done.stderr
 
 
+def test_numbers_that_are_no_class_are_told_as_they_are_and_no_place_is_lost():
+    told = serve.told(np.array([[-1, -1, -1], [2, 0, 0]]), "map", ["a", "b", "c"], None)
+    assert told == {"shape": [2, 3], "counts": {"-1": 3, "c": 1, "a": 2}}
+    told = serve.told(np.array([[0, 1, 1], [2, 3, 3]]), "map", ["a", "road", "road"], None)
+    assert told["counts"] == {"a": 1, "road": 3, "3": 2}
+
+
 def test_a_model_with_fewer_names_than_classes_still_answers(bundle, tmp_path):
     reseal(bundle, lambda manifest: manifest.update(labels=[]))
     done, (line,) = served(bundle, put(tmp_path / "photos", {}))

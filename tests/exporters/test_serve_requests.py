@@ -346,3 +346,17 @@ def test_a_bundle_from_before_there_were_answers_still_serves(tmp_path):
     reseal(bundle, older)
     assert check(bundle)["ok"]
     assert served(bundle, asked(tmp_path, {"file": X[0].tolist()}))[1][0]["label"] in "abcd"
+
+
+def test_a_file_that_unpacks_to_more_than_is_read_at_once_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "REQUEST_BYTES", 1 << 20)
+    small, large, none = tmp_path / "small.npz", tmp_path / "large.npz", tmp_path / "none.npz"
+    np.savez_compressed(small, x=np.zeros(100))
+    np.savez_compressed(large, junk=np.zeros(1 << 20))
+    none.write_text("no archive")
+    assert large.stat().st_size < 1 << 14
+    assert [set(one) for one in serve.requests(small)] == [{"x"}]
+    with pytest.raises(ValueError, match="unpacks to"):
+        next(serve.requests(large))
+    with pytest.raises(ValueError, match=r"no \.npz"):
+        next(serve.requests(none))

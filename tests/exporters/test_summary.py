@@ -77,3 +77,28 @@ def test_what_is_no_model_is_refused(tmp_path, content):
     (tmp_path / "m.onnx").write_bytes(content)
     with pytest.raises(ExportError):
         describe(tmp_path / "m.onnx")
+
+
+GRAPH = """g (float[n, 4] x) => (float[n, 2] y) { y = MatMul (x, w) }"""
+
+
+@pytest.mark.parametrize(
+    "entries", [{}, {"location": "w.bin", "offset": "-4"}, {"location": "w.bin", "length": "many"}, {"location": ""}]
+)
+def test_weights_of_which_it_is_not_said_where_they_lie_are_refused(tmp_path, entries):
+    path = save(f'<ir_version: 9, opset_import: ["" : 18]> {GRAPH}', tmp_path / "m.onnx", w=np.ones((4, 2), np.float32))
+    model = onnx.load(path)
+    (tensor,) = model.graph.initializer
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match="does not say where the weights w lie"):
+        describe(path)
+
+
+def test_a_model_of_foreign_operators_alone_has_no_opset(tmp_path):
+    text = """<ir_version: 9, opset_import: ["com.microsoft" : 1]>
+    g (float[n, 4] x) => (float[n, 4] y) { y = com.microsoft.Gelu (x) }"""
+    assert describe(save(text, tmp_path / "m.onnx")).opset == 0

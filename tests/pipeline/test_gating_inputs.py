@@ -1,5 +1,6 @@
 """What `check` feeds two models with: each planted difference is seen, whatever input it hides behind."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -378,3 +379,86 @@ def test_equal_to_is_as_strict(tmp_path):
     result = CliRunner().invoke(main, [str(word) for word in words])
     assert result.exit_code == 1, result.output
     assert "Parity a.onnx - b.onnx" in " ".join(result.output.split())
+
+
+def answered(path: Path, number: int) -> Path:
+    """Class numbers above a large one, as timestamps are."""
+    return save(
+        path,
+        [
+            ("MatMul", ["x", "matrix"], ["logits"]),
+            ("ArgMax", ["logits"], ["best"], {"axis": 1, "keepdims": 0}),
+            ("Add", ["best", "base"], ["ids"]),
+        ],
+        [("x", FLOAT, ["batch", 16])], [("ids", INT64, ["batch"])], matrix=MATRIX, base=np.array([number]),
+    )  # fmt: skip
+
+
+def test_whole_numbers_that_differ_by_little_of_their_size_fail(tmp_path):
+    a, b = answered(tmp_path / "a.onnx", 1_000_000), answered(tmp_path / "b.onnx", 1_000_001)
+    told = CliRunner().invoke(main, ["check", str(a), str(b), "--seconds", "0.05"])
+    assert told.exit_code == 1, told.output
+    assert "elements differ by up to 1, allowed 0" in told.output
+    same = CliRunner().invoke(main, ["check", str(a), str(a), "--seconds", "0.05"])
+    assert same.exit_code == 0, same.output
+
+
+def test_where_the_search_for_the_first_difference_breaks_off_what_was_measured_stands(tmp_path, monkeypatch):
+    a, b = text(tmp_path / "a.onnx"), text(tmp_path / "b.onnx", TABLE + 1)
+
+    def breaks(*given, **more):
+        raise AttributeError("'list' object has no attribute 'shape'")
+
+    monkeypatch.setattr("pipeline.gate.foreign.first_divergence", breaks)
+    told = CliRunner().invoke(main, ["check", str(a), str(b), "--seconds", "0.05"])
+    assert told.exit_code == 1
+    assert "could not be measured" not in told.output
+    assert "where they part could not be found: 'list' object" in told.output
+    assert "elements differ" in told.output
+
+
+@pytest.mark.parametrize("damage", ["deflated", "text"])
+def test_inputs_that_cannot_be_read_are_the_users_fault(tmp_path, damage):
+    model, given = text(tmp_path / "a.onnx"), tmp_path / "inputs.npz"
+    if damage == "text":
+        with zipfile.ZipFile(given, "w") as packed:
+            packed.writestr("ids", "no array")
+    else:
+        np.savez_compressed(given, ids=np.arange(1200).reshape(100, 12))
+        content = bytearray(given.read_bytes())
+        content[120:400] = b"\xff" * 280
+        given.write_bytes(content)
+    told = CliRunner().invoke(main, ["check", str(model), str(model), "--inputs", str(given), "--seconds", "0.05"])
+    assert told.exit_code == 2, told.output
+    assert "inputs.npz" in told.output
+
+
+def test_text_that_a_model_takes_is_compared_on_what_was_given_and_said_to_be_no_number(tmp_path):
+    def labels(name: str, last: str) -> Path:
+        graph = helper.make_graph(
+            [
+                helper.make_node(
+                    "LabelEncoder",
+                    ["x"],
+                    ["y"],
+                    domain="ai.onnx.ml",
+                    keys_strings=["a", "b"],
+                    values_strings=["c", last],
+                )
+            ],
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.STRING, ["batch"])],
+            [helper.make_tensor_value_info("y", TensorProto.STRING, ["batch"])],
+        )
+        domains = [helper.make_opsetid("", 18), helper.make_opsetid("ai.onnx.ml", 2)]
+        onnx.save(helper.make_model(graph, opset_imports=domains, ir_version=9), tmp_path / name)
+        return tmp_path / name
+
+    given = tmp_path / "given.npz"
+    np.savez(given, x=np.array(["a", "b"]))
+    one, other = labels("one.onnx", "d"), labels("other.onnx", "e")
+    words = ["--inputs", str(given), "--seconds", "0.05"]
+    told = CliRunner().invoke(main, ["check", str(one), str(other), *words]).output
+    assert "1 of 2 texts differ" in told
+    assert "which cannot be made up" in told
+    assert "TypeError" not in told

@@ -103,6 +103,13 @@ def test_top_k_counts_the_label_among_the_largest_and_never_a_nan():
     assert top_k(3)(logits, labels).tolist() == [1, 1, 0]
 
 
+def test_top_k_of_equal_logits_is_that_of_the_first_classes_and_agrees_with_the_largest():
+    labels = np.array([0, 4, 5, 999])
+    logits = np.zeros((4, 1000), np.float32)
+    assert top_k(5)(logits, labels).tolist() == [1, 1, 0, 0]
+    assert top_k(1)(logits, labels).tolist() == (logits.argmax(1) == labels).astype(float).tolist()
+
+
 def test_further_metrics_are_scored_per_sample_and_compared_in_pairs(function_runner, samples):
     metrics = {"double": lambda logits, labels: 2.0 * (logits.argmax(1) == labels)}
     dense = evaluate(onehot_runner(function_runner), samples, metrics=metrics)

@@ -434,3 +434,38 @@ def test_rounding_of_few_numbers_is_measured_on_several_copies(width, rows, foun
     first = {"y": np.zeros((1, width), np.float32)}
     assert parity._rounding(first, feed, exact, [shaken]) == {"y": found}
     assert shaken.rows == rows
+
+
+class Says:
+    """A model that answers the same whatever it is asked."""
+
+    inputs, threads = (), 1
+
+    def __init__(self, name, **outputs):
+        self.name, self.outputs = name, outputs
+
+    def infer(self, feed):
+        return self.outputs
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate"),
+    [
+        (np.array([1_000_000, 3]), np.array([1_000_001, 3])),
+        (np.array([1 << 60, 3]), np.array([(1 << 60) + 1, 3])),
+        (np.array([2**64 - 1, 3], np.uint64), np.array([2**64 - 2, 3], np.uint64)),
+        (np.array([True, False]), np.array([True, True])),
+        (np.array(["cat", "dog"], object), np.array(["cat", "cow"], object)),
+    ],
+)
+def test_what_has_no_tolerance_meets_no_limit_where_it_differs(reference, candidate):
+    """Not even one that is far above the difference over its scale."""
+    feeds = [Feed("feed", {"input": np.zeros((1, 3), F32)})]
+    alike = compare(Says("a", ids=reference), Says("b", ids=reference.copy()), feeds, atol=1e-5, rtol=0)
+    assert alike.passed, alike.reasons
+    assert alike.judged == 0
+    report = compare(Says("a", ids=reference), Says("b", ids=candidate), feeds, atol=1e3, rtol=0)
+    assert not report.passed
+    assert report.judged == np.inf
+    assert "1 of 2" in report.reasons[0]
+    assert report.worst.max_abs > 0

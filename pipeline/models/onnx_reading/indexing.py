@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models.onnx_reading.node import Node
+from pipeline.models.onnx_reading.shaping import checked
 from pipeline.models.onnx_reading.values import Known, Value, axis, numbers, one_number, rank, tensor
 
 
@@ -69,6 +70,7 @@ def _one_hot(node: Node, picked: Value, depth: Value, values: Value) -> Tensor:
     count = int(one_number(node, depth, "depth"))
     off, on = numbers(node, values, "values")
     rows = tensor(picked).to(torch.int64)
+    checked(node, [*rows.shape, count])
     made = F.one_hot(torch.where(rows < 0, rows + count, rows), count).to(values.dtype)
     at = node.get("axis", -1)
     made = made.movedim(-1, at) if at != -1 else made

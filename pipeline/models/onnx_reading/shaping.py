@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,11 @@ MOST_ELEMENTS = 1 << 28
 """Of a tensor that a file makes out of a shape alone: a gibibyte of floats."""
 
 
-def _checked(node: Node, wanted: list[Any]) -> list[Any]:
+def checked(node: Node, wanted: Sequence[Any]) -> list[Any]:
+    """`wanted`, sizes of a tensor; the node is refused where these are more elements than `MOST_ELEMENTS`."""
     if all(isinstance(one, int) for one in wanted) and math.prod(wanted) > MOST_ELEMENTS:
         node.refuse(f"it makes a tensor of {math.prod(wanted)} elements")
-    return wanted
+    return list(wanted)
 
 
 def _shape(node: Node, x: Value) -> Known:
@@ -197,21 +198,18 @@ def _expand(node: Node, x: Value, wanted: Value) -> Value:
     full = max(len(target), len(here))
     here, target = [1] * (full - len(here)) + here, [1] * (full - len(target)) + target
     made = [theirs if isinstance(one, int) and one == 1 else one for one, theirs in zip(here, target, strict=True)]
-    if isinstance(x, Known):
-        return Known(np.broadcast_to(x.array, made), x.dtype)
-    return x.expand(_checked(node, made))
+    checked(node, made)
+    return Known(np.broadcast_to(x.array, made), x.dtype) if isinstance(x, Known) else x.expand(made)
 
 
 def _tile(node: Node, x: Value, times: Value) -> Value:
     counts = sizes(node, times, "repeats")
-    if isinstance(x, Known):
-        return Known(np.tile(x.array, counts), x.dtype)
-    _checked(node, [one * count for one, count in zip(x.shape, counts, strict=False)])
-    return x.repeat(counts)
+    checked(node, [one * count for one, count in zip(shape(x), counts, strict=False)])
+    return Known(np.tile(x.array, counts), x.dtype) if isinstance(x, Known) else x.repeat(counts)
 
 
 def _constant_of_shape(node: Node, wanted: Value) -> Value:
-    target = _checked(node, sizes(node, wanted, "sizes"))
+    target = checked(node, sizes(node, wanted, "sizes"))
     fill, dtype = node.get("value") or (0.0, torch.float32)
     if (
         rank(wanted) == 1
@@ -228,8 +226,8 @@ def _range(node: Node, start: Value, limit: Value, step: Value) -> Value:
     dtype = start.dtype
     if all(isinstance(one, int) for one in (first, last, by)) and by and (last - first) // by < 64:
         return known(list(range(first, last, by)), dtype)
-    if all(isinstance(one, int) for one in (first, last, by)):
-        _checked(node, [(last - first) // (by or 1)])
+    if all(isinstance(one, int | float) and math.isfinite(one) for one in (first, last, by)):
+        checked(node, [math.ceil((last - first) / (by or 1))])
     return torch.arange(first, last, by, dtype=dtype)
 
 
@@ -250,6 +248,7 @@ def padded(node: Node, x: Tensor, ends: list[tuple[Any, Any]], mode: str = "cons
     touched = [at for at, pair in enumerate(ends) if any(not isinstance(one, int) or one for one in pair)]
     if not touched:
         return x
+    checked(node, [size + before + after for size, (before, after) in zip(x.shape, ends, strict=True)])
     reversed_ends = [amount for pair in ends[touched[0] :][::-1] for amount in pair]
     if mode == "constant":
         return F.pad(x, reversed_ends, value=fill)

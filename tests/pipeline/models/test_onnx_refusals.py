@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from foundation.errors import ModelError
 from pipeline import models
-from pipeline.models.onnx_reading import table
+from pipeline.models.onnx_reading import shaping, table
 from tests.pipeline.models.onnx_files import saved
 
 
@@ -176,6 +176,30 @@ def test_a_graph_that_makes_a_huge_tensor_is_refused_before_it_is_made(tmp_path)
     values = {"huge": np.asarray([1 << 20, 1 << 20], np.int64), "zero": np.asarray([0], np.int64)}
     body = "h = ConstantOfShape (huge) r = Slice (h, zero, zero) y = Add (x, r)"
     assert "elements" in refused(saved(tmp_path, body, opset=13, values=values))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = Range (f0, f9, f1)",
+        "h = Range (i0, i9, i1)",
+        "h = Tile (ids, times)",
+        "h = Expand (ids, long)",
+        "h = Pad (x, pads)",
+        "i = Cast <to=7> (x) h = OneHot (i, i9, pair)",
+        "h = ConstantOfShape (long)",
+    ],
+)
+def test_whatever_makes_many_elements_out_of_few_is_refused(tmp_path, monkeypatch, body):
+    monkeypatch.setattr(shaping, "MOST_ELEMENTS", 10_000)
+    integers = {"i0": 0, "i1": 1, "i9": 100_000, "ids": [1, 2], "times": [50_000], "long": [50_000, 2], "zero": [0]}
+    values = {name: np.asarray(value, np.int64) for name, value in integers.items()}
+    values |= {name: np.asarray(value, np.float32) for name, value in {"f0": 0, "f1": 1, "f9": 1e5}.items()}
+    values |= {"pair": np.asarray([0, 1], np.float32), "pads": np.asarray([0] * 7 + [100_000], np.int64)}
+    path = saved(
+        tmp_path, f"{body} c = Cast <to=1> (h) r = ReduceSum <keepdims=0> (c) y = Add (x, r)", opset=13, values=values
+    )
+    assert "it makes a tensor of" in refused(path)
 
 
 def test_constants_of_types_that_torch_lacks_are_refused(tmp_path):
