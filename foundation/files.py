@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:  # torch is imported only where tensors are read or written
     from torch import Tensor
 
 _ALIASES = "aliases"
+TENSOR_NAME = re.compile(r"[\w.\-+:]*", re.ASCII)
+"""What tensors of a stored program may be called: a name may end up in generated source."""
 
 
 def sha256(path: Path) -> str:

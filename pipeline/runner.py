@@ -48,7 +48,7 @@ from pipeline.stages.order import STAGES
 from pipeline.tasks import find as tasks
 from pipeline.tasks.entry import meet
 from pipeline.tasks.task import Task
-from pipeline.training import devices, jobs, launched, own, processes
+from pipeline.training import devices, jobs, launched, loop, own, processes
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _build(
             with store.disk_errors(folder):
                 for number, stage in enumerate(STAGES[: last + 1]):
                     if Promoted in _wires(stage).values():
-                        wires[Promoted] = compared_with(folder, digests)
+                        wires[Promoted] = compared_with(folder, digests, progress.say)
                         digests["promoted"] = wires[Promoted].sha256
                     record, origin = _stage(stage, config, folder, wires, digests, number >= first, progress)
                     if _produces(stage) is Baseline and not dataset.labelled:
@@ -403,6 +403,9 @@ def _fingerprint(stage: ModuleType, config: Config, digests: dict[str, str]) -> 
         return None
     cfg = _section(stage, config)
     section = cfg.model_dump(mode="json") | cfg.code() | _trained_on(cfg)
+    if _produces(stage) is Exported:  # which names the whole recipe that led to it, in the file itself
+        before = STAGES[: STAGES.index(stage)]
+        section["led by"] = [records.section_digest(_section(one, config)) for one in before]
     return fingerprint.fingerprint(stage, section, {name: digests[name] for name in producers})
 
 
@@ -461,7 +464,7 @@ def _run(
 ) -> StageRecord:
     """Run the stage in a folder of its own that gets its real name only when complete.
 
-    What a killed run of the very same stage left there (a training checkpoint) stays, so that the stage can go on.
+    What training can go on from, of a killed run of the very same stage, stays there, and nothing else of it.
     """
     work = target.with_name(f"{target.name}.building")
     note = work / ".fingerprint"
@@ -470,6 +473,10 @@ def _run(
         store.remove(work)
         work.mkdir()
         note.write_text(wanted)
+    for left in work.iterdir():  # by a kill, perhaps half-written
+        resumed = left.suffix in loop.RESUMED and left.is_file() and not left.name.startswith(".")
+        if left != note and not resumed:
+            store.remove(left) if left.is_dir() else left.unlink()
     progress.say(f"{target.name}: {(stage.__doc__ or '').strip().splitlines()[0]}")
     began = time.perf_counter()
     inputs = {parameter: wires[kind] for parameter, kind in _wires(stage).items()}
@@ -565,7 +572,7 @@ def _same_version(folder: Path, recipe: str, made: list[StageRecord]) -> Path | 
     """A version with the same recipe and the very same stages, and every byte still as it was."""
     for version in reversed(store.versions(folder)):
         if (version / records.RECIPE).is_file() and (version / records.RECIPE).read_text(encoding="utf-8") == recipe:
-            found = records.read(version)
-            if list(found.stages) == made and not checks.faults(version):
+            found = records.read_if_whole(version)
+            if found is not None and list(found.stages) == made and not checks.faults(version):
                 return version
     return None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foundation.errors import StoreError
-from foundation.files import replacing
+from foundation.files import TENSOR_NAME, replacing
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -41,7 +41,7 @@ _OPERATOR = re.compile(
     r"|torch\.(sym_\w+|_sym_\w+)|math\.\w+"
 )
 _FILE_OPERATOR = re.compile(r"torch\.ops\.aten\.(from_file|_print)\b")
-_WORD = re.compile(r"[\w.\-+:]*", re.ASCII)
+_WORD = TENSOR_NAME
 _NAME = re.compile(r"[\w.]*", re.ASCII)
 """Names, which may end up in generated source: nothing that could end an identifier there and begin a call."""
 _FUNCTION = re.compile(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from foundation.errors import ModelError, StoreError, UserError, first_line
-from foundation.files import read_tensors, save_tensors
+from foundation.files import make_folder, read_tensors, save_tensors
 from pipeline.artifacts import archive
 from pipeline.channels.removal.recover import Trainable
 from pipeline.models import find
@@ -98,7 +98,7 @@ def save_smaller(module: nn.Module, folder: Path | str) -> Path:
         raise UserError(
             f"This {type(module).__name__} was not made by smaller().", "Save it as you save any module of yours."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     save_tensors({name: value.detach() for name, value in module.state_dict().items()}, folder / WEIGHTS)
     structure.write(folder)
     if isinstance(module, Trainable):

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from foundation.errors import StoreError, first_line
+from foundation.files import replacing
 
 FILE = "structure.json"
 
@@ -56,8 +57,9 @@ class Structure(BaseModel):
     padded: dict[str, Padding] = {}
 
     def write(self, folder: Path) -> None:
-        """Write it into `folder`."""
-        (folder / FILE).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        """Write it into `folder`. Raises StoreError."""
+        with replacing(folder / FILE) as part:
+            part.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> Structure:

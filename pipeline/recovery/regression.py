@@ -220,7 +220,7 @@ class _Solver:
             self.factor = strength, self._factored(strength)
         factor = self.factor[1]
         if self.dual:
-            rest = self.rest if more is None else self.rest + (more - more.mean(1, keepdim=True))
+            rest = self.rest if more is None else self.rest + more  # whose mean does nothing where X is centred
             return (self.x.double().mT @ torch.cholesky_solve(rest.double(), factor)).mT
         return torch.cholesky_solve(self._product(more), factor).mT
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from foundation.errors import first_line
 from foundation.files import sha256
 from pipeline.artifacts import archive
 from pipeline.artifacts.eager import Baseline
@@ -22,6 +23,7 @@ from pipeline.release.records import (
     Manifest,
     StageRecord,
     read,
+    read_if_whole,
     read_stage,
     recipe_digest,
     record_files,
@@ -142,14 +144,20 @@ def _parent_faults(version: Path, manifest: Manifest) -> list[str]:
         found.append("the version that this one names as compared with it is not the one that it was measured against")
     other = version.parent / manifest.parents.get("promoted version", "")
     if other != version.parent and (other / MANIFEST).is_file():
-        digests = {f.sha256 for r in read(other).stages if r.stage == Optimized.STAGE for f in r.files.values()}
+        then = read_if_whole(other)
+        digests = (
+            {f.sha256 for r in then.stages if r.stage == Optimized.STAGE for f in r.files.values()} if then else ()
+        )
         if manifest.parents.get("promoted model") not in digests:
             found.append(f"{other.name} is not the version that this one was compared with")
     exported = version / Exported.STAGE / "model.onnx"
     if exported.is_file():
         import onnx
 
-        metadata = {e.key: e.value for e in onnx.load(exported, load_external_data=False).metadata_props}
+        try:
+            metadata = {e.key: e.value for e in onnx.load(exported, load_external_data=False).metadata_props}
+        except Exception as error:  # protobuf's and onnx's own classes share no base
+            return [*found, f"{Exported.STAGE}/model.onnx cannot be read: {first_line(error)}"]
         if metadata.get("leanort.dense_sha256") != manifest.parents.get("dense weights"):
             found.append(f"{Exported.STAGE}/model.onnx does not name the dense weights of this version")
         stages = [record.stage for record in manifest.stages]

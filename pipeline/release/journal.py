@@ -165,7 +165,8 @@ def manifest_of(version: Path) -> str | None:
     known = ""
     for entry in entries:
         if (entry.model, entry.version) == (version.parent.name, version.name) and entry.state != "void":
-            known = "" if entry.action == "remove" else entry.manifest or known
+            gone = entry.action == "remove" and entry.state == "done"  # one that was only begun may be whole still
+            known = "" if gone else entry.manifest or known
     return known if entries else None
 
 

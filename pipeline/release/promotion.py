@@ -188,5 +188,7 @@ def collect(folder: Path, versions: Sequence[Path]) -> int:
 
 
 def _parents(version: Path) -> set[str]:
-    made = records.read(version)
+    made = records.read_if_whole(version)
+    if made is None:  # it says nothing of what it was made from
+        return set()
     return {*made.reused.values(), made.parents.get("promoted version", "")}

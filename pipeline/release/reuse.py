@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.artifacts.program import Shrunk
@@ -42,17 +42,23 @@ def folder_of(config: Config, model: object = None) -> Path:
     return config.artifacts / (config.name or folder_name(config.model if model is None else model))
 
 
-def compared_with(folder: Path, digests: Mapping[str, str]) -> Promoted:
+def compared_with(
+    folder: Path, digests: Mapping[str, str], say: Callable[[str], None] = lambda words: None
+) -> Promoted:
     """What the version being built is compared with: the current one.
 
     Where the current one ships the very same file, that would be no comparison: it is what that one was compared with.
+    A damaged one is nothing to compare with, which is said.
     """
     current = store.current(folder)
     optimize = Optimized.STAGE
     seen: set[str] = set()
     while current is not None and current.name not in seen:
         seen.add(current.name)
-        made = records.read(current)
+        made = records.read_if_whole(current)
+        if made is None:
+            say(f"The manifest of {current} is damaged: the new version is not compared with it.")
+            break
         record = next((record for record in made.stages if record.stage == optimize), None)
         if record is not None and record.digest != digests[optimize]:
             shipped, shrunk = Optimized.load(current / optimize), Shrunk.load(current / Shrunk.STAGE)

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from foundation.errors import first_line
-from foundation.files import save_tensors
+from foundation.files import replacing, save_tensors
 from pipeline.artifacts.base import write_table
 from pipeline.artifacts.eager import FITTED, Baseline, Finetuned, Pruned, Rung
 from pipeline.channels.program.capture import Captured
@@ -29,6 +29,8 @@ from pipeline.training import jobs, loop, masks, own
 from pipeline.training.defaults import default_settings, has_batch_norm
 from pipeline.training.history import Epoch, history_csv
 
+EPOCHS = "training.epochs"
+"""How many fit into the seconds of the recipe: kept, so that a run which was killed goes on to as many."""
 TAUGHT = 0.5
 """Share of the loss that the dense model teaches, where the recipe says nothing; without labels it teaches all."""
 GENTLE = 0.5
@@ -103,8 +105,12 @@ def run(
         small, words = at_pruned_size(model, source.build(), graph(), chosen, policy_of(pruned.kinds))
         progress.say(f"  training at the pruned size: {words}" if small else f"  training under masks: {words}")
         if cfg.seconds is not None and cfg.loop is None:
-            each = loop.seconds_per_epoch(small.model if small else model, data, task, settings, taught_by)
-            settings = settings.model_copy(update={"epochs": min(settings.epochs, int(cfg.seconds / each))})
+
+            def timed() -> float:
+                return loop.seconds_per_epoch(small.model if small else model, data, task, settings, taught_by)
+
+            fitting = _within(cfg.seconds, timed, out / EPOCHS)
+            settings = settings.model_copy(update={"epochs": min(settings.epochs, fitting)})
             why = _no_training(cfg, settings, near)
     history: tuple[Epoch, ...] = ()
     best_epoch, seconds = 0, 0.0
@@ -146,7 +152,8 @@ def run(
         progress.say(f"  {rung.name}: {rung.why}{'' if rung.kept or rung.score is None else '; taken back'}")
     history_csv(history, out / "history.csv")
     history_plot(history, best_epoch, out / "history.svg", task.score.name)
-    (out / "training.pt").unlink(missing_ok=True)
+    for name in ("training.pt", EPOCHS):
+        (out / name).unlink(missing_ok=True)
     save_tensors(masks.originals(model), out / Finetuned.WEIGHTS)
     return Finetuned(
         folder=out,
@@ -172,6 +179,17 @@ def _settings(cfg: FinetuneSection, model: nn.Module, *, gentle: bool, labelled:
     if gentle:
         made = made.model_copy(update={"lr": GENTLE * made.lr})
     return made.model_copy(update=section | given)
+
+
+def _within(seconds: float, timed: Callable[[], float], kept: Path) -> int:
+    """Epochs that fit into so many `seconds`, where one takes `timed()`; as a run that was killed `kept` them."""
+    try:
+        return int(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        fitting = int(seconds / timed())
+    with replacing(kept) as part:
+        part.write_text(str(fitting), encoding="utf-8")
+    return fitting
 
 
 def _no_training(cfg: FinetuneSection, settings: TrainSettings, near: str) -> str:

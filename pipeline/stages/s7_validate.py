@@ -120,7 +120,7 @@ def run(
         (out / FLIPPED).mkdir(exist_ok=True)
         picture.save(out / FLIPPED / f"{sample}.png")
     if found.worse:
-        (out / WORSE).mkdir()
+        (out / WORSE).mkdir(exist_ok=True)
         for sample, (_, picture) in found.worse.items():
             picture.save(out / WORSE / f"{sample}.png")
         told = {"panels": task.panels, "samples": [asdict(one) for one, _ in found.worse.values()]}

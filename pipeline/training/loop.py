@@ -49,6 +49,8 @@ OnStep = Callable[[int, int], Masks | None]
 
 FORMAT = 3
 """Of checkpoint files; another number is not resumed from."""
+RESUMED = (".pt", ".epochs")
+"""Endings of the files, in a stage's folder, that a run which was killed goes on from."""
 
 
 @dataclass(frozen=True)

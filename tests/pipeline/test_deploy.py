@@ -86,6 +86,18 @@ def test_an_identical_run_reuses_everything_and_makes_no_new_version(artifacts, 
     assert 0.5 < spent < 40
 
 
+def test_a_choice_that_changed_nothing_but_the_recipe_is_named_by_the_file_that_ships(artifacts, version, tmp_path):
+    """Rounds play no part where there is one: the same masks, and so the same weights; the file names the recipe."""
+    copy = shutil.copytree(artifacts, tmp_path / "artifacts", symlinks=True)
+    assert version.parent.parent.name == "artifacts"
+    told = said(copy, "deploy", f"{TINY}:build", *QUICK, "--set", "prune.steps=7")
+    assert "2-finetune: reused" in told and "4-shrink: reused" in told
+    assert "5-export: reused" not in told
+    newest = max((copy / "tiny").glob("v*"))
+    assert newest.name != version.name
+    assert said(copy, "verify", f"tiny/{newest.name}")
+
+
 def test_a_changed_threshold_reruns_only_validation_and_a_failed_gate_exits_1(artifacts, version):
     done = deploy(artifacts, "--set", "gate.max_size_ratio=0.001")
     assert done.returncode == 1, done.stderr

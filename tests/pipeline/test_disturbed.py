@@ -35,6 +35,12 @@ def test_a_run_killed_in_every_stage_in_turn_resumes_and_ends_in_the_same_result
                 assert time.monotonic() < deadline
                 time.sleep(0.002)
             process.kill()
+        # What a kill may leave at any moment: half a checkpoint, half a candidate with its files, a finished picture.
+        building = model / ".partial" / f"{number}-{stage}.building"
+        (building / ".model.portable.onnx.x.partial").mkdir(parents=True, exist_ok=True)
+        for name in (".model.portable.onnx.x.partial/model.onnx", ".training.pt.1.partial", "left.svg"):
+            (building / name).write_bytes(b"half")
+        (building / s7_validate.WORSE).mkdir()
         complete = [p.parent.name for p in sorted(model.glob(".partial/*/stage.json"))]
         assert complete == [f"{n}-{name}" for n, name in enumerate(STAGES[:number])]
         assert not (model / "v0001").exists()
@@ -44,6 +50,9 @@ def test_a_run_killed_in_every_stage_in_turn_resumes_and_ends_in_the_same_result
     for name in ("0-baseline/weights.safetensors", "3-fold/weights.safetensors", "4-shrink/ledger.json"):
         assert (model / "v0001" / name).read_bytes() == (version / name).read_bytes(), name
     assert sorted(p.name for p in model.iterdir()) == [".lock", "current", "v0001"]
+    kept = {str(path.relative_to(version)) for path in version.rglob("*")}
+    assert {str(path.relative_to(model / "v0001")) for path in (model / "v0001").rglob("*")} <= kept
+    assert said(tmp_path, "verify", "tiny/v0001")
 
 
 def test_no_room_for_the_shrunk_program_is_one_line_that_names_it_and_the_next_run_goes_on(tmp_path):

@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 
 from foundation.editor import ProgramError, ShapeError, writes
 from foundation.errors import CaptureError
-from foundation.files import memory_of
+from foundation.files import TENSOR_NAME, memory_of
 from pipeline.channels.operators.strict import BUGS, strict
 from pipeline.channels.program.execute import run_program
 from pipeline.channels.program.written import without_writes_through_views
@@ -166,7 +166,19 @@ def unsupported(model: object) -> tuple[str, str] | None:
                 f"The model is quantised already, or prepared for it ({where}).",
                 "Prune the float model, then quantise.",
             )
-    return _half_precision(model)
+    return _half_precision(model) or _oddly_named(model)
+
+
+def _oddly_named(model: nn.Module) -> tuple[str, str] | None:
+    """A tensor whose name no stored program may have."""
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    odd = next((name for name in names if not TENSOR_NAME.fullmatch(name)), None)
+    if odd is None:
+        return None
+    return (
+        f"The model calls a tensor {odd!r}, and stored programs know letters of ASCII, digits, _ . - + : alone.",
+        "Name that module otherwise, such as the key of a ModuleDict.",
+    )
 
 
 def _half_precision(model: nn.Module) -> tuple[str, str] | None:

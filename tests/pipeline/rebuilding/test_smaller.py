@@ -57,6 +57,9 @@ def test_saved_trained_and_loaded(deployed: Path, tmp_path: Path) -> None:
     assert torch.equal(again(images), small.eval()(images))
     with pytest.raises(UserError, match="not made by smaller"):
         save_smaller(build(), tmp_path / "other")
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot be written"):
+        save_smaller(small, tmp_path / "file")
     (tmp_path / "small" / "structure.json").write_text("{}")
     with pytest.raises(StoreError):
         pipeline.load_smaller(tmp_path / "small")

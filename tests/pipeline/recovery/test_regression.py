@@ -80,6 +80,24 @@ def test_both_spaces_give_the_same():
     torch.testing.assert_close(dual.solve(0.1), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("centre", [False, True])
+def test_what_is_added_to_the_targets_counts_the_same_in_both_spaces(centre):
+    draw = torch.Generator().manual_seed(2)
+    x, rest = torch.randn(1, 12, 20, generator=draw) + 1, torch.randn(1, 12, 3, generator=draw)
+    more = torch.rand(1, 12, 3, generator=draw) + 2  # with a mean that is far from 0
+    last = torch.arange(12) >= 9
+    dual = regression._Solver(x[:, ~last], rest[:, ~last]).joined(x, rest, last, centre=centre)
+    assert dual.dual
+    rows, target = x[0].double(), (rest + more)[0].double()
+    if centre:
+        rows, target = rows - rows.mean(0), target - target.mean(0)
+    gram = rows.mT @ rows
+    loaded = gram + 0.1 * float(gram.diag().mean()) * torch.eye(20, dtype=torch.float64)
+    want = torch.linalg.solve(loaded, rows.mT @ target).mT
+    given = dual.solve(0.1, more)
+    torch.testing.assert_close(given[0], want, rtol=1e-4, atol=1e-5)
+
+
 def test_the_strength_is_the_one_that_leaves_least_on_rows_held_back():
     few = fit(*drawn(60, 20, 2, noise=1.0), intercept=True)
     many = fit(*drawn(3000, 20, 2, noise=0.01), intercept=True)

@@ -9,9 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from foundation.errors import StoreError, VersionError
-from pipeline.artifacts.verdict import Validated
+from pipeline import runner
+from pipeline.artifacts.verdict import Promoted, Validated
 from pipeline.cli import main
-from pipeline.release import checks, journal, promotion, records, store
+from pipeline.release import checks, journal, promotion, records, reuse, store
 from tests.pipeline.release.fabricated import made, seal_again, validated, writable
 
 
@@ -131,3 +132,26 @@ def test_a_manifest_that_is_none_is_an_error_and_no_traceback(version, stages):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"stages": stages}))
     with contextlib.suppress(StoreError):
         assert checks.faults(version)
+
+
+def test_a_model_file_that_was_cut_is_a_fault_and_no_traceback(version):
+    exported = version / "5-export" / "model.onnx"
+    exported.write_bytes(exported.read_bytes()[: exported.stat().st_size // 2])
+    found = checks.faults(version)
+    assert any("model.onnx was changed" in fault for fault in found)
+    assert any("model.onnx cannot be read" in fault for fault in found)
+
+
+def test_a_damaged_version_stands_in_nobodys_way(tmp_path):
+    """What it was is not known: it is not compared with, answered with or kept for, and the next version is made."""
+    first, second = made(tmp_path), made(tmp_path, parent="v0001")
+    promotion.promote(first)
+    recipe = (first / records.RECIPE).read_text()
+    (writable(first) / records.MANIFEST).write_text("{")
+    said: list[str] = []
+    assert reuse.compared_with(tmp_path / "m", {}, said.append) == Promoted()
+    assert "v0001 is damaged" in said[0]
+    assert runner._same_version(tmp_path / "m", recipe, []) is None
+    (writable(second) / records.MANIFEST).write_text("{")
+    assert promotion.removable(tmp_path / "m", keep=1) == []
+    assert made(tmp_path).name == "v0003"

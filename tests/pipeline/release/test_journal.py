@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from foundation.errors import StoreError, VersionError
-from pipeline.release import journal, promotion, store
+from pipeline.release import checks, journal, promotion, store
 from tests.pipeline.release.fabricated import made
 
 KILLS = {
@@ -227,6 +227,8 @@ def test_a_removal_that_was_killed_is_said_to_have_happened_only_if_it_did(tmp_p
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(place, {store: "discard", journal: "finish"}[place], killed)
             promotion.collect(tmp_path / "m", versions[:1])
+        if not gone:  # it is as it was, and whoever looks at it sees that, before anything is settled
+            assert checks.faults(versions[0]) == []
         with journal.locked(tmp_path):
             promotion.settle(tmp_path)
         assert journal.read(tmp_path)[0][-1].state == ("done" if gone else "void")

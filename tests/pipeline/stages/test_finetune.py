@@ -329,6 +329,19 @@ def test_samples_that_tell_enough_are_not_counted_out():
     assert ladder.within_noise(many, many).endswith("on the calibration part")
 
 
+def test_a_run_that_was_killed_goes_on_to_as_many_epochs_as_it_had_time_for(stage, digits, monkeypatch, tmp_path):
+    """An epoch is timed anew otherwise, and another number of them is another run, which starts from the beginning."""
+    kept = tmp_path / s2_finetune.EPOCHS
+    assert s2_finetune._within(29.0, lambda: 10.0, kept) == 2
+    assert s2_finetune._within(29.0, lambda: 7.0, kept) == 2
+    kept.write_text("no number")
+    assert s2_finetune._within(29.0, lambda: 7.0, kept) == 4
+    assert kept.suffix in loop.RESUMED
+    monkeypatch.setattr(loop, "seconds_per_epoch", lambda *args: 10.0)
+    made = stage(halved(), epochs=5, seconds=29.0)
+    assert not (made.folder / s2_finetune.EPOCHS).exists()
+
+
 def test_seconds_pay_for_whole_epochs(stage, digits, monkeypatch):
     monkeypatch.setattr(loop, "seconds_per_epoch", lambda *args: 10.0)
     asked = []

@@ -56,6 +56,18 @@ def test_a_loop_trains_and_what_is_masked_stays(loop: str, masked: bool) -> None
     assert bool(progress.notes) == (loop == "plain")
 
 
+def test_what_is_frozen_stays_as_it_was_under_its_mask() -> None:
+    net = TinyNet().eval()
+    masks = halved(net)
+    frozen = next(iter(masks))
+    net.get_parameter(frozen).requires_grad_(False)
+    before = net.get_parameter(frozen).clone()
+    masking.apply(net, masks)
+    own.train(f"{LOOPS}:plain", net, DIGITS, teacher=TinyNet(), masks=masks, progress=Progress())
+    assert torch.equal(masking.originals(net)[frozen], before)
+    masking.check_held(net, masks)
+
+
 ONE_FILE = """
 import pickle
 import torch

@@ -26,6 +26,25 @@ def test_one_half_layer_is_enough() -> None:
         capture(model, (torch.randn(2, 3),))
 
 
+class Keyed(nn.Module):
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({key: nn.Linear(3, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("key", ["a b", "a/b", "größe"])
+def test_a_name_that_no_stored_program_may_have_is_refused_at_once(key: str) -> None:
+    with pytest.raises(CaptureError, match=rf"calls a tensor 'layers\.{key}\.weight'") as refused:
+        capture(Keyed(key), (torch.randn(2, 3),))
+    assert "key of a ModuleDict" in refused.value.hint
+    assert capture(Keyed("a-b_1"), (torch.randn(2, 3),))
+
+
 class Broken(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise RuntimeError("The library of custom operators is not there.")
