@@ -27,6 +27,7 @@ from pipeline.data.samples import Reading
 from pipeline.gate import measuring
 from pipeline.measurements import Measurements
 from pipeline.models import find as models
+from pipeline.models import published
 from pipeline.models.dense import dense
 from pipeline.models.source import ModelSource
 from pipeline.models.trial import UnsuitedError
@@ -221,7 +222,9 @@ def sources(
         dims=config.data.dims,
         targets=tasks.targets_of(config.task),
         pad=tasks.pad_of(config.task),
-        tokenizer=config.data.tokenizer or _beside(model),
+        tokenizer=config.data.tokenizer or published.folder_of(model),
+        names=published.class_names(model),
+        pixels=published.pixels(model),
         max_tokens=config.data.max_tokens,
         sample_rate=config.data.sample_rate,
         seconds=config.data.seconds,
@@ -237,13 +240,6 @@ def sources(
         except UserError:
             pass
         raise
-
-
-def _beside(model: object) -> Path | None:
-    """The folder of a transformers model, where its tokenizer lies, too."""
-    library, _, name = model.partition(":") if isinstance(model, str) else ("", "", "")
-    folder = Path(name).expanduser()
-    return folder if library == "hf" and name and folder.is_dir() else None
 
 
 def _met(

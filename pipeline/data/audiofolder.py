@@ -30,7 +30,7 @@ def from_audiofolder(path: Path, seed: int, reading: Reading) -> Raw:
     name = f"audiofolder:{path}"
     if not path.is_dir():
         raise DataError(f"{path}: no such folder.", "Give audiofolder:PATH with one folder of .wav files per class.")
-    found = classed_parts(name, parts_of(path), SUFFIXES, "recordings (.wav)")
+    found = classed_parts(name, parts_of(path), SUFFIXES, "recordings (.wav)", reading.ordered)
     digests = digests_of([one.files for one in found.values()], "recording")
     given: dict[Part, Recordings] = {
         part: Recordings(one, hashed, reading) for (part, one), hashed in zip(found.items(), digests, strict=True)

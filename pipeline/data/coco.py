@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -23,6 +22,8 @@ from pipeline.data.samples import Reading
 from pipeline.models.source import Size
 
 FILE = "annotations.json"
+LARGEST = 1e9
+"""Pixels: no box has numbers beyond."""
 OVERHANG = 2.0
 """Pixels that a box may stick out of its image, from rounding; it is cut off."""
 
@@ -35,7 +36,7 @@ def from_coco(path: Path, size: Size, seed: int, reading: Reading) -> Raw:
     class or box is none.
     """
     name = f"coco:{path}"
-    mean, std = normalisation(name, size)
+    mean, std = normalisation(name, size, reading.pixels)
     folders = parts_of(path)
     noted = {part: _Noted(folder) for part, folder in folders.items()}
     classes = noted["train"].classes
@@ -69,6 +70,8 @@ class _Noted:
             raise DataError(f"{file} is no JSON: {first_line(error)}.", "Save it again.") from error
         images, notes, categories = (self._list(content, key) for key in ("images", "annotations", "categories"))
         self.classes = {self._number(one, "id", "a category"): str(one.get("name", one["id"])) for one in categories}
+        if len(self.classes) < len(categories):
+            raise DataError(f"{file} has two categories of one id.", "Give every category an id of its own.")
         if not self.classes:
             raise DataError(f"{file} names no categories.", "List them: {'id': 1, 'name': 'cat'}.")
         codes = {number: code for code, number in enumerate(sorted(self.classes))}
@@ -128,7 +131,7 @@ class _Noted:
         plain = (
             isinstance(box, list)
             and len(box) == 4
-            and all(isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in box)
+            and all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) < LARGEST for one in box)
         )
         if not plain or box[2] <= 0 or box[3] <= 0:
             raise DataError(

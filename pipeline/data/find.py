@@ -54,7 +54,7 @@ def load(spec: object, *, input_size: Size | None = None, seed: int = 0, reading
     if kind == "imagefolder" and colon:
         from pipeline.data.imagefolder import from_folder
 
-        return finish(from_folder(path, size, seed), input_size)
+        return finish(from_folder(path, size, seed, reading), input_size)
     if kind == "npz" and colon:
         from pipeline.data.npz import from_npz
 

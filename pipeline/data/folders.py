@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,11 @@ from pipeline.data.parts import UNKNOWN, Part
 
 HASHED_BYTES = 2 << 30
 """Up to this size files are fingerprinted by content, above it by names, sizes and times of change."""
-_HELD = ("test", "val", "valid", "validation")
-"""Folders or files beside `train`: the first that there is is the test part, a second one the calibration part."""
+_TRAIN = ("train", "training")
+_HELD = ("test", "testing", "val", "valid", "validation")
+"""Folders or files beside `train`: the first that there is is the test part, a second one the calibration part. Of any
+case.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,28 @@ class Classed:
 def parts_of(path: Path, suffix: str = "") -> dict[Part, Path]:
     """`train`, `test`, `val` in the folder `path`, with that suffix; all of `path` as the training part where none is.
 
-    Two parts are training and test; of three, `val` is the calibration part.
+    Two parts are training and test; of three, `val` is the calibration part. Raises DataError for folders of such names
+    without a training part, which are no classes, and for two spellings of one name.
     """
-    found = {key: path / f"{key}{suffix}" for key in ("train", *_HELD)}
-    there = {key: one for key, one in found.items() if (one.is_file() if suffix else one.is_dir())}
-    if "train" not in there:
-        return {"train": path}
-    parts: dict[Part, Path] = {"train": there["train"]}
+    wanted = {f"{key}{suffix}": key for key in (*_TRAIN, *_HELD)}
+    there: dict[str, Path] = {}
+    for one in sorted(path.iterdir()) if path.is_dir() else ():
+        key = wanted.get(one.name.lower())
+        if key is None or not (one.is_file() if suffix else one.is_dir()):
+            continue
+        if key in there:
+            raise DataError(f"{path} holds both {there[key].name} and {one.name}.", "Leave one of them.")
+        there[key] = one
+    training = [there[key] for key in _TRAIN if key in there]
     held = [there[key] for key in _HELD if key in there]
+    if held and not training:
+        raise DataError(
+            f"{path} holds {' and '.join(one.name for one in held)}, and no training part.",
+            f"Name that train{suffix}; a class of such a name needs another one.",
+        )
+    if not training:
+        return {"train": path}
+    parts: dict[Part, Path] = {"train": training[0]}
     parts.update(zip(("test", "calibration"), held, strict=False))
     return parts
 
@@ -71,13 +88,20 @@ def classed(folder: Path, suffixes: Collection[str], what: str) -> Classed:
     return Classed(names, files, labels)
 
 
-def classed_parts(name: str, folders: Mapping[Part, Path], suffixes: Collection[str], what: str) -> dict[Part, Classed]:
-    """`classed` of each part's folder, all with the training part's class names and numbers.
+def classed_parts(
+    name: str,
+    folders: Mapping[Part, Path],
+    suffixes: Collection[str],
+    what: str,
+    ordered: Callable[[Sequence[str]], tuple[str, ...]],
+) -> dict[Part, Classed]:
+    """`classed` of each part's folder, all with the training part's class names, `ordered`, and numbers by these.
 
     Raises DataError where another part has a class that it has not, or some parts have classes and others none.
     """
     found = {part: classed(folder, suffixes, what) for part, folder in folders.items()}
-    names = found["train"].classes
+    given = found["train"].classes
+    names = ordered(given)
     if len({bool(one.classes) for one in found.values()}) > 1:
         raise DataError(
             f"{name}: some parts have class folders and others none.", "Give labels for all parts, or for none."
@@ -85,7 +109,7 @@ def classed_parts(name: str, folders: Mapping[Part, Path], suffixes: Collection[
     numbers = {one: number for number, one in enumerate(names)}
     made: dict[Part, Classed] = {}
     for part, one in found.items():
-        unknown = sorted(set(one.classes) - set(names))
+        unknown = sorted(set(one.classes) - set(given))
         if unknown:
             raise DataError(
                 f"{folders[part]} has classes that {folders['train']} has not: {', '.join(unknown[:5])}.",

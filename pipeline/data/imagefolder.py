@@ -20,6 +20,7 @@ from foundation.errors import DataError, first_line
 from pipeline.data.assemble import Raw, cut_parts, listed
 from pipeline.data.folders import classed_parts, digests_of, parts_of, readers
 from pipeline.data.parts import Augmentation, Part, Split
+from pipeline.data.samples import Reading
 from pipeline.models.extras import need
 from pipeline.models.source import Size
 
@@ -112,7 +113,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def from_folder(path: Path, size: Size, seed: int) -> Raw:
+def from_folder(path: Path, size: Size, seed: int, reading: Reading) -> Raw:
     """A folder of images, read when asked for; raises DataError where it is none, or a file in it is no image."""
     name = f"imagefolder:{path}"
     if not path.is_dir():
@@ -120,8 +121,8 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
             f"{path}: no such folder.",
             "Give imagefolder:PATH with one folder of images per class, or images without labels.",
         )
-    mean, std = normalisation(name, size)
-    found = classed_parts(name, parts_of(path), _suffixes(), "images (.png, .jpg, …)")
+    mean, std = normalisation(name, size, reading.pixels)
+    found = classed_parts(name, parts_of(path), _suffixes(), "images (.png, .jpg, …)", reading.ordered)
     names = found["train"].classes
     digests = digests_of([one.files for one in found.values()], "image")
     parts: dict[Part, Split] = {}
@@ -135,11 +136,15 @@ def from_folder(path: Path, size: Size, seed: int) -> Raw:
     return Raw(name, cut, hashes, names or None, size, mean, std, Augmentation(), labelled=bool(names))
 
 
-def normalisation(name: str, size: Size) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of image files; raises DataError for channels that they cannot have."""
+def normalisation(
+    name: str, size: Size, own: tuple[tuple[float, ...], tuple[float, ...]] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of image files: the model's `own`, else ImageNet's. Raises DataError for
+    channels that they cannot have.
+    """
     if size[0] not in (1, 3):
         raise DataError(f"{name}: images have 1 or 3 channels, not {size[0]}.", "Set data.input_size to 3 channels.")
-    return (IMAGENET_MEAN, IMAGENET_STD) if size[0] == 3 else ((0.5,), (0.5,))
+    return (own or (IMAGENET_MEAN, IMAGENET_STD)) if size[0] == 3 else ((0.5,), (0.5,))
 
 
 def _suffixes() -> tuple[str, ...]:

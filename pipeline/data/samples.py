@@ -56,6 +56,20 @@ class Reading:
     """Samples per second that recordings are brought to."""
     seconds: float = 1.0
     """Length that recordings are cut or filled up to."""
+    names: tuple[str, ...] = ()
+    """The model's own classes, in the order of its outputs."""
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """Mean and deviation that the model's images of three channels are normalised by; None: ImageNet's."""
+
+    def ordered(self, classes: Sequence[str]) -> tuple[str, ...]:
+        """Class names of data as the model numbers them, where both have the same ones, whatever the case of their
+        letters; else as they are.
+        """
+        spelt = {one.casefold(): one for one in classes}
+        own = [one.casefold() for one in self.names]
+        if len(spelt) < len(classes) or sorted(spelt) != sorted(own):
+            return tuple(classes)
+        return tuple(spelt[one] for one in own)
 
 
 class Parting:

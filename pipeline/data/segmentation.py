@@ -33,7 +33,7 @@ def from_segmentation(path: Path, size: Size, seed: int, reading: Reading) -> Ra
     than its image, or one that holds no class numbers.
     """
     name = f"segmentation:{path}"
-    mean, std = normalisation(name, size)
+    mean, std = normalisation(name, size, reading.pixels)
     parts = parts_of(path)
     pairs = {part: _pairs(folder) for part, folder in parts.items()}
     named = _class_names(path)

@@ -36,6 +36,7 @@ MISTYPED = 0.1
 FEATURES = "features"
 _DATE = re.compile(r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[./]\d\d?[./]\d{2,4}([T ].*)?|\d\d?:\d\d(:\d\d)?")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_COMMA = re.compile(r"[+-]?\d+,\d+")
 _DELIMITERS = ",;\t|"
 COLUMNS = "columns.json"
 
@@ -50,6 +51,7 @@ class _Column:
     numbers: bool = True
     whole: bool = True
     dates: int = 0
+    commas: int = 0
     words: int = 0
     """Cells that are no number."""
     values: dict[str, int] = field(default_factory=dict)
@@ -69,6 +71,7 @@ class _Column:
             self.numbers, self.text = False, (line, cell)
         self.whole = self.whole and number is not None and _is_whole(cell)
         self.words += number is None
+        self.commas += _COMMA.fullmatch(cell) is not None
         self.dates += number is None and _DATE.fullmatch(cell) is not None
 
 
@@ -207,6 +210,11 @@ def _input_kind(file: Path, column: _Column) -> _Kind:
             f"{file}: the column {column.name} holds dates or times, such as {brief(cell)} in line {line}.",
             f"Give numbers in its place, such as day, month or hours passed. {leave}",
         )
+    if 2 * column.commas > column.seen:
+        raise DataError(
+            f"{file}: the column {column.name} holds numbers with a comma, such as {brief(cell)} in line {line}.",
+            f"Write them with a point, as 3.5. {leave}",
+        )
     mistyped = column.words <= MISTYPED * column.seen
     if mistyped or len(column.values) > CATEGORIES:
         what = "holds numbers, but" if mistyped else f"holds more than {CATEGORIES} texts, such as"
@@ -276,7 +284,8 @@ class _Table:
         target = kind.kind in ("classes", "values")
         if cell.lower() in MISSING:
             if target:
-                raise DataError(f"{place}: the target {kind.name} is missing.", "Give it, or leave the row out.")
+                said = f" ({cell!r} counts as that)" if cell else ""
+                raise DataError(f"{place}: the target {kind.name} is missing{said}.", "Give it, or leave the row out.")
             return -1.0 if kind.kind == "category" else float("nan")
         if kind.kind in ("category", "classes"):
             code = codes.get(cell)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +29,7 @@ from pipeline.data.prepared import Prepared
 from pipeline.data.samples import Reading, Sample, batched
 from pipeline.data.tokens import FILE, Tokenizer
 
+LARGEST = sys.float_info.max
 LENGTH = "tokens"
 """Name of the free dimension."""
 _TEXT, _PAIR, _WORDS = "text", "text_pair", "tokens"
@@ -75,7 +76,7 @@ def from_jsonl(path: Path, seed: int, reading: Reading) -> Raw:
                 "Give all parts the same form.",
             )
     values = any(one.form.kind == "value" for one in lines.values())
-    labels = () if values or first.form.kind == "none" else _classes(first, name)
+    labels = () if values or first.form.kind == "none" else _classes(first, name, reading)
     texts = {part: _Texts(one, tokenizer, labels, values, reading) for part, one in lines.items()}
     dims: dict[str, tuple[str | int, ...]] = dict.fromkeys(texts["train"].fed, ("batch", LENGTH))
     raw = from_samples(texts, name, seed, replace(reading, target=None, dims={**dims, **reading.dims}))
@@ -94,11 +95,11 @@ def _both_numbers(one: _Form, other: _Form) -> bool:
     return {one.kind, other.kind} <= numbers and replace(one, kind=other.kind) == other
 
 
-def _classes(lines: _Lines, name: str) -> tuple[str, ...]:
-    """Names of classes: texts in their order, or the numbers from 0."""
+def _classes(lines: _Lines, name: str, reading: Reading) -> tuple[str, ...]:
+    """Names of classes: texts as the model numbers them, or in their order; or the numbers from 0."""
     found = sorted(lines.labels, key=str) if lines.form.kind.startswith("text") else []
     if found:
-        return tuple(str(one) for one in found)
+        return reading.ordered([str(one) for one in found])
     high = max((int(one) for one in lines.labels if isinstance(one, int)), default=0)
     if high >= 1 << 20:
         raise DataError(f"{name} has the label {high}.", "Number the classes from 0, without gaps.")
@@ -219,7 +220,7 @@ class _Lines:
             return list(label)
         if form.kind == "text" and isinstance(label, str):
             return label
-        plain = isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label)
+        plain = isinstance(label, int | float) and not isinstance(label, bool) and abs(label) <= LARGEST
         if form.kind == "text" or not plain:
             wanted = "text" if form.kind == "text" else "finite number"
             raise DataError(

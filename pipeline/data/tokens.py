@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foundation.errors import DataError, first_line
+from pipeline.models import published
 from pipeline.models.extras import installed
 
 FILE = "tokenizer.json"
@@ -102,7 +103,7 @@ class Tokenizer:
         named = self.settings.get("pad_token")
         token = named.get("content") if isinstance(named, dict) else named
         found = self.tokenizer.token_to_id(token) if isinstance(token, str) else None
-        return int(found) if found is not None else self._number("pad_token_id") or 0
+        return int(found) if found is not None else published.padding(None, self.config)
 
 
 def _json(file: Path) -> dict[str, Any]:

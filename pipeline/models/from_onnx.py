@@ -212,7 +212,7 @@ def _compared(
             raise ModelError(f"onnx:{name} cannot be read: {error}.", _ELSE) from error
         answers = made if isinstance(made, tuple) else (made,)
         for key, answer in zip(graph.outputs, answers, strict=True):
-            off = _difference(expected[key], answer.numpy())
+            off = _difference(expected[key], answer.detach().numpy())
             if not off <= TOLERANCE:
                 if fixed_batch and batch > 1:
                     raise ModelError(f"onnx:{name} fixes its batch to 1.", _FREE)

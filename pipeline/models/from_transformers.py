@@ -30,8 +30,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from foundation import checkpoints
 from foundation.errors import ModelError, WeightsError, first_line, nearest
 from foundation.files import sha256
+from pipeline.models import published
 from pipeline.models.named_inputs import NamedInputs
 from pipeline.models.network import reachable
 from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape, Size
@@ -135,10 +137,13 @@ def origin(name: str, num_classes: int | None, input_size: Shape | None, fed: tu
     if getattr(config, "use_cache", False):
         config.use_cache = False  # keys and values for the next token: nobody asks for one here
     if getattr(config, "pad_token_id", 0) is None:
-        config.pad_token_id = _end_token(config) or 0  # decoders classify the last unpadded token
+        # Decoders classify the last token that is none of these: the ones that texts are filled up with.
+        config.pad_token_id = published.padding(Path(name) if Path(name).is_dir() else None, config.to_dict())
     architecture = _architecture(name, config)
     path = Path(name)
     content = sha256(path / "config.json" if path.is_dir() else path) if path.exists() else ""
+    held = _weights_in(path)
+    content = " ".join([content, *(sha256(file) for file in held)])
 
     def make() -> nn.Module:
         own = type(config).from_dict(config.to_dict())
@@ -165,8 +170,17 @@ def origin(name: str, num_classes: int | None, input_size: Shape | None, fed: tu
         inputs,
         f"transformers {transformers.__version__} {architecture.__name__} {content}",
         pretrained=lambda: _pretrained(name, architecture, config, make),
-        brings=path.is_dir() and any(path.glob("*.safetensors")),
+        brings=bool(held),
     )
+
+
+def _weights_in(path: Path) -> list[Path]:
+    """The files of the weights in a model's folder: safetensors, else what older versions of transformers wrote."""
+    if not path.is_dir():
+        return []
+    older = [name for name in checkpoints.IN_A_FOLDER if name.startswith("pytorch_model.bin")]
+    files = sorted(path.glob("*.safetensors"))
+    return files or next((list(checkpoints.files(str(path / name))) for name in older if (path / name).is_file()), [])
 
 
 def _config(name: str) -> Any:
@@ -260,6 +274,12 @@ def _pretrained(name: str, architecture: Any, config: Any, make: Any) -> Pretrai
     path = Path(name)
     if path.is_file() or name in transformers.CONFIG_MAPPING:
         raise WeightsError(f"hf:{name} names a config, which brings no weights.", "Give a folder with weights.")
+    model: nn.Module = make()
+    if path.is_dir() and (held := _weights_in(path)) and held[0].suffix != ".safetensors":
+        from pipeline.models import weights  # which reads no pickle but for plain tensors
+
+        weights.load_weights(model, path)
+        return Pretrained(dict(model.state_dict()), (), f"hf:{name}")
     try:
         net, report = architecture.from_pretrained(
             name,
@@ -275,6 +295,5 @@ def _pretrained(name: str, architecture: Any, config: Any, make: Any) -> Pretrai
         raise WeightsError(f"hf:{name}: no weights: {first_line(error)}", hint) from error
     mismatched = {entry[0] for entry in report["mismatched_keys"]}
     fresh = tuple(f"net.{key}" for key in sorted(mismatched | set(report["missing_keys"])))
-    model: nn.Module = make()
     model.get_submodule("net").load_state_dict(net.state_dict())
     return Pretrained(dict(model.state_dict()), fresh, f"hf:{name}")

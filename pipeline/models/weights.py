@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from foundation import checkpoints
 from foundation.errors import WeightsError
-from foundation.files import sha256
+from foundation.files import memory_of, sha256
 from pipeline.models import checkpoint, computed, plain
 from pipeline.models.checkpoint import Checkpoint, listed, oddity
 from pipeline.models.source import ModelSource, build_module
@@ -64,11 +64,13 @@ class _Option:
     unexpected: tuple[str, ...]
     other: tuple[str, ...]
     """Of another shape or kind than the model's."""
+    untied: tuple[str, ...]
+    """Pairs that the model ties, and that differ here."""
     aside: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
-        return not (self.missing or self.unexpected or self.other)
+        return not (self.missing or self.unexpected or self.other or self.untied)
 
 
 def comes_with(source: ModelSource) -> bool:
@@ -210,7 +212,21 @@ def _option(found: Checkpoint, model: nn.Module, start: str, added: str) -> _Opt
         for name, value in expected.items()
         if name in state and not oddity(state[name]) and not _alike(state[name], value)
     )
-    return _Option(start, state, missing, unexpected, other, (*counters, *outside))
+    untied = _untied(state, expected)
+    return _Option(start, state, missing, unexpected, other, untied, (*counters, *outside))
+
+
+def _untied(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names that are one weight in the model, and for which the file holds different values."""
+    first: dict[Hashable, str] = {}
+    found = []
+    for name, value in expected.items():
+        if name not in state or not value.numel() or oddity(state[name]):
+            continue
+        other = first.setdefault(memory_of(name, value), name)
+        if other != name and not torch.equal(state[other], state[name]):
+            found.append(f"{other} and {name}")
+    return tuple(found)
 
 
 def _alike(given: Tensor, wanted: Tensor) -> bool:
@@ -266,6 +282,7 @@ def _refuse_misfit(option: _Option, origin: str) -> None:
             ("missing", option.missing),
             ("unexpected", option.unexpected),
             ("of another shape", option.other),
+            ("different under one weight of the model", option.untied),
         )
         if names
     ]

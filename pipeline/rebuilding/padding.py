@@ -57,7 +57,7 @@ def pad(model: nn.Module, padded: Mapping[str, Padding]) -> None:
     """Let these modules of `model` see all of their channels again; a deep copy does so, too."""
     for path, one in padded.items():
         module = model.get_submodule(path)
-        module.register_forward_pre_hook(partial(_whole, one))
+        module.register_forward_pre_hook(partial(_whole, one), with_kwargs=True)
         module.register_forward_hook(partial(_left, one))
 
 
@@ -76,11 +76,17 @@ def _given(calls: set[fx.Node], state: set[str]) -> fx.Node | None:
     return outside.pop() if len(outside) == 1 else None
 
 
-def _whole(padding: Padding, _module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    x, *others = given
-    shape = list(x.shape)
-    shape[padding.dim] = padding.size
-    return (x.new_zeros(shape).index_copy(padding.dim, _index(padding, x), x), *others)
+def _whole(
+    padding: Padding, _module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def padded(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        shape = list(x.shape)
+        shape[padding.dim] = padding.size
+        return x.new_zeros(shape).index_copy(padding.dim, _index(padding, x), x)
+
+    return tuple(map(padded, given)), {name: padded(value) for name, value in named.items()}  # a norm has one tensor
 
 
 def _left(padding: Padding, _module: nn.Module, _given: tuple[Any, ...], made: Tensor) -> Tensor:

@@ -110,8 +110,14 @@ def _fill(
 ) -> tuple[str, float]:
     """Give `model` its weights; where they came from, and the seconds that training took (0 = none)."""
     if cfg.weights == "pretrained" or (cfg.weights == "auto" and source.origin.brings):
-        progress.say(f"  weights: {weights.load_pretrained(model, source)}")
-        return "pretrained", 0.0
+        loaded = weights.load_pretrained(model, source)
+        progress.say(f"  weights: {loaded}")
+        if not loaded.fresh:
+            return "pretrained", 0.0
+        if not data.labelled:
+            progress.say("  what is untrained answers at random: give weights of the whole model, --weights FILE")
+            return "pretrained", 0.0
+        return _trained(cfg, model, data, task, out, progress, "from these weights")
     if cfg.weights not in ("auto", "train"):
         try:
             loaded = weights.load_weights(model, cfg.weights)
@@ -137,11 +143,16 @@ def _fill(
             + ("; to train it from them: --weights train" if data.labelled else "")
         )
         return "as built", 0.0
+    progress.say("  no weights were given")
+    return _trained(cfg, model, data, task, out, progress, "from the beginning")
+
+
+def _trained(
+    cfg: BaselineSection, model: nn.Module, data: Data, task: Task, out: Path, progress: Progress, start: str
+) -> tuple[str, float]:
+    """Train `model`; what from, in words, and the seconds."""
     settings = default_settings(model, seed=cfg.seed, given=cfg.train)
-    progress.say(
-        f"  no weights were given: training {source.spec} on {data.name} for {settings.epochs} epochs "
-        "(done once; reused from then on)"
-    )
+    progress.say(f"  training on {data.name} {start} for {settings.epochs} epochs (done once; reused from then on)")
     began = time.perf_counter()
     result = loop.train(model, data, task, settings, checkpoint=out / "training.pt", progress=progress)
     history_csv(result.history, out / "history.csv")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from pipeline.models.onnx_reading.node import DTYPES, Node
 from pipeline.models.onnx_reading.values import Given, Known, Value, applied, one_number, operand, rank, shape, tensor
@@ -66,9 +67,10 @@ def _quotient(a: Any, b: Any) -> Any:
     """Division as ONNX has it: of integers, towards zero."""
     if isinstance(a, float | torch.SymFloat) or isinstance(b, float | torch.SymFloat):
         return a / b if b != 0 else math.copysign(math.inf, a) if a else math.nan
-    if isinstance(a, int) and isinstance(b, int) and (a < 0) != (b < 0):
-        return -(abs(a) // abs(b))
-    return a // b  # sizes, never below zero
+    below, under = (statically_known_true(one < 0) for one in (a, b))  # as minus a size is
+    if below == under:
+        return a // b
+    return -(-a // b) if below else -(a // -b)
 
 
 def _div(a: Any, b: Any) -> Tensor:
@@ -191,12 +193,12 @@ def _clip(node: Node, x: Value, low: Given = None, high: Given = None) -> Value:
 
 
 def _prelu(node: Node, x: Value, slope: Value) -> Tensor:
-    """Slopes are one per channel where `weights` could lay them out so."""
-    x = tensor(x)
-    single = shape(slope) in ((), (1,))
-    if single or node.get("per_channel", 0):
+    """Slopes are one per channel where `weights` could lay them out so, and they run along the channels of `x`."""
+    x, given = tensor(x), node.get("per_channel", 0)
+    if shape(slope) in ((), (1,)) or (given and given == x.ndim - 1):
         return F.prelu(x, tensor(slope).reshape(-1))
-    return torch.where(x >= 0, x, x * operand(slope, x.ndim))
+    along = tensor(slope).reshape(-1, *[1] * (given - 1)) if given else slope
+    return torch.where(x >= 0, x, x * operand(along, x.ndim))
 
 
 def _gelu(node: Node, x: Tensor) -> Tensor:
@@ -229,6 +231,8 @@ def _is_inf(node: Node, x: Tensor) -> Tensor:
     low, high = node.get("detect_negative", 1), node.get("detect_positive", 1)
     if low and high:
         return torch.isinf(x)
+    if not (low or high):
+        return torch.zeros_like(x, dtype=torch.bool)
     return torch.isneginf(x) if low else torch.isposinf(x)
 
 
@@ -297,7 +301,7 @@ TABLE: Mapping[str, Reading] = {
     "Sign": _one(torch.sign),
     "Floor": _one(torch.floor, _rounded(math.floor)),
     "Ceil": _one(torch.ceil, _rounded(math.ceil)),
-    "Round": _one(torch.round, lambda one: round(one)),
+    "Round": _one(torch.round, _rounded(round)),
     "Sqrt": _one(torch.sqrt, lambda one: _to_float(one) ** 0.5 if one >= 0 else math.nan),
     "Exp": _one(torch.exp),
     "Log": _one(torch.log),

@@ -27,9 +27,8 @@ def _gather(node: Node, x: Value, picked: Value) -> Value:
         if picked.array.ndim == 1 and rows and rows[0] >= 0 and rows == list(range(rows[0], rows[0] + len(rows))):
             return x.narrow(at, rows[0], len(rows))
         if any(one < 0 for one in rows):
-            picked = Known(
-                np.asarray([one + int(x.shape[at]) if one < 0 else one for one in rows], dtype=object), picked.dtype
-            )
+            upward = [one + int(x.shape[at]) if one < 0 else one for one in rows]
+            picked = Known(np.asarray(upward, dtype=object).reshape(picked.array.shape), picked.dtype)
     index = tensor(picked).to(torch.int64)
     if index.ndim == 1:
         return x.index_select(at, index)
@@ -39,7 +38,8 @@ def _gather(node: Node, x: Value, picked: Value) -> Value:
 
 
 def _gather_elements(node: Node, x: Value, picked: Value) -> Tensor:
-    return torch.gather(tensor(x), node.get("axis", 0), tensor(picked).to(torch.int64))
+    given, at, index = tensor(x), node.get("axis", 0), tensor(picked).to(torch.int64)
+    return torch.gather(given, at, torch.where(index < 0, index + given.shape[at], index))
 
 
 def _gather_nd(node: Node, x: Value, picked: Value) -> Tensor:
@@ -51,6 +51,7 @@ def _gather_nd(node: Node, x: Value, picked: Value) -> Tensor:
 def _scatter_elements(node: Node, x: Value, picked: Value, values: Value) -> Tensor:
     at, how = node.get("axis", 0), node.get("reduction", "none")
     index, given = tensor(picked).to(torch.int64), tensor(values)
+    index = torch.where(index < 0, index + tensor(x).shape[at], index)
     if how == "none":
         return torch.scatter(tensor(x), at, index, given)
     if how == "add":

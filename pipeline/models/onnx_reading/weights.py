@@ -215,7 +215,7 @@ def _prelu(graph: Graph, node: Node) -> Node:
     if slope is None or slope.ndim < 2 or slope.shape[0] != slope.numel():
         return node
     flat = graph.fresh(f"{node.inputs[1]}_flat", slope.reshape(-1))
-    return node.having("PRelu", [node.inputs[0], flat], per_channel=1)
+    return node.having("PRelu", [node.inputs[0], flat], per_channel=slope.ndim)
 
 
 # ONNX's order of the gates -> torch's.

@@ -114,3 +114,14 @@ def test_parts_with_other_categories_and_folders_that_are_none(tmp_path):
     (tmp_path / "test" / "images" / "2.png").write_text("no picture")
     with pytest.raises(DataError, match=r"2\.png is not a readable image"):
         data.load(f"coco:{tmp_path}", input_size=SIZE)
+
+
+def test_two_categories_of_one_id_and_numbers_beyond_all_pixels_are_refused(tmp_path):
+    noted = content()
+    noted["categories"][1]["id"] = 7
+    with pytest.raises(DataError, match="two categories of one id"):
+        data.load(f"coco:{put(tmp_path / 'a', noted)}", input_size=SIZE)
+    noted = content()
+    noted["annotations"][0]["bbox"] = [0, 0, 10**400, 5]
+    with pytest.raises(DataError, match="annotation 0 has the bbox"):
+        data.load(f"coco:{put(tmp_path / 'b', noted)}", input_size=SIZE)

@@ -331,6 +331,26 @@ def test_both_val_and_test_folders_give_calibration_and_test(tmp_path):
     assert sizes(data.load(f"imagefolder:{tmp_path}", input_size=(3, 16, 16))) == (24, 8, 6)
 
 
+@pytest.mark.parametrize(("train", "test"), [("Training", "Testing"), ("Train", "Test"), ("TRAIN", "Valid")])
+def test_parts_are_known_however_they_are_spelt(tmp_path, train, test):
+    folder(tmp_path / train)
+    folder(tmp_path / test, count=3, seed=1)
+    found = data.load(f"imagefolder:{tmp_path}", input_size=(3, 16, 16))
+    assert found.labels == ("cat", "dog")
+    assert sizes(found)[2] == 6
+
+
+def test_a_part_without_a_training_part_is_no_class(tmp_path):
+    folder(tmp_path / "test")
+    folder(tmp_path / "val", seed=1)
+    with pytest.raises(DataError, match="holds test and val, and no training part"):
+        data.load(f"imagefolder:{tmp_path}", input_size=(3, 16, 16))
+    folder(tmp_path / "train")
+    folder(tmp_path / "Train")
+    with pytest.raises(DataError, match="holds both Train and train"):
+        data.load(f"imagefolder:{tmp_path}", input_size=(3, 16, 16))
+
+
 def test_the_same_image_in_two_folders_is_left_out_of_training(tmp_path):
     folder(tmp_path / "train")
     folder(tmp_path / "test", count=4, seed=1)

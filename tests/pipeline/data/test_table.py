@@ -198,3 +198,16 @@ def test_texts_where_values_are_wanted_and_files_that_are_none(tmp_path):
     (tmp_path / "d.csv").write_bytes(b"")
     with pytest.raises(DataError, match="is empty"):
         data.load(f"csv:{tmp_path / 'd.csv'}")
+
+
+def test_numbers_with_a_comma_are_no_categories(tmp_path):
+    rows = [f"{n},5;{n % 2}" for n in range(40)]
+    with pytest.raises(DataError, match="the column a holds numbers with a comma, such as '0,5' in line 2") as caught:
+        data.load(written(tmp_path, rows, header="a;y"))
+    assert "with a point" in caught.value.hint
+
+
+def test_a_target_that_counts_as_missing_is_told_by_its_word(tmp_path):
+    rows = [f"{n},{('none', 'some')[n % 2]}" for n in range(40)]
+    with pytest.raises(DataError, match="the target y is missing \\('none' counts as that\\)"):
+        data.load(written(tmp_path, rows, header="a,y"))

@@ -234,5 +234,14 @@ def test_parts_that_differ_are_named(tmp_path, model):
     with pytest.raises(DataError, match="other keys or labels"):
         load(f"jsonl:{tmp_path}", model)
     (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(DataError, match=r"holds test\.jsonl, and no training part"):
+        load(f"jsonl:{tmp_path}", model)
+    (tmp_path / "test.jsonl").unlink()
     with pytest.raises(DataError, match="no such file, nor a folder"):
         load(f"jsonl:{tmp_path}", model)
+
+
+def test_a_number_beyond_all_floats_is_a_line_and_no_traceback(tmp_path, model):
+    lines = [{"text": f"the {'very ' * n}film", "label": 0.5 + n} for n in range(8)]
+    with pytest.raises(DataError, match="line 9: label is"):
+        load(written(tmp_path, [*lines, f'{{"text": "bad", "label": {10**400}}}']), model)

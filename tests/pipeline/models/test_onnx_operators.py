@@ -40,7 +40,7 @@ def same_as_onnxruntime(path: Path, input_size: Any = None) -> torch.nn.Module:
             assert len(made) == len(wanted)
             for one, expected in zip(made, wanted, strict=True):
                 assert one.shape == expected.shape
-                np.testing.assert_allclose(one.numpy(), expected, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(one.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
     return net
 
 
@@ -378,6 +378,7 @@ ELEMENTWISE = [
     (13, "y = PRelu (x, s)", {"s": (3, 1, 1)}),
     (13, "y = PRelu (x, s)", {"s": (1,)}),
     (13, "y = PRelu (x, s)", {"s": (8,)}),
+    (13, "y = PRelu (x, s)", {"s": (8, 1)}),  # along the rows, of as many as there are slopes
     (13, "y = Sub (high, x)", {}),
     (13, "h = Exp (x) y = Div (high, h)", {}),
     (13, "y = Mul (x, s)", {"s": (3, 1, 1)}),
@@ -407,6 +408,9 @@ PICKS = [
     (13, "y = Gather <axis=1> (x, i)", {"i": np.asarray(-1, np.int64)}),
     (13, "y = Gather <axis=3> (x, i)", {"i": np.asarray([3, 4, 5], np.int64)}),
     (13, "y = Gather <axis=2> (x, i)", {"i": np.asarray([-1, 0], np.int64)}),
+    (13, "y = Gather <axis=1> (x, i)", {"i": np.asarray([[-1]], np.int64)}),
+    (13, "e = GatherElements <axis=0> (r, i) y = Add (x, e)",
+     {"i": np.asarray([-1, 0, -2, 1, 1, -1, 0, -2], np.int64), "r": np.arange(9, dtype=np.float32)}),
     (13, "a = ArgMax <axis=3> (x) y = GatherElements <axis=3> (x, a)", {}),
     (13, "a = ArgMax <axis=1, keepdims=0> (x) y = OneHot <axis=1> (a, d, v)",
      {"d": np.asarray(3, np.int64), "v": np.asarray([0.5, 2], np.float32)}),
@@ -418,6 +422,25 @@ PICKS = [
 def test_what_picks_elements(tmp_path, opset, body, values):
     body = body.replace("(x, a, z)", "(x, a, u)")
     same_as_onnxruntime(saved(tmp_path, body, opset=opset, values=values))
+
+
+@pytest.mark.parametrize("by", [2, -2, 3])
+def test_less_than_nothing_is_divided_towards_zero_at_every_batch(tmp_path, by):
+    """Minus a batch, halved, and back: 1 of 3."""
+    body = """s = Shape (x) g = Gather (s, i) n = Neg (g) d = Div (n, k) m = Neg (d) f = Cast <to=1> (m)
+    y = Mul (x, f)"""
+    values = {"i": np.asarray(0, np.int64), "k": np.asarray(by, np.int64)}
+    same_as_onnxruntime(saved(tmp_path, body, opset=13, values=values))
+
+
+def test_a_weight_that_is_only_repeated_may_be_an_output(tmp_path):
+    body = "s = Shape (x) z = Expand (w, s) y = Add (x, z)"
+    same_as_onnxruntime(saved(tmp_path, body, opset=13, weights={"w": (3, 1, 1)}, outputs=("y", "z")))
+
+
+def test_nothing_is_infinite_where_no_infinity_is_looked_for(tmp_path):
+    body = "d = Div (x, z) i = IsInf <detect_negative=0, detect_positive=0> (d) f = Cast <to=1> (i) y = Add (x, f)"
+    same_as_onnxruntime(saved(tmp_path, body, opset=13, values={"z": np.asarray(0, np.float32)}))
 
 
 def test_a_table_of_rows_is_an_embedding(tmp_path):

@@ -222,6 +222,17 @@ def test_a_checkpoint_that_stores_tied_weights_once_fits(tmp_path):
     assert torch.equal(fresh.head.weight, model.embed.weight)
 
 
+def test_a_checkpoint_with_two_values_for_what_the_model_ties_is_refused(tmp_path):
+    model = Tied()
+    two = {"embed.weight": model.embed.weight.detach(), "head.weight": model.embed.weight.detach() + 1}
+    safetensors.torch.save_file(two, tmp_path / "a.safetensors")
+    fresh = Tied()
+    before = fresh.head.weight.clone()
+    with pytest.raises(WeightsError, match=r"different under one weight of the model: \w+\.weight and \w+\.weight"):
+        weights.load_weights(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(fresh.head.weight, before)
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     save_tensors({"x": torch.ones(2)}, path)

@@ -494,6 +494,21 @@ def test_norms_over_a_stream_that_lost_channels_still_count_them_and_training_le
     torch.testing.assert_close(exported(inputs), twin(inputs))
 
 
+class ByName(Stream):
+    """The same, its norms called by the name of their argument."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.mix(self.norms[0](input=x))
+        x = x + self.down(self.up(self.norms[1](input=x)).relu())
+        return self.head(self.norms[2](input=x)).mean(self.dims)
+
+
+def test_a_norm_that_is_called_by_the_name_of_its_argument_is_padded_as_well() -> None:
+    rebuilt = check(ByName(nn.LayerNorm), SEQUENCES)
+    assert [len(one.weight) for one in rebuilt.norms] == [16, 16, 16]
+
+
 def test_of_a_submodule_the_norms_are_named_from_within() -> None:
     _, structure, *_ = made(nn.Sequential(Stream(nn.LayerNorm)), SEQUENCES)
     assert sorted(structure.padded) == ["0.norms.0", "0.norms.1", "0.norms.2"]

@@ -1,5 +1,6 @@
 """Each stage called alone, as a plain function, in the ways that one default run does not show."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from foundation.files import save_tensors
 from pipeline import data, models
 from pipeline.artifacts.eager import Baseline, Folded, Pruned
 from pipeline.measurements import Measurements
+from pipeline.models.source import Pretrained
 from pipeline.progress import Progress
 from pipeline.recipe.prune import PruneSection
 from pipeline.recipe.removal import FoldSection, GroupSwitches, ShrinkSection
@@ -22,6 +24,16 @@ from pipeline.tasks.evaluation import evaluate
 from pipeline.training import masks
 
 TINY = f"{Path(__file__).parents[1] / 'tiny.py'}:build"
+
+
+class Told(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
 SILENT, NOTHING = Progress(), Measurements()
 TASK = classification.task("classification", "output")
 
@@ -65,6 +77,26 @@ def test_the_baseline_learns_and_reads_back_the_same(baseline):
     assert baseline.score > 0.8
     assert Baseline.load(baseline.folder) == baseline
     assert (baseline.folder / "history.csv").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize("fresh", [(), ("head.weight", "head.bias")])
+def test_a_head_that_the_weights_lack_is_trained_from_them(source, digits, baseline, tmp_path, fresh):
+    state = baseline.weights()
+    blank = {name: torch.zeros_like(value) if name in fresh else value for name, value in state.items()}
+    assert set(fresh) <= blank.keys()
+    brought = replace(source.origin, pretrained=lambda: Pretrained(blank, fresh, "a library"))
+    given = replace(source, origin=brought)
+    told = Told()
+    cfg = BaselineSection(weights="pretrained", train=TrainSettings(epochs=1, lr=0.01), seconds=0.1)
+    made = s0_baseline.run(cfg, tmp_path, given, digits, TASK, told)
+    assert made.score > 0.6
+    assert made.trained_here is bool(fresh)
+    assert any("from these weights for 1 epochs" in line for line in told.lines) is bool(fresh)
+    unlabelled = replace(digits, labelled=False)
+    (tmp_path / "u").mkdir()
+    made = s0_baseline.run(cfg, tmp_path / "u", given, unlabelled, TASK, told)
+    assert not made.trained_here
+    assert any("answers at random" in line for line in told.lines) is bool(fresh)
 
 
 @pytest.mark.parametrize(
