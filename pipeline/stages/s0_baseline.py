@@ -130,9 +130,7 @@ def _fill(
         progress.say(f"  weights: {cfg.weights} ({loaded})")
         return str(Path(cfg.weights).name), 0.0
     if cfg.loop is not None:
-        began = time.perf_counter()
-        own.train(cfg.loop, model, data, seed=cfg.seed, progress=progress)
-        return f"trained here on {data.name} by {cfg.loop}", time.perf_counter() - began
+        return _trained(cfg, model, data, task, out, progress, "from the beginning")
     if cfg.weights == "auto" and not source.initial:
         if source.origin.note:
             progress.say(f"  weights: {source.origin.note}")
@@ -150,10 +148,13 @@ def _fill(
 def _trained(
     cfg: BaselineSection, model: nn.Module, data: Data, task: Task, out: Path, progress: Progress, start: str
 ) -> tuple[str, float]:
-    """Train `model`; what from, in words, and the seconds."""
+    """Train `model`, by the recipe's own loop where it names one; what from, in words, and the seconds."""
+    began = time.perf_counter()
+    if cfg.loop is not None:
+        own.train(cfg.loop, model, data, seed=cfg.seed, progress=progress)
+        return f"trained here on {data.name} by {cfg.loop}", time.perf_counter() - began
     settings = default_settings(model, seed=cfg.seed, given=cfg.train)
     progress.say(f"  training on {data.name} {start} for {settings.epochs} epochs (done once; reused from then on)")
-    began = time.perf_counter()
     result = loop.train(model, data, task, settings, checkpoint=out / "training.pt", progress=progress)
     history_csv(result.history, out / "history.csv")
     history_plot(result.history, result.best_epoch, out / "history.svg", task.score.name)
