@@ -212,12 +212,17 @@ def with_policy(config: Config, policy: Policy) -> Config:
 
 
 def as_aimed(config: Config) -> Config:
-    """The recipe as it is read where a latency is asked for, which may say more of what can go; without the target."""
+    """The recipe as it is read where a latency is asked for, which may say more of what can go; without the target.
+    Raises ConfigError for one that cannot have a target.
+    """
     if config.prune.target.amounts:
         return config
     values = config.model_dump(exclude_unset=True)
     values.setdefault("prune", {}).setdefault("target", {})["latency"] = 0.5  # any
-    made = Config.model_validate(values)
+    try:
+        made = Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error) from None
     target = made.prune.target.model_copy(update={"latency": None})
     return config.model_copy(update={"prune": made.prune.model_copy(update={"target": target})})
 

@@ -215,16 +215,17 @@ def _in_the_way(
     for one in sorted(many, key=lambda one: -one.params)[:2]:
         why.append(f"{one.op} at {one.node} keeps {one.params:,} parameters ({one.reason})")
     fixed = overridden([c.name for c in clusters], budget.overrides)
-    if fixed:
-        those = "all layers" if len(fixed) == len(clusters) else f"{len(fixed)} of {len(clusters)} layers"
-        why.append(f"prune.overrides decides on {those}")
+    wide = [c for c in clusters if c.name in fixed and (~narrowest[c.name]).sum() > widths_allowed(c, budget)[-1]]
+    if wide:
+        those = "all layers" if len(wide) == len(clusters) else f"{len(wide)} of {len(clusters)} layers"
+        why.append(f"prune.overrides keeps {those} wider than they could be")
     holds = _held_by([c for c in clusters if c.name not in fixed], budget)
     if "floor" in holds:
         why.append(f"every layer keeps prune.floor = {budget.floor:g} of its channels")
     if "align" in holds:
         why.append(f"counts are multiples of prune.align = {budget.align}")
     could = [{"floor": "lower prune.floor", "align": "set prune.align to 1"}[name] for name in holds]
-    if fixed:
+    if wide:
         could.append("take layers out of prune.overrides")
     return why, ", or ".join(("Ask for more", *could)) + "."
 

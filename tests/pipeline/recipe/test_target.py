@@ -111,6 +111,8 @@ def test_a_table_is_of_what_a_target_lets_go():
     named = as_aimed(load(settings={"model": "m", "prune.scope": "layer"}))
     assert (named.prune.scope, named.prune.groups.residual) == ("layer", False)
     assert as_aimed(aimed) == aimed
+    with pytest.raises(ConfigError, match="ratio is 0"):
+        as_aimed(load(settings={"model": "m", "prune.ratio": 0}))
 
 
 def test_a_recipe_with_a_target_reads_back_to_itself(tmp_path):

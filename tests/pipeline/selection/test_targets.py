@@ -283,8 +283,10 @@ def test_only_what_holds_the_widths_is_in_the_way(source):
 @pytest.mark.parametrize("overrides", [{"*": 0.0}, {"*": 0.3}])
 def test_overrides_that_leave_too_much_are_refused_and_named(source, overrides):
     found = refused(source, target={"macs": 0.3}, align=1, overrides=overrides)
-    assert "prune.overrides decides on all layers" in found.message
+    assert "prune.overrides keeps all layers wider than they could be" in found.message
     assert "take layers out of prune.overrides" in found.hint
+    narrow = refused(source, target={"macs": 0.001}, align=1, floor=0.3, overrides={"*": 0.69})
+    assert "prune.overrides" not in narrow.message + narrow.hint
 
 
 def test_a_model_of_which_no_width_can_change_is_refused_before_anything_is_measured(timed):
