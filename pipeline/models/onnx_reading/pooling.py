@@ -154,8 +154,17 @@ def _resize(node: Node, x: Value, *given: Given) -> Tensor:
         or node.get("exclude_outside", 0)
     ):
         node.refuse(f"mode {mode} with coordinates {mapped} is not read")
+    if mode == "cubic" and node.get("cubic_coeff_a", -0.75) != -0.75:
+        node.refuse("its cubic_coeff_a is not read")
+    if mapped == "pytorch_half_pixel" and any(isinstance(one, int) and one == 1 for one in spatial):
+        node.refuse(f"coordinates {mapped} of a side of 1 are not read")
     aligned, smooth = mapped == "align_corners", bool(node.get("antialias", 0))
-    return F.interpolate(x, spatial, mode=name, align_corners=aligned, antialias=smooth)
+    if wanted or aligned:
+        return F.interpolate(x, spatial, mode=name, align_corners=aligned, antialias=smooth)
+    # By the scale that is given, not by what the sizes come to where it is no whole one.
+    factors = dict(zip(places, scales, strict=True))
+    by = [float(factors.get(place, 1.0)) for place in range(2, x.ndim)]
+    return F.interpolate(x, scale_factor=by, mode=name, align_corners=False, antialias=smooth)
 
 
 def _nearest(node: Node, x: Tensor, spatial: list[Any], mapped: str) -> Tensor:
@@ -166,6 +175,13 @@ def _nearest(node: Node, x: Tensor, spatial: list[Any], mapped: str) -> Tensor:
     if mapped == "asymmetric" and (rounding == "floor" or (whole and _rounds_down(rounding, spatial, x))):
         return F.interpolate(x, spatial, mode="nearest")
     if mapped in ("half_pixel", "pytorch_half_pixel") and rounding.startswith("round_prefer"):
+        sides = list(zip(x.shape[2:], spatial, strict=True))
+        if all(isinstance(a, int) and isinstance(b, int) and b and a % b == 0 for a, b in sides):
+            for at, (before, after) in enumerate(sides, start=2):
+                step = before // after  # an even one puts every place midway between two elements
+                first = (step - 1) // 2 if rounding == "round_prefer_floor" else step // 2
+                x = x[(slice(None),) * at + (slice(first, None, step),)]
+            return x
         return F.interpolate(x, spatial, mode="nearest" if whole else "nearest-exact")
     return node.refuse(f"mode nearest with coordinates {mapped} and rounding {rounding} is not read")
 

@@ -260,6 +260,10 @@ RESIZES = [
     (11, f"y = Resize <{FLOOR}> (x, r, s)"),
     (13, 'y = Resize <mode="nearest"> (x, r, s)'),
     (13, 'y = Resize <mode="linear"> (x, r, s)'),
+    (13, 'y = Resize <mode="linear"> (x, , odd)'),
+    (13, 'y = Resize <mode="cubic"> (x, , odd)'),
+    (13, 'y = Resize <mode="nearest"> (x, , half)'),
+    (13, 'y = Resize <mode="nearest", nearest_mode="round_prefer_ceil"> (x, , half)'),
     (13, 'y = Resize <mode="linear", coordinate_transformation_mode="align_corners"> (x, , s)'),
     (13, 'y = Resize <mode="linear", coordinate_transformation_mode="pytorch_half_pixel"> (x, , , n)'),
     (13, f"y = Resize <{CUBIC}> (x, , s)"),
@@ -273,6 +277,7 @@ def test_resizing(tmp_path, opset, body):
     values = {
         "s": np.asarray([1, 1, 2, 2], np.float32), "r": np.asarray([], np.float32), "n": ints(1, 3, 16, 12),
         "m": ints(16, 12), "h": ints(4, 5), "zero": ints(0), "two": ints(2),
+        "odd": np.asarray([1, 1, 1.3, 0.7], np.float32), "half": np.asarray([1, 1, 0.5, 0.25], np.float32),
     }  # fmt: skip
     if "(x, , , n)" in body:  # sizes that name the batch hold it fixed
         body = f"q = Shape (x) a = Slice (q, zero, two) n = Concat <axis=0> (a, m) {body}"

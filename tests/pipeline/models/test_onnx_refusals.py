@@ -28,6 +28,9 @@ OPERATORS = [
     ("h = Relu (x) y = LSTM <hidden_size=2, layout=1> (h, w, r)", 14, "LSTM (node of y): peepholes"),
     ("y = GRU <hidden_size=2> (x, w, r)", 14, "linear_before_reset=0"),
     ('y = Resize <mode="cubic", coordinate_transformation_mode="asymmetric"> (x, , s)', 13, "mode cubic with"),
+    ('y = Resize <mode="cubic", cubic_coeff_a=-0.5> (x, , s)', 13, "cubic_coeff_a is not read"),
+    ('y = Resize <mode="linear", coordinate_transformation_mode="pytorch_half_pixel"> (x, , eighth)', 13,
+     "of a side of 1 are not read"),
     ("n = ReduceSum <keepdims=0> (x) i = Cast <to=7> (n) m = Min (i, minus) u = Max (m, minus) y = Reshape (x, u)", 13,
      "its sizes depend on the data"),
     ("y = Relu (nothing)", 13, "reads nothing, which nothing before it gives"),
@@ -40,6 +43,7 @@ OPERATORS = [
 def test_what_cannot_be_read_is_named(tmp_path, body, opset, reason):
     values = {
         "s": np.asarray([1, 1, 2, 2], np.float32),
+        "eighth": np.asarray([1, 1, 0.125, 1], np.float32),
         "minus": np.asarray([-1], np.int64),
         "seven": np.asarray([7, 7], np.int64),
     }
