@@ -149,6 +149,8 @@ def _measured_as_judged(config: Config) -> Config:
         gate = {key: one[0] for key, one in first.items() if one and key not in config.gate.model_fields_set}
     judged = config.model_copy(update={"gate": config.gate.model_copy(update=gate)}) if gate else config
     filled = judged.as_judged(target)
+    if target.latency is None:  # a size hangs on nothing else of these
+        filled = target.model_copy(update={"int8": filled.int8})
     limit = _limit(judged, filled) if target.latency is not None else None
     if limit is not None and limit not in judged.gate.limits:
         gate = {"limits": (*judged.gate.limits, limit)}

@@ -78,6 +78,7 @@ def test_with_a_target_the_widths_follow_measured_curves_unless_a_scope_is_named
 def test_a_size_is_that_of_the_file_that_ships():
     assert load(settings={"prune.target.size": 0.2, "optimize.int8": True}).prune.target.int8 is True
     assert load(settings={"prune.target.size": 0.2}).prune.target.int8 is False
+    assert load(settings={"prune.target.size": 0.2, "gate.threads": 4}).prune.target.threads == ()
     with pytest.raises(ConfigError, match="no such file is made"):
         load(settings={"prune.target.size": 0.2, "prune.target.int8": True})
 
