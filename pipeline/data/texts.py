@@ -30,6 +30,7 @@ from pipeline.data.samples import Reading, Sample, batched
 from pipeline.data.tokens import FILE, Tokenizer
 
 LARGEST = sys.float_info.max
+"""Of a value: numbers beyond are no floats."""
 LENGTH = "tokens"
 """Name of the free dimension."""
 _TEXT, _PAIR, _WORDS = "text", "text_pair", "tokens"
