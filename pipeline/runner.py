@@ -222,7 +222,7 @@ def sources(
         dims=config.data.dims,
         targets=tasks.targets_of(config.task),
         pad=tasks.pad_of(config.task),
-        tokenizer=config.data.tokenizer or published.folder_of(model),
+        tokenizer=config.data.tokenizer or published.folder(model),
         names=published.class_names(model),
         pixels=published.pixels(model),
         max_tokens=config.data.max_tokens,
@@ -472,7 +472,7 @@ def _run(
     for left in work.iterdir():  # by a kill, perhaps half-written
         resumed = left.suffix in loop.RESUMED and left.is_file() and not left.name.startswith(".")
         if left != note and not resumed:
-            store.remove(left) if left.is_dir() else left.unlink()
+            store.remove(left)
     progress.say(f"{target.name}: {(stage.__doc__ or '').strip().splitlines()[0]}")
     began = time.perf_counter()
     inputs = {parameter: wires[kind] for parameter, kind in _wires(stage).items()}
@@ -515,7 +515,7 @@ def _finish(
         release = open_release(same)
     else:
         for leftover in [p for p in partial.iterdir() if p.name not in {record.stage for record, _ in done}]:
-            store.remove(leftover) if leftover.is_dir() else leftover.unlink()
+            store.remove(leftover)
         (partial / records.RECIPE).write_text(recipe, encoding="utf-8")
         artifacts = tuple(wires[_produces(stage)] for stage in STAGES)
         known = store.versions(folder)

@@ -71,7 +71,6 @@ def random_feeds(
     Raises ValidationError for a dynamic dimension without a size, and for a type that cannot be drawn, such as text.
     """
     rng = np.random.default_rng(seed)
-    require_drawable(inputs)
 
     def fill(spec: InputSpec, shape: tuple[int, ...]) -> Array:
         if np.issubdtype(spec.dtype, np.floating):
@@ -137,6 +136,7 @@ def _feeds(
 ) -> list[Feed]:
     if not inputs:
         raise ValidationError("The model has no inputs.", "Compare its outputs by hand.")
+    require_drawable(inputs)
     leading = next((spec.shape[0] for spec in inputs if spec.shape), None)
     if not isinstance(leading, str):
         return [Feed(f"{label}, fixed batch", {s.name: fill(s, _shape(s, sizes or {})) for s in inputs}, "made")]

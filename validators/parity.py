@@ -70,8 +70,8 @@ class OutputParity(BaseModel):
     nothing finite in either: no difference, and no evidence. `telling` whether all zeros would have failed, or
     agreement is within atol · scale. `ulp_*` count the representable numbers between the two values (median, 99th
     percentile, largest). `cosine` is over the flattened tensors. `top1` is the share of rows with the same largest
-    element, `top5` of those with the same five, for 2-D outputs that have more
-    than as many columns. What cannot be computed is None.
+    element, `top5` of those with the same five, for 2-D outputs that have more than as many columns. What cannot be
+    computed is None.
     """
 
     model_config = ConfigDict(frozen=True)

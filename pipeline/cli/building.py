@@ -263,7 +263,7 @@ def plan(as_json: bool, svg: Path | None, **options: Any) -> None:
     five times for each layer, which is all that is spent, and the divergence to expect is shown. For a target, residual
     branches are tried as well, which may go as a whole.
 
-    Writes nothing but the drawing that --svg asks for, and, for a latency target, its table, which is kept.
+    Writes nothing but the drawing that --svg asks for, and, for a target, what is measured for it, which is kept.
 
     \b
     leanort plan resnet50 --ratio 0.7

@@ -37,12 +37,13 @@ def parts_of(path: Path, suffix: str = "") -> dict[Part, Path]:
     without a training part, which are no classes, and for two spellings of one name.
     """
     wanted = {f"{key}{suffix}": key for key in (*_TRAIN, *_HELD)}
+    if not path.is_dir():
+        return {"train": path}
+    with os.scandir(path) as entries:  # a million may lie there
+        named = [one for one in entries if one.name.lower() in wanted and (one.is_file() if suffix else one.is_dir())]
     there: dict[str, Path] = {}
-    names = sorted(name for name in os.listdir(path) if name.lower() in wanted) if path.is_dir() else []  # noqa: PTH208
-    for one in (path / name for name in names):  # of a million that may lie there
+    for one in sorted(path / entry.name for entry in named):
         key = wanted[one.name.lower()]
-        if not (one.is_file() if suffix else one.is_dir()):
-            continue
         if key in there:
             raise DataError(f"{path} holds both {there[key].name} and {one.name}.", "Leave one of them.")
         there[key] = one

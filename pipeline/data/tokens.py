@@ -100,10 +100,7 @@ class Tokenizer:
 
     def _padding(self) -> int:
         """The id that fills texts up; the mask says where."""
-        named = self.settings.get("pad_token")
-        token = named.get("content") if isinstance(named, dict) else named
-        found = self.tokenizer.token_to_id(token) if isinstance(token, str) else None
-        return int(found) if found is not None else published.padding(None, self.config)
+        return published.padding(self.settings, self.config, self.tokenizer.token_to_id)
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from exporters.summary import describe
-from foundation.errors import ValidationError
+from foundation.errors import first_line
 from foundation.files import sha256
 from pipeline.artifacts.eager import Baseline, Folded
 from pipeline.artifacts.program import Exported, Shrunk
@@ -186,8 +186,8 @@ def divergence(
         else:
             before, after = trail(chain.small), onnx_trail(exported.onnx, feed)
             found = first_unmatched(before, after, feed, atol=cfg.parity, pack=pack)
-    except ValidationError as error:
-        return [f"{hop.candidate}: where it differs could not be found: {error}"]
+    except Exception as error:  # of any graph: that they differ is known all the same
+        return [f"{hop.candidate}: where it differs could not be found: {first_line(error)}"]
     return [f"{hop.candidate} {found.words}; see {REPRO}" if found else f"{hop.candidate}: differs only once loaded"]
 
 

@@ -24,9 +24,8 @@ from pipeline.runner import Step
 from pipeline.selection import targets
 from pipeline.selection.allocation import Removed
 from pipeline.selection.choose import (
-    Offered,
     Weighed,
-    branches_worth,
+    branches_offered,
     choose_groups,
     measured,
     observed,
@@ -137,8 +136,8 @@ class Plan:
 
 
 def plan(config: Config, progress: Progress | None = None) -> Plan:
-    """Analyse the model, and say what a deploy would do with it. Nothing is written but, for a latency target, the
-    table that it takes, which is kept for the deploy. Raises ConfigError for a target that cannot be met.
+    """Analyse the model, and say what a deploy would do with it. Nothing is written but, for a target, what is
+    measured for it, which is kept for the deploy. Raises ConfigError for a target that cannot be met.
 
     As it is built where the recipe cuts layer by layer, since weights decide then which channels go, not how many; else
     on the weights that a deploy would prune, as far as they are known.
@@ -161,9 +160,7 @@ def plan(config: Config, progress: Progress | None = None) -> Plan:
     goals = targets.costs(section, analysis, source, maskable, kept, progress or Progress())
     apart = outputs_apart(task, source)
     worth = measured(analysis, seen, section, maskable, apart, progress, kept)
-    offered = Offered()
-    if goals and section.depth and worth is not None:
-        offered = branches_worth(analysis, seen, maskable, apart, progress, kept, refit=section.refit)
+    branches = branches_offered(section, analysis, seen, goals, worth, maskable, apart, progress, kept)
     elements = sum(p.numel() for p in model.parameters())
     width = sum(p.numel() * p.element_size() for p in model.parameters()) / max(1, elements)  # bytes of one parameter
 
@@ -171,7 +168,7 @@ def plan(config: Config, progress: Progress | None = None) -> Plan:
         """What the ratio leaves, or, for None, the target."""
         at_ratio = section if ratio is None else section.model_copy(update={"ratio": ratio})
         costs = goals if ratio is None else ()
-        weighed = choose_groups(analysis, seen, at_ratio, at_ratio.ratio, maskable, worth, costs, offered)
+        weighed = choose_groups(analysis, seen, at_ratio, at_ratio.ratio, maskable, worth, costs, branches)
         return weighed, analysis.estimate(weighed.removed, branches=True)
 
     asked = None if goals else section.ratio

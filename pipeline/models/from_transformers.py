@@ -37,6 +37,7 @@ from pipeline.models import published
 from pipeline.models.named_inputs import NamedInputs
 from pipeline.models.network import reachable
 from pipeline.models.source import DEFAULT_SIZE, Input, Origin, Pretrained, Shape, Size
+from pipeline.models.weights import load_weights
 
 TOKENS = 16
 """Length of an example sentence in tokens, where none is given."""
@@ -129,7 +130,7 @@ def _signal(config: Any, main: str) -> tuple[int, ...]:
 def origin(name: str, num_classes: int | None, input_size: Shape | None, fed: tuple[Input, ...] = ()) -> Origin:
     """Describe the transformers model `name`, fed with `fed` or with what its config asks for; raises ModelError if its
     config is missing or needs code of its own."""
-    config = _config(name)
+    config, path = _config(name), Path(name)
     if num_classes is not None:
         config.num_labels = num_classes
     if input_size is not None and len(input_size) > 2:
@@ -138,9 +139,8 @@ def origin(name: str, num_classes: int | None, input_size: Shape | None, fed: tu
         config.use_cache = False  # keys and values for the next token: nobody asks for one here
     if getattr(config, "pad_token_id", 0) is None:
         # Decoders classify the last token that is none of these: the ones that texts are filled up with.
-        config.pad_token_id = published.padding(Path(name) if Path(name).is_dir() else None, config.to_dict())
+        config.pad_token_id = published.padding_of(path if path.is_dir() else None, config.to_dict())
     architecture = _architecture(name, config)
-    path = Path(name)
     content = sha256(path / "config.json" if path.is_dir() else path) if path.exists() else ""
     held = _weights_in(path)
     content = " ".join([content, *(sha256(file) for file in held)])
@@ -275,10 +275,9 @@ def _pretrained(name: str, architecture: Any, config: Any, make: Any) -> Pretrai
     if path.is_file() or name in transformers.CONFIG_MAPPING:
         raise WeightsError(f"hf:{name} names a config, which brings no weights.", "Give a folder with weights.")
     model: nn.Module = make()
-    if path.is_dir() and (held := _weights_in(path)) and held[0].suffix != ".safetensors":
-        from pipeline.models import weights  # which reads no pickle but for plain tensors
-
-        weights.load_weights(model, path)
+    held = _weights_in(path)
+    if held and not any(file.suffix == ".safetensors" for file in held):
+        load_weights(model, path)
         return Pretrained(dict(model.state_dict()), (), f"hf:{name}")
     try:
         net, report = architecture.from_pretrained(

@@ -138,28 +138,24 @@ def _measured_as_judged(config: Config) -> Config:
     """The recipe, a target of latency or size that of the file which ships, the gate at the first setting of the
     target where it names none, and its warning with it. Raises ValueError for an int8 file that is never made.
     """
-    target = config.prune.target
+    target, gate = config.prune.target, config.gate
     if target.latency is None and target.size is None:
         return config
     if target.int8 and not config.optimize.int8:
         raise ValueError("prune.target.int8 is true, and optimize.int8 is not: no such file is made")
-    gate: dict[str, Any] = {}
-    if target.latency is not None:
+    if target.latency is None:  # a size hangs on nothing else of a setting
+        filled = target.model_copy(update={"int8": config.as_judged(target).int8})
+    else:
         first = {"threads": target.threads[:1], "batch_size": target.batch_sizes[:1]}
-        gate = {key: one[0] for key, one in first.items() if one and key not in config.gate.model_fields_set}
-    judged = config.model_copy(update={"gate": config.gate.model_copy(update=gate)}) if gate else config
-    filled = judged.as_judged(target)
-    if target.latency is None:  # a size hangs on nothing else of these
-        filled = target.model_copy(update={"int8": filled.int8})
-    limit = _limit(judged, filled) if target.latency is not None else None
-    if limit is not None and limit not in judged.gate.limits:
-        gate = {"limits": (*judged.gate.limits, limit)}
-        if "seconds" not in judged.gate.model_fields_set:
-            gate["seconds"] = AIMED_SECONDS
-        judged = judged.model_copy(update={"gate": judged.gate.model_copy(update=gate)})
-    if filled != target:
-        judged = judged.model_copy(update={"prune": judged.prune.model_copy(update={"target": filled})})
-    return judged
+        named = {key: one[0] for key, one in first.items() if one and key not in gate.model_fields_set}
+        gate = gate.model_copy(update=named)
+        judged = config.model_copy(update={"gate": gate})
+        filled = judged.as_judged(target)
+        limit = _limit(judged, filled)
+        if limit is not None and limit not in gate.limits:
+            longer = {} if "seconds" in gate.model_fields_set else {"seconds": AIMED_SECONDS}
+            gate = gate.model_copy(update={"limits": (*gate.limits, limit), **longer})
+    return config.model_copy(update={"gate": gate, "prune": config.prune.model_copy(update={"target": filled})})
 
 
 def _limit(config: Config, target: TargetSection) -> Rule | None:

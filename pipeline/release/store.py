@@ -248,7 +248,9 @@ def sweep(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a tree, read-only or not, also while another process deletes it, too."""
+    """Delete a tree, read-only or not, or a file, also while another process deletes it, too."""
+    if folder.is_file() or folder.is_symlink():
+        folder.unlink(missing_ok=True)
     while folder.exists():
         try:
             for directory in [folder, *(p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink())]:

@@ -412,10 +412,17 @@ class Chooser:
             self._measured = measured(
                 self.analysis, seen, self.cfg, self.maskable, self.apart, self.progress, self.kept
             )
-            if self.costs and self.cfg.depth and self._measured is not None:
-                self._branches = branches_worth(
-                    self.analysis, seen, self.maskable, self.apart, self.progress, self.kept, refit=self.cfg.refit
-                )
+            self._branches = branches_offered(
+                self.cfg,
+                self.analysis,
+                seen,
+                self.costs,
+                self._measured,
+                self.maskable,
+                self.apart,
+                self.progress,
+                self.kept,
+            )
         share = _way(self.cfg, ratio)
         if share < 1 and (self.costs or self._measured is not None):
             if self._final is None or self._final[0] is not self.costs:
@@ -461,6 +468,23 @@ def _masks(
         made |= branch.masks(analysis.captured.state)
     # A buffer, such as a fixed position table, holds no weights.
     return {name: mask for name, mask in made.items() if name in maskable}
+
+
+def branches_offered(
+    cfg: PruneSection,
+    analysis: Analysis,
+    seen: Evidence,
+    costs: Sequence[Cost],
+    worth: Measured | None,
+    maskable: frozenset[str],
+    apart: Apart | None,
+    progress: Progress | None,
+    kept: Measurements,
+) -> Offered:
+    """The branches that a recipe lets go as a whole: with a target that curves meet."""
+    if not (costs and cfg.depth and worth is not None):
+        return Offered()
+    return branches_worth(analysis, seen, maskable, apart, progress, kept, refit=cfg.refit)
 
 
 def branches_worth(

@@ -185,9 +185,8 @@ def train(
     home, within = as_written(plain)
     masks = {name.removeprefix(f"{within}."): mask for name, mask in (masks or {}).items()}
     for name, parameter in home.named_parameters(remove_duplicate=False):
-        if (
-            name in masks and parameter.requires_grad
-        ):  # so that no optimizer collects, and no limit on gradients counts, what is not there
+        # So that no optimizer collects, and no limit on gradients counts, what is not there.
+        if name in masks and parameter.requires_grad:
             parameter.register_hook(partial(torch.mul, masks[name]))  # type: ignore[no-untyped-call]
     if masks:
         home.register_forward_pre_hook(Held(masks))

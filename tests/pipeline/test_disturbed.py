@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from torch.export import ExportedProgram
 
 from pipeline.artifacts.program import Exported, Shrunk
+from pipeline.gate import chain
 from pipeline.release import store
 from pipeline.stages import s7_validate
 from tests.pipeline.chain import QUICK, STAGES, TINY, deploy, figures, forked, said
@@ -201,6 +202,32 @@ def test_a_weight_changed_in_the_exported_file_is_caught_and_its_layer_named(art
     shown = said(folder, "deploy", f"{TINY}:build", *QUICK, "--set", "gate.seed=5", code=1)
     assert "parity shrunk - exported" in shown
     doctored(folder, "exported", "conv2d (blocks.0.conv2)", f"Conv {convolutions[2].name}")
+
+
+def test_a_search_that_breaks_off_takes_no_verdict_with_it(artifacts, version, tmp_path, monkeypatch):
+    """What is read of a graph to say where it parts may be anything: that it parts was measured before."""
+
+    def search(*args: object, **kwargs: object) -> None:
+        raise AttributeError("a node of another kind\nand more")
+
+    real = Shrunk.program
+
+    def program(self: Shrunk) -> ExportedProgram:
+        made = real(self)
+        with torch.no_grad():
+            made.state_dict["blocks.2.conv1.weight"][3, 2, 1, 1] += 1
+        return made
+
+    monkeypatch.setattr(Shrunk, "program", program)
+    monkeypatch.setattr(chain, "first_unmatched", search)
+    folder = sealed(artifacts, tmp_path)
+    shown = said(folder, "deploy", f"{TINY}:build", *QUICK, "--set", "gate.seed=6", code=1)
+    assert "parity folded - shrunk" in shown
+    newest = sorted((folder / "tiny").glob("v*"))[-1]
+    assert "could not be measured" not in (newest / "verdict.json").read_text()
+    assert (
+        "shrunk: where it differs could not be found: a node of another kind" in figures(newest, "7-validate")["notes"]
+    )
 
 
 def doctored(folder: Path, candidate: str, reference_node: str, candidate_node: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -169,21 +169,24 @@ def _resize(node: Node, x: Value, *given: Given) -> Tensor:
 
 def _nearest(node: Node, x: Tensor, spatial: list[Any], mapped: str) -> Tensor:
     rounding = node.get("nearest_mode", "round_prefer_floor" if node.opset >= 11 else "floor")
-    whole = all(
-        isinstance(a, int) and isinstance(b, int) and a % b == 0 for a, b in zip(spatial, x.shape[2:], strict=True)
-    )
+    whole = _multiples(spatial, x.shape[2:])
     if mapped == "asymmetric" and (rounding == "floor" or (whole and _rounds_down(rounding, spatial, x))):
         return F.interpolate(x, spatial, mode="nearest")
     if mapped in ("half_pixel", "pytorch_half_pixel") and rounding.startswith("round_prefer"):
-        sides = list(zip(x.shape[2:], spatial, strict=True))
-        if all(isinstance(a, int) and isinstance(b, int) and b and a % b == 0 for a, b in sides):
-            for at, (before, after) in enumerate(sides, start=2):
+        if _multiples(x.shape[2:], spatial):
+            for at, (before, after) in enumerate(zip(x.shape[2:], spatial, strict=True), start=2):
                 step = before // after  # an even one puts every place midway between two elements
                 first = (step - 1) // 2 if rounding == "round_prefer_floor" else step // 2
                 x = x[(slice(None),) * at + (slice(first, None, step),)]
             return x
         return F.interpolate(x, spatial, mode="nearest" if whole else "nearest-exact")
     return node.refuse(f"mode nearest with coordinates {mapped} and rounding {rounding} is not read")
+
+
+def _multiples(sides: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether each of `sides` is known to be a whole number of times the one of `others`."""
+    pairs = zip(sides, others, strict=True)
+    return all(isinstance(a, int) and isinstance(b, int) and b > 0 and a % b == 0 for a, b in pairs)
 
 
 def _rounds_down(rounding: str, spatial: list[int], x: Tensor) -> bool:

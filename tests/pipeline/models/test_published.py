@@ -13,7 +13,7 @@ from pipeline import data, models, runner
 from pipeline.data.samples import Reading
 from pipeline.models import published
 from pipeline.recipe import config
-from tests.pipeline.data.test_texts import folder, written
+from tests.pipeline.data.test_texts import CODE, folder, written
 
 NAMES = ("positive", "negative", "neutral")
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 14}
@@ -23,7 +23,7 @@ def bert(path, names=NAMES):
     """A classifier's folder, with weights and a tokenizer of a few words."""
     settings = transformers.BertConfig(
         **SMALL,
-        max_position_embeddings=16,
+        max_position_embeddings=24,
         id2label=dict(enumerate(names)),
         label2id={n: i for i, n in enumerate(names)},
     )
@@ -45,9 +45,9 @@ def test_text_labels_are_numbered_as_the_folder_numbers_them(tmp_path):
     source, found, _ = runner.sources(spec, None, config.load(None, recipe))
     assert found.labels == ("POSITIVE", "Negative", "neutral")
     assert source.num_classes == 3
-    for inputs, numbers in found.batches("test", 4):
-        assert inputs[0].shape[0] == len(numbers)
-        assert set(numbers.tolist()) <= {0, 1, 2}
+    for (ids, _), numbers in found.batches("test", 4):
+        lines = (ids == CODE["very"]).sum(1) + 8 * (ids == CODE["good"]).sum(1)  # their numbers, as `reviews` has them
+        assert torch.equal(numbers, torch.tensor([1, 2, 0])[lines % 3])
     recipe["data.source"] = reviews(tmp_path, ("bad", "good"))
     _, found, _ = runner.sources(spec, None, config.load(None, recipe))
     assert found.labels == ("bad", "good")
@@ -115,11 +115,11 @@ def test_weights_of_older_folders_are_used(tmp_path):
         source.pretrained()
 
 
-@pytest.mark.parametrize("pad", ["[PAD]", "[SEP]", None])
-def test_texts_are_filled_up_with_what_the_model_looks_for(tmp_path, pad):
+@pytest.mark.parametrize(("pad", "added"), [("[PAD]", True), ("[SEP]", True), ("[SEP]", False), (None, False)])
+def test_texts_are_filled_up_with_what_the_model_looks_for(tmp_path, pad, added):
     """A decoder classifies the last token that is no padding: alone as in a batch with longer texts."""
     path = folder(tmp_path / "m", pad=pad)
-    if pad is not None:
+    if added:  # else it is one of the vocabulary
         whole = json.loads((path / "tokenizer.json").read_text())
         token = {"id": {"[PAD]": 0, "[SEP]": 3}[pad], "content": pad, "special": True, "single_word": False,
                  "lstrip": False, "rstrip": False, "normalized": False}  # fmt: skip
